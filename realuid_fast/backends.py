@@ -1,0 +1,119 @@
+"""Which implementation runs: by the tensors' device, unless the user asks for one by name.
+
+======== ==================================== =========================================
+backend  runs                                 needs
+======== ==================================== =========================================
+torch    the plain reference, on any device   nothing
+cpp      the C++ extension, on CPU            the extension, built at installation
+triton   the Triton kernels, on CUDA or ROCm  a GPU and the triton package
+======== ==================================== =========================================
+
+``REALUID_FAST_BACKEND`` sets the choice for a process, :func:`backend` for a block of code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import extension
+from .errors import UserError
+
+NAMES = ("torch", "cpp", "triton")
+_SERVES = {"cpp": "cpu", "triton": "cuda"}
+
+# A plain global: torch.compile guards on it, which it cannot do on a context variable.
+_chosen: str | None = os.environ.get("REALUID_FAST_BACKEND") or None
+_checked: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of ``realuid-fast info``: a backend, where it runs and, if it cannot run here, why not."""
+
+    name: str
+    devices: str
+    why_not: str | None
+
+
+def report() -> list[Backend]:
+    """Every backend with the devices it serves and what keeps it from running here."""
+    return [
+        Backend("torch", "any", None),
+        Backend("cpp", "cpu", _why_no_cpp()),
+        Backend("triton", "cuda", _why_no_triton()),
+    ]
+
+
+def _why_no_cpp() -> str | None:
+    return extension.why_missing()
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return "this version has no Triton kernels"
+
+
+def check(name: str) -> None:
+    """Refuse a backend that does not exist or cannot run here."""
+    if name not in NAMES:
+        raise UserError(f"backend must be one of {', '.join(NAMES)}, not {name!r}")
+    why_not = next(row.why_not for row in report() if row.name == name)
+    if why_not is not None:
+        raise UserError(f"backend {name!r} cannot run here: {why_not}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the fused calls inside the block on one backend: ``"torch"``, ``"cpp"`` or ``"triton"``.
+
+    The choice holds for the whole process while the block runs, for its other threads too.
+
+    Raises:
+        UserError: an unknown name, or a backend that cannot run here, with what is missing.
+    """
+    global _chosen
+    check(name)
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def select(device: torch.device) -> str | None:
+    """The backend asked for, checked against ``device``; without a request, warn once where only the reference runs."""
+    name, where = _chosen, device.type
+    if (name or where) not in _checked and not torch.compiler.is_compiling():
+        if name is None:
+            _warn_if_slow(where)
+        else:
+            check(name)
+        _checked.add(name or where)
+    if name is not None and name != "torch" and where != _SERVES[name]:
+        raise UserError(f"backend {name!r} runs on {_SERVES[name]} tensors, these are on {device}")
+    return name
+
+
+def load() -> None:
+    """Register the compiled operators, if they were built."""
+    extension.load()
+
+
+def _warn_if_slow(device_type: str) -> None:
+    why_not = {"cpu": _why_no_cpp, "cuda": _why_no_triton}.get(device_type, lambda: None)()
+    if why_not is not None:
+        warnings.warn(
+            f"realuid_fast runs its plain torch reference on {device_type}, several times slower: {why_not}",
+            RuntimeWarning,
+            stacklevel=5,
+        )

@@ -1,0 +1,371 @@
+"""The fused calls: interpolant sampling and the three losses, each one pass over its tensors.
+
+Rows are samples. ``coef`` holds a row of nine coefficients a sample (see :mod:`realuid_fast.paths`), ``noise`` is a key
+of a :class:`~realuid_fast.NoiseStream` or a tensor like ``x``. With sums over the non-batch dimensions::
+
+    x_t = a x + b y + c n        tgt = p x + q y + s n        f = k_out F + k_x x_t
+
+where ``F`` is a network's raw output. All tensors of one call have one shape, dtype (float32, bfloat16, float16, or
+float64), device and memory layout (contiguous or channels_last); arithmetic is in float32 (float64 for float64).
+
+The losses differentiate with respect to what their docstrings name, and refuse an input that requires a gradient they
+do not give. Gradients are computed in the forward pass; there is no second derivative. ``*_grads`` return them directly.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import noise as noises
+from . import ops
+from .errors import UserError
+from .objectives import Objective
+
+Reduction = Literal["mean", "none"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class MatchingGrads(NamedTuple):
+    """Loss ``()``, rows' losses ``(R,)`` and the gradient of the mean loss in the network's output."""
+
+    loss: Tensor
+    rows: Tensor
+    out: Tensor
+
+
+class FakeGrads(NamedTuple):
+    """Loss ``()``, rows' losses ``(R,)`` and the gradient of the mean loss in the fake model's output."""
+
+    loss: Tensor
+    rows: Tensor
+    fake_out: Tensor
+
+
+class GeneratorGrads(NamedTuple):
+    """Loss ``()``, rows' losses ``(R,)`` and the gradients of the mean loss.
+
+    ``x`` and ``x_t`` hold the direct parts only (through ``tgt`` and through ``k_x``); ``x_t`` is None without ``x_t``.
+    """
+
+    loss: Tensor
+    rows: Tensor
+    teacher_out: Tensor
+    fake_out: Tensor
+    x: Tensor
+    x_t: Tensor | None
+
+
+def interpolate(
+    x: Tensor, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None, noise_rows: int | None = None
+) -> Tensor:
+    """``x_t = a x + b y + c n``.
+
+    Args:
+        x: data samples ``x``, ``(R, ...)``.
+        coef: ``(R, 9)`` from ``path.coefficients(t)``.
+        noise: a key, or ``n`` like ``x``.
+        endpoint: the other data endpoint ``y`` like ``x``, where the path has one.
+        noise_rows: with ``N``, row ``i`` uses the noise of row ``i mod N`` (a tensor ``noise`` then has ``N`` rows);
+            ``R`` when not given.
+
+    Returns:
+        ``x_t`` like ``x``. Differentiable in ``x`` and ``endpoint``.
+
+    Raises:
+        UserError: shapes, dtypes, devices or layouts that do not agree, or a gradient wanted in ``coef`` or ``noise``.
+    """
+    noise_rows = _check(x, coef, noise, noise_rows, endpoint=endpoint)
+    return ops.current(x.device).interpolate(x, coef, noise, endpoint, noise_rows)
+
+
+def matching_loss(
+    out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The universal matching loss that trains teachers, ``w ||f - tgt||^2``.
+
+    Args:
+        out: the network's raw output ``F`` at ``x_t``, ``(R, ...)``.
+        x, coef, noise, endpoint: as given to :func:`interpolate`.
+        x_t: the interpolant; may be None where ``k_x = 0`` (``path.reads_x_t(match, predict)`` is False).
+        reduction: ``"mean"`` over rows, or ``"none"`` for the ``(R,)`` losses.
+
+    Returns:
+        float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``out``.
+
+    Raises:
+        UserError: tensors that do not agree, or a gradient wanted in anything but ``out``.
+
+    Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
+    """
+    noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
+    _refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
+    op = ops.current(x.device).matching
+    loss, rows, _ = op(out, x, x_t, coef, noise, endpoint, noise_rows, _is_mean(reduction), _wants(out))
+    return loss if reduction == "mean" else rows
+
+
+def matching_grads(
+    out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None
+) -> MatchingGrads:
+    """:func:`matching_loss` with its gradient, without autograd."""
+    noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
+    with torch.no_grad():
+        op = ops.current(x.device).matching
+        return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
+
+
+def fake_loss(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    n_real: int = 0,
+    teacher_out: Tensor | None = None,
+    endpoint: Tensor | None = None,
+    noise_rows: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The fake model's loss, ``w (A ||f||^2 - 2 <f, B tgt + D f*> + C ||tgt||^2)``, minimised.
+
+    Args:
+        fake_out: the fake model's raw output at ``x_t``, ``(R, ...)``.
+        x: generated samples and, as the last ``n_real`` rows, real ones.
+        x_t, coef, noise, endpoint, noise_rows: as for :func:`interpolate`; ``noise_rows=B`` shares the noise of ``B``
+            generated rows with ``B`` real ones. ``x_t`` may be None where ``k_x = 0``.
+        objective: gives ``A, B, D, C`` of either half.
+        teacher_out: the teacher's raw output at ``x_t``; needed only if ``objective.needs_teacher``.
+        reduction: ``"mean"`` is the sum over all rows by the number of generated rows; ``"none"`` the ``(R,)`` losses.
+
+    Returns:
+        float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``fake_out``.
+
+    Raises:
+        UserError: tensors that do not agree, real rows without an objective that has them or the reverse, a missing
+            ``teacher_out``, or a gradient wanted in anything but ``fake_out``.
+
+    Source: RealUID paper, the general real-data loss, as a loss in ``f``.
+    """
+    arguments = _fake_arguments(
+        fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows
+    )
+    _refuse_gradients("fake_loss", x=x, x_t=x_t, endpoint=endpoint, teacher_out=teacher_out)
+    loss, rows, _ = ops.current(x.device).fake(*arguments, _is_mean(reduction), _wants(fake_out))
+    return loss if reduction == "mean" else rows
+
+
+def fake_grads(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    n_real: int = 0,
+    teacher_out: Tensor | None = None,
+    endpoint: Tensor | None = None,
+    noise_rows: int | None = None,
+) -> FakeGrads:
+    """:func:`fake_loss` with its gradient, without autograd."""
+    arguments = _fake_arguments(
+        fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows
+    )
+    with torch.no_grad():
+        return FakeGrads(*ops.current(x.device).fake(*arguments, True, True))
+
+
+def generator_loss(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    endpoint: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)`` with ``D = f* - f``, minimised.
+
+    Args:
+        teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``.
+        x: generated samples ``G(z)``.
+        x_t, coef, noise, endpoint: as for :func:`interpolate`. ``x_t`` may be None where ``k_x = 0``.
+        objective: gives ``alpha, beta, Q, kappa``.
+        reduction: ``"mean"`` over rows, or ``"none"`` for the ``(R,)`` losses.
+
+    Returns:
+        float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``teacher_out``, ``fake_out``, ``x``
+        and ``x_t``: let ``x_t = interpolate(x, ...)`` and both networks be part of the graph, with frozen parameters,
+        and ``loss.backward()`` reaches the generator through all of them.
+
+    Raises:
+        UserError: tensors that do not agree, or a gradient wanted in ``endpoint``, ``coef`` or ``noise``.
+
+    Source: RealUID paper, the general real-data loss, as a loss in the generator.
+    """
+    noise_rows = _check(
+        x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint
+    )
+    _refuse_gradients("generator_loss", endpoint=endpoint)
+    wants = (_wants(teacher_out), _wants(fake_out), _wants(x), _wants(x_t))
+    loss, rows, *_ = ops.current(x.device).generator(
+        teacher_out,
+        fake_out,
+        x,
+        x_t,
+        coef,
+        noise,
+        endpoint,
+        *_generator_scalars(objective),
+        _is_mean(reduction),
+        *wants,
+    )
+    return loss if reduction == "mean" else rows
+
+
+def generator_grads(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    endpoint: Tensor | None = None,
+) -> GeneratorGrads:
+    """:func:`generator_loss` with its gradients, without autograd."""
+    _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
+    with torch.no_grad():
+        loss, rows, g_teacher, g_fake, g_x, g_x_t = ops.current(x.device).generator(
+            teacher_out, fake_out, x, x_t, coef, noise, endpoint, *_generator_scalars(objective),
+            True, True, True, True, x_t is not None,
+        )  # fmt: skip
+    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, None if x_t is None else g_x_t)
+
+
+def _generator_scalars(objective: Objective) -> tuple[float, float, float, float]:
+    return objective.alpha, objective.beta, objective.Q, objective.kappa
+
+
+def _fake_arguments(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    n_real: int,
+    teacher_out: Tensor | None,
+    endpoint: Tensor | None,
+    noise_rows: int | None,
+) -> tuple[object, ...]:
+    """The fake operator's arguments up to the switches, checked."""
+    noise_rows = _check(
+        x, coef, noise, noise_rows, fake_out=fake_out, x_t=x_t, teacher_out=teacher_out, endpoint=endpoint
+    )
+    rows = x.shape[0]
+    if not 0 <= n_real <= rows or (n_real == rows and rows > 0):
+        raise UserError(f"n_real must leave at least one generated row: got {n_real} of {rows} rows")
+    if n_real and not objective.needs_real:
+        raise UserError(
+            f"n_real must be 0 for {objective.name} with alpha = 1: real data plays no part in it"
+        )
+    if not n_real and rows and objective.needs_real:
+        raise UserError(
+            f"n_real must not be 0 for {objective.name} with alpha = {objective.alpha:g}: its fake loss needs real rows"
+        )
+    if teacher_out is None and objective.needs_teacher:
+        raise UserError(
+            f"teacher_out must be given for {objective.name} with gamma kappa = {objective.gamma * objective.kappa:g} "
+            f"and alpha = {objective.alpha:g}"
+        )
+    if not objective.needs_teacher:
+        teacher_out = None
+    halves = (*objective.generated, *objective.real)
+    return fake_out, x, x_t, coef, noise, teacher_out, endpoint, noise_rows, n_real, *halves
+
+
+def _is_mean(reduction: str) -> bool:
+    if reduction not in ("mean", "none"):
+        raise UserError(f"reduction must be 'mean' or 'none', not {reduction!r}")
+    return reduction == "mean"
+
+
+def _wants(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _refuse_gradients(call: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if _wants(tensor):
+            raise UserError(f"{call} gives no gradient in {name}: pass {name}.detach()")
+
+
+def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
+    """Refuse tensors that one pass cannot run over; ``noise_rows`` with its default filled in. Reads metadata only."""
+    if x.dim() == 0:
+        raise UserError("x must have a batch dimension, got a scalar")
+    # Under autocast the losses' inputs are cast to float32 on their way into the operator.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.dtype not in _DTYPES:
+        raise UserError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    rows = x.shape[0]
+    noise_rows = rows if noise_rows is None else noise_rows
+    if not (0 < noise_rows <= rows or rows == noise_rows == 0):
+        raise UserError(f"noise_rows must lie between 1 and the number of rows {rows}, got {noise_rows}")
+    _check_layout("x", x)
+
+    for name, tensor in others.items():
+        if tensor is not None:
+            _check_like(name, tensor, x, x.shape, autocast)
+    if noises.is_key(noise):
+        noises.check_key(noise, x.device, "noise")
+    else:
+        _check_like("noise", noise, x, torch.Size((noise_rows, *x.shape[1:])), autocast)
+        _refuse_gradients("a fused call", noise=noise)
+
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if coef.shape != (rows, 9):
+        raise UserError(f"coef must have shape ({rows}, 9), one row a sample of x, not {tuple(coef.shape)}")
+    if coef.dtype != wanted or coef.device != x.device or not coef.is_contiguous():
+        raise UserError(
+            f"coef must be contiguous {wanted} on {x.device} for {x.dtype} samples, not {coef.dtype} on {coef.device}"
+        )
+    _refuse_gradients("a fused call", coef=coef)
+    return noise_rows
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocast: bool) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"{name} must have shape {tuple(shape)} to go with x, not {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype and not (autocast and tensor.is_floating_point()):
+        raise UserError(f"{name} must have x's dtype {x.dtype}, not {tensor.dtype}")
+    if tensor.device != x.device:
+        raise UserError(f"{name} must be on x's device {x.device}, not {tensor.device}")
+    if tensor.is_contiguous() and x.is_contiguous():
+        return
+    if not (ops.is_channels_last(tensor) and ops.is_channels_last(x)):
+        _check_layout(name, tensor)
+        raise UserError(
+            f"{name} and x must share one memory layout, contiguous or channels_last: strides are {tensor.stride()} and "
+            f"{x.stride()}"
+        )
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if not (tensor.is_contiguous() or ops.is_channels_last(tensor)):
+        raise UserError(
+            f"{name} must be contiguous or channels_last, its strides are {tensor.stride()}: call .contiguous() first"
+        )

@@ -1,0 +1,73 @@
+"""A counter-based stream of normals that every backend can regenerate, so that noise need not be stored.
+
+``philox.py`` has the arithmetic and its source.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import UserError
+
+
+class NoiseStream:
+    """The source of noise keys: a seed and an offset in a device tensor, advanced on the device.
+
+    A key is an int64 tensor ``(seed, offset)`` of shape ``(2,)``; pass it as the ``noise`` of a fused call. Since the
+    state lives on the device, a replayed CUDA graph that contains :meth:`next_key` draws fresh noise every time.
+
+    Args:
+        seed: any integer in ``[0, 2^63)``. Streams with different seeds are independent.
+        device: where the keys live; the device of the tensors they are used with.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"seed must be an integer in [0, 2^63), not {seed!r}")
+        self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+
+    def next_key(self) -> Tensor:
+        """A key that no earlier call returned, as an int64 tensor of shape ``(2,)``."""
+        key = self.state.clone()
+        self.state[1] += 1
+        return key
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state.copy_(state["state"])
+
+
+def is_key(noise: Tensor) -> bool:
+    """Whether a ``noise`` argument is a key of a stream rather than the noise itself."""
+    return not noise.is_floating_point()
+
+
+def check_key(key: Tensor, device: torch.device, name: str = "key") -> None:
+    """Refuse what is not an int64 ``(seed, offset)`` on ``device``."""
+    if key.dtype != torch.int64 or key.shape != (2,):
+        raise UserError(
+            f"{name} must be a key from NoiseStream.next_key(), an int64 tensor of shape (2,), not {key.dtype} of shape "
+            f"{tuple(key.shape)}"
+        )
+    if key.device != device:
+        raise UserError(f"{name} is on {key.device}, the tensors it belongs to are on {device}")
+
+
+def normal(key: Tensor, like: Tensor) -> Tensor:
+    """The standard normals that a fused call draws for ``key`` where its ``x`` is shaped like ``like``.
+
+    Args:
+        key: int64 ``(seed, offset)``, shape ``(2,)``.
+        like: ``(R, ...)``, dense; gives shape, dtype, device and memory layout.
+
+    Returns:
+        Normals like ``like``; element ``i`` in memory order is the stream's ``i``-th.
+    """
+    check_key(key, like.device)
+    return ops.current(like.device).normal_like(key, like, like.shape[0] if like.dim() else 0)

@@ -1,0 +1,148 @@
+"""Inverse-distillation objectives as a few scalars: which numbers the fused losses are called with.
+
+With teacher prediction ``f*``, fake prediction ``f``, conditional target ``tgt`` and time weight ``w``, an objective's
+``alpha, beta, gamma, Q, kappa`` enter two losses (sums over the non-batch dimensions, mean over the generated rows)::
+
+    fake       l = w (A ||f||^2 - 2 <f, B tgt + D f*> + C ||tgt||^2)
+    generator  l = w (-Q kappa^2 ||f* - f||^2 + 2 kappa <f* - f, alpha f* - beta tgt>)
+
+The fake model's generated rows use ``A = gamma kappa^2, B = kappa beta, D = kappa (gamma kappa - alpha),
+C = beta^2 / alpha``; its real rows the same with ``1 - gamma, 1 - beta, 1 - alpha`` in place of ``gamma, beta, alpha``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .errors import UserError
+
+
+class FakeRow(NamedTuple):
+    """The fake loss' four scalars for one half of the batch."""
+
+    A: float
+    B: float
+    D: float
+    C: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the preset table. Build it through a preset such as :func:`RealUID`."""
+
+    name: str
+    alpha: float
+    beta: float
+    gamma: float
+    Q: float
+    kappa: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("alpha", "beta", "gamma", "Q", "kappa"):
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise UserError(f"{field} must be a finite number, not {value!r}")
+            # Kernels take doubles; an int that slipped in would change the op's schema match.
+            object.__setattr__(self, field, float(value))
+        if not 0 < self.alpha <= 1:
+            raise UserError(
+                f"alpha must lie in (0, 1], got {self.alpha:g}: generated data has weight alpha, real data 1 - alpha"
+            )
+        if self.beta <= 0:
+            raise UserError(f"beta must be positive, got {self.beta:g}")
+        if not 0 < self.gamma <= 1:
+            raise UserError(
+                f"gamma must lie in (0, 1], got {self.gamma:g}: outside it the fake model's loss is unbounded below"
+            )
+        if self.kappa == 0:
+            raise UserError("kappa must not be 0: the fake model would have no influence")
+        if self.alpha == 1 and self.beta != 1:
+            raise UserError(
+                f"alpha = 1 requires beta = 1, got beta = {self.beta:g}: real data would have no quadratic term and the "
+                "fake model's loss would be unbounded below"
+            )
+        if self.gamma == 1 and (self.alpha != 1 or self.beta != 1):
+            raise UserError(
+                f"gamma = 1 requires alpha = beta = 1, got alpha = {self.alpha:g}, beta = {self.beta:g}: real data would "
+                "have no quadratic term and the fake model's loss would be unbounded below"
+            )
+        if self.alpha < 1 and math.isclose(self.alpha, self.beta, rel_tol=1e-12):
+            warnings.warn(
+                f"beta / alpha = 1 with alpha = {self.alpha:g}: real data carries no signal to the generator, this is "
+                "data-free UID at a higher cost",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    @property
+    def generated(self) -> FakeRow:
+        """The fake loss' scalars for generated rows."""
+        return _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
+
+    @property
+    def real(self) -> FakeRow:
+        """The fake loss' scalars for real rows; all zero when real data plays no part."""
+        if not self.needs_real:
+            return FakeRow(0.0, 0.0, 0.0, 0.0)
+        return _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
+
+    @property
+    def needs_real(self) -> bool:
+        """Whether the fake turn wants real rows."""
+        return self.alpha < 1
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the fake turn wants the teacher's output (``D != 0`` in some half)."""
+        return self.generated.D != 0 or self.real.D != 0
+
+
+def _fake_row(alpha: float, beta: float, gamma: float, kappa: float) -> FakeRow:
+    d = kappa * (gamma * kappa - alpha)
+    # (1 - gamma) - (1 - alpha) rounds to about 1e-17 where it is zero in exact arithmetic; a teacher pass hangs on it.
+    d = 0.0 if abs(d) < 1e-12 else d
+    return FakeRow(A=gamma * kappa**2, B=kappa * beta, D=d, C=beta**2 / alpha)
+
+
+def UID() -> Objective:
+    """Universal inverse distillation without data: ``alpha = beta = gamma = Q = kappa = 1``.
+
+    The generator minimises ``max_f ||f* - tgt||^2 - ||f - tgt||^2``, which at the inner optimum is the expected squared
+    distance between the teacher's and the generator's own field. Source: RealUID paper, the UID loss; for flow matching
+    it is FGM (Huang et al., 2410.19310) with both weights 1, for diffusion SiD (Zhou et al., 2404.04057) at 1/2.
+    """
+    return Objective("UID", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0)
+
+
+def RealUID(alpha: float, beta: float) -> Objective:
+    """UID with real data: generated rows weigh ``alpha``, real rows ``1 - alpha``, targets ``beta`` and ``1 - beta``.
+
+    ``gamma = Q = alpha, kappa = 1``; the losses are ``alpha ||f* - (beta/alpha) tgt||^2 - alpha ||f - (beta/alpha)
+    tgt||^2`` on generated rows and the like with ``1 - alpha, 1 - beta`` on real rows of the fake turn. The teacher is
+    not evaluated in the fake turn. Source: RealUID paper, the real-data loss; published choices are ``(0.92, 0.94)``,
+    ``(0.98, 0.96)`` and ``(0.90, 0.88)``.
+
+    Raises:
+        UserError: ``alpha`` outside ``(0, 1]``, ``beta <= 0``, or ``alpha = 1`` with another ``beta``.
+    """
+    return Objective("RealUID", alpha=alpha, beta=beta, gamma=alpha, Q=alpha)
+
+
+def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) -> Objective:
+    """RealUID with the quadratic weight ``gamma`` apart from ``alpha``, in the delta parameterisation ``kappa``.
+
+    ``kappa`` is ``1`` or ``beta``; at the inner optimum ``f = f* - delta / kappa`` with ``delta = [(alpha p_g + (beta -
+    alpha) p_d) f_d - beta p_g f_g] / (gamma p_g + (1 - gamma) p_d)``, where ``f_d, f_g`` and ``p_d, p_g`` are the data's
+    and the generator's fields and densities at ``x_t``. The fake turn evaluates the teacher unless ``gamma kappa =
+    alpha`` on both halves. Source: RealUID paper, the general real-data loss.
+
+    Raises:
+        UserError: as :func:`RealUID`; ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other ``alpha`` or ``beta``, or a
+            ``kappa`` that is neither ``1`` nor ``beta``.
+    """
+    if kappa not in (1, beta):
+        raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
+    return Objective("General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa)

@@ -1,0 +1,184 @@
+"""The operators: schema, shapes and autograd, defined once; implementations are registered per device elsewhere.
+
+The library ``realuid_fast`` dispatches on the tensors' device and falls back on the plain torch reference. The library
+``realuid_fast_reference`` has the same operators with the reference alone, which is what the backend override
+``"torch"`` selects.
+
+Each loss operator returns its loss, the rows' losses and the gradients of its inputs, all from one pass; the autograd
+formula only hands the gradients on, scaled by the incoming one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+
+SCHEMAS = (
+    "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
+    "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
+    "interpolate_grads(Tensor grad, Tensor coef, bool want_x, bool want_endpoint) -> (Tensor, Tensor)",
+    "matching(Tensor out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows, "
+    "bool mean, bool want_out) -> (Tensor loss, Tensor rows, Tensor g_out)",
+    "fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? teacher_out, Tensor? endpoint, "
+    "int noise_rows, int n_real, float a_gen, float b_gen, float d_gen, float c_gen, float a_real, float b_real, "
+    "float d_real, float c_real, bool mean, bool want_fake) -> (Tensor loss, Tensor rows, Tensor g_fake)",
+    "generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, "
+    "Tensor? endpoint, float alpha, float beta, float q, float kappa, bool mean, bool want_teacher, bool want_fake, "
+    "bool want_x, bool want_x_t) -> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, "
+    "Tensor g_x_t)",
+    "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
+)
+
+
+def current(device: torch.device) -> Any:
+    """The operator namespace that the backend in force selects for tensors on ``device``."""
+    reference_only = backends.select(device) == "torch"
+    return torch.ops.realuid_fast_reference if reference_only else torch.ops.realuid_fast
+
+
+def _losses_like(x: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
+    return coef.new_empty(()), coef.new_empty(x.shape[0])
+
+
+def _like_if(wanted: bool, like: Tensor) -> Tensor:
+    return torch.empty_like(like) if wanted else like.new_empty(0)
+
+
+def _fake_normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _fake_interpolate(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_interpolate_grads(
+    grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool
+) -> tuple[Tensor, ...]:
+    return _like_if(want_x, grad), _like_if(want_endpoint, grad)
+
+
+def _fake_matching(
+    out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return *_losses_like(x, coef), _like_if(rest[-1], out)
+
+
+_fake_fake = _fake_matching
+
+
+def _fake_generator(
+    teacher_out: Tensor, fake_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    grads = (_like_if(want, x) for want in rest[-4:])
+    return *_losses_like(x, coef), *grads
+
+
+def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
+    return None
+
+
+def _refuse_second_derivative(grad: Tensor, call: str) -> None:
+    # A traced backward runs in grad mode too, so only plain tensors tell that create_graph was asked for.
+    if type(grad) is Tensor and torch.is_grad_enabled():
+        raise RuntimeError(f"{call} has no second derivative: call backward without create_graph=True")
+
+
+def _hand_on(namespace: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor | None]:
+    """The saved gradients times the incoming one; ``None`` for those that were not computed."""
+    wanted = [grad for grad in grads if grad.numel()]
+    if type(scale) is not Tensor:
+        # Being traced: plain arithmetic, for the compiler to fuse with what follows.
+        wanted = [
+            (grad * (scale if scale.dim() == 0 else scale.view(-1, *[1] * (grad.dim() - 1)))).to(grad.dtype)
+            for grad in wanted
+        ]
+    else:
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            # A second backward will come for the same gradients, so this one must not scale them in place.
+            wanted = [grad.clone() for grad in wanted]
+        namespace.scale_grads_(wanted, scale)
+    scaled = iter(wanted)
+    return [next(scaled) if grad.numel() else None for grad in grads]
+
+
+def _loss_autograd(
+    call: str, positions: Sequence[int], n_inputs: int, mean_at: int
+) -> tuple[Callable, Callable]:
+    """Autograd of a loss operator whose gradients belong to the inputs at ``positions``."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        loss, rows, *grads = output
+        ctx.mean = inputs[mean_at]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rows if ctx.mean else loss, *grads)
+        ctx.save_for_backward(*grads)
+
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
+        scale = incoming[0 if ctx.mean else 1]
+        result: list[Any] = [None] * n_inputs
+        if scale is not None:
+            _refuse_second_derivative(scale, call)
+            handed = _hand_on(torch.ops.realuid_fast, ctx.saved_tensors, scale)
+            for position, grad in zip(positions, handed, strict=True):
+                result[position] = grad
+        return tuple(result)
+
+    return setup_context, backward
+
+
+def _interpolate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _interpolate_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    _refuse_second_derivative(grad, "interpolate")
+    want_x, _, _, want_endpoint, _ = ctx.needs_input_grad
+    (coef,) = ctx.saved_tensors
+    # Whatever consumed x_t may hand back a gradient in another layout; the operator takes dense rows.
+    g_x, g_y = torch.ops.realuid_fast.interpolate_grads(_dense(grad), coef, want_x, want_endpoint)
+    return g_x if want_x else None, None, None, g_y if want_endpoint else None, None
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.is_contiguous() or is_channels_last(grad) else grad.contiguous()
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a batch of images or volumes is stored channels_last."""
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _define(name: str) -> torch.library.Library:
+    library = torch.library.Library(name, "DEF")
+    for schema in SCHEMAS:
+        op = schema[: schema.index("(")]
+        library.define(schema)
+        library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{name}::{op}", globals()[f"_fake_{op}"], lib=library)
+    for op, call, positions, n_inputs, mean_at in (
+        ("matching", "matching_loss", (0,), 9, 7),
+        ("fake", "fake_loss", (0,), 19, 17),
+        ("generator", "generator_loss", (0, 1, 2, 3), 16, 11),
+    ):
+        setup, backward = _loss_autograd(call, positions, n_inputs, mean_at)
+        torch.library.register_autograd(f"{name}::{op}", backward, setup_context=setup, lib=library)
+        # Losses run in float32 under autocast, as torch's own do.
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"{name}::{op}", device, torch.float32, lib=library)
+    torch.library.register_autograd(
+        f"{name}::interpolate", _interpolate_backward, setup_context=_interpolate_setup, lib=library
+    )
+    return library
+
+
+# The libraries live as long as these names do.
+_LIBRARIES = (_define("realuid_fast"), _define("realuid_fast_reference"))
+backends.load()

@@ -1,0 +1,202 @@
+"""The fused calls in plain torch: the readable reference, and what runs where no faster backend is registered.
+
+One function an op, same arguments as its schema in ``ops.py``. Arithmetic in float32, in float64 for float64 storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .philox import normals
+
+
+def normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
+    rows = like.shape[0] if like.dim() else 0
+    if like.numel() == 0:
+        return torch.empty_like(like)
+    row = like.numel() // rows
+    flat = normals(key, noise_rows * row, torch.promote_types(like.dtype, torch.float32)).view(
+        noise_rows, row
+    )
+    flat = flat.repeat(-(-rows // noise_rows), 1)[:rows]
+    # Memory order: the flat stream is laid under the tensor's own strides.
+    return flat.reshape(-1).as_strided(like.shape, like.stride()).to(like.dtype)
+
+
+def interpolate(x: Tensor, coef: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
+    c = _Columns(coef, x)
+    mixed = c.a * _up(x) + c.c * _noise_for(x, noise, noise_rows)
+    if endpoint is not None:
+        mixed = mixed + c.b * _up(endpoint)
+    return _like(mixed, x)
+
+
+def interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, Tensor]:
+    c = _Columns(coef, grad)
+    return _if(want_x, lambda: c.a * _up(grad), grad), _if(want_endpoint, lambda: c.b * _up(grad), grad)
+
+
+def matching(
+    out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    noise_rows: int,
+    mean: bool,
+    want_out: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    c = _Columns(coef, x)
+    tgt = _target(c, x, noise, endpoint, noise_rows)
+    gap = _prediction(c, out, x_t) - tgt
+    rows = _row_sums(c.w * gap * gap)
+    scale = _scale(mean, x.shape[0])
+    return (
+        _mean(rows, x.shape[0], coef.dtype),
+        rows.to(coef.dtype),
+        _if(want_out, lambda: scale * c.k_out * 2 * c.w * gap, out),
+    )
+
+
+def fake(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    teacher_out: Tensor | None,
+    endpoint: Tensor | None,
+    noise_rows: int,
+    n_real: int,
+    a_gen: float,
+    b_gen: float,
+    d_gen: float,
+    c_gen: float,
+    a_real: float,
+    b_real: float,
+    d_real: float,
+    c_real: float,
+    mean: bool,
+    want_fake: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    c = _Columns(coef, x)
+    n_gen = x.shape[0] - n_real
+    halves = torch.tensor([[a_gen, b_gen, d_gen, c_gen], [a_real, b_real, d_real, c_real]], dtype=c.a.dtype)
+    half = (torch.arange(x.shape[0]) >= n_gen).long()
+    A, B, D, C = (column.view(c.a.shape) for column in halves[half].to(x.device).unbind(1))
+
+    tgt = _target(c, x, noise, endpoint, noise_rows)
+    f = _prediction(c, fake_out, x_t)
+    linear = B * tgt
+    if teacher_out is not None:
+        # A zero weight must silence the teacher whatever it holds, as in a kernel that never reads it.
+        linear = linear + torch.where(D != 0, D * _prediction(c, teacher_out, x_t), torch.zeros_like(f))
+    rows = _row_sums(c.w * (f * (A * f - 2 * linear) + C * tgt * tgt))
+    scale = _scale(mean, n_gen)
+    grad = _if(want_fake, lambda: scale * c.k_out * 2 * c.w * (A * f - linear), fake_out)
+    return _mean(rows, n_gen, coef.dtype), rows.to(coef.dtype), grad
+
+
+def generator(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    alpha: float,
+    beta: float,
+    q: float,
+    kappa: float,
+    mean: bool,
+    want_teacher: bool,
+    want_fake: bool,
+    want_x: bool,
+    want_x_t: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    c = _Columns(coef, x)
+    tgt = _target(c, x, noise, endpoint, x.shape[0])
+    teacher = _prediction(c, teacher_out, x_t)
+    # The difference of the raw outputs first: x_t cancels, and nothing is lost where fake is near teacher.
+    delta = c.k_out * (_up(teacher_out) - _up(fake_out))
+    r = alpha * teacher - beta * tgt
+    rows = _row_sums(c.w * (delta * (2 * kappa * r - q * kappa**2 * delta)))
+
+    scale = _scale(mean, x.shape[0])
+    d_fake = c.w * (2 * q * kappa**2 * delta - 2 * kappa * r)
+    d_both = 2 * alpha * kappa * c.w * delta  # the gradients in f* and f add up to this
+    d_tgt = -2 * beta * kappa * c.w * delta
+    return (
+        _mean(rows, x.shape[0], coef.dtype),
+        rows.to(coef.dtype),
+        _if(want_teacher, lambda: scale * c.k_out * (d_both - d_fake), teacher_out),
+        _if(want_fake, lambda: scale * c.k_out * d_fake, fake_out),
+        _if(want_x, lambda: scale * c.p * d_tgt, x),
+        _if(want_x_t, lambda: scale * c.k_x * d_both, x),
+    )
+
+
+def scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
+    for grad in grads:
+        if grad.numel():
+            grad.mul_(scale if scale.numel() == 1 else scale.view(-1, *[1] * (grad.dim() - 1)))
+
+
+class _Columns:
+    """The nine coefficients, each shaped ``(R, 1, ...)`` to broadcast over a batch like ``x``."""
+
+    def __init__(self, coef: Tensor, x: Tensor) -> None:
+        columns = (column.view(-1, *[1] * (x.dim() - 1)) for column in coef.unbind(1))
+        self.a, self.b, self.c, self.p, self.q, self.s, self.k_out, self.k_x, self.w = columns
+
+
+def _up(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(value)
+
+
+def _if(wanted: bool, value: Callable[[], Tensor], like: Tensor) -> Tensor:
+    return _like(value(), like) if wanted else like.new_empty(0)
+
+
+def _noise_for(x: Tensor, noise: Tensor, noise_rows: int) -> Tensor:
+    if not noise.is_floating_point():
+        like = x if x.dtype in (torch.float32, torch.float64) else torch.empty_like(x, dtype=torch.float32)
+        return normal_like(noise, like, noise_rows)
+    rows = x.shape[0]
+    repeats = -(-rows // max(noise_rows, 1))
+    return _up(noise[:noise_rows].repeat(repeats, *[1] * (x.dim() - 1))[:rows])
+
+
+def _target(c: _Columns, x: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
+    tgt = c.p * _up(x) + c.s * _noise_for(x, noise, noise_rows)
+    return tgt if endpoint is None else tgt + c.q * _up(endpoint)
+
+
+def _prediction(c: _Columns, out: Tensor, x_t: Tensor | None) -> Tensor:
+    f = c.k_out * _up(out)
+    return f if x_t is None else f + torch.where(c.k_x != 0, c.k_x * _up(x_t), torch.zeros_like(f))
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    return (
+        values.reshape(values.shape[0], -1).sum(1, dtype=torch.float64)
+        if values.numel()
+        else values.new_zeros(values.shape[0], dtype=torch.float64)
+    )
+
+
+def _mean(rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    return (rows.sum() / max(count, 1)).to(dtype)
+
+
+def _scale(mean: bool, count: int) -> float:
+    return 1.0 / max(count, 1) if mean else 1.0
