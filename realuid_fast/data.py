@@ -1,0 +1,313 @@
+"""Data sets held in memory: handwritten digits, 2-D mixtures, image folders and CIFAR-10's binary files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+)
+CIFAR_RECORD = 3073  # one label byte, then 3 x 32 x 32 pixels, channel by channel
+
+
+@dataclass
+class Dataset:
+    """Training and held-out samples of one data set.
+
+    ``train`` and ``heldout`` are ``(N, ...)`` tensors, stored as uint8 (images whose pixels are bytes) or
+    float32; :meth:`sample` and :meth:`batches` always hand out float32, images in ``[-1, 1]``.  Labels are
+    ``(N,)`` int64 or ``None``.  ``preprocessing`` says in words how a stored sample was made from the
+    source; it goes into checkpoints.
+    """
+
+    name: str
+    train: Tensor
+    heldout: Tensor
+    train_labels: Tensor | None = None
+    heldout_labels: Tensor | None = None
+    preprocessing: str = "none"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, ``(C, H, W)`` or ``(2,)``."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, 0 where the samples carry no label."""
+        return 0 if self.train_labels is None else int(self.train_labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def pixels(self, split: str = "train") -> Tensor:
+        """All samples of ``"train"`` or ``"heldout"`` as float32; raises for another split."""
+        if split not in ("train", "heldout"):
+            raise UserError(f"split must be 'train' or 'heldout', got {split!r}")
+        return to_float(self.train if split == "train" else self.heldout)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Draw ``n`` distinct training samples: float32 ``(n, ...)`` and their labels ``(n,)`` or ``None``.
+
+        One ``generator`` state gives one draw, so that runs repeat.  Raises when ``n`` exceeds the training
+        set.
+        """
+        self._check_batch(n)
+        index = torch.randperm(len(self.train), generator=generator)[:n]
+        return self._take(index)
+
+    def batches(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Endless stream of batches of ``n``: each pass visits a fresh shuffle, its last partial batch
+        left out.
+        """
+        self._check_batch(n)
+
+        def stream() -> Iterator[tuple[Tensor, Tensor | None]]:
+            while True:
+                order = torch.randperm(len(self.train), generator=generator)
+                for start in range(0, len(order) - n + 1, n):
+                    yield self._take(order[start : start + n])
+
+        return stream()
+
+    def _take(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        labels = None if self.train_labels is None else self.train_labels[index]
+        return to_float(self.train[index]), labels
+
+    def _check_batch(self, n: int) -> None:
+        if n < 1:
+            raise UserError(f"batch must be at least 1, got {n}")
+        if n > len(self.train):
+            raise UserError(
+                f"batch {n} is larger than data set '{self.name}', which has {len(self.train)} samples"
+            )
+
+
+def to_float(samples: Tensor) -> Tensor:
+    """Stored samples as float32: bytes ``u`` become ``u / 127.5 - 1``, floats stay as they are."""
+    return samples.float().div_(127.5).sub_(1.0) if samples.dtype == torch.uint8 else samples.float()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in ``[-1, 1]`` as uint8, rounded and clipped: the inverse of :func:`to_float` on bytes."""
+    return images.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load(config: str | Mapping[str, Any]) -> Dataset:
+    """Data set of a name (``"digits"``, ``"moons"``) or of a mapping with ``name`` and its loader's
+    arguments.
+
+    ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "cifar10", "path":
+    ...}`` the binary files.  Raises :class:`UserError` for an unknown name, an argument its loader does not
+    take, or bad files.
+    """
+    settings = {"name": config} if isinstance(config, str) else dict(config)
+    name = settings.pop("name", None)
+    if name not in LOADERS:
+        raise UserError(f"data set name must be one of {', '.join(LOADERS)}; got {name!r}")
+    try:
+        dataset = LOADERS[name](**settings)
+    except TypeError as error:
+        raise UserError(f"data set '{name}' was given an argument it cannot use: {error}") from None
+    dataset.config = {"name": name, **settings}
+    return dataset
+
+
+def digits() -> Dataset:
+    """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 pixels of 17 grey levels.
+
+    Scaling ``x = pixel / 8 - 1``.  Split: within each class, in the data set's order, every fourth image
+    (the 4th, 8th, ...) is held out, which makes 1,352 training and 445 held-out images, alike in class and
+    writer. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    images = torch.from_numpy(np.asarray(source.images, dtype=np.float32)).unsqueeze(1).div_(8.0).sub_(1.0)
+    labels = torch.from_numpy(np.asarray(source.target, dtype=np.int64))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        held[(labels == label).nonzero().flatten()[3::4]] = True
+    return Dataset(
+        "digits",
+        images[~held],
+        images[held],
+        labels[~held],
+        labels[held],
+        preprocessing="pixel / 8 - 1, 8x8 grey; every fourth image of a class held out",
+    )
+
+
+def eight_gaussians(
+    n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, radius: float = 2.0, scale: float = 0.1
+) -> Dataset:
+    """Eight Gaussians of standard deviation ``scale`` evenly spaced on a circle of ``radius``; points
+    ``(N, 2)``.
+    """
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        label = torch.randint(8, (count,), generator=generator)
+        angle = label * (math.pi / 4)
+        centre = torch.stack([angle.cos(), angle.sin()], dim=1) * radius
+        return centre + scale * torch.randn(count, 2, generator=generator), label
+
+    return _mixture("eight_gaussians", draw, n, n_heldout, seed)
+
+
+def moons(n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, scale: float = 0.05) -> Dataset:
+    """Two interleaved half circles of radius 1 with Gaussian noise of standard deviation ``scale``,
+    centred; ``(N, 2)``.
+    """
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        label = torch.randint(2, (count,), generator=generator)
+        angle = math.pi * torch.rand(count, generator=generator)
+        side = 1.0 - 2.0 * label
+        # The upper half circle around (-1/2, -1/4) and the lower one around (1/2, 1/4).
+        point = torch.stack([side * angle.cos() - 0.5 * side, side * angle.sin() - 0.25 * side], dim=1)
+        return point + scale * torch.randn(count, 2, generator=generator), label
+
+    return _mixture("moons", draw, n, n_heldout, seed)
+
+
+def checkerboard(n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, cells: int = 4) -> Dataset:
+    """Uniform on the dark squares of a ``cells x cells`` board that covers ``[-2, 2]^2``; points ``(N,
+    2)``.
+    """
+    if cells < 2:
+        raise UserError(f"cells must be at least 2, got {cells}")
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        dark = torch.tensor([(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0])
+        label = torch.randint(len(dark), (count,), generator=generator)
+        point = dark[label] + torch.rand(count, 2, generator=generator)
+        return point * (4.0 / cells) - 2.0, label
+
+    return _mixture("checkerboard", draw, n, n_heldout, seed)
+
+
+def _mixture(
+    name: str,
+    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    n: int,
+    n_heldout: int,
+    seed: int,
+) -> Dataset:
+    if min(n, n_heldout) < 1:
+        raise UserError(f"n and n_heldout must be at least 1, got {n} and {n_heldout}")
+    # One generator a split, so that the size of one leaves the other's points alone.
+    train, train_labels = draw(n, torch.Generator().manual_seed(2 * seed))
+    heldout, heldout_labels = draw(n_heldout, torch.Generator().manual_seed(2 * seed + 1))
+    return Dataset(name, train, heldout, train_labels, heldout_labels)
+
+
+def folder(
+    path: str | Path,
+    size: int = 32,
+    channels: int = 3,
+    heldout_every: int = 10,
+    limit: int | None = None,
+) -> Dataset:
+    """All images under ``path`` (any sizes, searched recursively), as uint8 ``(N, channels, size, size)``.
+
+    Each image is scaled so that its shorter side is ``size`` (Lanczos) and cut to the central square.  In
+    the order of their paths every ``heldout_every``-th image is held out; with one image or
+    ``heldout_every=0`` the held-out split is the training split.  Raises for a missing path, a folder
+    without images, or a file that is no readable image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"path: there is no folder {root}")
+    if size < 1 or channels not in (1, 3):
+        raise UserError(f"size must be positive and channels 1 or 3, got size {size} and channels {channels}")
+    if heldout_every < 0 or heldout_every == 1:
+        raise UserError(f"heldout_every must be 0 (nothing held out) or at least 2, got {heldout_every}")
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())[:limit]
+    if not files:
+        raise UserError(f"path: the folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
+    for i, file in enumerate(files):
+        try:
+            with Image.open(file) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+                pixels = np.array(picture).reshape(size, size, channels)
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"path: {file} cannot be read as an image ({error})") from None
+        images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+    held = torch.zeros(len(files), dtype=torch.bool)
+    if heldout_every:
+        held[heldout_every - 1 :: heldout_every] = True
+    train, heldout = images[~held], images[held]
+    return Dataset(
+        "folder",
+        train,
+        heldout if len(heldout) else train,
+        preprocessing=f"shorter side to {size}, central square, {channels} channel(s), byte / 127.5 - 1",
+    )
+
+
+def cifar10(path: str | Path) -> Dataset:
+    """CIFAR-10 from its binary files in ``path``: uint8 ``(50000, 3, 32, 32)`` and the test batch held out.
+
+    ``path`` is the folder with ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, or its
+    parent. Fewer training batches are taken as they are.  Raises for missing files, truncated ones and
+    impossible labels. Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"path: there is no folder {root}")
+    if not (root / "test_batch.bin").is_file():
+        root = root / "cifar-10-batches-bin"
+    batches = [root / f"data_batch_{i}.bin" for i in range(1, 6)]
+    batches = [file for file in batches if file.is_file()]
+    if not batches or not (root / "test_batch.bin").is_file():
+        raise UserError(f"path: {path} holds no CIFAR-10 binary files (data_batch_1.bin ... test_batch.bin)")
+    parts = [_cifar_records(file) for file in batches]
+    heldout, heldout_labels = _cifar_records(root / "test_batch.bin")
+    return Dataset(
+        "cifar10",
+        torch.cat([images for images, _ in parts]),
+        heldout,
+        torch.cat([labels for _, labels in parts]),
+        heldout_labels,
+        preprocessing="byte / 127.5 - 1, 3x32x32",
+    )
+
+
+def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
+    raw = np.fromfile(file, dtype=np.uint8)
+    if len(raw) == 0 or len(raw) % CIFAR_RECORD:
+        raise UserError(
+            f"path: {file} is truncated: {len(raw)} bytes are no multiple of a record's {CIFAR_RECORD}"
+        )
+    records = torch.from_numpy(raw.reshape(-1, CIFAR_RECORD))
+    labels = records[:, 0].long()
+    if int(labels.max()) > 9:
+        raise UserError(f"path: {file} is no CIFAR-10 file: it has a label {int(labels.max())}")
+    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), labels
+
+
+LOADERS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "eight_gaussians": eight_gaussians,
+    "moons": moons,
+    "checkerboard": checkerboard,
+    "folder": folder,
+    "cifar10": cifar10,
+}

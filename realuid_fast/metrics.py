@@ -1,0 +1,234 @@
+"""Distances between sample sets: Fréchet in a digit classifier's features, sliced Wasserstein, precision
+and recall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import data
+from .errors import UserError
+
+CLASSIFIER_FILE = Path(__file__).parent / "assets" / "digits_classifier.safetensors"
+FEATURES = 64
+
+
+class DigitClassifier(nn.Module):
+    """Three convolutions and two linear layers for ``(N, 1, 8, 8)`` digits in ``[-1, 1]``; its features are
+    the metric's.
+
+    The features are the 64 SiLU activations before the last layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+        self.project = nn.Linear(64 * 4, FEATURES)
+        self.classify = nn.Linear(FEATURES, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features ``(N, 64)`` of images ``(N, 1, 8, 8)``."""
+        h = F.silu(self.conv1(x))
+        h = F.avg_pool2d(F.silu(self.conv2(h)), 2)
+        h = F.avg_pool2d(F.silu(self.conv3(h)), 2)
+        return F.silu(self.project(h.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, 10)``."""
+        return self.classify(self.features(x))
+
+
+def train_classifier(
+    epochs: int = 30, batch: int = 64, lr: float = 1e-3, seed: int = 0
+) -> tuple[DigitClassifier, float]:
+    """Train the classifier on the training digits alone; returns it with its accuracy on the held-out digits.
+
+    AdamW (weight decay 0.01), cosine decay to zero, cross entropy, no augmentation.
+    """
+    digits = data.digits()
+    assert digits.train_labels is not None
+    assert digits.heldout_labels is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DigitClassifier()
+    order = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(digits) // batch)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    stream = digits.batches(batch, order)
+    for _ in range(steps):
+        images, labels = next(stream)
+        assert labels is not None
+        loss = F.cross_entropy(net(images), labels)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    net.eval().requires_grad_(False)
+    accuracy = (net(digits.heldout).argmax(1) == digits.heldout_labels).double().mean().item()
+    return net, accuracy
+
+
+@lru_cache(maxsize=1)
+def digit_classifier() -> DigitClassifier:
+    """The shipped classifier, frozen, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    if not CLASSIFIER_FILE.exists():
+        raise UserError(
+            f"the digit classifier is missing at {CLASSIFIER_FILE}; reinstall, or run its training command"
+        )
+    net = DigitClassifier()
+    net.load_state_dict(load_file(str(CLASSIFIER_FILE)))
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def digit_features(images: Tensor, batch: int = 1000) -> Tensor:
+    """The metric's features ``(N, 64)`` float32 of digits ``(N, 1, 8, 8)``, clipped to ``[-1, 1]`` first."""
+    if images.dim() != 4 or images.shape[1:] != (1, 8, 8):
+        raise UserError(
+            f"images must have shape (N, 1, 8, 8) for the digit classifier, got {tuple(images.shape)}"
+        )
+    net = digit_classifier()
+    parts = images.detach().float().cpu().clamp(-1, 1).split(batch)
+    return torch.cat([net.features(part) for part in parts])
+
+
+def features_of(dataset: data.Dataset, samples: Tensor) -> Tensor:
+    """What distances of a data set are measured on: the classifier's features for digits, else the
+    flattened samples.
+    """
+    return digit_features(samples) if dataset.name == "digits" else samples.detach().float().cpu().flatten(1)
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``(D,)`` and unbiased covariance ``(D, D)`` of features ``(N, D)``, in float64.  Needs ``N >=
+    2``.
+    """
+    if features.dim() != 2 or len(features) < 2:
+        raise UserError(f"features must have shape (N, D) with N >= 2, got {tuple(features.shape)}")
+    values = features.double()
+    mean = values.mean(0)
+    centred = values - mean
+    return mean, centred.T @ centred / (len(values) - 1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Fréchet distance of the Gaussians fitted to features ``a`` (N, D) and ``b`` (M, D), in float64.
+
+    ``||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a^(1/2) C_b C_a^(1/2))^(1/2))``, in squared units of the features
+    (Dowson and Landau, 1982; Heusel et al., 2017, arXiv:1706.08500).  Symmetric matrices are decomposed, so
+    that no complex square root appears.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise UserError(
+            f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    mean_a, cov_a = moments(a)
+    mean_b, cov_b = moments(b)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance of point sets ``a`` (N, ...) and ``b`` (M, ...), in units of the samples.
+
+    ``sqrt(mean_u W_2^2(u.a, u.b))`` over ``projections`` random unit directions ``u`` (Bonneel et al.,
+    2015); sets of different size are compared on the quantiles of the larger one.
+    """
+    a, b = a.detach().double().flatten(1), b.detach().double().flatten(1)
+    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 1:
+        raise UserError(f"a and b must hold samples of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    directions = F.normalize(
+        torch.randn(a.shape[1], projections, generator=generator, dtype=torch.float64), dim=0
+    )
+    levels = (torch.arange(max(len(a), len(b)), dtype=torch.float64) + 0.5) / max(len(a), len(b))
+    gap = _quantiles(a @ directions, levels) - _quantiles(b @ directions, levels)
+    return gap.square().mean().sqrt().item()
+
+
+def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
+    """Empirical quantiles of each column of ``values`` (N, P) at ``levels`` (Q,): the step function's
+    inverse.
+    """
+    index = (levels * len(values)).long().clamp(max=len(values) - 1)
+    return values.sort(dim=0).values[index]
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall of features ``generated`` (M, D) against ``real`` (N, D).
+
+    Precision: share of generated points inside a real point's ball, whose radius reaches that point's
+        ``k``-th
+    neighbour in its own set; recall: the same with the sets exchanged (Kynkäänniemi et al., 2019,
+    arXiv:1904.06991).
+    """
+    if real.dim() != 2 or generated.dim() != 2 or real.shape[1] != generated.shape[1]:
+        raise UserError(
+            f"real and generated must be (N, D) and (M, D), got {tuple(real.shape)}, {tuple(generated.shape)}"
+        )
+    if k < 1 or k >= min(len(real), len(generated)):
+        raise UserError(f"k must be at least 1 and below the number of samples, got {k}")
+    real, generated = real.detach().double(), generated.detach().double()
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def _covered(points: Tensor, support: Tensor, k: int) -> float:
+    # The nearest point of a set to itself is itself, hence k + 1.
+    radii = torch.cat(
+        [torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)]
+    )
+    inside = torch.cat([(torch.cdist(part, support) <= radii).any(dim=1) for part in points.split(1024)])
+    return inside.double().mean().item()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``python -m realuid_fast.metrics train-classifier [--out FILE]``: reproduce the shipped classifier."""
+    from safetensors.torch import save_file
+
+    parser = argparse.ArgumentParser(prog="python -m realuid_fast.metrics", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train-classifier", help="train the digit classifier whose features the metric uses"
+    )
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=Path("digits_classifier.safetensors"),
+        help="file to write (must not exist)",
+    )
+    out: Path = parser.parse_args(argv).out
+    if out.exists():
+        parser.error(f"--out {out} exists already; choose another name")
+    if not out.parent.is_dir():
+        parser.error(f"--out: there is no folder {out.parent}")
+    net, accuracy = train_classifier()
+    description = {
+        "format": 1,
+        "kind": "digit_classifier",
+        "data": "digits",
+        "heldout_accuracy": round(accuracy, 4),
+    }
+    save_file(net.state_dict(), str(out), metadata={"realuid_fast": json.dumps(description)})
+    digits = data.digits()
+    floor = frechet_distance(net.features(digits.train), net.features(digits.heldout))
+    print(f"held-out accuracy {accuracy:.4f}, training digits at distance {floor:.4f}, written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,345 @@
+"""Compact U-Net of the ADM family (Dhariwal and Nichol, 2021, arXiv:2105.05233), called as ``net(t, x,
+y=None)``.
+
+Parameter names and shapes are those of the U-Net that published flow-matching checkpoints use (torchcfm's
+``UNetModelWrapper``), so that their state dicts load as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+# Multipliers by image side, as the published configurations choose them.
+DEFAULT_MULT: dict[int, tuple[float, ...]] = {
+    8: (1, 2),
+    16: (1, 2, 2),
+    28: (1, 2, 2),
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding ``[cos(t w_i), sin(t w_i)]``, ``w_i = max_period^(-i / (width // 2))``: (B,)
+    -> (B, width).
+    """
+    half = width // 2
+    rates = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half)
+    )
+    angle = t.float()[:, None] * rates
+    embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
+    return F.pad(embedding, (0, 1)) if width % 2 else embedding
+
+
+ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation computed in float32 whatever the storage type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 or x.dtype == torch.float64:
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class Blocks(nn.Sequential):
+    """Modules applied in order; residual blocks also get the time embedding."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        for module in self:
+            x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, followed by a 3x3 convolution where ``conv`` is set."""
+
+    def __init__(self, channels: int, conv: bool) -> None:
+        super().__init__()
+        if conv:
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.has_conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x) if self.has_conv else x
+
+
+class Downsample(nn.Module):
+    """Halving by a strided 3x3 convolution, or by averaging where ``conv`` is not set."""
+
+    def __init__(self, channels: int, conv: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block ``skip(x) + conv(norm(conv(norm(x)) + e))`` with the time embedding ``e`` in the middle.
+
+    With ``scale_shift`` the second norm is modulated, ``norm(h) (1 + scale) + shift``, instead of ``h + e``.
+    ``resample`` is ``"up"``, ``"down"`` or ``None``: both branches are resampled before the first
+    convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        embedding: int,
+        out_channels: int,
+        groups: int,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resample: nn.Module | None = None
+        if resample is not None:
+            self.resample = Upsample(channels, False) if resample == "up" else Downsample(channels, False)
+        self.in_layers = nn.Sequential(
+            GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = out_channels == channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        shift = self.emb_layers(embedding).to(h.dtype)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.out_layers[0](h), 1.0 + scale)
+            h = self.out_layers[3](self.out_layers[2](self.out_layers[1](h)))
+        else:
+            h = self.out_layers(h + shift)
+        return self.skip_connection(x) + h
+
+
+class Attention(nn.Module):
+    """Residual self-attention over all positions.
+
+    The projection's channels are ordered head by head, each ``(q, k, v)``; ``split_first`` orders them ``q,
+    k, v`` first and heads inside, as some checkpoints do.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int, split_first: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.split_first = split_first
+        self.norm = GroupNorm(groups, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        # A 1x1 convolution on (B, C, T) is a linear layer on (B, T, C), the order that attention wants.
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias)
+        size = channels // self.heads
+        if self.split_first:
+            qkv = qkv.view(batch, -1, 3, self.heads, size).permute(2, 0, 3, 1, 4)
+        else:
+            qkv = qkv.view(batch, -1, self.heads, 3, size).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        h = h.transpose(1, 2).reshape(batch, -1, channels)
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class UNet(nn.Module):
+    """U-Net on images ``(B, C, H, W)`` and times ``(B,)``, returning ``(B, out_channels, H, W)``.
+
+    Args:
+        dim: ``(C, H, W)`` of the images; ``H`` and ``W`` divisible by ``2 ** (levels - 1)``.
+        num_channels: width of the first level, a multiple of ``norm_groups`` where multiplied.
+        num_res_blocks: residual blocks a level (one more on the way up).
+        channel_mult: width of each level as a multiple of ``num_channels``; by default from the image side.
+        attention_resolutions: sides of the levels with attention (``(16,)`` or ``"16,8"``); the middle
+            follows ``middle_attention``.
+        num_heads, num_head_channels, num_heads_upsample: heads, or channels a head (which wins when not -1).
+        use_scale_shift_norm, resblock_updown, use_new_attention_order, dropout: as in ADM.
+        class_cond, num_classes: label conditioning; then ``y`` of shape ``(B,)`` int64 is required.
+        learn_sigma: twice the output channels.
+        norm_groups: groups of every normalisation (ADM: 32).
+        time_scale: factor on ``t`` before its embedding (1 in the published flow-matching models).
+        middle_attention: attention between the two middle blocks (always there in ADM).
+
+    Raises:
+        UserError: for a shape, width or label that the network cannot take.
+    """
+
+    def __init__(
+        self,
+        dim: Sequence[int],
+        num_channels: int,
+        num_res_blocks: int = 1,
+        channel_mult: Sequence[float] | None = None,
+        attention_resolutions: Sequence[int] | str = (),
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        dropout: float = 0.0,
+        class_cond: bool = False,
+        num_classes: int = 1000,
+        learn_sigma: bool = False,
+        norm_groups: int = 32,
+        time_scale: float = 1.0,
+        middle_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(dim) != 3:
+            raise UserError(f"dim must be (channels, height, width), got {tuple(dim)}")
+        in_channels, height, width = (int(v) for v in dim)
+        side = width
+        if channel_mult is None:
+            if side not in DEFAULT_MULT:
+                raise UserError(f"channel_mult must be given for images of side {side}")
+            channel_mult = DEFAULT_MULT[side]
+        mult = tuple(channel_mult)
+        shrink = 2 ** (len(mult) - 1)
+        if height % shrink or width % shrink:
+            raise UserError(
+                f"dim {tuple(dim)} must be divisible by {shrink} for {len(mult)} levels in channel_mult"
+            )
+        widths = [int(m * num_channels) for m in mult]
+        for value in widths:
+            if value < 1 or value % norm_groups:
+                raise UserError(f"norm_groups {norm_groups} does not divide a level of {value} channels")
+        if isinstance(attention_resolutions, str):
+            attention_resolutions = [int(part) for part in attention_resolutions.split(",") if part.strip()]
+        attend_at = {side // int(r) for r in attention_resolutions}
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+
+        self.dim = (in_channels, height, width)
+        self.num_channels = num_channels
+        self.num_classes = num_classes if class_cond else None
+        self.time_scale = float(time_scale)
+        embedding = 4 * num_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(num_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        if class_cond:
+            self.label_emb = nn.Embedding(num_classes, embedding)
+
+        def res(channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(
+                channels, embedding, out_channels, norm_groups, dropout, use_scale_shift_norm, resample
+            )
+
+        def attention(channels: int, heads: int) -> Attention:
+            if num_head_channels != -1:
+                if channels % num_head_channels:
+                    raise UserError(
+                        f"num_head_channels {num_head_channels} does not divide {channels} channels"
+                    )
+                heads = channels // num_head_channels
+            if channels % heads:
+                raise UserError(f"num_heads {heads} does not divide {channels} channels")
+            return Attention(channels, heads, norm_groups, use_new_attention_order)
+
+        channels = widths[0]
+        self.input_blocks = nn.ModuleList([Blocks(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        shrink = 1
+        for level, out_channels in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res(channels, out_channels)]
+                channels = out_channels
+                if shrink in attend_at:
+                    layers.append(attention(channels, num_heads))
+                self.input_blocks.append(Blocks(*layers))
+                skips.append(channels)
+            if level != len(widths) - 1:
+                down = res(channels, channels, "down") if resblock_updown else Downsample(channels, True)
+                self.input_blocks.append(Blocks(down))
+                skips.append(channels)
+                shrink *= 2
+
+        # Without attention an identity keeps the second block's name, and with it the checkpoint's layout.
+        between = attention(channels, num_heads) if middle_attention else nn.Identity()
+        self.middle_block = Blocks(res(channels, channels), between, res(channels, channels))
+
+        self.output_blocks = nn.ModuleList()
+        for level, out_channels in reversed(list(enumerate(widths))):
+            for i in range(num_res_blocks + 1):
+                layers = [res(channels + skips.pop(), out_channels)]
+                channels = out_channels
+                if shrink in attend_at:
+                    layers.append(attention(channels, heads_up))
+                if level and i == num_res_blocks:
+                    layers.append(
+                        res(channels, channels, "up") if resblock_updown else Upsample(channels, True)
+                    )
+                    shrink //= 2
+                self.output_blocks.append(Blocks(*layers))
+
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.out = nn.Sequential(
+            GroupNorm(norm_groups, channels),
+            nn.SiLU(),
+            _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction for images ``x`` ``(B, C, H, W)`` at times ``t`` ``(B,)`` or ``()``, with labels
+        ``y`` ``(B,)`` if conditional.
+        """
+        if x.dim() != 4 or x.shape[1] != self.dim[0]:
+            raise UserError(f"x must have shape (batch, {self.dim[0]}, height, width), got {tuple(x.shape)}")
+        if (y is None) != (self.num_classes is None):
+            raise UserError("y must be given to a class-conditional network and to no other")
+        t = t.expand(x.shape[0]) if t.dim() == 0 else t
+        if t.shape != x.shape[:1]:
+            raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
+        features = timestep_embedding(t * self.time_scale, self.num_channels)
+        embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
+        if y is not None:
+            embedding = embedding + self.label_emb(y)
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, embedding)
+            skips.append(x)
+        x = self.middle_block(x, embedding)
+        for block in self.output_blocks:
+            x = block(torch.cat([x, skips.pop()], dim=1), embedding)
+        return self.out(x)
+
+
+def _zeroed(layer: ConvT) -> ConvT:
+    """The layer with all parameters zero, so that a fresh residual branch (or output) contributes nothing."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

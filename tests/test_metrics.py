@@ -1,0 +1,158 @@
+"""Metrics against closed forms and independent implementations; the shipped classifier and its command."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from scipy.stats import wasserstein_distance_nd
+
+from realuid_fast import data, metrics
+from realuid_fast.errors import UserError
+
+
+def cloud(n, d, seed, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return (torch.randn(n, d, generator=generator, dtype=torch.float64) @ mix) * scale + shift
+
+
+def test_frechet_distance_matches_the_matrix_square_root():
+    a, b = cloud(300, 6, 0), cloud(200, 6, 1, shift=0.3)
+    cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    gap = (a.mean(0) - b.mean(0)).square().sum().item()
+    expected = gap + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_shifted_and_scaled_sets():
+    a = cloud(100, 4, 2)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert metrics.frechet_distance(a, a + 2.0) == pytest.approx(16, rel=1e-8)
+    # Scaling by s about the mean leaves (1 - s)^2 tr(C).
+    scaled = (a - a.mean(0)) * 3 + a.mean(0)
+    assert metrics.frechet_distance(a, scaled) == pytest.approx(
+        4 * metrics.moments(a)[1].trace().item(), rel=1e-8
+    )
+
+
+def test_frechet_distance_survives_singular_covariances():
+    a = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    distance = metrics.frechet_distance(a, torch.zeros(4, 20))
+    expected = a.double().mean(0).square().sum() + metrics.moments(a)[1].trace()
+    assert distance == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_sliced_wasserstein_in_one_dimension_is_the_sorted_distance():
+    a, b = torch.randn(500, 1), torch.randn(500, 1) + 1
+    expected = (a.sort(0).values - b.sort(0).values).square().mean().sqrt().item()
+    assert metrics.sliced_wasserstein(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_sliced_wasserstein_of_a_shift():
+    """A shift by s has W_2 = |<u, s>| along u, and <u, s>^2 averages to |s|^2 / d."""
+    a = cloud(50, 4, 0)
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0])
+    expected = (shift.square().sum() / 4).sqrt().item()
+    assert metrics.sliced_wasserstein(a, a + shift, projections=4096) == pytest.approx(expected, rel=0.05)
+    assert metrics.sliced_wasserstein(a, a[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
+
+
+def test_sliced_wasserstein_compares_sets_of_different_size():
+    a = cloud(400, 3, 0)
+    assert metrics.sliced_wasserstein(a, a.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
+    far = metrics.sliced_wasserstein(a, a[:100] + 5)
+    assert far == pytest.approx(metrics.sliced_wasserstein(a[:100] + 5, a), rel=1e-12)
+    exact = wasserstein_distance_nd(a[:40].numpy(), (a[:40] + 5).numpy())
+    assert 0.4 * exact < far < exact
+
+
+def test_precision_and_recall_on_separated_and_partial_sets():
+    real = cloud(200, 2, 0)
+    assert metrics.precision_recall(real, real.clone()) == (1.0, 1.0)
+    assert metrics.precision_recall(real, real + 1000) == (0.0, 0.0)
+    two = torch.cat([real, real + 1000])
+    precision, recall = metrics.precision_recall(two, real.clone())
+    assert precision == 1.0
+    assert recall == pytest.approx(0.5)
+
+
+def test_precision_follows_its_definition():
+    real, generated = cloud(60, 3, 0).numpy(), cloud(40, 3, 1).numpy()
+    distance = np.linalg.norm(real[:, None] - real[None], axis=2)
+    radius = np.sort(distance, axis=1)[:, 3]
+    inside = (np.linalg.norm(generated[:, None] - real[None], axis=2) <= radius).any(1)
+    precision, _ = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(generated), k=3)
+    assert precision == pytest.approx(inside.mean())
+
+
+def test_shipped_classifier_recognises_held_out_digits():
+    digits = data.load("digits")
+    logits = metrics.digit_classifier()(digits.heldout)
+    assert (logits.argmax(1) == digits.heldout_labels).float().mean() > 0.96
+
+
+def test_digit_distance_orders_what_it_should():
+    digits = data.load("digits")
+    heldout = metrics.digit_features(digits.heldout)
+
+    def distance(images):
+        return metrics.frechet_distance(metrics.digit_features(images), heldout)
+
+    noise = torch.randn(digits.train.shape, generator=torch.Generator().manual_seed(0))
+    floor, slight, strong = (
+        distance(digits.train),
+        distance(digits.train + 0.3 * noise),
+        distance(digits.train + noise),
+    )
+    assert heldout.shape == (445, 64)
+    assert floor < slight < strong
+    assert floor == pytest.approx(3.0789, rel=1e-3)
+    # One class missing is far from the data although every image is real.
+    assert distance(digits.train[digits.train_labels != 3]) > 5 * floor
+
+
+def test_classifier_command_trains_on_the_training_split(tmp_path, monkeypatch, capsys):
+    train = metrics.train_classifier
+    monkeypatch.setattr(metrics, "train_classifier", lambda: train(epochs=2))
+    out = tmp_path / "classifier.safetensors"
+    assert metrics.main(["train-classifier", "--out", str(out)]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+    monkeypatch.setattr(metrics, "CLASSIFIER_FILE", out)
+    metrics.digit_classifier.cache_clear()
+    try:
+        trained = metrics.digit_classifier()
+        again, accuracy = train(epochs=2)
+    finally:
+        metrics.digit_classifier.cache_clear()
+    assert accuracy > 0.3
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value)
+    with pytest.raises(SystemExit):
+        metrics.main(["train-classifier", "--out", str(out)])
+
+
+def test_features_of_other_data_are_the_samples():
+    moons = data.moons(n=10, n_heldout=10)
+    assert torch.equal(metrics.features_of(moons, moons.train), moons.train)
+
+
+def test_errors_name_the_argument(tmp_path, monkeypatch):
+    points = torch.zeros(10, 2)
+    with pytest.raises(UserError, match="a and b must be"):
+        metrics.frechet_distance(points, torch.zeros(10, 3))
+    with pytest.raises(UserError, match="features must have shape"):
+        metrics.frechet_distance(points, points[:1])
+    with pytest.raises(UserError, match="a and b must hold"):
+        metrics.sliced_wasserstein(points, torch.zeros(10, 3))
+    with pytest.raises(UserError, match="real and generated"):
+        metrics.precision_recall(points, torch.zeros(10, 3))
+    with pytest.raises(UserError, match="k must be"):
+        metrics.precision_recall(points, points, k=10)
+    with pytest.raises(UserError, match="images must have shape"):
+        metrics.digit_features(torch.zeros(2, 3, 8, 8))
+    monkeypatch.setattr(metrics, "CLASSIFIER_FILE", tmp_path / "none.safetensors")
+    metrics.digit_classifier.cache_clear()
+    with pytest.raises(UserError, match="classifier is missing"):
+        metrics.digit_classifier()
+    metrics.digit_classifier.cache_clear()
