@@ -1,0 +1,358 @@
+// The operators on LibTorch's stable ABI: arguments are checked and named here, kernels are dumb. Schemas live in Python.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/fused.h"
+
+namespace {
+
+namespace rf = realuid_fast;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Grads2 = std::tuple<Tensor, Tensor>;
+using Grads3 = std::tuple<Tensor, Tensor, Tensor>;
+using Grads6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;
+// Outputs larger than this leave the caches before anyone reads them: write them past the caches.
+constexpr int64_t STREAM_BYTES = int64_t(1) << 21;
+
+rf::Dtype storage(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return rf::Dtype::float32;
+    case ScalarType::BFloat16:
+      return rf::Dtype::bfloat16;
+    case ScalarType::Half:
+      return rf::Dtype::float16;
+    case ScalarType::Double:
+      return rf::Dtype::float64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+// The memory of `t` holds its elements once and without gaps, samples outermost.
+bool dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dims = t.dim(), numel = t.numel();
+  if (numel == 0) return true;
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < dims; ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return strides[i] < strides[j]; });
+  int64_t expected = 1;
+  for (int64_t d : order) {
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return sizes[0] == 1 || strides[0] * sizes[0] == numel;
+}
+
+// What every tensor of a call is compared with: its main input.
+struct Frame {
+  const Tensor& main;
+  const char* name;
+  rf::Dtype dtype;
+  rf::Shape shape;
+
+  Frame(const Tensor& t, const char* label) : main(t), name(label), dtype(storage(t, label)) {
+    STD_TORCH_CHECK(t.is_cpu(), label, " must be on the CPU");
+    STD_TORCH_CHECK(t.dim() >= 1, label, " must have a batch dimension");
+    STD_TORCH_CHECK(dense(t), label, " must be dense in memory with samples outermost: contiguous or channels_last");
+    shape.rows = t.size(0);
+    shape.dim = shape.rows == 0 ? 0 : t.numel() / shape.rows;
+  }
+
+  int64_t elements() const { return shape.rows * shape.dim; }
+  bool wide() const { return dtype == rf::Dtype::float64; }
+  ScalarType real() const { return wide() ? ScalarType::Double : ScalarType::Float; }
+  int64_t item_size() const { return dtype == rf::Dtype::float32 ? 4 : wide() ? 8 : 2; }
+  bool stream() const { return elements() * item_size() >= STREAM_BYTES; }
+
+  // `rows` >= 0: the other tensor may have that many samples instead.
+  const void* same(const Tensor& t, const char* label, int64_t rows = -1) const {
+    STD_TORCH_CHECK(t.is_cpu(), label, " must be on the CPU like ", name);
+    STD_TORCH_CHECK(t.scalar_type() == main.scalar_type(), label, " must have the dtype of ", name);
+    STD_TORCH_CHECK(t.dim() == main.dim(), label, " must have as many dimensions as ", name);
+    const auto a = t.sizes(), b = main.sizes();
+    const auto sa = t.strides(), sb = main.strides();
+    const bool empty = t.numel() == 0;
+    for (int64_t d = 0; d < main.dim(); ++d) {
+      const int64_t wanted = d == 0 && rows >= 0 ? rows : b[d];
+      STD_TORCH_CHECK(a[d] == wanted, label, " must have size ", wanted, " in dimension ", d, " like ", name, ", got ", a[d]);
+      STD_TORCH_CHECK(empty || a[d] == 1 || b[d] == 1 || sa[d] == sb[d], label, " must have the memory layout of ", name);
+    }
+    return t.const_data_ptr();
+  }
+
+  const void* same(const Optional& t, const char* label) const { return t.has_value() ? same(*t, label) : nullptr; }
+
+  const void* coefficients(const Tensor& coef) const {
+    STD_TORCH_CHECK(coef.is_cpu() && coef.dim() == 2 && coef.size(0) == shape.rows && coef.size(1) == rf::COEFFICIENTS &&
+                        coef.is_contiguous(),
+                    "coef must be a contiguous CPU tensor of shape (", shape.rows, ", ", rf::COEFFICIENTS, ")");
+    STD_TORCH_CHECK(coef.scalar_type() == real(), "coef must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
+    return coef.const_data_ptr();
+  }
+
+  rf::NoiseSource noise(const Tensor& noise, int64_t noise_rows, const char* label = "noise") const {
+    rf::NoiseSource source;
+    STD_TORCH_CHECK(noise_rows > 0 || shape.rows == 0, "noise_rows must be positive, got ", noise_rows);
+    source.rows = std::max<int64_t>(noise_rows, 1);
+    if (noise.scalar_type() == ScalarType::Long) {
+      STD_TORCH_CHECK(noise.is_cpu() && noise.dim() == 1 && noise.size(0) == 2, label,
+                      " as a key must be an int64 CPU tensor of shape (2,)");
+      const auto* words = static_cast<const int64_t*>(noise.const_data_ptr());
+      const int64_t step = noise.stride(0);
+      source.key = {uint64_t(words[0]), uint64_t(words[step])};
+      return source;
+    }
+    source.tensor = same(noise, label, std::min(source.rows, shape.rows));
+    return source;
+  }
+
+  Tensor like() const {
+    const auto sizes = main.sizes(), strides = main.strides();
+    return allocate(sizes.data(), strides.data(), main.dim(), main.scalar_type());
+  }
+
+  Tensor like_if(bool wanted) const { return wanted ? like() : none(); }
+
+  Tensor none() const {
+    const int64_t size = 0, stride = 1;
+    return allocate(&size, &stride, 1, main.scalar_type());
+  }
+
+  Tensor vector(int64_t n) const {
+    const int64_t stride = 1;
+    return allocate(&n, &stride, 1, real());
+  }
+
+  Tensor scalar() const { return allocate(nullptr, nullptr, 0, real()); }
+
+  // The C shim rather than a dispatched empty: a small call spends most of its time here.
+  static Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
+    AtenTensorHandle handle = nullptr;
+    static const int64_t nothing = 0;
+    const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  }
+
+  // Runs body(begin, end) over the units on torch's threads.
+  template <class F>
+  void run(const F& body) const {
+    const int64_t units = elements() == 0 ? 0 : shape.units();
+    if (units == 0) return;
+    const int64_t per_unit = std::min(shape.dim, rf::BLOCK);
+    const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / per_unit);
+    if (units <= grain)
+      body(int64_t(0), units);
+    else
+      torch::stable::parallel_for(0, units, grain, body);
+  }
+
+  // Adds the units' sums in their fixed order: (sum over rows / count, rows).
+  std::pair<Tensor, Tensor> reduce(const std::vector<double>& partial, int64_t count) const {
+    Tensor loss = scalar(), rows = vector(shape.rows);
+    return wide() ? reduce_to<double>(partial, count, std::move(loss), std::move(rows))
+                  : reduce_to<float>(partial, count, std::move(loss), std::move(rows));
+  }
+
+  template <class Real>
+  std::pair<Tensor, Tensor> reduce_to(const std::vector<double>& partial, int64_t count, Tensor loss, Tensor rows) const {
+    Real* out = static_cast<Real*>(rows.mutable_data_ptr());
+    const int64_t blocks = shape.blocks();
+    double total = 0;
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += partial[row * blocks + block];
+      out[row] = Real(sum);
+      total += sum;
+    }
+    *static_cast<Real*>(loss.mutable_data_ptr()) = count > 0 ? Real(total / double(count)) : Real(0);
+    return {std::move(loss), std::move(rows)};
+  }
+
+  // Without x_t, k_x must be zero in every row.
+  void check_x_t(const Optional& x_t, const void* coef) const {
+    if (x_t.has_value()) return;
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const int64_t i = row * rf::COEFFICIENTS + rf::K_X;
+      const double k_x = wide() ? static_cast<const double*>(coef)[i] : double(static_cast<const float*>(coef)[i]);
+      STD_TORCH_CHECK(k_x == 0, "x_t is needed: row ", row, " of coef has k_x different from 0");
+    }
+  }
+};
+
+void* pointer(const Tensor& t) { return t.numel() == 0 ? nullptr : t.mutable_data_ptr(); }
+
+double mean_scale(bool mean, int64_t count) { return mean && count > 0 ? 1.0 / double(count) : 1.0; }
+
+Tensor normal_like(const Tensor& key, const Tensor& like, int64_t noise_rows) {
+  const Frame frame(like, "like");
+  STD_TORCH_CHECK(key.scalar_type() == ScalarType::Long, "key must be an int64 tensor of shape (2,)");
+  Tensor out = frame.like();
+  const rf::NormalArgs args{frame.shape, frame.noise(key, noise_rows, "key"), out.mutable_data_ptr(), frame.stream()};
+  const auto& k = rf::kernels(frame.dtype);
+  frame.run([&](int64_t begin, int64_t end) { k.normal(args, begin, end); });
+  return out;
+}
+
+Tensor interpolate(const Tensor& x, const Tensor& coef, const Tensor& noise, const Optional& endpoint, int64_t noise_rows) {
+  const Frame frame(x, "x");
+  Tensor out = frame.like();
+  const rf::InterpolateArgs args{frame.shape,
+                                 x.const_data_ptr(),
+                                 frame.same(endpoint, "endpoint"),
+                                 frame.coefficients(coef),
+                                 frame.noise(noise, noise_rows),
+                                 out.mutable_data_ptr(),
+                                 frame.stream()};
+  const auto& k = rf::kernels(frame.dtype);
+  frame.run([&](int64_t begin, int64_t end) { k.interpolate(args, begin, end); });
+  return out;
+}
+
+Grads2 interpolate_grads(const Tensor& grad, const Tensor& coef, bool want_x, bool want_endpoint) {
+  const Frame frame(grad, "grad");
+  const char* table = static_cast<const char*>(frame.coefficients(coef));
+  const auto& k = rf::kernels(frame.dtype);
+  const auto scaled = [&](bool wanted, int column) {
+    Tensor out = frame.like_if(wanted);
+    if (!wanted) return out;
+    const rf::ScaleArgs args{frame.shape,
+                             grad.const_data_ptr(),
+                             out.mutable_data_ptr(),
+                             table + column * (frame.wide() ? sizeof(double) : sizeof(float)),
+                             frame.wide(),
+                             rf::COEFFICIENTS,
+                             false,
+                             frame.stream()};
+    frame.run([&](int64_t begin, int64_t end) { k.scale(args, begin, end); });
+    return out;
+  };
+  return {scaled(want_x, rf::A), scaled(want_endpoint, rf::B)};
+}
+
+Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake, const Tensor& x, const Optional& x_t,
+                  const Tensor& coef, const Tensor& noise, const Optional& teacher, const Optional& endpoint,
+                  int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
+  const int64_t count = frame.shape.rows - n_real;
+  STD_TORCH_CHECK(n_real >= 0 && count >= 0, "n_real must be between 0 and the ", frame.shape.rows, " rows, got ", n_real);
+  const bool reads_teacher = (generated.d != 0 && count > 0) || (real.d != 0 && n_real > 0);
+  STD_TORCH_CHECK(teacher.has_value() || !reads_teacher, "teacher_out is needed: this objective's d is different from 0");
+  Tensor g = frame.like_if(want);
+  std::vector<double> partial(frame.elements() == 0 ? frame.shape.units() : frame.shape.units(), 0.0);
+  const rf::FakeArgs args{frame.shape,
+                          frame.same(fake, fake_name),
+                          frame.same(teacher, "teacher_out"),
+                          x.const_data_ptr(),
+                          frame.same(x_t, "x_t"),
+                          frame.same(endpoint, "endpoint"),
+                          frame.coefficients(coef),
+                          frame.noise(noise, noise_rows),
+                          count,
+                          {generated, real},
+                          mean_scale(mean, count),
+                          pointer(g),
+                          partial.data(),
+                          frame.stream()};
+  frame.check_x_t(x_t, args.coef);
+  const auto& k = rf::kernels(frame.dtype);
+  frame.run([&](int64_t begin, int64_t end) { k.fake(args, begin, end); });
+  auto [loss, rows] = frame.reduce(partial, count);
+  return {loss, rows, g};
+}
+
+Grads3 matching(const Tensor& out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
+                const Optional& endpoint, int64_t noise_rows, bool mean, bool want_out) {
+  // ||f - tgt||^2 is the fake loss with a = b = c = 1 and no teacher.
+  return fake_frame(Frame(x, "x"), "out", out, x, x_t, coef, noise, std::nullopt, endpoint, noise_rows, 0, {1, 1, 0, 1},
+                    {1, 1, 0, 1}, mean, want_out);
+}
+
+Grads3 fake(const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
+            const Optional& teacher_out, const Optional& endpoint, int64_t noise_rows, int64_t n_real, double a_gen,
+            double b_gen, double d_gen, double c_gen, double a_real, double b_real, double d_real, double c_real, bool mean,
+            bool want_fake) {
+  return fake_frame(Frame(x, "x"), "fake_out", fake_out, x, x_t, coef, noise, teacher_out, endpoint, noise_rows, n_real,
+                    {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean, want_fake);
+}
+
+Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef,
+                 const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
+                 bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
+  const Frame frame(x, "x");
+  STD_TORCH_CHECK(x_t.has_value() || !want_x_t, "x_t is needed where its gradient is asked for");
+  Tensor g_teacher = frame.like_if(want_teacher), g_fake = frame.like_if(want_fake), g_x = frame.like_if(want_x),
+         g_x_t = frame.like_if(want_x_t);
+  std::vector<double> partial(frame.shape.units(), 0.0);
+  const rf::GeneratorArgs args{frame.shape,
+                               frame.same(teacher_out, "teacher_out"),
+                               frame.same(fake_out, "fake_out"),
+                               x.const_data_ptr(),
+                               frame.same(x_t, "x_t"),
+                               frame.same(endpoint, "endpoint"),
+                               frame.coefficients(coef),
+                               frame.noise(noise, frame.shape.rows),
+                               alpha,
+                               beta,
+                               q,
+                               kappa,
+                               mean_scale(mean, frame.shape.rows),
+                               pointer(g_teacher),
+                               pointer(g_fake),
+                               pointer(g_x),
+                               pointer(g_x_t),
+                               partial.data(),
+                               frame.stream()};
+  frame.check_x_t(x_t, args.coef);
+  const auto& k = rf::kernels(frame.dtype);
+  frame.run([&](int64_t begin, int64_t end) { k.generator(args, begin, end); });
+  auto [loss, rows] = frame.reduce(partial, frame.shape.rows);
+  return {loss, rows, g_teacher, g_fake, g_x, g_x_t};
+}
+
+void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
+  STD_TORCH_CHECK(scale.is_cpu() && (scale.scalar_type() == ScalarType::Float || scale.scalar_type() == ScalarType::Double),
+                  "scale must be a float32 or float64 CPU tensor");
+  const bool wide = scale.scalar_type() == ScalarType::Double;
+  const int64_t factors = scale.numel();
+  STD_TORCH_CHECK(factors == 1 || scale.is_contiguous(), "scale must be contiguous");
+  for (const Tensor& grad : grads) {
+    if (grad.numel() == 0) continue;
+    const Frame frame(grad, "grads");
+    STD_TORCH_CHECK(factors == 1 || factors == frame.shape.rows, "scale must have 1 or ", frame.shape.rows,
+                    " elements, got ", factors);
+    void* memory = grad.mutable_data_ptr();
+    const rf::ScaleArgs args{frame.shape, memory, memory, scale.const_data_ptr(), wide, factors == 1 ? 0 : 1, true, false};
+    const auto& k = rf::kernels(frame.dtype);
+    frame.run([&](int64_t begin, int64_t end) { k.scale(args, begin, end); });
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(realuid_fast, CPU, m) {
+  m.impl("normal_like", TORCH_BOX(&normal_like));
+  m.impl("interpolate", TORCH_BOX(&interpolate));
+  m.impl("interpolate_grads", TORCH_BOX(&interpolate_grads));
+  m.impl("matching", TORCH_BOX(&matching));
+  m.impl("fake", TORCH_BOX(&fake));
+  m.impl("generator", TORCH_BOX(&generator));
+  m.impl("scale_grads_", TORCH_BOX(&scale_grads_));
+}
