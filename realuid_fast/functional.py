@@ -109,9 +109,8 @@ def matching_loss(
     """
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     _refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
-    op = ops.current(x.device).matching
-    loss, rows, _ = op(out, x, x_t, coef, noise, endpoint, noise_rows, _is_mean(reduction), _wants(out))
-    return loss if reduction == "mean" else rows
+    op = ops.current(x.device).matching_loss
+    return op(out, x, x_t, coef, noise, endpoint, noise_rows, _is_mean(reduction))
 
 
 def matching_grads(
@@ -157,12 +156,9 @@ def fake_loss(
 
     Source: RealUID paper, the general real-data loss, as a loss in ``f``.
     """
-    arguments = _fake_arguments(
-        fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows
-    )
+    arguments = _fake_arguments(fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows)
     _refuse_gradients("fake_loss", x=x, x_t=x_t, endpoint=endpoint, teacher_out=teacher_out)
-    loss, rows, _ = ops.current(x.device).fake(*arguments, _is_mean(reduction), _wants(fake_out))
-    return loss if reduction == "mean" else rows
+    return ops.current(x.device).fake_loss(*arguments, _is_mean(reduction))
 
 
 def fake_grads(
@@ -178,9 +174,7 @@ def fake_grads(
     noise_rows: int | None = None,
 ) -> FakeGrads:
     """:func:`fake_loss` with its gradient, without autograd."""
-    arguments = _fake_arguments(
-        fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows
-    )
+    arguments = _fake_arguments(fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows)
     with torch.no_grad():
         return FakeGrads(*ops.current(x.device).fake(*arguments, True, True))
 
@@ -215,24 +209,11 @@ def generator_loss(
 
     Source: RealUID paper, the general real-data loss, as a loss in the generator.
     """
-    noise_rows = _check(
-        x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint
-    )
+    noise_rows = _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
     _refuse_gradients("generator_loss", endpoint=endpoint)
-    wants = (_wants(teacher_out), _wants(fake_out), _wants(x), _wants(x_t))
-    loss, rows, *_ = ops.current(x.device).generator(
-        teacher_out,
-        fake_out,
-        x,
-        x_t,
-        coef,
-        noise,
-        endpoint,
-        *_generator_scalars(objective),
-        _is_mean(reduction),
-        *wants,
+    return ops.current(x.device).generator_loss(
+        teacher_out, fake_out, x, x_t, coef, noise, endpoint, *_generator_scalars(objective), _is_mean(reduction)
     )
-    return loss if reduction == "mean" else rows
 
 
 def generator_grads(
@@ -279,9 +260,7 @@ def _fake_arguments(
     if not 0 <= n_real <= rows or (n_real == rows and rows > 0):
         raise UserError(f"n_real must leave at least one generated row: got {n_real} of {rows} rows")
     if n_real and not objective.needs_real:
-        raise UserError(
-            f"n_real must be 0 for {objective.name} with alpha = 1: real data plays no part in it"
-        )
+        raise UserError(f"n_real must be 0 for {objective.name} with alpha = 1: real data plays no part in it")
     if not n_real and rows and objective.needs_real:
         raise UserError(
             f"n_real must not be 0 for {objective.name} with alpha = {objective.alpha:g}: its fake loss needs real rows"
@@ -303,14 +282,11 @@ def _is_mean(reduction: str) -> bool:
     return reduction == "mean"
 
 
-def _wants(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
 def _refuse_gradients(call: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if _wants(tensor):
-            raise UserError(f"{call} gives no gradient in {name}: pass {name}.detach()")
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise UserError(f"{call} gives no gradient in {name}: pass {name}.detach()")
 
 
 def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:

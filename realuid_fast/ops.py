@@ -4,21 +4,23 @@ The library ``realuid_fast`` dispatches on the tensors' device and falls back on
 ``realuid_fast_reference`` has the same operators with the reference alone, which is what the backend override
 ``"torch"`` selects.
 
-Each loss operator returns its loss, the rows' losses and the gradients of its inputs, all from one pass; the autograd
-formula only hands the gradients on, scaled by the incoming one.
+A kernel operator (``generator``) returns loss, rows' losses and gradients from one pass, and has no autograd itself.
+Its loss operator (``generator_loss``) is the differentiable face: backward hands those gradients on, scaled by the
+incoming one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
 
-SCHEMAS = (
+# One pass each: what backends implement. The switches say which gradients are wanted; others come back empty.
+KERNELS = (
     "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
     "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
     "interpolate_grads(Tensor grad, Tensor coef, bool want_x, bool want_endpoint) -> (Tensor, Tensor)",
@@ -33,6 +35,16 @@ SCHEMAS = (
     "Tensor g_x_t)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
 )
+
+
+class Loss(NamedTuple):
+    """A loss operator ``<kernel>_loss``: the kernel's arguments up to ``mean``, differentiable in some of them."""
+
+    kernel: str
+    differentiable: tuple[int, ...]  # positions of the inputs that the kernel's gradients belong to
+
+
+LOSSES = (Loss("matching", (0,)), Loss("fake", (0,)), Loss("generator", (0, 1, 2, 3)))
 
 
 def current(device: torch.device) -> Any:
@@ -57,15 +69,11 @@ def _fake_interpolate(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_interpolate_grads(
-    grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool
-) -> tuple[Tensor, ...]:
+def _fake_interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, ...]:
     return _like_if(want_x, grad), _like_if(want_endpoint, grad)
 
 
-def _fake_matching(
-    out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _fake_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return *_losses_like(x, coef), _like_if(rest[-1], out)
 
 
@@ -89,47 +97,74 @@ def _refuse_second_derivative(grad: Tensor, call: str) -> None:
         raise RuntimeError(f"{call} has no second derivative: call backward without create_graph=True")
 
 
-def _hand_on(namespace: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor | None]:
-    """The saved gradients times the incoming one; ``None`` for those that were not computed."""
-    wanted = [grad for grad in grads if grad.numel()]
+def _scaled(grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """Gradients times the incoming one: the kernel's own buffers handed on, no copy, no look at the value."""
     if type(scale) is not Tensor:
         # Being traced: plain arithmetic, for the compiler to fuse with what follows.
-        wanted = [
-            (grad * (scale if scale.dim() == 0 else scale.view(-1, *[1] * (grad.dim() - 1)))).to(grad.dtype)
-            for grad in wanted
-        ]
-    else:
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            # A second backward will come for the same gradients, so this one must not scale them in place.
-            wanted = [grad.clone() for grad in wanted]
-        namespace.scale_grads_(wanted, scale)
-    scaled = iter(wanted)
-    return [next(scaled) if grad.numel() else None for grad in grads]
+        return [(grad * _per_row(scale, grad)).to(grad.dtype) for grad in grads]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        # A second backward will come for the same gradients, so this one must not scale them in place.
+        grads = [grad.clone() for grad in grads]
+    torch.ops.realuid_fast.scale_grads_(grads, scale.contiguous())
+    return list(grads)
 
 
-def _loss_autograd(
-    call: str, positions: Sequence[int], n_inputs: int, mean_at: int
-) -> tuple[Callable, Callable]:
-    """Autograd of a loss operator whose gradients belong to the inputs at ``positions``."""
+def _per_row(scale: Tensor, grad: Tensor) -> Tensor:
+    return scale if scale.dim() == 0 else scale.view(-1, *[1] * (grad.dim() - 1))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        loss, rows, *grads = output
-        ctx.mean = inputs[mean_at]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(rows if ctx.mean else loss, *grads)
-        ctx.save_for_backward(*grads)
 
-    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
-        scale = incoming[0 if ctx.mean else 1]
-        result: list[Any] = [None] * n_inputs
-        if scale is not None:
-            _refuse_second_derivative(scale, call)
-            handed = _hand_on(torch.ops.realuid_fast, ctx.saved_tensors, scale)
-            for position, grad in zip(positions, handed, strict=True):
-                result[position] = grad
-        return tuple(result)
+class _LossFunction(torch.autograd.Function):
+    """Runs a loss kernel forward, keeps the gradients it computed, hands them on backward."""
 
-    return setup_context, backward
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, loss: Loss, wants: tuple[bool, ...], *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            mean, rows, *grads = kernel(*inputs, *wants)
+        ctx.loss, ctx.wants, ctx.n_inputs = loss, wants, len(inputs)
+        ctx.save_for_backward(*(grad for grad, wanted in zip(grads, wants, strict=True) if wanted))
+        return mean if inputs[-1] else rows
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        _refuse_second_derivative(scale, f"{ctx.loss.kernel}_loss")
+        scaled = iter(_scaled(ctx.saved_tensors, scale))
+        result: list[Tensor | None] = [None] * ctx.n_inputs
+        for position, wanted in zip(ctx.loss.differentiable, ctx.wants, strict=True):
+            if wanted:
+                result[position] = next(scaled)
+        return None, None, None, *result
+
+
+def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
+    kernel_schema = next(schema for schema in KERNELS if schema.startswith(f"{loss.kernel}("))
+    arguments = kernel_schema[kernel_schema.index("(") + 1 : kernel_schema.index(", bool want")]
+    op = f"{loss.kernel}_loss"
+    library.define(f"{op}({arguments}) -> Tensor")
+    kernel = getattr(getattr(torch.ops, name), loss.kernel).default
+    coef = [part.split()[1] for part in arguments.split(", ")].index("coef")
+
+    def without_gradients(*inputs: Any) -> Tensor:
+        mean, rows, *_ = kernel(*inputs, *(False for _ in loss.differentiable))
+        return mean if inputs[-1] else rows
+
+    def with_gradients(*inputs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            wants = tuple(inputs[i] is not None and inputs[i].requires_grad for i in loss.differentiable)
+            if any(wants):
+                return _LossFunction.apply(kernel, loss, wants, *inputs)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return without_gradients(*inputs)
+
+    def shapes(*inputs: Any) -> Tensor:
+        rows = inputs[coef]
+        return rows.new_empty(() if inputs[-1] else rows.shape[0])
+
+    library.impl(op, without_gradients, "CompositeExplicitAutograd")
+    library.impl(op, with_gradients, "Autograd")
+    torch.library.register_fake(f"{name}::{op}", shapes, lib=library)
+    # Losses run in float32 under autocast, as torch's own do.
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"{name}::{op}", device, torch.float32, lib=library)
 
 
 def _interpolate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,21 +193,13 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def _define(name: str) -> torch.library.Library:
     library = torch.library.Library(name, "DEF")
-    for schema in SCHEMAS:
+    for schema in KERNELS:
         op = schema[: schema.index("(")]
         library.define(schema)
         library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{name}::{op}", globals()[f"_fake_{op}"], lib=library)
-    for op, call, positions, n_inputs, mean_at in (
-        ("matching", "matching_loss", (0,), 9, 7),
-        ("fake", "fake_loss", (0,), 19, 17),
-        ("generator", "generator_loss", (0, 1, 2, 3), 16, 11),
-    ):
-        setup, backward = _loss_autograd(call, positions, n_inputs, mean_at)
-        torch.library.register_autograd(f"{name}::{op}", backward, setup_context=setup, lib=library)
-        # Losses run in float32 under autocast, as torch's own do.
-        for device in ("cpu", "cuda"):
-            torch.library.register_autocast(f"{name}::{op}", device, torch.float32, lib=library)
+    for loss in LOSSES:
+        _define_loss(library, name, loss)
     torch.library.register_autograd(
         f"{name}::interpolate", _interpolate_backward, setup_context=_interpolate_setup, lib=library
     )

@@ -106,15 +106,11 @@ class OneSidedPath:
         k_out, k_x = _conversion(match, predict, a, c, da, dc)
         w = one if weight is None else weight(t).to(t.dtype)
         if w.shape != t.shape:
-            raise UserError(
-                f"weight must return one value a row, shape {tuple(t.shape)}, not {tuple(w.shape)}"
-            )
+            raise UserError(f"weight must return one value a row, shape {tuple(t.shape)}, not {tuple(w.shape)}")
         return torch.stack((a, zero, c, p, zero, s, k_out, k_x, w), dim=-1)
 
 
-def _conversion(
-    match: str, predict: str, a: Tensor, c: Tensor, da: Tensor, dc: Tensor
-) -> tuple[Tensor, Tensor]:
+def _conversion(match: str, predict: str, a: Tensor, c: Tensor, da: Tensor, dc: Tensor) -> tuple[Tensor, Tensor]:
     """``(k_out, k_x)`` of ``f = k_out F + k_x x_t``, each pair written so that it divides only where it must."""
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     if match == predict:

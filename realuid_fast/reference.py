@@ -18,9 +18,7 @@ def normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
     if like.numel() == 0:
         return torch.empty_like(like)
     row = like.numel() // rows
-    flat = normals(key, noise_rows * row, torch.promote_types(like.dtype, torch.float32)).view(
-        noise_rows, row
-    )
+    flat = normals(key, noise_rows * row, torch.promote_types(like.dtype, torch.float32)).view(noise_rows, row)
     flat = flat.repeat(-(-rows // noise_rows), 1)[:rows]
     # Memory order: the flat stream is laid under the tensor's own strides.
     return flat.reshape(-1).as_strided(like.shape, like.stride()).to(like.dtype)

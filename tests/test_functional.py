@@ -1,0 +1,427 @@
+"""The fused calls: gradients, agreement of the backends with float64, autograd's corners, torch.compile, bad input."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import realuid_fast as rf
+from realuid_fast.paths import MATCH_SPACES, PREDICTIONS
+
+PATH = rf.paths.Linear()
+UID, REAL = rf.objectives.UID(), rf.objectives.RealUID(0.92, 0.94)
+GENERAL = rf.objectives.GeneralRealUID(0.9, 0.93, 0.85, kappa=0.93)
+KEY = torch.tensor([2**35 + 17, 5])
+BACKENDS = [row.name for row in rf.backends.report() if row.name in ("torch", "cpp") and row.why_not is None]
+# Relative L2 error of a whole gradient: storage rounding 2^-24, 2^-8, 2^-11 half a unit, with room for a few roundings
+# in the arithmetic and, for float32, the stream's 1e-6 against the float64 normals.
+GRADIENT_BOUND = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+LAYOUTS = {
+    "contiguous": lambda v: v.contiguous(),
+    "channels_last": lambda v: v.to(memory_format=torch.channels_last if v.dim() == 4 else torch.channels_last_3d),
+}
+
+
+@dataclasses.dataclass
+class Batch:
+    """Everything the four calls take, in one dtype and layout."""
+
+    teacher: torch.Tensor
+    fake: torch.Tensor
+    x: torch.Tensor
+    x_t: torch.Tensor
+    endpoint: torch.Tensor
+    noise: torch.Tensor
+    coef: torch.Tensor
+
+    def to(self, dtype):
+        return Batch(
+            **{
+                f.name: getattr(self, f.name).to(
+                    torch.promote_types(dtype, torch.float32) if f.name == "coef" else dtype
+                )
+                for f in dataclasses.fields(self)
+            }
+        )
+
+
+def batch(shape, dtype=torch.float64, layout="contiguous", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [LAYOUTS[layout](torch.randn(shape, generator=generator).to(dtype)) for _ in range(6)]
+    # Arbitrary coefficients: the calls know rows of nine numbers, not paths.
+    coef = torch.randn(shape[0], 9, generator=generator)
+    coef[:, 8] = coef[:, 8].abs() + 0.1
+    coef[::3, 7] = 0  # rows that do not read x_t
+    return Batch(*tensors, coef.to(torch.promote_types(dtype, torch.float32)))
+
+
+def calls(b, noise, n_real, noise_rows):
+    """Every call's outputs by name, through the explicit forms."""
+    out = {"x_t": rf.interpolate(b.x, b.coef, noise, b.endpoint, noise_rows)}
+    own = noise if not noise.is_floating_point() or len(noise) == len(b.x) else b.noise
+    for name, value in rf.matching_grads(b.fake, b.x, b.x_t, b.coef, own, b.endpoint)._asdict().items():
+        out[f"matching.{name}"] = value
+    fake = rf.fake_grads(
+        b.fake, b.x, b.x_t, b.coef, noise, GENERAL, n_real, b.teacher, endpoint=b.endpoint, noise_rows=noise_rows
+    )
+    for name, value in fake._asdict().items():
+        out[f"fake.{name}"] = value
+    for name, value in (
+        rf.generator_grads(b.teacher, b.fake, b.x, b.x_t, b.coef, own, GENERAL, endpoint=b.endpoint)._asdict().items()
+    ):
+        out[f"generator.{name}"] = value
+    return out
+
+
+def assert_agree(found, expected, dtype):
+    for name, value in found.items():
+        reference = expected[name]
+        assert value.shape == reference.shape, name
+        if name.endswith(("loss", "rows")):
+            assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
+            # A loss sums signed terms: its error is measured against the rows' scale, float32 rounding of each term
+            # plus the normals' 1e-6.
+            scale = expected[name.split(".")[0] + ".rows"].abs().max().clamp_min(1e-3)
+            bound = 1e-11 if dtype == torch.float64 else 2e-5
+            assert (value.double() - reference).abs().max() <= bound * scale, name
+        else:
+            assert value.dtype == dtype, name
+            error = (value.double() - reference).norm() / reference.norm().clamp_min(1e-6)
+            assert error <= GRADIENT_BOUND[dtype], (name, float(error))
+
+
+def reference_of(b, noise, n_real, noise_rows):
+    with rf.backend("torch"):
+        return calls(b.to(torch.float64), noise if noise.dtype == torch.int64 else noise.double(), n_real, noise_rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", list(GRADIENT_BOUND), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((6, 3, 8, 8), "contiguous"),
+        ((6, 3, 8, 8), "channels_last"),
+        ((5, 7), "contiguous"),
+        ((4, 2, 3, 4, 5), "channels_last"),
+        ((9, 1, 5, 3), "contiguous"),
+        ((2, 10007), "contiguous"),
+        ((3,), "contiguous"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("keyed", [True, False], ids=["key", "tensor"])
+def test_backends_agree_with_float64(backend, dtype, shape, layout, keyed):
+    b = batch(shape, dtype, layout)
+    n_real = shape[0] // 2
+    noise_rows = shape[0] - n_real
+    noise = KEY if keyed else b.noise[:noise_rows]
+    expected = reference_of(b, noise, n_real, noise_rows)
+    with rf.backend(backend):
+        found = calls(b, noise, n_real, noise_rows)
+    assert_agree(found, expected, dtype)
+    for name in ("x_t", "fake.fake_out", "generator.x"):
+        assert found[name].stride() == b.x.stride(), name
+
+
+@given(
+    rows=st.integers(2, 9),
+    sizes=st.lists(st.integers(1, 9), max_size=4),
+    dtype=st.sampled_from(list(GRADIENT_BOUND)),
+    seed=st.integers(0, 2**31),
+    keyed=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_shape_agrees_with_float64(rows, sizes, dtype, seed, keyed):
+    b = batch((rows, *sizes), dtype, seed=seed)
+    n_real = rows // 2
+    noise = KEY if keyed else b.noise[: rows - n_real]
+    expected = reference_of(b, noise, n_real, rows - n_real)
+    assert_agree(calls(b, noise, n_real, rows - n_real), expected, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("match", MATCH_SPACES)
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_gradcheck(backend, match, predict):
+    generator = torch.Generator().manual_seed(4)
+    tensors = torch.randn(4, 4, 3, 2, dtype=torch.float64, generator=generator)
+    teacher, fake, x, x_t = (v.clone().requires_grad_() for v in tensors)
+    t = 0.2 + 0.6 * torch.rand(4, dtype=torch.float64, generator=generator)
+    coef = PATH.coefficients(t, match, predict, weight=lambda t: 1 + t)
+    held = x.detach(), x_t.detach() if PATH.reads_x_t(match, predict) else None
+
+    with rf.backend(backend):
+        for reduction in ("mean", "none"):
+            assert torch.autograd.gradcheck(
+                lambda f, r=reduction: rf.matching_loss(f, *held, coef, KEY, reduction=r), (fake,)
+            )
+            assert torch.autograd.gradcheck(
+                lambda f, r=reduction: rf.fake_loss(
+                    f, *held, coef, KEY, GENERAL, 2, teacher.detach(), noise_rows=2, reduction=r
+                ),
+                (fake,),
+            )
+            assert torch.autograd.gradcheck(
+                lambda *v, r=reduction: rf.generator_loss(*v, coef, KEY, GENERAL, reduction=r), (teacher, fake, x, x_t)
+            )
+        assert torch.autograd.gradcheck(lambda v, y: rf.interpolate(v, coef, KEY, y), (x, x_t))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_generator_loss_keeps_its_value_where_fake_is_near_teacher(backend):
+    """Through D = f* - f the loss keeps float32 accuracy; as a difference of squares it would lose a third."""
+    generator = torch.Generator().manual_seed(2)
+    b = batch((8, 3, 16, 16))
+    coef = PATH.coefficients(torch.rand(8, dtype=torch.float64, generator=generator)).float()
+    teacher = b.teacher.float()
+    fake = teacher + 1e-3 * b.fake.float()
+    x, noise = b.x.float(), b.noise.float()
+    expected = rf.generator_grads(teacher.double(), fake.double(), x.double(), None, coef.double(), noise.double(), UID)
+    with rf.backend(backend):
+        found = rf.generator_grads(teacher, fake, x, None, coef, noise, UID)
+    # The loss is a signed sum of <D, r>: float32 products, measured against the sum of their sizes.
+    scale = 2 * ((teacher - fake).abs() * (teacher - x + noise).abs()).double().sum() / 8
+    assert abs(float(found.loss) - float(expected.loss)) < 2e-7 * scale
+    assert (found.x.double() - expected.x).norm() < 2e-7 * expected.x.norm()
+
+
+def test_realuid_equals_the_two_squared_distances():
+    b = batch((6, 5, 4))
+    a, ratio = REAL.alpha, REAL.beta / REAL.alpha
+    c = {name: v[:, None, None] for name, v in zip(rf.paths.COLUMNS, b.coef.unbind(1), strict=True)}
+    tgt = c["p"] * b.x + c["s"] * b.noise
+    teacher, fake = (c["k_out"] * f + c["k_x"] * b.x_t for f in (b.teacher, b.fake))
+    rows = c["w"] * a * ((teacher - ratio * tgt) ** 2 - (fake - ratio * tgt) ** 2)
+    loss = rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, b.coef, b.noise, REAL)
+    torch.testing.assert_close(loss, rows.sum() / 6)
+
+    real_ratio = (1 - REAL.beta) / (1 - a)
+    weight = torch.tensor([a, a, a, 1 - a, 1 - a, 1 - a], dtype=torch.float64)[:, None, None]
+    shift = torch.tensor([ratio] * 3 + [real_ratio] * 3, dtype=torch.float64)[:, None, None]
+    rows = c["w"] * weight * (fake - shift * tgt) ** 2
+    loss = rf.fake_loss(b.fake, b.x, b.x_t, b.coef, b.noise, REAL, n_real=3)
+    torch.testing.assert_close(loss, rows.sum() / 3)
+
+
+def test_general_realuid_at_gamma_alpha_is_realuid():
+    b = batch((4, 6))
+    general = rf.objectives.GeneralRealUID(0.92, 0.94, 0.92)
+    for call in (
+        lambda o: rf.generator_grads(b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, o),
+        lambda o: rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, o, n_real=2),
+    ):
+        for one, other in zip(call(general), call(REAL), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_twice_gives_the_right_gradients(backend, dtype):
+    b = batch((3, 4, 5), dtype)
+    inputs = [v.requires_grad_() for v in (b.teacher, b.fake, b.x)]
+    with rf.backend(backend):
+        loss = rf.generator_loss(*inputs, None, zero_k_x(b.coef), KEY, REAL)
+        third = torch.autograd.grad(loss, inputs, torch.tensor(3.0), retain_graph=True)
+        third = [g.clone() for g in third]
+        once = torch.autograd.grad(loss, inputs, retain_graph=True)
+        again = torch.autograd.grad(loss, inputs)
+    for tripled, one, two in zip(third, once, again, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+        torch.testing.assert_close(tripled, 3 * one)
+
+
+def zero_k_x(coef):
+    coef = coef.clone()
+    coef[:, 7] = 0
+    return coef
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_incoming_gradient_scales_every_row(backend):
+    b = batch((4, 5), torch.float32)
+    fake = b.fake.clone().requires_grad_()
+    weights = torch.tensor([0.0, 1.0, -2.0, 0.5])
+    with rf.backend(backend):
+        rows = rf.fake_loss(fake, b.x, b.x_t, b.coef, KEY, UID, reduction="none")
+        (found,) = torch.autograd.grad(rows, fake, weights)
+        expected = rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, UID).fake_out * 4 * weights[:, None]
+    torch.testing.assert_close(found, expected)
+
+
+def test_only_wanted_gradients_exist_and_others_are_refused():
+    b = batch((4, 5), torch.float32)
+    x = b.x.clone().requires_grad_()
+    rf.generator_loss(b.teacher, b.fake, x, b.x_t, b.coef, KEY, UID).backward()
+    assert x.grad is not None
+    with pytest.raises(rf.errors.UserError, match=r"fake_loss gives no gradient in x: pass x.detach\(\)"):
+        rf.fake_loss(b.fake, x, b.x_t, b.coef, KEY, UID)
+    with pytest.raises(rf.errors.UserError, match="no gradient in coef"):
+        rf.interpolate(b.x, b.coef.clone().requires_grad_(), KEY)
+    with pytest.raises(rf.errors.UserError, match="no gradient in noise"):
+        rf.interpolate(b.x, b.coef, b.noise.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="generator_loss has no second derivative"):
+        torch.autograd.grad(rf.generator_loss(b.teacher, b.fake, x, b.x_t, b.coef, KEY, UID), x, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_rows_and_zero_columns(backend):
+    with rf.backend(backend):
+        for shape in ((0, 3), (2, 0)):
+            b = batch(shape, torch.float32)
+            grads = rf.generator_grads(b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, UID)
+            assert grads.loss == 0
+            assert grads.x.shape == shape
+            assert rf.interpolate(b.x, b.coef, KEY).shape == shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher_is_not_read_where_its_weight_is_zero(backend):
+    b = batch((4, 6), torch.float32)
+    poisoned = torch.full_like(b.teacher, float("nan"))
+    with rf.backend(backend):
+        found = rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, REAL, n_real=2, teacher_out=poisoned)
+        expected = rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, REAL, n_real=2)
+    assert torch.equal(found.fake_out, expected.fake_out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_from_run_to_run_and_for_every_thread_count(backend):
+    b = batch((16, 3, 33, 31), torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            with rf.backend(backend):
+                results.append(calls(b, KEY, 8, 8))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[3:] if backend == "torch" else results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_opcheck(backend, layout):
+    namespace = torch.ops.realuid_fast if backend == "cpp" else torch.ops.realuid_fast_reference
+    b = batch((4, 3, 4, 2), torch.float32, layout)
+    grad = [v.clone().requires_grad_() for v in (b.teacher, b.fake, b.x, b.x_t)]
+    scalars = (GENERAL.alpha, GENERAL.beta, GENERAL.Q, GENERAL.kappa)
+    halves = (*GENERAL.generated, *GENERAL.real)
+    cases = [
+        (namespace.normal_like, (KEY, b.x, 4)),
+        (namespace.interpolate, (grad[2], b.coef, KEY, grad[3], 2)),
+        (namespace.interpolate_grads, (b.x, b.coef, True, False)),
+        (namespace.matching, (b.fake, b.x, b.x_t, b.coef, b.noise, None, 4, True, True)),
+        (namespace.fake, (b.fake, b.x, b.x_t, b.coef, KEY, b.teacher, None, 2, 2, *halves, True, True)),
+        (namespace.generator, (b.teacher, b.fake, b.x, None, zero_k_x(b.coef), KEY, None, *scalars, False, False,
+                               False, True, False)),
+        (namespace.matching_loss, (grad[1], b.x, b.x_t, b.coef, b.noise, None, 4, True)),
+        (namespace.fake_loss, (grad[1], b.x, b.x_t, b.coef, KEY, b.teacher, None, 2, 2, *halves, True)),
+        (namespace.generator_loss, (*grad, b.coef, KEY, b.endpoint, *scalars, True)),
+        (namespace.generator_loss, (b.teacher, b.fake, grad[2], None, zero_k_x(b.coef), KEY, None, *scalars, False)),
+        (namespace.scale_grads_, ([b.x.clone(), b.x_t.clone()], torch.tensor(2.0))),
+    ]  # fmt: skip
+    for op, arguments in cases:
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_compiles_without_graph_breaks():
+    b = batch((4, 3, 5), torch.float32)
+    leaves = [v.clone().requires_grad_() for v in (b.teacher, b.fake, b.x)]
+    coef = PATH.coefficients(torch.linspace(0.1, 0.9, 4))
+
+    def loss(teacher, fake, x):
+        x_t = rf.interpolate(x, coef, KEY)
+        return rf.generator_loss(teacher * x_t, fake + x_t, x, x_t, coef, KEY, REAL) + rf.matching_loss(
+            fake * 2, x.detach(), None, coef, KEY
+        )
+
+    expected = loss(*leaves)
+    found = torch.compile(loss, fullgraph=True)(*leaves)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(2 * found, leaves), torch.autograd.grad(2 * expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_runs_the_loss_in_float32():
+    b = batch((4, 6), torch.float32)
+    expected = rf.generator_loss(b.teacher.bfloat16().float(), b.fake.bfloat16().float(), b.x, b.x_t, b.coef, KEY, REAL)
+    with torch.autocast("cpu", torch.bfloat16):
+        fake = b.fake.bfloat16().requires_grad_()
+        found = rf.generator_loss(b.teacher.bfloat16(), fake, b.x, b.x_t, b.coef, KEY, REAL)
+        found.backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    assert fake.grad.dtype == torch.bfloat16
+
+
+def test_backend_override_is_checked_and_restored():
+    with pytest.raises(rf.errors.UserError, match="backend must be one of torch, cpp, triton"), rf.backend("cuda"):
+        pass
+    why_not = {row.name: row.why_not for row in rf.backends.report()}
+    if why_not["triton"] is not None:
+        with pytest.raises(rf.errors.UserError, match="backend 'triton' cannot run here: "), rf.backend("triton"):
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with rf.backend("torch"):
+            rf.interpolate(torch.zeros(1, 2), torch.zeros(1, 9), KEY)
+
+
+def bad(**changes):
+    b = batch((4, 3, 2, 2), torch.float32)
+    for name, change in changes.items():
+        setattr(b, name, change(getattr(b, name)))
+    return b
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"fake": lambda v: v[:3]}, r"fake_out must have shape \(4, 3, 2, 2\) to go with x, not \(3, 3, 2, 2\)"),
+        ({"fake": lambda v: v.double()}, "fake_out must have x's dtype torch.float32, not torch.float64"),
+        ({"teacher": lambda v: v.to("meta")}, "teacher_out must be on x's device cpu, not meta"),
+        ({"x_t": lambda v: LAYOUTS["channels_last"](v)}, "x_t and x must share one memory layout"),
+        ({"endpoint": lambda v: v.transpose(1, 2).contiguous().transpose(1, 2)}, "endpoint must be contiguous or"),
+        ({"coef": lambda v: v[:2]}, r"coef must have shape \(4, 9\)"),
+        ({"coef": lambda v: v.double()}, "coef must be contiguous torch.float32"),
+        ({"noise": lambda v: torch.zeros(3, dtype=torch.int64)}, "noise must be a key from"),
+        ({"noise": lambda v: v[:2]}, r"noise must have shape \(4, 3, 2, 2\)"),
+        ({"x": lambda v: v.int()}, "x must be float32, bfloat16, float16 or float64, not torch.int32"),
+        (
+            {"x": lambda v: v.transpose(2, 3)[:, :, :, ::2].repeat(1, 1, 1, 2).transpose(1, 2)},
+            "x must be contiguous or",
+        ),
+        ({"x": lambda v: torch.tensor(1.0)}, "x must have a batch dimension"),
+    ],
+)
+def test_mismatched_tensors_get_a_sentence(change, sentence):
+    b = bad(**change)
+    with pytest.raises(rf.errors.UserError, match=sentence):
+        rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, b.coef, b.noise, UID, b.endpoint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"objective": UID, "n_real": 2}, "n_real must be 0 for UID"),
+        ({"objective": REAL}, "n_real must not be 0 for RealUID"),
+        ({"objective": REAL, "n_real": 4}, "n_real must leave at least one generated row: got 4 of 4"),
+        ({"objective": REAL, "n_real": -1}, "n_real must leave at least one generated row"),
+        ({"objective": GENERAL, "n_real": 2}, "teacher_out must be given for General RealUID"),
+        ({"objective": UID, "noise_rows": 5}, "noise_rows must lie between 1 and the number of rows 4, got 5"),
+        ({"objective": UID, "reduction": "sum"}, "reduction must be 'mean' or 'none', not 'sum'"),
+    ],
+)
+def test_bad_fake_arguments_get_a_sentence(arguments, sentence):
+    b = batch((4, 3), torch.float32)
+    with pytest.raises(rf.errors.UserError, match=sentence):
+        rf.fake_loss(b.fake, b.x, b.x_t, b.coef, KEY, **arguments)
