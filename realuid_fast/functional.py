@@ -9,7 +9,8 @@ where ``F`` is a network's raw output. All tensors of one call have one shape, d
 float64), device and memory layout (contiguous or channels_last); arithmetic is in float32 (float64 for float64).
 
 The losses differentiate with respect to what their docstrings name, and refuse an input that requires a gradient they
-do not give. Gradients are computed in the forward pass; there is no second derivative. ``*_grads`` return them directly.
+do not give. Gradients are computed in the forward pass; there is no second derivative. ``*_grads`` return them as
+they are.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def generator_loss(
     endpoint: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)`` with ``D = f* - f``, minimised.
+    """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
 
     Args:
         teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``.
@@ -209,7 +210,7 @@ def generator_loss(
 
     Source: RealUID paper, the general real-data loss, as a loss in the generator.
     """
-    noise_rows = _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
+    _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
     _refuse_gradients("generator_loss", endpoint=endpoint)
     return ops.current(x.device).generator_loss(
         teacher_out, fake_out, x, x_t, coef, noise, endpoint, *_generator_scalars(objective), _is_mean(reduction)
@@ -335,8 +336,8 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocas
     if not (ops.is_channels_last(tensor) and ops.is_channels_last(x)):
         _check_layout(name, tensor)
         raise UserError(
-            f"{name} and x must share one memory layout, contiguous or channels_last: strides are {tensor.stride()} and "
-            f"{x.stride()}"
+            f"{name} and x must share one memory layout, contiguous or channels_last: strides are "
+            f"{tensor.stride()} and {x.stride()}"
         )
 
 

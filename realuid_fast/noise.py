@@ -52,8 +52,8 @@ def check_key(key: Tensor, device: torch.device, name: str = "key") -> None:
     """Refuse what is not an int64 ``(seed, offset)`` on ``device``."""
     if key.dtype != torch.int64 or key.shape != (2,):
         raise UserError(
-            f"{name} must be a key from NoiseStream.next_key(), an int64 tensor of shape (2,), not {key.dtype} of shape "
-            f"{tuple(key.shape)}"
+            f"{name} must be a key from NoiseStream.next_key(), an int64 tensor of shape (2,), not {key.dtype} of "
+            f"shape {tuple(key.shape)}"
         )
     if key.device != device:
         raise UserError(f"{name} is on {key.device}, the tensors it belongs to are on {device}")

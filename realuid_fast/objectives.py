@@ -61,13 +61,13 @@ class Objective:
             raise UserError("kappa must not be 0: the fake model would have no influence")
         if self.alpha == 1 and self.beta != 1:
             raise UserError(
-                f"alpha = 1 requires beta = 1, got beta = {self.beta:g}: real data would have no quadratic term and the "
-                "fake model's loss would be unbounded below"
+                f"alpha = 1 requires beta = 1, got beta = {self.beta:g}: real data would have no quadratic term and "
+                "the fake model's loss would be unbounded below"
             )
         if self.gamma == 1 and (self.alpha != 1 or self.beta != 1):
             raise UserError(
-                f"gamma = 1 requires alpha = beta = 1, got alpha = {self.alpha:g}, beta = {self.beta:g}: real data would "
-                "have no quadratic term and the fake model's loss would be unbounded below"
+                f"gamma = 1 requires alpha = beta = 1, got alpha = {self.alpha:g}, beta = {self.beta:g}: real data "
+                "would have no quadratic term and the fake model's loss would be unbounded below"
             )
         if self.alpha < 1 and math.isclose(self.alpha, self.beta, rel_tol=1e-12):
             warnings.warn(
@@ -135,13 +135,13 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
     """RealUID with the quadratic weight ``gamma`` apart from ``alpha``, in the delta parameterisation ``kappa``.
 
     ``kappa`` is ``1`` or ``beta``; at the inner optimum ``f = f* - delta / kappa`` with ``delta = [(alpha p_g + (beta -
-    alpha) p_d) f_d - beta p_g f_g] / (gamma p_g + (1 - gamma) p_d)``, where ``f_d, f_g`` and ``p_d, p_g`` are the data's
-    and the generator's fields and densities at ``x_t``. The fake turn evaluates the teacher unless ``gamma kappa =
-    alpha`` on both halves. Source: RealUID paper, the general real-data loss.
+    alpha) p_d) f_d - beta p_g f_g] / (gamma p_g + (1 - gamma) p_d)``, where ``f_d, f_g`` and ``p_d, p_g`` are the
+    data's and the generator's fields and densities at ``x_t``. The fake turn evaluates the teacher unless
+    ``gamma kappa = alpha`` on both halves. Source: RealUID paper, the general real-data loss.
 
     Raises:
-        UserError: as :func:`RealUID`; ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other ``alpha`` or ``beta``, or a
-            ``kappa`` that is neither ``1`` nor ``beta``.
+        UserError: as :func:`RealUID`; ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other ``alpha`` or ``beta``,
+            or a ``kappa`` that is neither ``1`` nor ``beta``.
     """
     if kappa not in (1, beta):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")

@@ -38,14 +38,8 @@ class Batch:
     coef: torch.Tensor
 
     def to(self, dtype):
-        return Batch(
-            **{
-                f.name: getattr(self, f.name).to(
-                    torch.promote_types(dtype, torch.float32) if f.name == "coef" else dtype
-                )
-                for f in dataclasses.fields(self)
-            }
-        )
+        storage = {field.name: getattr(self, field.name).to(dtype) for field in dataclasses.fields(self)}
+        return Batch(**storage | {"coef": self.coef.to(torch.promote_types(dtype, torch.float32))})
 
 
 def batch(shape, dtype=torch.float64, layout="contiguous", seed=0):

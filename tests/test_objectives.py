@@ -22,7 +22,7 @@ def test_realuid_rows_are_perfect_squares():
     objective = RealUID(0.92, 0.94)
     for row in (objective.generated, objective.real):
         assert row.D == 0
-        assert row.C == pytest.approx(row.B**2 / row.A, rel=1e-12)
+        assert pytest.approx(row.B**2 / row.A, rel=1e-12) == row.C
     assert tuple(objective.generated)[:2] == (0.92, 0.94)
     assert tuple(objective.real)[:2] == pytest.approx((0.08, 0.06))
     assert objective.needs_real
@@ -44,7 +44,7 @@ def test_general_realuid_rows(gamma, kappa):
     }
     for half, values in expected.items():
         assert tuple(getattr(objective, half)) == pytest.approx(values, abs=1e-12)
-    assert objective.Q == gamma
+    assert gamma == objective.Q
     assert objective.needs_teacher == (gamma != alpha or kappa != 1)
 
 
