@@ -1,0 +1,359 @@
+"""The command line: ``realuid-fast train-teacher | distill | sample | evaluate | info | demo | compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__, backends, data, extension, teachers
+from .errors import UserError
+from .noise import NoiseStream, normal
+from .sampling import SOLVERS
+from .teachers import SHIPPED, Model
+from .train import config as configs
+from .train import evaluate as evaluation
+from .train.compare import compare
+from .train.jobs import free_cores, resolve, train
+from .train.logging import picture, read_csv, save_png
+from .train.loop import Interrupted, plot_distances
+from .train.measure import Measure, evaluation_noise, generate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 2 for input that cannot be used, 130 or 143 after SIGINT or SIGTERM."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = _warn
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"{stop}; go on with the same command and --resume", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="realuid-fast", description="One-step generators from multi-step teachers, with real data."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    shipped = ", ".join(sorted(f.stem for f in configs.CONFIGS.glob("*.yaml")))
+    for name, text in (
+        ("train-teacher", "train a multi-step teacher by flow matching"),
+        ("distill", "distil a teacher into a one-step student"),
+    ):
+        command = add(name, _train, text)
+        command.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
+        _add_settings(command)
+        _add_folder(command)
+
+    command = add("sample", _sample, "draw samples from a student or a teacher")
+    command.add_argument("--model", required=True, help=f"a file, a finished run's folder, or: {', '.join(SHIPPED)}")
+    command.add_argument("--out", required=True, nargs="+", type=Path, help="files to write: .png, .npy, .safetensors")
+    command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
+    command.add_argument("--steps", type=int, help="a teacher's steps (default: 100)")
+    command.add_argument("--solver", choices=SOLVERS, help="a teacher's solver (default: euler)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    command = add("evaluate", _evaluate, "compare real data, a teacher and a student by distance and speed")
+    command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
+    command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
+    command.add_argument("--samples", type=int, default=5000, help="samples of each row (default: 5000)")
+    command.add_argument("--steps", type=int, nargs="+", default=[*evaluation.STEPS], help="the teacher's Euler steps")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
+    command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
+    _add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
+
+    add("info", _info, "show versions, backends and why one cannot run, processor and threads")
+
+    command = add("demo", _demo, "distil the shipped digits teacher in a few minutes and show what came of it")
+    command.add_argument("--threads", type=int, help="CPU threads (default: 2 on a quiet machine, else 1)")
+    _add_settings(command)
+    _add_folder(command, Path("runs/demo"))
+
+    command = add("compare", _compare, "train UID and RealUID at equal updates over several seeds")
+    command.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: the free cores)")
+    _add_settings(command)
+    _add_folder(command)
+    return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, over the configuration") -> None:
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _add_folder(command: argparse.ArgumentParser, default: Path | None = None) -> None:
+    text = "folder to write" + (f" (default: {default})" if default else "")
+    command.add_argument("--out", type=Path, required=default is None, default=default, help=text)
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    how.add_argument("--overwrite", action="store_true", help="remove the run in the folder and start afresh")
+
+
+def _command_line(arguments: argparse.Namespace) -> str:
+    """The command that reproduces a run: its words without the folder and what concerns it."""
+    words = ["realuid-fast", arguments.command]
+    if getattr(arguments, "config", None):
+        words += ["--config", arguments.config]
+    if arguments.set:
+        words += ["--set", *arguments.set]
+    return shlex.join(words)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    folder: Path = arguments.out
+    config = resolve(arguments.config, arguments.set, folder, arguments.resume)
+    file, measure = train(
+        arguments.command, config, folder, arguments.resume, arguments.overwrite, _command_line(arguments)
+    )
+    lines = {"real training data": measure.floor().distance}
+    if arguments.command == "distill" and config.run.teacher_steps and config.run.evaluate_every:
+        model = _model_teacher(config)
+        noise = evaluation_noise(data.load(config.data).shape, config.run.evaluate_samples)
+        samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise)
+        lines[f"teacher, {config.run.teacher_steps} Euler steps"] = measure(samples).distance
+    if plot_distances(folder, lines, measure.name) is not None:
+        last = read_csv(folder / "distances.csv")[-1]["distance"]
+        print(f"{measure.name}: {last:.4g}; " + "; ".join(f"{name} {value:.4g}" for name, value in lines.items()))
+    print(f"written to {file}")
+
+
+def _model_teacher(config: configs.Config) -> Model:
+    settings = config.distill
+    return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    for file in arguments.out:
+        if file.suffix not in (".png", ".npy", ".safetensors"):
+            raise UserError(f"--out {file} must end in .png, .npy or .safetensors")
+        if file.exists() and not arguments.overwrite:
+            raise UserError(f"--out {file} exists: give --overwrite or another name")
+        if not file.parent.is_dir():
+            raise UserError(f"--out {file}: there is no folder {file.parent}")
+    if arguments.count < 1:
+        raise UserError(f"--count must be at least 1, got {arguments.count}")
+    _use_threads(arguments.threads)
+    model = _model(arguments.model)
+    student = model.description.role == "student"
+    if student and (arguments.steps or arguments.solver):
+        raise UserError("--steps and --solver are a teacher's: a student makes its samples in one step")
+    steps = 100 if arguments.steps is None else arguments.steps
+    draw = evaluation.sampler(model, steps, arguments.solver or "euler")
+    like = torch.empty(arguments.count, *_shape(model))
+    samples, speed = generate(draw, normal(NoiseStream(arguments.seed).next_key(), like))
+    for file in arguments.out:
+        _write_samples(samples, file)
+    print(f"{arguments.count} samples, {speed:,.0f} a second, written to {', '.join(map(str, arguments.out))}")
+
+
+def _write_samples(samples: Tensor, file: Path) -> None:
+    try:
+        if file.suffix == ".png":
+            save_png(picture(samples), file)
+        elif file.suffix == ".npy":
+            np.save(file, samples.numpy())
+        else:
+            from safetensors.torch import save_file
+
+            save_file({"samples": samples.contiguous()}, str(file))
+    except OSError as error:
+        raise UserError(f"--out {file} cannot be written: {error.strerror or error}") from None
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.student is None and arguments.teacher is None:
+        raise UserError("give --student, --teacher or both")
+    if arguments.samples < 2 or min(arguments.steps) < 1:
+        raise UserError("--samples must be at least 2 and --steps at least 1")
+    folder: Path | None = arguments.out
+    if folder is not None:
+        _open_results(folder, arguments.overwrite)
+    _use_threads(arguments.threads)
+    student = None if arguments.student is None else _model(arguments.student)
+    name = arguments.teacher
+    if student is not None:
+        if student.description.role != "student":
+            raise UserError(f"--student {arguments.student} holds a teacher: give it as --teacher")
+        name = name or student.description.teacher
+    teacher = None
+    if name and (arguments.teacher or name in SHIPPED or Path(name).suffix == ".safetensors"):
+        teacher = _model(name)
+    described = student or teacher
+    assert described is not None
+    source = configs.merge({"data": described.description.data}, configs.nested(arguments.set))
+    if set(source) != {"data"} or not source["data"]:
+        raise UserError("--set takes data.KEY=VALUE here, and the data's name where the file does not have it")
+    dataset = data.load(source["data"])
+    measure = Measure(dataset)
+    table = _show_table(measure, dataset, teacher, student, arguments.samples, arguments.steps)
+    if folder is not None:
+        evaluation.write(folder, table, measure.name, samples=arguments.samples, **_context())
+        print(f"written to {folder}")
+
+
+def _open_results(folder: Path, overwrite: bool) -> None:
+    if (folder / "evaluation.json").exists() and not overwrite:
+        raise UserError(f"{folder} holds an evaluation already: give --overwrite or another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
+
+
+def _show_table(
+    measure: Measure,
+    dataset: data.Dataset,
+    teacher: Model | None,
+    student: Model | None,
+    count: int,
+    steps: Sequence[int] = evaluation.STEPS,
+) -> list[evaluation.Row]:
+    table = []
+    for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps):
+        # Said as it comes: a teacher's hundred steps take a while.
+        print(f"measured: {row.name}", file=sys.stderr, flush=True)
+        table.append(row)
+    print("\n" + evaluation.markdown(table, f"{measure.name}, to held-out data, {count:,} samples"))
+    return table
+
+
+def _context() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "torch": torch.__version__,
+        "realuid_fast": __version__,
+    }
+
+
+def _model(source: str) -> Model:
+    """A student or teacher: a file, a finished run's folder, or a shipped name."""
+    if source in SHIPPED:
+        return teachers.load_teacher(source)
+    place = Path(source)
+    if not place.is_dir():
+        return teachers.load(place)
+    for role in teachers.ROLES[::-1]:
+        if (place / f"{role}.safetensors").is_file():
+            return teachers.load(place / f"{role}.safetensors")
+    raise UserError(f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?")
+
+
+def _shape(model: Model) -> tuple[int, ...]:
+    network = model.description.network
+    return tuple(network.get("dim", network.get("shape", (2,))))
+
+
+def _use_threads(threads: int) -> None:
+    if threads < 1:
+        raise UserError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    import importlib.metadata
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    print(f"realuid-fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(", ".join(f"{name} {version(name)}" for name in ("triton", "numpy", "safetensors", "scikit-learn")))
+    print("\nbackend  devices  state")
+    for row in backends.report():
+        print(f"{row.name:8} {row.devices:8} {'runs' if row.why_not is None else f'cannot run: {row.why_not}'}")
+    print(f"\nprocessor     {_processor()}")
+    try:
+        print(f"vector code   {extension.isa() or 'unknown: the native module was not built'}")
+    except RuntimeError as error:
+        print(f"vector code   {error}")
+    load = os.getloadavg()[0]
+    threads = torch.get_num_threads()
+    print(f"threads       torch {threads}, cores {os.cpu_count()}, free {free_cores()} (load {load:.1f})")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    print(f"GPU           {gpu}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    folder: Path = arguments.out
+    quiet = free_cores() > 1 and os.getloadavg()[0] < 0.3
+    threads = arguments.threads if arguments.threads is not None else 2 if quiet else 1
+    _use_threads(threads)
+    config = resolve("demo", arguments.set, folder, arguments.resume)
+    config = replace(config, run=replace(config.run, threads=threads))
+    settings = config.distill
+    print(
+        f"Distilling the teacher '{settings.teacher}' into one step with {settings.objective.name} "
+        f"(alpha {settings.objective.alpha:g}, beta {settings.objective.beta:g}): {settings.updates} updates of batch "
+        f"{settings.batch} on {threads} thread{'s' if threads > 1 else ''}.",
+        flush=True,
+    )
+    file, measure = train("distill", config, folder, arguments.resume, arguments.overwrite, _command_line(arguments))
+    student, teacher, dataset = teachers.load(file), _model_teacher(config), data.load(config.data)
+    count = config.run.evaluate_samples
+    table = _show_table(measure, dataset, teacher, student, count)
+    evaluation.write(folder, table, measure.name, samples=count, updates=settings.updates, **_context())
+    lines = {row.name: row.distances.distance for row in table if row.evaluations in (None, max(evaluation.STEPS))}
+    plot_distances(folder, lines, measure.name)
+    noise = evaluation_noise(dataset.shape, 100 if len(dataset.shape) == 3 else count)
+    save_png(picture(evaluation.sampler(student)(noise).detach()), folder / "samples.png")
+    print(f"written to {folder}: samples.png, convergence.png, table.md, evaluation.json, {file.name}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    config = configs.load(arguments.config or "digits", arguments.set)
+    jobs = free_cores() if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    text = compare(config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume)
+    print("\n" + text)
+    print(f"written to {arguments.out}: compare.json, compare.md, compare.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

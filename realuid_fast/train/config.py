@@ -1,0 +1,302 @@
+"""Configuration: dataclasses, filled from YAML files and ``key.sub=value`` overrides, with the faulty key named."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+import yaml
+
+from ..errors import UserError
+from ..objectives import UID, GeneralRealUID, Objective, RealUID
+from ..paths import Linear
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PATHS = {"linear": Linear}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PathConfig:
+    """The interpolant: its name, the sampler of its times, and the match space of the distance."""
+
+    name: str = "linear"
+    sampler: str = "stratified"
+    match: str = "velocity"
+
+    def build(self) -> Linear:
+        if self.name not in PATHS:
+            raise UserError(f"path.name must be one of {', '.join(PATHS)}; got {self.name!r}")
+        return PATHS[self.name](sampler=self.sampler)
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """Settings of :class:`realuid_fast.optim.Optimiser`; ``total`` is the run's number of steps."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.0, 0.999)
+    clip: float = 1.0
+    warmup: int = 0
+    decay: str = "constant"
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What ``train-teacher`` does, one batch an update; ``export`` is the average saved, 0 for the last weights."""
+
+    batch: int = 64
+    updates: int = 10_000
+    optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(betas=(0.9, 0.999)))
+    ema: tuple[float, ...] = (0.999,)
+    export: float = 0.999
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which objective: ``uid``, ``realuid`` (alpha, beta) or ``general`` (alpha, beta, gamma, kappa)."""
+
+    name: str = "realuid"
+    alpha: float = 0.92
+    beta: float = 0.94
+    gamma: float = 0.92
+    kappa: float = 1.0
+
+    def build(self) -> Objective:
+        if self.name == "uid":
+            return UID()
+        if self.name == "realuid":
+            return RealUID(self.alpha, self.beta)
+        if self.name == "general":
+            return GeneralRealUID(self.alpha, self.beta, self.gamma, self.kappa)
+        raise UserError(f"distill.objective.name must be uid, realuid or general; got {self.name!r}")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What ``distill`` does. One update is ``fake_turns`` steps of the fake model and one of the generator.
+
+    ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
+    ``t_start`` is the generator's start time; ``export`` the average that is evaluated and saved, 0 for the last
+    weights.
+    """
+
+    teacher: str = "digits"
+    teacher_network: dict[str, Any] = field(default_factory=dict)
+    teacher_decay: float | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batch: int = 64
+    updates: int = 1000
+    fake_turns: int = 5
+    t_start: float = 0.28
+    generator: OptimiserConfig = field(default_factory=OptimiserConfig)
+    fake: OptimiserConfig = field(default_factory=OptimiserConfig)
+    ema: tuple[float, ...] = (0.99,)
+    export: float = 0.99
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does besides training: seeds, device, threads, logs, checkpoints. Intervals are updates, 0 for never.
+
+    ``threads`` is torch's CPU thread count, 0 to leave it; ``channels_last`` is the image networks' memory layout;
+    ``teacher_steps`` is the teacher's number of Euler steps for the line in the convergence plot, 0
+    for no line; ``keep`` is how many checkpoints stay on disk; ``timings`` logs the time of every phase of an update.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    channels_last: bool = True
+    log_every: int = 10
+    sample_every: int = 0
+    evaluate_every: int = 0
+    evaluate_samples: int = 2000
+    teacher_steps: int = 0
+    checkpoint_every: int = 0
+    keep: int = 2
+    tensorboard: bool = True
+    progress: bool = True
+    timings: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    ``data`` goes to :func:`realuid_fast.data.load`, ``network`` to :func:`realuid_fast.networks.build`.
+    """
+
+    data: dict[str, Any] = field(default_factory=lambda: {"name": "digits"})
+    network: dict[str, Any] = field(default_factory=dict)
+    path: PathConfig = field(default_factory=PathConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Configuration of a shipped name (``"digits"``) or a YAML file, with ``key.sub=value`` overrides on top.
+
+    A file may name another one to start from: ``base: digits``.
+
+    Raises:
+        UserError: no such file, an unknown key, or a value of the wrong type, each with the key's full name.
+    """
+    return from_mapping(merge(_read(source), nested(overrides)))
+
+
+def from_mapping(content: Mapping[str, Any]) -> Config:
+    """:class:`Config` of nested plain values, checked."""
+    config = _fill(Config, content, "")
+    _check(config)
+    return config
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, as YAML can hold them."""
+    return _plain(asdict(config))
+
+
+def save(config: Config, file: Path) -> None:
+    """Write the resolved configuration, every key, as YAML."""
+    file.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``; ``data`` or ``network`` with another name or kind starts afresh, mixing nothing."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            afresh = key in ("data", "network") and any(k in value and value[k] != old.get(k) for k in ("name", "kind"))
+            merged[key] = dict(value) if afresh else merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    file = CONFIGS / f"{source}.yaml" if (CONFIGS / f"{source}.yaml").is_file() else Path(source)
+    if not file.is_file():
+        shipped = ", ".join(sorted(f.stem for f in CONFIGS.glob("*.yaml")))
+        raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped})")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a mapping of sections")
+    base = content.pop("base", None)
+    return content if base is None else merge(_read(base), content)
+
+
+def nested(overrides: Iterable[str]) -> dict[str, Any]:
+    """``key.sub=value`` words as nested sections, values read as YAML; raises :class:`UserError` for other words."""
+    sections: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise UserError(f"an override must read key.sub=value, got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"the value of {key} is not valid YAML: {text!r}") from None
+        section = sections
+        for part in parts[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{key} cannot be set: {part} was given a value of its own")
+        section[parts[-1]] = value
+    return sections
+
+
+def _fill(cls: type[T], content: Any, prefix: str) -> T:
+    """The dataclass ``cls`` from a mapping; defaults where a key is missing."""
+    where = prefix or "the configuration"
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where} must be a section with keys, got {content!r}")
+    hints = typing.get_type_hints(cls)
+    for key in content:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f", did you mean {near[0]}" if near else f"; it takes {', '.join(hints)}"
+            raise UserError(f"there is no key '{_join(prefix, key)}' in the configuration{hint}")
+    return cls(**{key: _value(hints[key], value, _join(prefix, key), cls, key) for key, value in content.items()})
+
+
+def _value(hint: Any, value: Any, name: str, owner: Any, key: str) -> Any:
+    if is_dataclass(hint):
+        # Missing keys fall back to the owner's default for the section, which may differ from the section's own.
+        factory = next(f.default_factory for f in fields(owner) if f.name == key)
+        defaults = asdict(factory()) if factory is not MISSING else {}
+        return _fill(typing.cast(type, hint), merge(defaults, value) if isinstance(value, Mapping) else value, name)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _value(inner[0], value, name, owner, key)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} must be a section with keys, got {value!r}")
+        return dict(value)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{name} must be a list of numbers, got {value!r}")
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise UserError(f"{name} must be a list of {len(inner)} numbers, got {value!r}")
+        return tuple(_value(inner[0], v, name, owner, key) for v in value)
+    return _scalar(hint, value, name)
+
+
+def _scalar(kind: type, value: Any, name: str) -> Any:
+    if kind is float and isinstance(value, str):
+        # YAML reads 1e-3 without a point as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise UserError(f"{name} must be {words[kind]}, got {value!r}")
+
+
+def _check(config: Config) -> None:
+    run, teacher, distill = config.run, config.teacher, config.distill
+    positive = {
+        "teacher.batch": teacher.batch,
+        "teacher.updates": teacher.updates,
+        "distill.batch": distill.batch,
+        "distill.updates": distill.updates,
+        "distill.fake_turns": distill.fake_turns,
+        "run.log_every": run.log_every,
+        "run.keep": run.keep,
+        "run.evaluate_samples": run.evaluate_samples,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    for name in ("seed", "threads", "sample_every", "evaluate_every", "teacher_steps", "checkpoint_every"):
+        if getattr(run, name) < 0:
+            raise UserError(f"run.{name} must not be negative, got {getattr(run, name)}")
+    for section, part in (("teacher", teacher), ("distill", distill)):
+        if part.export and part.export not in part.ema:
+            raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(part.ema)}, got {part.export:g}")
+
+
+def _join(prefix: str, key: object) -> str:
+    return f"{prefix}.{key}" if prefix else str(key)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,103 @@
+"""The table that a student is judged by: real data, the teacher at several step counts, the student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sampling import evaluations, integrate, one_step
+from ..teachers import Model
+from .measure import Distances, Measure, evaluation_noise, generate
+
+STEPS = (1, 20, 100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``evaluations`` of the network a sample and ``samples_per_second`` are None for data."""
+
+    name: str
+    distances: Distances
+    evaluations: int | None = None
+    samples_per_second: float | None = None
+
+
+def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Callable[[Tensor], Tensor]:
+    """What turns noise into samples: one step for a student, ``steps`` of ``solver`` for a teacher."""
+    if model.description.role == "student":
+        student = model.net.requires_grad_(False)
+        return lambda z: one_step(student, z, model.description.t_start)
+    return lambda z: integrate(model.net, z, steps, solver)
+
+
+def rows(
+    measure: Measure,
+    shape: tuple[int, ...],
+    teacher: Model | None,
+    student: Model | None,
+    count: int,
+    steps: Sequence[int] = STEPS,
+) -> Iterator[Row]:
+    """The table's rows one by one, each from ``count`` samples made on the thread count that is set.
+
+    Args:
+        measure: the distances.
+        shape: shape of one sample.
+        teacher: sampled by Euler's method with each of ``steps``; None leaves its rows out.
+        student: sampled in one step; None leaves its row out.
+        count: samples a row; the real data's row has as many as there are training samples.
+        steps: step counts of the teacher.
+    """
+    yield Row(f"real training data ({len(measure.train)})", measure.floor())
+    noise = evaluation_noise(shape, count)
+    with torch.no_grad():
+        if teacher is not None:
+            for number in steps:
+                samples, speed = generate(sampler(teacher, number), noise)
+                name = f"teacher, {number} Euler step{'s' if number > 1 else ''}"
+                yield Row(name, measure(samples), evaluations(number), speed)
+        if student is not None:
+            samples, speed = generate(sampler(student), noise)
+            yield Row("student, one step", measure(samples), 1, speed)
+
+
+def markdown(table: Sequence[Row], metric: str) -> str:
+    """The table as Markdown, its first column's meaning in the header."""
+    lines = [
+        f"| | {metric} | sliced Wasserstein | precision | recall | network evaluations | samples/s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in table:
+        d = row.distances
+        speed = "" if row.samples_per_second is None else f"{row.samples_per_second:,.0f}"
+        count = "" if row.evaluations is None else f"{row.evaluations}"
+        lines.append(
+            f"| {row.name} | {d.distance:.4g} | {d.sliced_wasserstein:.4f} | {d.precision:.3f} | {d.recall:.3f} "
+            f"| {count} | {speed} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, table: Sequence[Row], metric: str, **context: Any) -> None:
+    """``evaluation.json`` and ``table.md`` in ``folder``; ``context`` (counts, threads, versions) joins the former."""
+    content = {
+        "metric": metric,
+        **context,
+        "rows": [
+            {
+                "name": row.name,
+                **row.distances.as_dict(),
+                "network_evaluations": row.evaluations,
+                "samples_per_second": row.samples_per_second,
+            }
+            for row in table
+        ],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "table.md").write_text(markdown(table, metric))

@@ -1,0 +1,87 @@
+"""The two training jobs from a configuration to a saved network, and the choice of threads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .. import data, teachers
+from ..errors import UserError
+from . import config as configs
+from .config import Config
+from .distill import Distiller
+from .loop import Trainer, open_folder, run
+from .measure import Measure
+from .teacher import TeacherTrainer
+
+
+def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool, default: str = "digits") -> Config:
+    """The configuration of a run, new or resumed.
+
+    A resumed run keeps its own: a configuration given again must agree with it outside the section ``run``, whose
+    settings may change.
+
+    Raises:
+        UserError: a bad configuration, or one that differs from the run's, with the first key that does.
+    """
+    if not resume:
+        return configs.load(source or default, overrides)
+    kept = folder / "config.yaml"
+    if not kept.is_file():
+        raise UserError(f"there is no run to resume in {folder}: it has no config.yaml")
+    before, asked = configs.load(kept), configs.load(source or kept, overrides)
+    if (key := _difference(configs.to_mapping(before), configs.to_mapping(asked))) is not None:
+        raise UserError(f"{key} differs from the run in {folder}: a resumed run keeps all its settings but run.*")
+    return asked
+
+
+def _difference(before: object, asked: object, name: str = "") -> str | None:
+    if isinstance(before, dict) and isinstance(asked, dict):
+        keys = [key for key in {**before, **asked} if name or key != "run"]
+        found = (_difference(before.get(key), asked.get(key), f"{name}.{key}" if name else str(key)) for key in keys)
+        return next((key for key in found if key is not None), None)
+    return None if before == asked else name
+
+
+def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool, command: str) -> tuple[Path, Measure]:
+    """Run ``"train-teacher"`` or ``"distill"`` in ``folder``; the saved network's file and the run's measure.
+
+    Everything that can be refused is refused before the folder is touched.
+
+    Raises:
+        UserError: settings, data, teacher or folder that cannot be used.
+        realuid_fast.train.loop.Interrupted: after SIGINT or SIGTERM, with everything saved.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    try:
+        torch.empty(0, device=config.run.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"run.device {config.run.device!r} is not a device that torch can use here") from None
+    dataset = data.load(config.data)
+    trainer: Trainer
+    if job == "distill":
+        settings = config.distill
+        teacher = teachers.load_teacher(
+            settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config
+        )
+        trainer = Distiller(config, dataset, teacher, command)
+    else:
+        trainer = TeacherTrainer(config, dataset, command)
+    measure = Measure(dataset)
+    open_folder(folder, resume, overwrite)
+    return run(config, trainer, folder, measure, dataset.shape, resume), measure
+
+
+def free_cores() -> int:
+    """Cores this process may use that nobody is busy on, by the load average of the last minute; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - round(os.getloadavg()[0]))
+
+
+def with_threads(config: Config, threads: int) -> Config:
+    """The configuration with another thread count."""
+    return replace(config, run=replace(config.run, threads=threads))

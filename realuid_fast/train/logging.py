@@ -1,0 +1,157 @@
+"""What a run leaves to look at: CSV files, TensorBoard events, sample grids and the convergence plot."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import to_bytes
+
+
+class CsvLog:
+    """A CSV file that grows by rows and can be cut back to a saved position.
+
+    ``columns`` are fixed at the start; every row is on disk when :meth:`write` returns.
+    """
+
+    def __init__(self, file: Path, columns: Sequence[str]) -> None:
+        self.file, self._columns = file, list(columns)
+        if not file.exists():
+            with file.open("w", newline="") as stream:
+                csv.writer(stream).writerow(self._columns)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; columns that ``row`` lacks stay empty."""
+        with self.file.open("a", newline="") as stream:
+            csv.DictWriter(stream, self._columns, restval="").writerow(dict(row))
+
+    @property
+    def position(self) -> int:
+        """Length of the file in bytes."""
+        return self.file.stat().st_size
+
+    def cut(self, position: int) -> None:
+        """Forget everything after ``position``; rows written after the checkpoint that a run resumes from."""
+        if position < self.position:
+            with self.file.open("r+b") as stream:
+                stream.truncate(position)
+
+
+def read_csv(file: Path) -> list[dict[str, float]]:
+    """All rows of a CSV file of numbers; an empty field is NaN."""
+    with file.open(newline="") as stream:
+        return [{k: float(v) if v else math.nan for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+class Events:
+    """TensorBoard scalars and images in ``folder``; with ``folder=None`` nothing."""
+
+    def __init__(self, folder: Path | None, step: int = 0) -> None:
+        self._writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events after the checkpoint that a run resumes from are hidden.
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def grid(images: Tensor, columns: int = 0, enlarge: int = 0) -> np.ndarray:
+    """Images ``(N, C, H, W)`` in ``[-1, 1]`` side by side as bytes ``(rows, columns, 3)``.
+
+    ``columns`` and ``enlarge`` (every pixel repeated) are chosen when 0: a square grid, tiles of at least 32 pixels.
+    """
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    enlarge = enlarge or max(1, 32 // max(height, width))
+    pixels = to_bytes(images.detach().float().cpu().nan_to_num(0.0)).expand(-1, max(channels, 3), -1, -1)[:, :3]
+    pixels = pixels.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    height, width = pixels.shape[2:]
+    rows = -(-count // columns)
+    sheet = torch.full((3, rows * (height + 1) + 1, columns * (width + 1) + 1), 96, dtype=torch.uint8)
+    for i in range(count):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        sheet[:, top : top + height, left : left + width] = pixels[i]
+    return sheet.permute(1, 2, 0).contiguous().numpy()
+
+
+def picture(samples: Tensor) -> np.ndarray:
+    """Samples as an RGB picture ``(H, W, 3)``: a grid of images, or a scatter plot of points ``(N, 2)``."""
+    if samples.dim() == 4:
+        return grid(samples)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    points = samples.detach().float().cpu().flatten(1)
+    axes.scatter(points[:, 0], points[:, -1], s=2, alpha=0.5)
+    axes.set_aspect("equal", adjustable="datalim")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_png(pixels: np.ndarray, file: Path) -> None:
+    """Write an RGB picture ``(H, W, 3)`` of bytes."""
+    from PIL import Image
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
+def convergence_plot(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, float],
+    metric: str,
+    file: Path,
+    spread: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> None:
+    """Distance over updates on a logarithmic axis.
+
+    Args:
+        curves: name to ``(update, distance)`` pairs.
+        lines: name to a horizontal line, such as the teacher and the floor.
+        metric: what the distance is, with the samples it was measured on.
+        file: the PNG to write.
+        spread: name to ``(lowest, highest)`` at each point of that curve.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(curves.items()):
+        shown = [(x, y) for x, y in points if math.isfinite(y)]
+        axes.plot([x for x, _ in shown], [y for _, y in shown], marker=".", color=f"C{index}", label=name)
+        if spread and name in spread:
+            lowest, highest = zip(*spread[name], strict=True)
+            axes.fill_between([x for x, _ in points], lowest, highest, color=f"C{index}", alpha=0.2, linewidth=0)
+    for index, (name, value) in enumerate(lines.items()):
+        axes.axhline(value, linestyle=("--", ":", "-.")[index % 3], color="0.3", label=f"{name}: {value:.3g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("generator updates")
+    axes.set_ylabel(metric)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(file)

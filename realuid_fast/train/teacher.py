@@ -1,0 +1,123 @@
+"""Teacher training: the universal matching loss on batches of data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional as rf
+from ..data import Dataset
+from ..networks import build
+from ..noise import NoiseStream
+from ..optim import Optimiser
+from ..sampling import integrate
+from ..teachers import Description
+from .batches import Batches
+from .config import Config
+from .generator import frozen_view
+from .meters import Meters
+from .phases import Phases
+
+SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows while it trains
+
+
+class TeacherTrainer:
+    """Trains a fresh velocity network on the path's conditional target, ``w ||F - tgt||^2``; one batch an update."""
+
+    def __init__(self, config: Config, dataset: Dataset, command: str = "") -> None:
+        settings, seed = config.teacher, config.run.seed
+        self.path = config.path.build()
+        self.device = torch.device(config.run.device)
+        self.batch, self.updates, self.step = settings.batch, settings.updates, 0
+        images = len(dataset.shape) == 3
+        self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
+        network = network_for(config, dataset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = build(network).to(self.device)
+        if images:
+            net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self.net = net.train()
+        self.optimiser = Optimiser(self.net, **vars(settings.optimiser), ema_decays=settings.ema, total=self.updates)
+        self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
+        self.times = torch.Generator(self.device).manual_seed(2 * seed + 1)
+        self.noise = NoiseStream(seed, self.device)
+        self.meters = Meters(("loss", "gradient"), self.device)
+        self.phases = Phases(config.run.timings, self.device)
+        self.description = Description(
+            network=network,
+            path=config.path.name,
+            data=dataset.config,
+            preprocessing=dataset.preprocessing,
+            command=command,
+        )
+
+    @property
+    def images_per_update(self) -> int:
+        return self.batch
+
+    @property
+    def optimisers(self) -> dict[str, Optimiser]:
+        return {"network": self.optimiser}
+
+    def update(self) -> None:
+        """One step on one batch."""
+        with self.phases("data"):
+            x = self.batches.next().contiguous(memory_format=self._layout)
+            t = self.path.sample_time(self.batch, self.times, self.device)
+            coef = self.path.coefficients(t)
+            key = self.noise.next_key()
+            x_t = rf.interpolate(x, coef, key)
+        with self.phases("forward"):
+            out = self.net(self.path.network_time(t), x_t).contiguous(memory_format=self._layout)
+        with self.phases("loss"):
+            grads = rf.matching_grads(out.detach(), x, None, coef, key)
+        with self.phases("backward"):
+            out.backward(grads.out)
+        with self.phases("optimiser"):
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        self.meters.add("loss", grads.loss)
+        self.meters.add("gradient", self.optimiser.norm)
+        self.step += 1
+
+    def sample(self, z: Tensor) -> Tensor:
+        """Samples of the exported network by Euler's method, for noise ``z``."""
+        return integrate(self.averaged, z.to(self.device), SAMPLING_STEPS)
+
+    def exported(self) -> tuple[dict[str, Tensor], Description]:
+        """What the run saves at its end: the exported weights and their description."""
+        return self.averaged.state_dict(), self.description
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next update depends on."""
+        return {
+            "step": self.step,
+            "network": self.net.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "noise": self.noise.state_dict(),
+            "times": self.times.get_state(),
+            "batches": self.batches.state_dict(),
+            "meters": self.meters.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.step = int(state["step"])
+        self.net.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.noise.load_state_dict(state["noise"])
+        self.times.set_state(state["times"])
+        self.batches.load_state_dict(state["batches"])
+        self.meters.load_state_dict(state["meters"])
+
+
+def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The configured network, with the samples' shape filled in where it is not given, as plain values."""
+    network = dict(config.network)
+    network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
+    network.setdefault("dim" if network["kind"] == "unet" else "shape", list(dataset.shape))
+    return network
