@@ -1,7 +1,7 @@
 """Builds the two extension modules: the operators on LibTorch's stable ABI and the torch-free pybind11 module.
 
-Metadata lives in pyproject.toml. Without torch, or without a C++ compiler, the package is built as pure Python and says so;
-a compiler that is there and fails stops the build.
+Metadata lives in pyproject.toml. Without torch, or without a C++ compiler, the package is built as pure Python and
+says so; a compiler that is there and fails stops the build.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def say(sentence: str) -> None:
 
 
 def find_torch() -> Any:
-    """Import torch's extension builder from the environment, or from the one pip builds for (an isolated build hides it)."""
+    """Torch's extension builder, from here or from the environment that pip builds for (an isolated build hides it)."""
     try:
         from torch.utils import cpp_extension
     except ImportError:

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -21,6 +23,19 @@ using Optional = std::optional<Tensor>;
 using Grads2 = std::tuple<Tensor, Tensor>;
 using Grads3 = std::tuple<Tensor, Tensor, Tensor>;
 using Grads6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+// One sentence and no source location: it is for whoever called the operator.
+#define REQUIRE(condition, ...) \
+  do {                          \
+    if (!(condition)) refuse(__VA_ARGS__); \
+  } while (false)
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
@@ -38,7 +53,7 @@ rf::Dtype storage(const Tensor& t, const char* name) {
     case ScalarType::Double:
       return rf::Dtype::float64;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+      refuse(name, " must be float32, bfloat16, float16 or float64");
   }
 }
 
@@ -68,9 +83,9 @@ struct Frame {
   rf::Shape shape;
 
   Frame(const Tensor& t, const char* label) : main(t), name(label), dtype(storage(t, label)) {
-    STD_TORCH_CHECK(t.is_cpu(), label, " must be on the CPU");
-    STD_TORCH_CHECK(t.dim() >= 1, label, " must have a batch dimension");
-    STD_TORCH_CHECK(dense(t), label, " must be dense in memory with samples outermost: contiguous or channels_last");
+    REQUIRE(t.is_cpu(), label, " must be on the CPU");
+    REQUIRE(t.dim() >= 1, label, " must have a batch dimension");
+    REQUIRE(dense(t), label, " must be dense in memory with samples outermost: contiguous or channels_last");
     shape.rows = t.size(0);
     shape.dim = shape.rows == 0 ? 0 : t.numel() / shape.rows;
   }
@@ -83,36 +98,39 @@ struct Frame {
 
   // `rows` >= 0: the other tensor may have that many samples instead.
   const void* same(const Tensor& t, const char* label, int64_t rows = -1) const {
-    STD_TORCH_CHECK(t.is_cpu(), label, " must be on the CPU like ", name);
-    STD_TORCH_CHECK(t.scalar_type() == main.scalar_type(), label, " must have the dtype of ", name);
-    STD_TORCH_CHECK(t.dim() == main.dim(), label, " must have as many dimensions as ", name);
+    REQUIRE(t.is_cpu(), label, " must be on the CPU like ", name);
+    REQUIRE(t.scalar_type() == main.scalar_type(), label, " must have the dtype of ", name);
+    REQUIRE(t.dim() == main.dim(), label, " must have as many dimensions as ", name);
+    const int64_t dims = main.dim();
     const auto a = t.sizes(), b = main.sizes();
-    const auto sa = t.strides(), sb = main.strides();
-    const bool empty = t.numel() == 0;
-    for (int64_t d = 0; d < main.dim(); ++d) {
+    for (int64_t d = 0; d < dims; ++d) {
       const int64_t wanted = d == 0 && rows >= 0 ? rows : b[d];
-      STD_TORCH_CHECK(a[d] == wanted, label, " must have size ", wanted, " in dimension ", d, " like ", name, ", got ", a[d]);
-      STD_TORCH_CHECK(empty || a[d] == 1 || b[d] == 1 || sa[d] == sb[d], label, " must have the memory layout of ", name);
+      REQUIRE(a[d] == wanted, label, " must have size ", wanted, " in dimension ", d, " like ", name, ", got ", a[d]);
     }
+    if (t.numel() == 0) return t.const_data_ptr();
+    const auto sa = t.strides(), sb = main.strides();
+    // The stride of a dimension of size 1 says nothing.
+    for (int64_t d = 0; d < dims; ++d)
+      REQUIRE(a[d] == 1 || b[d] == 1 || sa[d] == sb[d], label, " must have the memory layout of ", name);
     return t.const_data_ptr();
   }
 
   const void* same(const Optional& t, const char* label) const { return t.has_value() ? same(*t, label) : nullptr; }
 
   const void* coefficients(const Tensor& coef) const {
-    STD_TORCH_CHECK(coef.is_cpu() && coef.dim() == 2 && coef.size(0) == shape.rows && coef.size(1) == rf::COEFFICIENTS &&
+    REQUIRE(coef.is_cpu() && coef.dim() == 2 && coef.size(0) == shape.rows && coef.size(1) == rf::COEFFICIENTS &&
                         coef.is_contiguous(),
                     "coef must be a contiguous CPU tensor of shape (", shape.rows, ", ", rf::COEFFICIENTS, ")");
-    STD_TORCH_CHECK(coef.scalar_type() == real(), "coef must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
+    REQUIRE(coef.scalar_type() == real(), "coef must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
     return coef.const_data_ptr();
   }
 
   rf::NoiseSource noise(const Tensor& noise, int64_t noise_rows, const char* label = "noise") const {
     rf::NoiseSource source;
-    STD_TORCH_CHECK(noise_rows > 0 || shape.rows == 0, "noise_rows must be positive, got ", noise_rows);
+    REQUIRE(noise_rows > 0 || shape.rows == 0, "noise_rows must be positive, got ", noise_rows);
     source.rows = std::max<int64_t>(noise_rows, 1);
     if (noise.scalar_type() == ScalarType::Long) {
-      STD_TORCH_CHECK(noise.is_cpu() && noise.dim() == 1 && noise.size(0) == 2, label,
+      REQUIRE(noise.is_cpu() && noise.dim() == 1 && noise.size(0) == 2, label,
                       " as a key must be an int64 CPU tensor of shape (2,)");
       const auto* words = static_cast<const int64_t*>(noise.const_data_ptr());
       const int64_t step = noise.stride(0);
@@ -193,7 +211,7 @@ struct Frame {
     for (int64_t row = 0; row < shape.rows; ++row) {
       const int64_t i = row * rf::COEFFICIENTS + rf::K_X;
       const double k_x = wide() ? static_cast<const double*>(coef)[i] : double(static_cast<const float*>(coef)[i]);
-      STD_TORCH_CHECK(k_x == 0, "x_t is needed: row ", row, " of coef has k_x different from 0");
+      REQUIRE(k_x == 0, "x_t is needed: row ", row, " of coef has k_x different from 0");
     }
   }
 };
@@ -204,7 +222,7 @@ double mean_scale(bool mean, int64_t count) { return mean && count > 0 ? 1.0 / d
 
 Tensor normal_like(const Tensor& key, const Tensor& like, int64_t noise_rows) {
   const Frame frame(like, "like");
-  STD_TORCH_CHECK(key.scalar_type() == ScalarType::Long, "key must be an int64 tensor of shape (2,)");
+  REQUIRE(key.scalar_type() == ScalarType::Long, "key must be an int64 tensor of shape (2,)");
   Tensor out = frame.like();
   const rf::NormalArgs args{frame.shape, frame.noise(key, noise_rows, "key"), out.mutable_data_ptr(), frame.stream()};
   const auto& k = rf::kernels(frame.dtype);
@@ -252,11 +270,11 @@ Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake,
                   const Tensor& coef, const Tensor& noise, const Optional& teacher, const Optional& endpoint,
                   int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
   const int64_t count = frame.shape.rows - n_real;
-  STD_TORCH_CHECK(n_real >= 0 && count >= 0, "n_real must be between 0 and the ", frame.shape.rows, " rows, got ", n_real);
+  REQUIRE(n_real >= 0 && count >= 0, "n_real must be between 0 and the ", frame.shape.rows, " rows, got ", n_real);
   const bool reads_teacher = (generated.d != 0 && count > 0) || (real.d != 0 && n_real > 0);
-  STD_TORCH_CHECK(teacher.has_value() || !reads_teacher, "teacher_out is needed: this objective's d is different from 0");
+  REQUIRE(teacher.has_value() || !reads_teacher, "teacher_out is needed: this objective's d is different from 0");
   Tensor g = frame.like_if(want);
-  std::vector<double> partial(frame.elements() == 0 ? frame.shape.units() : frame.shape.units(), 0.0);
+  std::vector<double> partial(frame.shape.units(), 0.0);
   const rf::FakeArgs args{frame.shape,
                           frame.same(fake, fake_name),
                           frame.same(teacher, "teacher_out"),
@@ -297,7 +315,7 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                  const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
                  bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
   const Frame frame(x, "x");
-  STD_TORCH_CHECK(x_t.has_value() || !want_x_t, "x_t is needed where its gradient is asked for");
+  REQUIRE(x_t.has_value() || !want_x_t, "x_t is needed where its gradient is asked for");
   Tensor g_teacher = frame.like_if(want_teacher), g_fake = frame.like_if(want_fake), g_x = frame.like_if(want_x),
          g_x_t = frame.like_if(want_x_t);
   std::vector<double> partial(frame.shape.units(), 0.0);
@@ -328,15 +346,15 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
 }
 
 void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
-  STD_TORCH_CHECK(scale.is_cpu() && (scale.scalar_type() == ScalarType::Float || scale.scalar_type() == ScalarType::Double),
+  REQUIRE(scale.is_cpu() && (scale.scalar_type() == ScalarType::Float || scale.scalar_type() == ScalarType::Double),
                   "scale must be a float32 or float64 CPU tensor");
   const bool wide = scale.scalar_type() == ScalarType::Double;
   const int64_t factors = scale.numel();
-  STD_TORCH_CHECK(factors == 1 || scale.is_contiguous(), "scale must be contiguous");
+  REQUIRE(factors == 1 || scale.is_contiguous(), "scale must be contiguous");
   for (const Tensor& grad : grads) {
     if (grad.numel() == 0) continue;
     const Frame frame(grad, "grads");
-    STD_TORCH_CHECK(factors == 1 || factors == frame.shape.rows, "scale must have 1 or ", frame.shape.rows,
+    REQUIRE(factors == 1 || factors == frame.shape.rows, "scale must have 1 or ", frame.shape.rows,
                     " elements, got ", factors);
     void* memory = grad.mutable_data_ptr();
     const rf::ScaleArgs args{frame.shape, memory, memory, scale.const_data_ptr(), wide, factors == 1 ? 0 : 1, true, false};

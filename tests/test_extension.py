@@ -1,0 +1,595 @@
+"""The compiled operators against a float64 evaluation of the formulas, written out here once more in plain torch."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import realuid_fast as rf
+from realuid_fast import extension
+
+pytestmark = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
+
+ops = torch.ops.realuid_fast
+SEED, OFFSET = 0x0123_4567_89AB_CDEF, 41
+
+# Relative L2 error of a whole tensor against float64 on the same (already rounded) inputs. float32: a few
+# roundings of 6e-8, in sums of random signs up to a hundred times that. bfloat16 and float16 add one rounding of
+# the output, which is at most half the distance between neighbours: 2^-8 and 2^-11 of the value.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8 + 2e-5, torch.float16: 2**-11 + 2e-5, torch.float64: 1e-12}
+DTYPES = list(TOLERANCE)
+
+# Contiguous, channels_last, 5-D, D not a multiple of 4 or of any vector, several blocks in a row, rows shorter
+# than a vector.
+SHAPES = [
+    ((5, 3, 7, 5), torch.contiguous_format),
+    ((4, 3, 16, 16), torch.channels_last),
+    ((2, 3, 4, 5, 6), torch.channels_last_3d),
+    ((3, 9001), torch.contiguous_format),
+    ((67, 2), torch.contiguous_format),
+    ((6, 1), torch.contiguous_format),
+    ((1, 33), torch.contiguous_format),
+]
+EMPTY = [(0, 4), (3, 0)]
+
+
+def philox_words(seed: int, offset: int, groups: np.ndarray) -> list[np.ndarray]:
+    low = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    c = [groups & low, groups >> shift, np.full_like(groups, offset & 0xFFFFFFFF), np.full_like(groups, offset >> 32)]
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> shift) ^ c[1] ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c[3] ^ np.uint64(k1), p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c
+
+
+def stream64(count: int, start: int = 0, seed: int = SEED, offset: int = OFFSET) -> torch.Tensor:
+    """Elements start, start + 1, ... of the stream, evaluated in float64."""
+    first, last = start // 4, (start + count + 3) // 4
+    w = philox_words(seed, offset, np.arange(first, last, dtype=np.uint64))
+    out = np.empty((last - first, 4))
+    for pair in (0, 2):
+        u = ((w[pair] >> np.uint64(8)).astype(np.float64) + 1) * 2.0**-24
+        theta = 2 * np.pi * (w[pair + 1] >> np.uint64(8)).astype(np.float64) * 2.0**-24
+        r = np.sqrt(-2 * np.log(u))
+        out[:, pair], out[:, pair + 1] = r * np.cos(theta), r * np.sin(theta)
+    return torch.from_numpy(out.reshape(-1)[start - 4 * first :][:count].copy())
+
+
+def in_memory_order(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(like, dtype=torch.float64)
+    torch.as_strided(out, (out.numel(),), (1,)).copy_(flat)
+    return out
+
+
+def poison(*like: torch.Tensor) -> None:
+    """Leave NaN in the memory that the next allocations of these sizes get."""
+    for tensor in like:
+        junk = [torch.full_like(tensor, float("nan")) for _ in range(6)]
+        del junk
+
+
+class Case:
+    """One random call: inputs as given to the operator, and in float64 for the formulas."""
+
+    def __init__(self, shape, layout, dtype, keyed, extra, noise_rows=None, seed=0):
+        g = torch.Generator().manual_seed(seed)
+
+        def draw(size=shape):
+            t = torch.randn(size, generator=g).to(dtype)
+            return t if layout is torch.contiguous_format else t.to(memory_format=layout)
+
+        self.rows, self.noise_rows = shape[0], noise_rows or max(shape[0], 1)
+        self.teacher, self.fake, self.x = draw(), draw(), draw()
+        self.x_t = draw() if extra else None
+        self.y = draw() if extra else None
+        real = torch.float64 if dtype is torch.float64 else torch.float32
+        self.coef = torch.randn((shape[0], 9), generator=g).to(real)
+        if not extra:
+            self.coef[:, 7] = 0
+        self.noise = draw((self.noise_rows, *shape[1:])) if shape[0] else draw()
+        n = self.noise.double()
+        if keyed:
+            self.noise = torch.tensor([SEED, OFFSET])
+            n = in_memory_order(stream64(n.numel()), n)
+        self.n64 = n[torch.arange(self.rows) % self.noise_rows] if self.rows else n
+        poison(self.x)
+
+    def c64(self, i):
+        return self.coef[:, i].double().reshape(-1, *[1] * (self.x.dim() - 1))
+
+    def target(self):
+        y = 0 if self.y is None else self.c64(4) * self.y.double()
+        return self.c64(3) * self.x.double() + y + self.c64(5) * self.n64
+
+    def native(self, out):
+        shift = 0 if self.x_t is None else self.c64(7) * self.x_t.double()
+        return self.c64(6) * out.double() + shift
+
+
+def check(got, wanted, dtype, like=None):
+    if like is not None:
+        assert got.dtype == like.dtype
+        assert got.shape == like.shape
+        assert got.stride() == like.stride()
+    got, wanted = got.double(), wanted.double()
+    assert torch.isfinite(got).all()
+    error = (got - wanted).norm() / wanted.norm().clamp_min(1e-300)
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+def row_sum(t):
+    return t.flatten(1).sum(1)
+
+
+CASES = pytest.mark.parametrize(
+    ("shape", "layout", "keyed", "extra"),
+    [(shape, layout, *switches) for shape, layout in SHAPES for switches in itertools.product((True, False), repeat=2)],
+)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@EVERY_DTYPE
+@CASES
+def test_interpolate_agrees(shape, layout, keyed, extra, dtype):
+    case = Case(shape, layout, dtype, keyed, extra)
+    out = ops.interpolate(case.x, case.coef, case.noise, case.y, case.noise_rows)
+    wanted = case.c64(0) * case.x.double() + case.c64(2) * case.n64
+    if extra:
+        wanted = wanted + case.c64(1) * case.y.double()
+    check(out, wanted, dtype, case.x)
+    g_x, g_y = ops.interpolate_grads(case.fake, case.coef, True, extra)
+    check(g_x, case.c64(0) * case.fake.double(), dtype, case.x)
+    if extra:
+        check(g_y, case.c64(1) * case.fake.double(), dtype, case.x)
+    else:
+        assert g_y.shape == (0,)
+
+
+@EVERY_DTYPE
+@CASES
+@pytest.mark.parametrize("mean", [True, False])
+def test_matching_agrees(shape, layout, keyed, extra, dtype, mean):
+    case = Case(shape, layout, dtype, keyed, extra)
+    loss, rows, g = ops.matching(
+        case.fake, case.x, case.x_t, case.coef, case.noise, case.y, case.noise_rows, mean, True
+    )
+    e = case.native(case.fake) - case.target()
+    wanted = case.coef[:, 8].double() * row_sum(e * e)
+    check(rows, wanted, torch.float32 if dtype is not torch.float64 else dtype)
+    assert rows.dtype == loss.dtype == case.coef.dtype
+    torch.testing.assert_close(loss, rows.double().mean().to(loss.dtype), rtol=1e-5, atol=1e-6)
+    scale = 1 / case.rows if mean else 1.0
+    check(g, scale * 2 * case.c64(8) * case.c64(6) * e, dtype, case.x)
+
+
+# a b d c of the generated and of the real rows: the square completed, with a teacher, and with a = 0.
+HALVES = [
+    ((0.92, 0.94, 0.0, 0.94**2 / 0.92), (0.08, 0.06, 0.0, 0.06**2 / 0.08)),
+    ((0.9, 0.94, 0.1, 1.0), (0.1, 0.06, -0.2, 0.3)),
+    ((0.9, 0.94, 0.1, 1.0), (0.0, 0.06, 0.3, 0.3)),
+]
+
+
+@EVERY_DTYPE
+@CASES
+@pytest.mark.parametrize("halves", HALVES)
+def test_fake_agrees(shape, layout, keyed, extra, dtype, halves):
+    n_real = shape[0] // 2
+    generated = shape[0] - n_real
+    # The shared draw: the real half uses the generated half's noise.
+    case = Case(shape, layout, dtype, keyed, extra, noise_rows=generated)
+    (a, b, d, c), real = halves
+    teacher = case.teacher if d or real[2] else None
+    loss, rows, g = ops.fake(
+        case.fake, case.x, case.x_t, case.coef, case.noise, teacher, case.y, generated, n_real,
+        a, b, d, c, *real, True, True,
+    )  # fmt: skip
+
+    def per_row(i):
+        column = torch.tensor([halves[0][i]] * generated + [real[i]] * n_real, dtype=torch.float64)
+        return column.reshape(-1, *[1] * (case.x.dim() - 1))
+
+    a, b, d, c = (per_row(i) for i in range(4))
+    f, tgt = case.native(case.fake), case.target()
+    star = case.native(case.teacher) if teacher is not None else torch.zeros_like(f)
+    element = a * f * f - 2 * f * (b * tgt + d * star) + c * tgt * tgt
+    check(rows, case.coef[:, 8].double() * row_sum(element), torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(loss, (rows.double().sum() / generated).to(loss.dtype), rtol=1e-5, atol=1e-5)
+    check(g, 2 / generated * case.c64(8) * case.c64(6) * (a * f - b * tgt - d * star), dtype, case.x)
+
+
+@EVERY_DTYPE
+@CASES
+@pytest.mark.parametrize("mean", [True, False])
+def test_generator_agrees(shape, layout, keyed, extra, dtype, mean):
+    case = Case(shape, layout, dtype, keyed, extra)
+    alpha, beta, q, kappa = 0.92, 0.94, 0.9, 1.1
+    loss, rows, *grads = ops.generator(
+        case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, alpha, beta, q, kappa, mean,
+        True, True, True, extra,
+    )  # fmt: skip
+    star, f, tgt = case.native(case.teacher), case.native(case.fake), case.target()
+    w, big_d, r = case.c64(8), star - f, alpha * star - beta * tgt
+    wanted = row_sum(w * (-q * kappa**2 * big_d**2 + 2 * kappa * big_d * r))
+    check(rows, wanted, torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(loss, rows.double().mean().to(loss.dtype), rtol=1e-5, atol=1e-5)
+    scale = w / case.rows if mean else w
+    g_star = scale * (-2 * q * kappa**2 * big_d + 2 * kappa * r + 2 * alpha * kappa * big_d)
+    g_f = scale * (2 * q * kappa**2 * big_d - 2 * kappa * r)
+    wanted_grads = [
+        case.c64(6) * g_star,
+        case.c64(6) * g_f,
+        case.c64(3) * scale * (-2 * beta * kappa * big_d),
+        case.c64(7) * (g_star + g_f),
+    ]
+    for got, expected in zip(grads[: 4 if extra else 3], wanted_grads, strict=False):
+        check(got, expected, dtype, case.x)
+    if not extra:
+        assert grads[3].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+def test_normals_agree(shape, layout, dtype):
+    like = Case(shape, layout, dtype, True, False).x
+    got = ops.normal_like(torch.tensor([SEED, OFFSET]), like, shape[0])
+    assert got.dtype == dtype
+    assert got.stride() == like.stride()
+    wanted = in_memory_order(stream64(like.numel()), like)
+    if dtype in (torch.float32, torch.float64):
+        # 1e-6: the vectorised logarithm, sine and cosine; the contract between backends is 1e-4.
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6 if dtype is torch.float32 else 1e-14)
+    else:
+        check(got, wanted, dtype)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4 * (2**32 - 5) + 3, 2**62 + 1])
+@pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 65, 300])
+def test_normals_at_any_position(start, count):
+    # Past element 2^34 the group number needs the counter's second word.
+    wanted = stream64(count, start).numpy()
+    for dtype, atol in (("float32", 1e-6), ("float64", 1e-14)):
+        got = extension.native.normals(SEED, OFFSET, start, (count,), dtype)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=atol)
+
+
+def test_every_mantissa_near_one_keeps_its_radius():
+    """u1 = 1 gives radius 0 and the smallest radii are as accurate as the large ones."""
+    x = extension.native.normals(7, 0, 0, (1 << 22,))
+    wanted = stream64(1 << 22, seed=7, offset=0).numpy()
+    assert np.isfinite(x).all()
+    small = np.abs(wanted) < 1e-3
+    assert small.sum() > 1000
+    # The angle is a multiple of 2 pi 2^-24, so a value near an axis is small by cancellation: absolute error there.
+    np.testing.assert_allclose(x[small], wanted[small], rtol=1e-5, atol=4e-7)
+
+
+# Known answers of Random123 for philox4x32-10 (kat_vectors): counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, answer):
+    assert tuple(extension.native.philox(counter, key)) == answer
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS[:1] + KNOWN_ANSWERS[2:])
+def test_vectorised_philox_known_answers(counter, key, answer):
+    """The normals of the known counters are those of the known words."""
+    group = counter[0] | counter[1] << 32
+    seed, offset = key[0] | key[1] << 32, counter[2] | counter[3] << 32
+    if group >= 2**62:
+        # The element number 4 * group does not fit; the same words come from the stream's own evaluation.
+        words = philox_words(seed, offset, np.array([group], dtype=np.uint64))
+        assert tuple(int(w[0]) for w in words) == answer
+        return
+    got = extension.native.normals(seed, offset, 4 * group, (4,))
+    w = [np.uint64(v) for v in answer]
+    for pair in (0, 2):
+        r = np.sqrt(-2 * np.log((float(w[pair] >> np.uint64(8)) + 1) * 2.0**-24))
+        theta = 2 * np.pi * float(w[pair + 1] >> np.uint64(8)) * 2.0**-24
+        np.testing.assert_allclose(got[pair : pair + 2], [r * np.cos(theta), r * np.sin(theta)], rtol=0, atol=1e-6)
+
+
+def test_moments_and_independence_of_the_normals():
+    x = extension.native.normals(3, 0, 0, (4_000_000,)).astype(np.float64)
+    assert abs(x.mean()) < 5 / np.sqrt(x.size)
+    assert abs((x**2).mean() - 1) < 5 * np.sqrt(2 / x.size)
+    assert abs((x**4).mean() - 3) < 5 * np.sqrt(96 / x.size)
+    for lag in (1, 2, 3, 4, 64):
+        assert abs((x[lag:] * x[:-lag]).mean()) < 5 / np.sqrt(x.size)
+    other = extension.native.normals(3, 1, 0, (4_000_000,))
+    assert abs((x * other).mean()) < 5 / np.sqrt(x.size)
+
+
+def test_numpy_stream_draws_what_the_tensor_stream_draws():
+    ours, theirs = extension.native.NoiseStream(11), rf.NoiseStream(11)
+    for shape in ((3, 5), (70,)):
+        wanted = rf.noise.normal(theirs.next_key(), torch.empty(shape))
+        np.testing.assert_array_equal(ours.normal(shape), wanted.numpy())
+    assert (ours.seed, ours.offset) == (11, 2)
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+@EVERY_DTYPE
+def test_empty_tensors(shape, dtype):
+    case = Case(shape, torch.contiguous_format, dtype, True, False)
+    n = case.noise_rows
+    assert ops.interpolate(case.x, case.coef, case.noise, None, n).shape == shape
+    assert ops.normal_like(case.noise, case.x, n).shape == shape
+    results = [
+        ops.matching(case.fake, case.x, None, case.coef, case.noise, None, n, True, True),
+        ops.fake(
+            case.fake, case.x, None, case.coef, case.noise, None, None, n, 0, *HALVES[0][0], *HALVES[0][1],
+            True, True,
+        ),
+        ops.generator(
+            case.teacher, case.fake, case.x, None, case.coef, case.noise, None, 1.0, 1.0, 1.0, 1.0, True,
+            True, True, True, False,
+        ),
+    ]  # fmt: skip
+    for loss, rows, *grads in results:
+        assert loss.item() == 0
+        assert rows.tolist() == [0.0] * shape[0]
+        assert grads[0].shape == shape
+
+
+def run_all(case, noise_rows):
+    """Every output of every operator, as one list of tensors."""
+    halves = (*HALVES[1][0], *HALVES[1][1])
+    n_real = case.rows - noise_rows
+    out = [ops.interpolate(case.x, case.coef, case.noise, case.y, noise_rows)]
+    out += ops.matching(case.fake, case.x, case.x_t, case.coef, case.noise, case.y, noise_rows, True, True)
+    out += ops.fake(
+        case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, noise_rows, n_real, *halves,
+        True, True,
+    )  # fmt: skip
+    if case.noise.dtype is torch.int64:
+        out += ops.generator(
+            case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, 0.9, 0.94, 0.9, 1.0, True,
+            True, True, True, case.x_t is not None,
+        )  # fmt: skip
+        out.append(ops.normal_like(case.noise, case.x, noise_rows))
+    return out
+
+
+@pytest.mark.parametrize("shape", [(44, 3001), (3, 70001), (30000, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_every_thread_count(shape, dtype):
+    case = Case(shape, torch.contiguous_format, dtype, True, True)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(run_all(case, shape[0] - shape[0] // 3))
+    finally:
+        torch.set_num_threads(before)
+    for one, two, again in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(two, again)
+
+
+def test_large_outputs_past_the_caches():
+    """Sizes at which outputs are streamed, with rows that start aligned and rows that do not."""
+    for dim in (3072, 3073):
+        case = Case((250, dim), torch.contiguous_format, torch.float32, True, False)
+        x_t = ops.interpolate(case.x, case.coef, case.noise, None, 250)
+        check(x_t, case.c64(0) * case.x.double() + case.c64(2) * case.n64, torch.float32)
+        _, rows, g = ops.matching(case.fake, case.x, None, case.coef, case.noise, None, 250, False, True)
+        e = case.native(case.fake) - case.target()
+        check(rows, case.coef[:, 8].double() * row_sum(e * e), torch.float32)
+        check(g, 2 * case.c64(8) * case.c64(6) * e, torch.float32)
+
+
+def test_near_the_optimum_the_generator_loss_keeps_its_digits():
+    """f = f* + 1e-3 noise: two sums of squares in float32 would lose a third of the value."""
+    g = torch.Generator().manual_seed(5)
+    teacher = torch.randn(8, 3072, generator=g)
+    fake = teacher + 1e-3 * torch.randn(8, 3072, generator=g)
+    x = torch.randn(8, 3072, generator=g)
+    coef = rf.paths.Linear().coefficients(torch.rand(8, generator=g))
+    key = torch.tensor([SEED, OFFSET])
+    rows = ops.generator(teacher, fake, x, None, coef, key, None, 0.9, 0.94, 0.9, 1.0, True, *[False] * 4)[1]
+    n = stream64(x.numel()).reshape(x.shape)
+    c = coef.double()
+    tgt = c[:, 3:4] * x.double() + c[:, 5:6] * n
+    d = c[:, 6:7] * (teacher.double() - fake.double())
+    r = 0.9 * c[:, 6:7] * teacher.double() - 0.94 * tgt
+    wanted = row_sum(c[:, 8:9] * (-0.9 * d * d + 2 * d * r))
+    torch.testing.assert_close(rows.double(), wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_no_noise_is_drawn_or_read_where_its_coefficient_is_zero():
+    x = torch.randn(4, 10)
+    coef = torch.zeros(4, 9)
+    coef[:, [0, 3, 6, 8]] = 1
+    noise = torch.full_like(x, float("nan"))
+    assert torch.equal(ops.interpolate(x, coef, noise, None, 4), x)
+    loss, _, g = ops.matching(x, x, None, coef, noise, None, 4, True, True)
+    assert loss == 0
+    assert torch.equal(g, torch.zeros_like(x))
+
+
+def test_unread_inputs_may_hold_anything():
+    """x_t of rows with k_x = 0, and the teacher of rows with d = 0, are not read."""
+    case = Case((6, 50), torch.contiguous_format, torch.float32, True, True, noise_rows=3)
+    case.coef[:3, 7] = 0
+    case.x_t[:3] = float("nan")
+    case.teacher[:3] = float("nan")
+    halves = (0.9, 0.94, 0.0, 1.0, 0.1, 0.06, 0.3, 0.3)
+    loss, rows, g = ops.fake(
+        case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, 3, 3, *halves, True, True
+    )
+    assert loss.isfinite()
+    assert rows.isfinite().all()
+    assert g.isfinite().all()
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("wide", [False, True])
+def test_scale_grads(dtype, wide):
+    factor = torch.float64 if wide else torch.float32
+    a = torch.randn(5, 3, 4, 4).to(dtype).to(memory_format=torch.channels_last)
+    b, empty = torch.randn(5, 7).to(dtype), torch.empty(0, dtype=dtype)
+    for scale in (torch.tensor(0.37, dtype=factor), torch.randn(5, dtype=factor)):
+        got_a, got_b = a.clone(), b.clone()
+        ops.scale_grads_([got_a, empty, got_b], scale)
+        check(got_a, a.double() * scale.double().reshape(-1, 1, 1, 1), dtype)
+        check(got_b, b.double() * scale.double().reshape(-1, 1), dtype)
+
+
+def test_scale_of_one_leaves_memory_alone():
+    # A signalling NaN comes out of any multiplication quieted, so its bits tell.
+    bits = torch.full((3, 50), 0x7FA00001, dtype=torch.int32)
+    grad = bits.clone().view(torch.float32)
+    ops.scale_grads_([grad], torch.ones(()))
+    ops.scale_grads_([grad], torch.tensor([1.0, 1.0, 1.0]))
+    assert torch.equal(grad.view(torch.int32), bits)
+    ops.scale_grads_([grad], torch.tensor([1.0, 2.0, 1.0]))
+    assert (grad.view(torch.int32) != bits).any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_survives(dtype):
+    """Loading and storing all 65,536 values, and rounding to nearest even on the way down, is what torch does."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, -1)
+    coef = torch.zeros(1, 9)
+    coef[0, 0] = 1
+    key = torch.tensor([0, 0])
+    same = ops.interpolate(every, coef, key, None, 1)
+    assert torch.equal(torch.nan_to_num(same), torch.nan_to_num(every))
+    assert torch.equal(same.isnan(), every.isnan())
+    coef[0, 0] = 1.00321
+    scaled = ops.interpolate(every, coef, key, None, 1)
+    wanted = (every.float() * 1.00321).to(dtype)
+    assert torch.equal(torch.nan_to_num(scaled), torch.nan_to_num(wanted))
+    coef[0, 0] = 3.3e-5
+    small = ops.interpolate(every, coef, key, None, 1)
+    torch.testing.assert_close(small, (every.float() * 3.3e-5).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def bad(sentence, call):
+    with pytest.raises(RuntimeError, match=sentence):
+        call()
+
+
+def test_wrong_arguments_get_a_sentence_with_their_name():
+    x, key = torch.randn(4, 6), torch.tensor([1, 2])
+    coef = torch.zeros(4, 9)
+    ones = (1.0, 1.0, 1.0, 1.0)
+    half = (1.0, 1.0, 0.0, 1.0)
+
+    def generator(teacher=x, fake=x, x=x, x_t=None, coef=coef, noise=key, y=None, want_x_t=False):
+        return ops.generator(teacher, fake, x, x_t, coef, noise, y, *ones, True, True, True, True, want_x_t)
+
+    def fake(teacher=None, noise_rows=4, n_real=0, d=0.0):
+        return ops.fake(x, x, None, coef, key, teacher, None, noise_rows, n_real, 1.0, 1.0, d, 1.0, *half, True, True)
+
+    wide = torch.randn(4, 12)[:, ::2]
+    shifted = coef.clone()
+    shifted[2, 7] = 0.5
+    bad("teacher_out must have size 6 in dimension 1", lambda: generator(teacher=torch.randn(4, 5)))
+    bad("teacher_out must have as many dimensions as x", lambda: generator(teacher=torch.randn(4, 6, 1)))
+    bad("fake_out must have the dtype of x", lambda: generator(fake=x.double()))
+    bad("x must be dense in memory", lambda: generator(x=wide))
+    images = torch.randn(4, 3, 2, 2)
+    bad(
+        "endpoint must have the memory layout of x",
+        lambda: ops.interpolate(images, coef, key, images.to(memory_format=torch.channels_last), 4),
+    )
+    bad("x must be float32, bfloat16, float16 or float64", lambda: generator(x=torch.zeros(4, 6, dtype=torch.int32)))
+    bad(r"coef must be a contiguous CPU tensor of shape \(4, 9\)", lambda: generator(coef=torch.zeros(4, 8)))
+    bad("coef must be float32", lambda: generator(coef=coef.double()))
+    bad("noise as a key must be an int64 CPU tensor of shape", lambda: generator(noise=torch.tensor([1, 2, 3])))
+    bad("noise must have size 4 in dimension 0", lambda: generator(noise=torch.randn(3, 6)))
+    bad("endpoint must have size 6 in dimension 1", lambda: generator(y=torch.randn(4, 7)))
+    bad("x_t is needed: row 2 of coef has k_x", lambda: generator(coef=shifted))
+    bad("x_t is needed where its gradient is asked for", lambda: generator(want_x_t=True))
+    bad("teacher_out is needed", lambda: fake(d=0.5))
+    bad("n_real must be between 0 and the 4 rows, got 5", lambda: fake(n_real=5))
+    bad("noise_rows must be positive, got 0", lambda: fake(noise_rows=0))
+    bad("key must be an int64 tensor", lambda: ops.normal_like(torch.zeros(2), x, 4))
+    bad("scale must have 1 or 4 elements, got 3", lambda: ops.scale_grads_([x.clone()], torch.ones(3)))
+    bad("scale must be a float32 or float64", lambda: ops.scale_grads_([x.clone()], torch.ones(4, dtype=torch.int64)))
+
+
+def test_channels_last_samples_must_be_outermost():
+    transposed, key = torch.randn(6, 4).T, torch.tensor([1, 2])
+    bad("like must be dense in memory with samples outermost", lambda: ops.normal_like(key, transposed, 4))
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def runnable():
+    return [name for name, runs in extension.native.cpu().items() if runs] if extension.native else []
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The tests above, once more in a process that is held to one instruction set."""
+    if isa not in runnable():
+        pytest.skip(f"this processor does not run {isa}")
+    if extension.isa() == isa:
+        pytest.skip(f"{isa} is what the rest of this file runs on")
+    shapes = "9001 or 67 or 16 or values or mantissa or position"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"(agree or normals) and ({shapes})"]
+    result = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "REALUID_FAST_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+    held = python("from realuid_fast import extension; print(extension.isa())", REALUID_FAST_CPU_ISA=isa)
+    assert held.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    code = """
+import torch, realuid_fast
+print(realuid_fast.backends.report()[1].why_not)
+torch.ops.realuid_fast.normal_like(torch.tensor([1, 2]), torch.empty(2, 2), 2)
+"""
+    result = python(code, REALUID_FAST_CPU_ISA="sse9")
+    assert "REALUID_FAST_CPU_ISA must be avx512, avx2 or baseline, got sse9" in result.stdout
+    assert result.returncode != 0
+    assert "REALUID_FAST_CPU_ISA must be avx512, avx2 or baseline, got sse9" in result.stderr
+
+
+def test_importing_the_package_builds_nothing():
+    code = "import sys, realuid_fast; print('setuptools' in sys.modules, 'torch.utils.cpp_extension' in sys.modules)"
+    assert python(code).stdout.split() == ["False", "False"]
+
+
+def test_the_bandwidth_probe_measures_something():
+    measured = extension.native.bandwidth(megabytes=8, repeats=2)
+    assert measured["copy"] > 0.1
+    assert measured["fill"] > 0.1
+    with pytest.raises(ValueError, match="must be positive"):
+        extension.native.bandwidth(megabytes=0)
