@@ -28,7 +28,7 @@ from .train.compare import compare
 from .train.jobs import free_cores, resolve, train
 from .train.logging import picture, read_csv, save_png
 from .train.loop import Interrupted, plot_distances
-from .train.measure import Measure, evaluation_noise, generate
+from .train.measure import Measure, class_by_class, evaluation_noise, generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
     command.add_argument("--steps", type=int, help="a teacher's steps (default: 100)")
     command.add_argument("--solver", choices=SOLVERS, help="a teacher's solver (default: euler)")
+    command.add_argument("--label", type=int, help="class of all samples (default: one after another)")
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
@@ -87,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("evaluate", _evaluate, "compare real data, a teacher and a student by distance and speed")
     command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
     command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
-    command.add_argument("--samples", type=int, default=5000, help="samples of each row (default: 5000)")
+    command.add_argument(
+        "--samples", type=int, default=5408, help="samples of each row (default: 5408, 4 a training digit)"
+    )
     command.add_argument("--steps", type=int, nargs="+", default=[*evaluation.STEPS], help="the teacher's Euler steps")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
@@ -142,7 +145,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.command == "distill" and config.run.teacher_steps and config.run.evaluate_every:
         model = _model_teacher(config)
         noise = evaluation_noise(data.load(config.data).shape, config.run.evaluate_samples)
-        samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise)
+        labels = measure.labels(model.net, len(noise))
+        samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise, labels)
         lines[f"teacher, {config.run.teacher_steps} Euler steps"] = measure(samples).distance
     if plot_distances(folder, lines, measure.name) is not None:
         last = read_csv(folder / "distances.csv")[-1]["distance"]
@@ -173,7 +177,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     steps = 100 if arguments.steps is None else arguments.steps
     draw = evaluation.sampler(model, steps, arguments.solver or "euler")
     like = torch.empty(arguments.count, *_shape(model))
-    samples, speed = generate(draw, normal(NoiseStream(arguments.seed).next_key(), like))
+    labels = class_by_class(model.net, arguments.count)
+    if arguments.label is not None:
+        classes = int(getattr(model.net, "num_classes", 0) or 0)
+        if not 0 <= arguments.label < classes:
+            raise UserError(f"--label {arguments.label} is none of the model's {classes} classes")
+        labels = torch.full((arguments.count,), arguments.label)
+    samples, speed = generate(draw, normal(NoiseStream(arguments.seed).next_key(), like), labels)
     for file in arguments.out:
         _write_samples(samples, file)
     print(f"{arguments.count} samples, {speed:,.0f} a second, written to {', '.join(map(str, arguments.out))}")
@@ -341,7 +351,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     lines = {row.name: row.distances.distance for row in table if row.evaluations in (None, max(evaluation.STEPS))}
     plot_distances(folder, lines, measure.name)
     noise = evaluation_noise(dataset.shape, 100 if len(dataset.shape) == 3 else count)
-    save_png(picture(evaluation.sampler(student)(noise).detach()), folder / "samples.png")
+    samples = evaluation.sampler(student)(noise, class_by_class(student.net, len(noise)))
+    save_png(picture(samples), folder / "samples.png")
     print(f"written to {folder}: samples.png, convergence.png, table.md, evaluation.json, {file.name}")
 
 

@@ -54,14 +54,18 @@ class Model:
 
 def save(file: str | Path, state: Mapping[str, Tensor], description: Description) -> None:
     """Write a state dict and its description as safetensors; ``file`` is replaced in one step, never half written."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {KEY: json.dumps(asdict(description), sort_keys=True)}
     file = Path(file)
     part = file.with_name(file.name + ".part")
     try:
-        save_file(tensors, str(part), metadata=metadata)
+        # Written by ourselves: the library's own writer makes files that only their owner can read.
+        with part.open("wb") as stream:
+            stream.write(serialise(tensors, metadata=metadata))
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(part, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror or error}") from None

@@ -1,11 +1,11 @@
-"""Endless shuffled batches of a data set whose position can be saved and restored."""
+"""Endless shuffled batches of a data set whose position can be saved and restored, and the labels that go with them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Dataset, to_float
 from ..errors import UserError
@@ -20,19 +20,20 @@ class Batches:
     def __init__(self, dataset: Dataset, n: int, seed: int, device: torch.device) -> None:
         if n > len(dataset):
             raise UserError(f"batch {n} is larger than data set '{dataset.name}', which has {len(dataset)} samples")
-        self._samples, self._n, self._device = dataset.train, n, device
+        self._samples, self._labels, self._n, self._device = dataset.train, dataset.train_labels, n, device
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.randperm(len(dataset), generator=self._generator)
         self._position = 0
 
-    def next(self) -> Tensor:
-        """The next batch ``(n, ...)``."""
+    def next(self) -> tuple[Tensor, Tensor | None]:
+        """The next batch ``(n, ...)`` and its labels ``(n,)``, None where the data set has none."""
         if self._position + self._n > len(self._order):
             self._order = torch.randperm(len(self._order), generator=self._generator)
             self._position = 0
         rows = self._order[self._position : self._position + self._n]
         self._position += self._n
-        return to_float(self._samples[rows]).to(self._device)
+        labels = None if self._labels is None else self._labels[rows].to(self._device)
+        return to_float(self._samples[rows]).to(self._device), labels
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state(), "order": self._order, "position": self._position}
@@ -44,3 +45,19 @@ class Batches:
             raise UserError(f"the run was started on {before} training samples, the data set has {now} now")
         self._generator.set_state(state["generator"])
         self._order, self._position = state["order"], int(state["position"])
+
+
+def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Tensor | None:
+    """The training labels ``(N,)`` that a class-conditional network is called with; None for an unconditional one.
+
+    Raises:
+        UserError: a conditional network where the data set has no labels, or more classes than the network knows.
+    """
+    known = int(getattr(net, "num_classes", 0) or 0)
+    if not known:
+        return None
+    if dataset.train_labels is None:
+        raise UserError(f"the network is class-conditional, data set '{dataset.name}' has no labels")
+    if dataset.classes > known:
+        raise UserError(f"the network knows {known} classes, data set '{dataset.name}' has {dataset.classes}")
+    return dataset.train_labels.to(device)

@@ -120,7 +120,8 @@ def summarise(config: Config, folder: Path, seeds: Sequence[int]) -> str:
     settings = config.distill
     teacher = teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
     noise = evaluation_noise(dataset.shape, config.run.evaluate_samples)
-    teacher_distance = measure(generate(sampler(teacher, 100), noise)[0]).distance
+    labels = measure.labels(teacher.net, len(noise))
+    teacher_distance = measure(generate(sampler(teacher, 100), noise, labels)[0]).distance
     floor = measure.floor().distance
     curves = {
         name: [read_csv(folder / "runs" / f"{objective}-seed{seed}" / "distances.csv") for seed in seeds]

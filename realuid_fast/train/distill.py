@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as rf
 from ..data import Dataset
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..teachers import Description, Model
-from .batches import Batches
+from .batches import Batches, labels_to_draw
 from .config import Config
 from .generator import Generator, frozen_view
 from .meters import Meters
@@ -67,7 +67,8 @@ class Distiller:
         self.student = Generator(frozen_view(self.generator.net, average).eval(), settings.t_start)
 
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self.objective.needs_real else None
-        self.times = torch.Generator(self.device).manual_seed(2 * seed + 1)
+        self.labels = labels_to_draw(net, dataset, self.device)
+        self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
         self.noise = NoiseStream(seed, self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
         self._like_cycle = self._laid_out(torch.empty(self.turns * self.batch, *dataset.shape, device=self.device))
@@ -85,6 +86,11 @@ class Distiller:
         )
 
     @property
+    def network(self) -> nn.Module:
+        """The network in training, for its shape and classes."""
+        return self.generator.net
+
+    @property
     def images_per_update(self) -> int:
         """Training samples, generated or real, that one update's losses are evaluated on."""
         rows = 2 if self.objective.needs_real else 1
@@ -97,31 +103,35 @@ class Distiller:
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
         with self.phases("generate"), torch.no_grad():
-            made = self.generator(normal(self.noise.next_key(), self._like_cycle))
-        for rows in made.split(self.batch):
-            self.fake_turn(rows)
+            y = self._draw_labels(self.turns * self.batch)
+            made = self.generator(normal(self.noise.next_key(), self._like_cycle), y)
+        labels = [None] * self.turns if y is None else y.split(self.batch)
+        for rows, row_labels in zip(made.split(self.batch), labels, strict=True):
+            self.fake_turn(rows, row_labels)
         self.generator_turn()
         self.step += 1
 
-    def fake_turn(self, generated: Tensor) -> None:
+    def fake_turn(self, generated: Tensor, labels: Tensor | None = None) -> None:
         """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones."""
-        n_real = 0
+        n_real, y = 0, labels
         with self.phases("data"):
             x = self._laid_out(generated)
             if self.batches is not None:
-                x = self._laid_out(torch.cat((generated, self.batches.next())))
-                n_real = self.batch
+                real, real_labels = self.batches.next()
+                x, n_real = self._laid_out(torch.cat((generated, real))), self.batch
+                if labels is not None and real_labels is not None:
+                    y = torch.cat((labels, real_labels))
             time, coef = self._draw_times()
             if n_real:
                 time, coef = time.repeat(2), coef.repeat(2, 1)
             key = self.noise.next_key()
             x_t = rf.interpolate(x, coef, key, noise_rows=self.batch)
         with self.phases("fake forward"):
-            out = self._laid_out(self.fake(time, x_t))
+            out = self._laid_out(self.fake(time, x_t, y))
         teacher_out = None
         if self.objective.needs_teacher:
             with self.phases("teacher forward"), torch.no_grad():
-                teacher_out = self._laid_out(self.teacher(time, x_t))
+                teacher_out = self._laid_out(self.teacher(time, x_t, y))
         with self.phases("fake loss"):
             at = x_t if self._reads_x_t else None
             grads = rf.fake_grads(
@@ -151,14 +161,15 @@ class Distiller:
         ``dl/dx = a g + (dl/dx through the target)``.
         """
         with self.phases("generator forward"):
-            x = self._laid_out(self.generator(normal(self.noise.next_key(), self._like)))
+            y = self._draw_labels(self.batch)
+            x = self._laid_out(self.generator(normal(self.noise.next_key(), self._like), y))
         with self.phases("interpolate"):
             time, coef = self._draw_times()
             key = self.noise.next_key()
             x_t = rf.interpolate(x.detach(), coef, key).requires_grad_()
         with self.phases("frozen forward"):
-            teacher_out = self._laid_out(self.teacher(time, x_t))
-            fake_out = self._laid_out(self.frozen_fake(time, x_t))
+            teacher_out = self._laid_out(self.teacher(time, x_t, y))
+            fake_out = self._laid_out(self.frozen_fake(time, x_t, y))
         with self.phases("generator loss"):
             at = x_t.detach() if self._reads_x_t else None
             grads = rf.generator_grads(
@@ -174,10 +185,10 @@ class Distiller:
             x.backward(torch.addcmul(grads.x, a, g_x_t))
         return grads.loss
 
-    def sample(self, z: Tensor) -> Tensor:
+    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``."""
         with torch.no_grad():
-            return self.student(z.to(self.device))
+            return self.student(z, labels)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the student's weights and their description."""
@@ -192,7 +203,7 @@ class Distiller:
             "generator_optimiser": self.generator_optimiser.state_dict(),
             "fake_optimiser": self.fake_optimiser.state_dict(),
             "noise": self.noise.state_dict(),
-            "times": self.times.get_state(),
+            "draws": self.draws.get_state(),
             "batches": None if self.batches is None else self.batches.state_dict(),
             "meters": self.meters.state_dict(),
         }
@@ -205,14 +216,20 @@ class Distiller:
         self.generator_optimiser.load_state_dict(state["generator_optimiser"])
         self.fake_optimiser.load_state_dict(state["fake_optimiser"])
         self.noise.load_state_dict(state["noise"])
-        self.times.set_state(state["times"])
+        self.draws.set_state(state["draws"])
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
         self.meters.load_state_dict(state["meters"])
 
+    def _draw_labels(self, count: int) -> Tensor | None:
+        """Labels of ``count`` training samples picked at random, so that classes keep the data's proportions."""
+        if self.labels is None:
+            return None
+        return self.labels[torch.randint(len(self.labels), (count,), generator=self.draws, device=self.device)]
+
     def _draw_times(self) -> tuple[Tensor, Tensor]:
         """Network times ``(B,)`` and coefficient rows ``(B, 9)``."""
-        t = self.path.sample_time(self.batch, self.times, self.device)
+        t = self.path.sample_time(self.batch, self.draws, self.device)
         return self.path.network_time(t), self.path.coefficients(t, self._match, self._predict)
 
     def _laid_out(self, tensor: Tensor) -> Tensor:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..sampling import evaluations, integrate, one_step
 from ..teachers import Model
-from .measure import Distances, Measure, evaluation_noise, generate
+from .measure import Distances, Measure, Sampler, evaluation_noise, generate
 
 STEPS = (1, 20, 100)
 
@@ -28,12 +25,12 @@ class Row:
     samples_per_second: float | None = None
 
 
-def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Callable[[Tensor], Tensor]:
-    """What turns noise into samples: one step for a student, ``steps`` of ``solver`` for a teacher."""
+def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Sampler:
+    """What turns noise and labels into samples: one step for a student, ``steps`` of ``solver`` for a teacher."""
+    net = model.net.requires_grad_(False)
     if model.description.role == "student":
-        student = model.net.requires_grad_(False)
-        return lambda z: one_step(student, z, model.description.t_start)
-    return lambda z: integrate(model.net, z, steps, solver)
+        return lambda z, y: one_step(net, z, model.description.t_start, y)
+    return lambda z, y: integrate(net, z, steps, solver, y)
 
 
 def rows(
@@ -56,15 +53,14 @@ def rows(
     """
     yield Row(f"real training data ({len(measure.train)})", measure.floor())
     noise = evaluation_noise(shape, count)
-    with torch.no_grad():
-        if teacher is not None:
-            for number in steps:
-                samples, speed = generate(sampler(teacher, number), noise)
-                name = f"teacher, {number} Euler step{'s' if number > 1 else ''}"
-                yield Row(name, measure(samples), evaluations(number), speed)
-        if student is not None:
-            samples, speed = generate(sampler(student), noise)
-            yield Row("student, one step", measure(samples), 1, speed)
+    if teacher is not None:
+        for number in steps:
+            samples, speed = generate(sampler(teacher, number), noise, measure.labels(teacher.net, count))
+            name = f"teacher, {number} Euler step{'s' if number > 1 else ''}"
+            yield Row(name, measure(samples), evaluations(number), speed)
+    if student is not None:
+        samples, speed = generate(sampler(student), noise, measure.labels(student.net, count))
+        yield Row("student, one step", measure(samples), 1, speed)
 
 
 def markdown(table: Sequence[Row], metric: str) -> str:

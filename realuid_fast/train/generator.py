@@ -26,9 +26,9 @@ class Generator(nn.Module):
         self.net = net
         self.t_start = float(t_start)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Samples like ``z``, standard normal ``(B, ...)``."""
-        return one_step(self.net, z, self.t_start)
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Samples like ``z``, standard normal ``(B, ...)``; ``labels`` ``(B,)`` for a class-conditional network."""
+        return one_step(self.net, z, self.t_start, labels)
 
 
 def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | None = None) -> nn.Module:

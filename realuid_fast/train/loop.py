@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import teachers
@@ -26,7 +26,7 @@ from . import config as configs
 from .checkpoint import Checkpoints
 from .config import Config
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
-from .measure import Measure, evaluation_noise, generate
+from .measure import Measure, class_by_class, evaluation_noise, generate
 from .meters import Meters
 from .phases import Phases
 
@@ -56,6 +56,9 @@ class Trainer(Protocol):
     phases: Phases
 
     @property
+    def network(self) -> nn.Module: ...
+
+    @property
     def images_per_update(self) -> int: ...
 
     @property
@@ -63,7 +66,7 @@ class Trainer(Protocol):
 
     def update(self) -> None: ...
 
-    def sample(self, z: Tensor) -> Tensor: ...
+    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
 
     def exported(self) -> tuple[dict[str, Tensor], teachers.Description]: ...
 
@@ -139,13 +142,16 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         checkpoints.save(trainer.step, state)
 
     def show() -> None:
-        pixels = picture(trainer.sample(evaluation_noise(shape, 100 if len(shape) == 3 else 2000, trainer.device)))
+        count = 100 if len(shape) == 3 else 2000
+        noise = evaluation_noise(shape, count, trainer.device)
+        pixels = picture(trainer.sample(noise, class_by_class(trainer.network, count, trainer.device)))
         save_png(pixels, folder / "samples" / f"update-{trainer.step:08d}.png")
         events.image("samples", pixels, trainer.step)
 
     def evaluate() -> float:
         noise = evaluation_noise(shape, settings.evaluate_samples, trainer.device)
-        values = measure(generate(trainer.sample, noise)[0]).as_dict()
+        labels = measure.labels(trainer.network, len(noise))
+        values = measure(generate(trainer.sample, noise, labels)[0]).as_dict()
         distances.write({"update": trainer.step, **values})
         events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
         return values["distance"]

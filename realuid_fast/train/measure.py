@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Dataset
 from ..errors import UserError
@@ -16,6 +16,7 @@ from ..noise import NoiseStream, normal
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists
 MOST = 2000  # samples that precision, recall and the principal components look at
+Sampler = Callable[[Tensor, Tensor | None], Tensor]  # noise and labels, if any, to samples
 NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
 
 
@@ -48,6 +49,7 @@ class Measure:
         self.train = dataset.pixels("train")
         if len(self.heldout) < 2:
             raise UserError(f"data set '{dataset.name}' needs at least 2 held-out samples to measure a distance to")
+        self._labels = dataset.train_labels
         self._points = len(dataset.shape) == 1
         self.features: Callable[[Tensor], Tensor] = _flat
         if dataset.name == "digits":
@@ -75,6 +77,19 @@ class Measure:
         precision, recall = precision_recall(real, generated, neighbours)
         return Distances(main, sliced, precision, recall)
 
+    def labels(self, net: nn.Module, count: int) -> Tensor | None:
+        """``count`` labels for a class-conditional network, the training split's over and over in a fixed random order.
+
+        So the classes have the data's proportions, and every model is judged on the same labels. None for an
+        unconditional network.
+        """
+        if not getattr(net, "num_classes", 0):
+            return None
+        if self._labels is None:
+            raise UserError("the network is class-conditional, the data set has no labels")
+        order = torch.randperm(len(self._labels), generator=torch.Generator().manual_seed(1))
+        return self._labels[order].repeat(-(-count // len(order)))[:count]
+
     def floor(self) -> Distances:
         """Distances of the training split itself: what a perfect generator of the training data would reach."""
         return self(self.train)
@@ -100,9 +115,19 @@ def evaluation_noise(shape: tuple[int, ...], count: int, device: torch.device | 
     return normal(NoiseStream(NOISE_SEED, device).next_key(), like)
 
 
-def generate(sample: Callable[[Tensor], Tensor], noise: Tensor, batch: int = 500) -> tuple[Tensor, float]:
-    """``sample`` on ``noise`` in batches: all samples on the CPU, and samples per second after a warm-up."""
-    sample(noise[: min(batch, len(noise), 16)])
+def generate(sample: Sampler, noise: Tensor, labels: Tensor | None = None, batch: int = 500) -> tuple[Tensor, float]:
+    """``sample(noise, labels)`` in batches: all samples on the CPU, and samples per second after a warm-up."""
+    labels = None if labels is None else labels.to(noise.device)
+    sample(noise[:16], None if labels is None else labels[:16])
     start = time.perf_counter()
-    made = torch.cat([sample(part).cpu() for part in noise.split(batch)])
+    parts = range(0, len(noise), batch)
+    made = torch.cat(
+        [sample(noise[i : i + batch], None if labels is None else labels[i : i + batch]).cpu() for i in parts]
+    )
     return made, len(noise) / max(time.perf_counter() - start, 1e-9)
+
+
+def class_by_class(net: nn.Module, count: int, device: torch.device | str = "cpu") -> Tensor | None:
+    """Labels 0, 1, 2, ... over and over, for pictures; None for an unconditional network."""
+    classes = int(getattr(net, "num_classes", 0) or 0)
+    return torch.arange(count, device=device) % classes if classes else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as rf
 from ..data import Dataset
@@ -14,7 +14,7 @@ from ..noise import NoiseStream
 from ..optim import Optimiser
 from ..sampling import integrate
 from ..teachers import Description
-from .batches import Batches
+from .batches import Batches, labels_to_draw
 from .config import Config
 from .generator import frozen_view
 from .meters import Meters
@@ -42,8 +42,9 @@ class TeacherTrainer:
         self.net = net.train()
         self.optimiser = Optimiser(self.net, **vars(settings.optimiser), ema_decays=settings.ema, total=self.updates)
         self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
+        self.labels = labels_to_draw(self.net, dataset, self.device)
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
-        self.times = torch.Generator(self.device).manual_seed(2 * seed + 1)
+        self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
         self.noise = NoiseStream(seed, self.device)
         self.meters = Meters(("loss", "gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
@@ -56,6 +57,11 @@ class TeacherTrainer:
         )
 
     @property
+    def network(self) -> nn.Module:
+        """The network in training, for its shape and classes."""
+        return self.net
+
+    @property
     def images_per_update(self) -> int:
         return self.batch
 
@@ -66,13 +72,15 @@ class TeacherTrainer:
     def update(self) -> None:
         """One step on one batch."""
         with self.phases("data"):
-            x = self.batches.next().contiguous(memory_format=self._layout)
-            t = self.path.sample_time(self.batch, self.times, self.device)
+            x, labels = self.batches.next()
+            x = x.contiguous(memory_format=self._layout)
+            t = self.path.sample_time(self.batch, self.draws, self.device)
             coef = self.path.coefficients(t)
             key = self.noise.next_key()
             x_t = rf.interpolate(x, coef, key)
         with self.phases("forward"):
-            out = self.net(self.path.network_time(t), x_t).contiguous(memory_format=self._layout)
+            y = None if self.labels is None else labels
+            out = self.net(self.path.network_time(t), x_t, y).contiguous(memory_format=self._layout)
         with self.phases("loss"):
             grads = rf.matching_grads(out.detach(), x, None, coef, key)
         with self.phases("backward"):
@@ -84,9 +92,9 @@ class TeacherTrainer:
         self.meters.add("gradient", self.optimiser.norm)
         self.step += 1
 
-    def sample(self, z: Tensor) -> Tensor:
+    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Samples of the exported network by Euler's method, for noise ``z``."""
-        return integrate(self.averaged, z.to(self.device), SAMPLING_STEPS)
+        return integrate(self.averaged, z, SAMPLING_STEPS, labels=labels)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the exported weights and their description."""
@@ -99,7 +107,7 @@ class TeacherTrainer:
             "network": self.net.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "noise": self.noise.state_dict(),
-            "times": self.times.get_state(),
+            "draws": self.draws.get_state(),
             "batches": self.batches.state_dict(),
             "meters": self.meters.state_dict(),
         }
@@ -110,14 +118,16 @@ class TeacherTrainer:
         self.net.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.noise.load_state_dict(state["noise"])
-        self.times.set_state(state["times"])
+        self.draws.set_state(state["draws"])
         self.batches.load_state_dict(state["batches"])
         self.meters.load_state_dict(state["meters"])
 
 
 def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """The configured network, with the samples' shape filled in where it is not given, as plain values."""
+    """The configured network, with the samples' shape and classes filled in where they are not given."""
     network = dict(config.network)
     network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
     network.setdefault("dim" if network["kind"] == "unet" else "shape", list(dataset.shape))
+    if network.get("class_cond"):
+        network.setdefault("num_classes", dataset.classes)
     return network

@@ -1,0 +1,144 @@
+"""Networks on disk: round trips, published checkpoints, and the sentence that every unusable file gets."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realuid_fast import teachers
+from realuid_fast.errors import UserError
+from realuid_fast.networks import build
+
+NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    made = build(NETWORK)
+    for p in made.parameters():
+        torch.nn.init.normal_(p)
+    return made
+
+
+@pytest.fixture
+def saved(net, tmp_path):
+    file = tmp_path / "teacher.safetensors"
+    described = teachers.Description(NETWORK, data={"name": "moons"}, preprocessing="none", command="made here")
+    teachers.save(file, net.state_dict(), described)
+    return file
+
+
+def test_round_trip(net, saved):
+    model = teachers.load(saved, role="teacher")
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in model.net.state_dict().items())
+    assert model.description.data == {"name": "moons"}
+    assert model.description.command == "made here"
+    assert model.description.path == "linear"
+    assert not model.net.training
+    assert [f.name for f in saved.parent.iterdir()] == [saved.name]
+
+
+def test_shipped_digits_teacher_draws_digits():
+    model = teachers.load_teacher("digits")
+    assert model.description.role == "teacher"
+    assert model.description.data["name"] == "digits"
+    assert model.description.command.startswith("realuid-fast train-teacher")
+    x = torch.zeros(2, 1, 8, 8)
+    labels = torch.tensor([3, 4]) if getattr(model.net, "num_classes", 0) else None
+    assert torch.isfinite(model.net(torch.tensor([0.2, 0.9]), x, labels)).all()
+
+
+def test_missing_and_foreign_files(tmp_path, saved, net):
+    with pytest.raises(UserError, match="there is no file"):
+        teachers.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(UserError, match="neither a file nor one of the shipped"):
+        teachers.load_teacher("cats")
+    text = tmp_path / "text.safetensors"
+    text.write_text("hello")
+    with pytest.raises(UserError, match="no safetensors file"):
+        teachers.load(text)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(net.state_dict(), str(foreign))
+    with pytest.raises(UserError, match="not written by realuid_fast"):
+        teachers.load_teacher(foreign)
+    with pytest.raises(UserError, match="holds a teacher, a student is wanted"):
+        teachers.load(saved, role="student")
+    classifier = tmp_path / "classifier.safetensors"
+    save_file(net.state_dict(), str(classifier), metadata={"realuid_fast": json.dumps({"kind": "digit_classifier"})})
+    with pytest.raises(UserError, match="holds no teacher or student but digit_classifier"):
+        teachers.load(classifier)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"role": "teacher", "network": {"kind": "mlp"}, "format": 99}'])
+def test_damaged_or_newer_descriptions(tmp_path, net, text):
+    file = tmp_path / "file.safetensors"
+    save_file(net.state_dict(), str(file), metadata={"realuid_fast": text})
+    with pytest.raises(UserError, match=r"damaged description|format 99"):
+        teachers.load(file)
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path, saved, net):
+    state = load_file(str(saved))
+    del state["first.bias"]
+    state["more"] = torch.zeros(1)
+    state["last.bias"] = torch.zeros(3)
+    file = tmp_path / "other.safetensors"
+    teachers.save(file, state, teachers.Description(NETWORK))
+    with pytest.raises(UserError, match=r"missing first\.bias; unexpected more; of another shape last\.bias \(3,\)"):
+        teachers.load(file)
+
+
+def test_published_checkpoints(tmp_path):
+    net = build(UNET)
+    states = {d: {f"module.{k}": v + d for k, v in net.state_dict().items()} for d in (0.5, 0.9)}
+    file = tmp_path / "published.pt"
+    torch.save({"ema_models": {str(d): s for d, s in states.items()}, "step": 3}, file)
+    largest = teachers.load_teacher(file, network=UNET)
+    chosen = teachers.load_teacher(file, network=UNET, decay=0.5)
+    name = "out.2.bias"
+    assert torch.equal(largest.net.state_dict()[name], net.state_dict()[name] + 0.9)
+    assert torch.equal(chosen.net.state_dict()[name], net.state_dict()[name] + 0.5)
+    for content in ({"ema_model": net.state_dict()}, {"net_model": net.state_dict()}, net.state_dict()):
+        torch.save(content, file)
+        assert torch.equal(teachers.load_teacher(file, network=UNET).net.state_dict()[name], net.state_dict()[name])
+    with pytest.raises(UserError, match=r"none of 0\.5"):
+        teachers.load_teacher(file, network=UNET, decay=0.5)
+    torch.save({"ema_models": states}, file)
+    with pytest.raises(UserError, match=r"no average of decay 0\.7, only 0\.5, 0\.9"):
+        teachers.load_teacher(file, network=UNET, decay=0.7)
+    with pytest.raises(UserError, match="does not say which network"):
+        teachers.load_teacher(file)
+    with pytest.raises(UserError, match="does not fit the network: missing"):
+        teachers.load_teacher(file, network={**UNET, "num_res_blocks": 2})
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_no_code_in_a_checkpoint_runs(tmp_path, capsys):
+    for name, content in (("a.pt", Malicious()), ("b.pt", {"ema_models": Malicious()})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(UserError, match="tensors and plain values alone"):
+            teachers.load_teacher(tmp_path / name, network=UNET)
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UserError, match="tensors and plain values alone"):
+        teachers.load_teacher(tmp_path / "c.pt", network=UNET)
+    torch.save([1, 2], tmp_path / "d.pt")
+    with pytest.raises(UserError, match="holds a list"):
+        teachers.load_teacher(tmp_path / "d.pt", network=UNET)
+    torch.save({"epoch": 1}, tmp_path / "e.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        teachers.load_teacher(tmp_path / "e.pt", network=UNET)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_unwritable_place_is_a_sentence(tmp_path, net):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        teachers.save(tmp_path / "file" / "x.safetensors", net.state_dict(), teachers.Description(NETWORK))

@@ -1,0 +1,635 @@
+"""Training: configuration, the step against plain autograd, repeatability, interruption and resumption, folders."""
+
+import copy
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import realuid_fast as rf
+from realuid_fast import data, paths, teachers
+from realuid_fast.errors import UserError
+from realuid_fast.networks import build
+from realuid_fast.noise import normal
+from realuid_fast.train import config as configs
+from realuid_fast.train import loop
+from realuid_fast.train.checkpoint import Checkpoints
+from realuid_fast.train.distill import Distiller
+from realuid_fast.train.generator import Generator, frozen_view
+from realuid_fast.train.jobs import free_cores, resolve, train
+from realuid_fast.train.logging import CsvLog, Events, convergence_plot, grid, picture, read_csv
+from realuid_fast.train.measure import Measure, evaluation_noise, generate
+from realuid_fast.train.meters import Meters
+from realuid_fast.train.phases import Phases
+from realuid_fast.train.teacher import TeacherTrainer
+
+MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
+UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
+POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
+
+
+def random_network(network, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build(network)
+        for p in net.parameters():
+            # Fresh networks return zero: give every parameter something to say.
+            torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+def save_teacher(file, network=MLP, dataset=None):
+    described = teachers.Description(network, data=dataset or POINTS)
+    teachers.save(file, random_network(network).state_dict(), described)
+    return file
+
+
+def settings(teacher_file, /, **sections):
+    base = {
+        "data": POINTS,
+        "distill": {
+            "teacher": str(teacher_file),
+            "batch": 8,
+            "updates": 12,
+            "fake_turns": 2,
+            "generator": {"warmup": 3, "decay": "cosine"},
+            "ema": [0.9],
+            "export": 0.9,
+        },
+        "teacher": {"batch": 8, "updates": 12, "ema": [0.9], "export": 0.9},
+        "run": {
+            "log_every": 5,
+            "evaluate_every": 4,
+            "evaluate_samples": 20,
+            "checkpoint_every": 5,
+            "tensorboard": False,
+            "progress": False,
+        },
+    }
+    return configs.merge(base, sections)
+
+
+def distiller(network=UNET, dataset="digits", **sections):
+    held = data.load(dataset)
+    model = teachers.Model(random_network(network), teachers.Description(network, data=held.config))
+    return Distiller(configs.from_mapping(settings("x", data=held.config, **sections)), held, model)
+
+
+# -- configuration
+
+
+def test_every_shipped_configuration_is_valid_and_survives_a_round_trip(tmp_path):
+    names = {file.stem for file in configs.CONFIGS.glob("*.yaml")}
+    assert names >= {"digits", "demo", "mixture", "folder"}
+    for name in names:
+        config = configs.load(name)
+        config.distill.objective.build()
+        config.path.build()
+        configs.save(config, tmp_path / "config.yaml")
+        assert configs.load(tmp_path / "config.yaml") == config
+
+
+def test_overrides_reach_their_keys_with_their_types():
+    changes = ["distill.generator.lr=1e-4", "run.tensorboard=false", "distill.ema=[0.5, 0.9]", "distill.export=0.5"]
+    config = configs.load("digits", [*changes, "run.seed=3", "distill.teacher_decay=0.9", "path.match=x0"])
+    assert config.distill.generator.lr == 1e-4
+    assert config.run.tensorboard is False
+    assert config.distill.ema == (0.5, 0.9)
+    assert config.run.seed == 3
+    assert config.distill.teacher_decay == 0.9
+    assert config.distill.generator.betas == configs.load("digits").distill.generator.betas
+
+
+def test_a_data_set_of_another_name_starts_afresh():
+    config = configs.load("mixture", ["data.name=folder", "data.path=here"])
+    assert config.data == {"name": "folder", "path": "here"}
+    assert configs.load("folder", ["data.path=here"]).data["size"] == configs.load("folder").data["size"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("distill.bach=3", "no key 'distill.bach' in the configuration, did you mean batch"),
+        ("distil.batch=3", "no key 'distil'.*did you mean distill"),
+        ("distill.batch=many", "distill.batch must be a whole number, got 'many'"),
+        ("distill.batch=2.5", "distill.batch must be a whole number"),
+        ("distill.batch=true", "distill.batch must be a whole number"),
+        ("distill.batch=0", "distill.batch must be at least 1"),
+        ("distill.generator.lr=fast", "distill.generator.lr must be a number"),
+        ("distill.generator=3", "distill.generator must be a section"),
+        ("distill.fake.betas=[0.1]", "distill.fake.betas must be a list of 2 numbers"),
+        ("distill.ema=0.9", "distill.ema must be a list of numbers"),
+        ("run.progress=3", "run.progress must be true or false"),
+        ("data=3", "data must be a section"),
+        ("path.name=[1]", "path.name must be text"),
+        ("distill.export=0.5", "distill.export must be 0 or one of distill.ema"),
+        ("run.seed=-1", "run.seed must not be negative"),
+        ("seed", "must read key.sub=value"),
+        ("run..seed=1", "must read key.sub=value"),
+        ("run.seed=[1", "not valid YAML"),
+    ],
+)
+def test_a_bad_override_is_named(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        configs.load("digits", [override])
+
+
+def test_bad_configuration_files(tmp_path):
+    with pytest.raises(UserError, match="there is no configuration 'nothing'"):
+        configs.load("nothing")
+    file = tmp_path / "c.yaml"
+    for text, sentence in (("- 1", "must hold a mapping"), ("a: [", "not valid YAML"), ("base: nothing", "no config")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            configs.load(file)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sentence"),
+    [
+        ({"name": "realuid", "alpha": 1.0, "beta": 0.9}, "alpha = 1 requires beta = 1"),
+        ({"name": "gan"}, "must be uid, realuid or general"),
+    ],
+)
+def test_objectives_that_cannot_be_are_refused(objective, sentence):
+    with pytest.raises(UserError, match=sentence):
+        distiller(distill={"objective": objective})
+
+
+# -- the step
+
+
+@pytest.mark.parametrize("match", ["velocity", "x0"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "uid"},
+        {"name": "realuid", "alpha": 0.9, "beta": 0.95},
+        {"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8, "kappa": 0.95},
+    ],
+)
+def test_generator_turn_equals_plain_autograd(objective, match):
+    trainer = distiller(path={"match": match}, distill={"objective": objective})
+    trainer.update()
+    noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+    loss = trainer.generator_backward()
+    explicit = [p.grad.clone() for p in trainer.generator.parameters()]
+
+    # The same draws once more, and one graph through everything.
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(draws)
+    trainer.generator_optimiser.zero_grad()
+    x = trainer.generator(normal(trainer.noise.next_key(), torch.empty(8, 1, 8, 8)))
+    t = trainer.path.sample_time(8, trainer.draws)
+    coef = trainer.path.coefficients(t, match=match)
+    key = trainer.noise.next_key()
+    x_t = rf.interpolate(x, coef, key)
+    teacher_out, fake_out = (net.requires_grad_(False)(t, x_t) for net in (trainer.teacher, trainer.fake))
+    plain = rf.generator_loss(teacher_out, fake_out, x, x_t, coef, key, trainer.objective)
+    plain.backward()
+
+    torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
+    for mine, p in zip(explicit, trainer.generator.parameters(), strict=True):
+        scale = float(p.grad.abs().max())
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-5 * scale + 1e-7)
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_fake_turn_equals_plain_autograd(labelled):
+    objective = {"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8, "kappa": 1.0}
+    trainer = distiller(LABELLED if labelled else UNET, distill={"objective": objective})
+    state = copy.deepcopy(trainer.state_dict())
+    generated = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) if labelled else None
+    seen = {}
+    trainer.fake_optimiser.step = lambda: seen.update(
+        {name: p.grad.clone() for name, p in trainer.fake.named_parameters()}
+    )
+    trainer.fake_turn(generated, labels)
+
+    trainer.draws.set_state(state["draws"])
+    trainer.noise.load_state_dict(state["noise"])
+    trainer.batches.load_state_dict(state["batches"])
+    real, real_labels = trainer.batches.next()
+    t = trainer.path.sample_time(8, trainer.draws).repeat(2)
+    coef, key = trainer.path.coefficients(t), trainer.noise.next_key()
+    x = torch.cat([generated, real])
+    y = torch.cat([labels, real_labels]) if labelled else None
+    x_t = rf.interpolate(x, coef, key, noise_rows=8)
+    teacher_out = trainer.teacher(t, x_t, y)
+    loss = rf.fake_loss(trainer.fake(t, x_t, y), x, x_t, coef, key, trainer.objective, 8, teacher_out, noise_rows=8)
+    loss.backward()
+    assert trainer.meters.read()["fake loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, p in trainer.fake.named_parameters():
+        torch.testing.assert_close(seen[name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
+
+
+def test_frozen_views_share_memory_and_follow_updates():
+    net = build(MLP)
+    view = frozen_view(net)
+    assert not any(p.requires_grad for p in view.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_()
+    t, x = torch.rand(3), torch.randn(3, 2)
+    assert torch.equal(view(t, x), net(t, x))
+    other = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    assert frozen_view(net, other).first.weight.data_ptr() == other["first.weight"].data_ptr()
+
+
+def test_uid_loads_no_real_data_and_alpha_decides():
+    trainer = distiller(distill={"objective": {"name": "uid"}, "batch": 1353})
+    assert trainer.batches is None
+    with pytest.raises(UserError, match=r"batch 1353 is larger than data set 'digits', which has 1352 samples"):
+        distiller(distill={"objective": {"name": "realuid"}, "batch": 1353})
+    assert trainer.images_per_update == 3 * 1353
+
+
+def test_the_step_reads_no_tensor_on_the_host(monkeypatch):
+    trainer = distiller(LABELLED)
+    trainer.update()
+
+    # On CPU, where it costs nothing, the path checks its times; on a device it does not.
+    monkeypatch.setattr(paths, "host_checks_allowed", lambda _: False)
+
+    def refuse(self, *_):
+        raise AssertionError("a tensor was read on the host inside the step")
+
+    for name in ("item", "__float__", "__int__", "tolist", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    trainer.update()
+
+
+def test_generator_starts_as_the_teachers_prediction():
+    net = random_network(MLP)
+    z = torch.randn(5, 2)
+    expected = 0.7 * z + 0.7 * net(torch.full((5,), 0.3), 0.7 * z)
+    torch.testing.assert_close(Generator(net, 0.3)(z), expected)
+    with pytest.raises(UserError, match="t_start"):
+        Generator(net, 1.0)
+
+
+def test_teachers_that_do_not_fit_are_refused():
+    held = data.load("digits")
+    config = configs.from_mapping(settings("x", data={"name": "digits"}))
+    net = random_network(MLP)
+    for description, sentence in (
+        (teachers.Description(MLP), r"samples of shape \(2,\), data set 'digits' has \(1, 8, 8\)"),
+        (teachers.Description(UNET, predict="noise"), "needs a velocity"),
+        (teachers.Description(UNET, path="vp"), "trained on the path 'vp'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Distiller(config, held, teachers.Model(net, description))
+    labelled = {**LABELLED, "num_classes": 5}
+    with pytest.raises(UserError, match="knows 5 classes, data set 'digits' has 10"):
+        distiller(labelled)
+
+
+def test_distillation_moves_the_student_to_the_data():
+    """Two Gaussian clouds: an untrained student far from the data comes near in some hundred updates."""
+    held = data.load({"name": "eight_gaussians", "n": 2000, "n_heldout": 500})
+    network = {"kind": "mlp", "shape": [2], "width": 32, "depth": 2}
+    config = configs.from_mapping(
+        settings(
+            "x",
+            network=network,
+            teacher={"batch": 128, "updates": 300, "optimiser": {"lr": 3e-3}},
+            distill={"batch": 128, "updates": 300, "t_start": 0.0, "generator": {"warmup": 10}},
+        )
+    )
+    teacher = TeacherTrainer(config, held)
+    for _ in range(300):
+        teacher.update()
+    state, description = teacher.exported()
+    net = build(network)
+    net.load_state_dict(state)
+    trainer = Distiller(config, held, teachers.Model(net, description))
+    measure, noise = Measure(held), evaluation_noise((2,), 1000)
+    before = measure(generate(trainer.sample, noise)[0]).distance
+    for _ in range(300):
+        trainer.update()
+    after = measure(generate(trainer.sample, noise)[0]).distance
+    assert before > 1.0
+    assert after < 0.45
+
+
+# -- runs
+
+
+def run_in(folder, config, resume=False, job="distill"):
+    torch.manual_seed(0)
+    return train(job, configs.from_mapping(config), folder, resume, False, "realuid-fast distill")[0]
+
+
+def results(folder):
+    """Everything of a run that must repeat: weights, distances, and the log without its clock."""
+    log = [
+        {k: v for k, v in row.items() if k not in ("images_per_second", "seconds")}
+        for row in read_csv(folder / "log.csv")
+    ]
+    file = next(folder.glob("*.safetensors"))
+    return load_file(str(file)), (folder / "distances.csv").read_text(), log
+
+
+def assert_same(a, b):
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(tensor, b[0][name]) for name, tensor in a[0].items())
+    assert a[1] == b[1]
+    assert a[2] == b[2]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Deliver a signal in the middle of the chosen update."""
+
+    def prepare(cls, step, signum):
+        update = cls.update
+
+        def stopping(self):
+            update(self)
+            if self.step == step:
+                os.kill(os.getpid(), signum)
+
+        monkeypatch.setattr(cls, "update", stopping)
+        return lambda: monkeypatch.setattr(cls, "update", update)
+
+    return prepare
+
+
+@pytest.mark.parametrize("network", [MLP, LABELLED, UNET], ids=["points", "labelled", "unet"])
+def test_one_seed_gives_one_result(tmp_path, network):
+    held = POINTS if network is MLP else {"name": "digits"}
+    config = settings(save_teacher(tmp_path / "t.safetensors", network, held), data=held)
+    config["distill"]["updates"] = 6
+    for name in ("a", "b"):
+        run_in(tmp_path / name, config)
+    assert_same(results(tmp_path / "a"), results(tmp_path / "b"))
+    config["run"] = {**config["run"], "seed": 1}
+    run_in(tmp_path / "c", config)
+    first, other = results(tmp_path / "a")[0], results(tmp_path / "c")[0]
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("job", ["distill", "train-teacher"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop_after, job, signum):
+    config = settings(save_teacher(tmp_path / "t.safetensors", LABELLED), data={"name": "digits"}, network=LABELLED)
+    run_in(tmp_path / "straight", config, job=job)
+    undo = stop_after(Distiller if job == "distill" else TeacherTrainer, 7, signum)
+    with pytest.raises(loop.Interrupted) as stop:
+        run_in(tmp_path / "broken", config, job=job)
+    undo()
+    assert stop.value.code == 128 + signum
+    assert not list((tmp_path / "broken").glob("*.safetensors"))
+    assert [f.name for f in (tmp_path / "broken/checkpoints").iterdir()] == [
+        "update-00000005.pt",
+        "update-00000007.pt",
+    ]
+    run_in(tmp_path / "broken", config, resume=True, job=job)
+    assert_same(results(tmp_path / "straight"), results(tmp_path / "broken"))
+
+
+def test_rows_after_the_checkpoint_are_cut_when_a_run_died_without_saving(tmp_path, monkeypatch):
+    config = settings(save_teacher(tmp_path / "t.safetensors"))
+    run_in(tmp_path / "straight", config)
+    update = Distiller.update
+
+    def dying(self):
+        update(self)
+        if self.step == 10:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Distiller, "update", dying)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_in(tmp_path / "died", config)
+    monkeypatch.setattr(Distiller, "update", update)
+    assert read_csv(tmp_path / "died/distances.csv")[-1]["update"] == 8  # the checkpoint is of update 5
+    run_in(tmp_path / "died", config, resume=True)
+    assert_same(results(tmp_path / "straight"), results(tmp_path / "died"))
+
+
+def test_a_killed_process_continues_bit_for_bit(tmp_path):
+    config = settings(save_teacher(tmp_path / "t.safetensors"))
+    config["distill"]["updates"] = 400
+    config["run"] = {**config["run"], "evaluate_every": 0, "log_every": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "realuid_fast.cli",
+        "distill",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (out / "log.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    run_in(tmp_path / "straight", config)
+    run_in(out, config, resume=True)
+    assert_same(results(tmp_path / "straight"), results(out))
+
+
+def test_a_second_signal_meets_the_default(capfd):
+    with loop._signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert "a second signal" in capfd.readouterr().err
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    teacher = save_teacher(tmp_path / "t.safetensors")
+    config = settings(teacher)
+    config["distill"]["updates"] = 2
+    run_in(tmp_path / "run", config)
+    before = (tmp_path / "run/log.csv").read_text()
+    with pytest.raises(UserError, match=r"is not empty: give --resume"):
+        run_in(tmp_path / "run", config)
+    assert (tmp_path / "run/log.csv").read_text() == before
+    (tmp_path / "run/notes.txt").write_text("mine")
+    loop.open_folder(tmp_path / "run", overwrite=True)
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match="no run, so --overwrite leaves it alone"):
+        loop.open_folder(tmp_path / "run", overwrite=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        loop.open_folder(tmp_path / "new", resume=True)
+    with pytest.raises(UserError, match="cannot be written"):
+        loop.open_folder(teacher / "under-a-file")
+
+
+def test_a_resumed_run_keeps_its_configuration(tmp_path):
+    kept = configs.from_mapping(settings("x"))
+    configs.save(kept, tmp_path / "config.yaml")
+    assert resolve(None, ["run.log_every=1"], tmp_path, True).run.log_every == 1
+    with pytest.raises(UserError, match="batch differs from the run"):
+        resolve(None, ["distill.batch=9"], tmp_path, True)
+    with pytest.raises(UserError, match="no run to resume"):
+        resolve(None, [], tmp_path / "new", True)
+
+
+def test_damaged_and_foreign_checkpoints_get_a_sentence(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        checkpoints.load()
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"step": step})
+    assert [f.name for f in checkpoints.files()] == ["update-00000002.pt", "update-00000003.pt"]
+    assert checkpoints.load()["step"] == 3
+    checkpoints.files()[-1].write_bytes(b"cut short")
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.load()
+    torch.save({"weights": 1}, checkpoints.files()[-1])
+    with pytest.raises(UserError, match="no checkpoint of this version"):
+        checkpoints.load()
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoints.save(2, {"step": 2})
+    assert checkpoints.load()["step"] == 1
+
+
+def test_a_run_leaves_its_logs_and_pictures(tmp_path):
+    config = settings(save_teacher(tmp_path / "t.safetensors", LABELLED), data={"name": "digits"})
+    config["run"] = {**config["run"], "sample_every": 6, "tensorboard": True, "timings": True}
+    config["distill"]["updates"] = 6
+    file = run_in(tmp_path / "run", config)
+    names = {f.name for f in (tmp_path / "run").iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.yaml",
+        "distances.csv",
+        "events",
+        "log.csv",
+        "samples",
+        "student.safetensors",
+        "timings.json",
+    }
+    assert (tmp_path / "run/samples/update-00000006.png").stat().st_size > 1000
+    log = read_csv(tmp_path / "run/log.csv")
+    assert [row["update"] for row in log] == [5, 6]
+    assert all(math.isfinite(value) for row in log for value in row.values())
+    assert log[-1]["images_per_second"] > 0
+    assert "fake backward" in (tmp_path / "run/timings.json").read_text()
+    assert loop.plot_distances(tmp_path / "run", {"floor": 3.0}, "distance").stat().st_size > 1000
+    student = teachers.load(file, role="student")
+    assert student.description.t_start == 0.28
+    assert student.description.teacher == config["distill"]["teacher"]
+
+
+# -- pieces
+
+
+def test_meters_give_means_and_start_afresh():
+    meters = Meters(("a", "b"))
+    meters.add("a", torch.tensor(1.0))
+    meters.add("a", torch.tensor(3.0))
+    read = meters.read()
+    assert read["a"] == 2.0
+    assert math.isnan(read["b"])
+    assert math.isnan(meters.read()["a"])
+
+
+def test_phases_time_on_request_only():
+    silent, timed = Phases(), Phases(timings=True)
+    for phases in (silent, timed):
+        with phases("work"):
+            time.sleep(0.01)
+    assert silent.seconds == {}
+    assert timed.seconds["work"] > 0.009
+
+
+def test_csv_is_cut_back(tmp_path):
+    log = CsvLog(tmp_path / "log.csv", ["a", "b"])
+    log.write({"a": 1})
+    position = log.position
+    log.write({"a": 2, "b": 3})
+    log.cut(position)
+    rows = read_csv(log.file)
+    assert len(rows) == 1
+    assert rows[0]["a"] == 1.0
+    assert math.isnan(rows[0]["b"])
+    assert CsvLog(log.file, ["a", "b"]).position == position
+
+
+def test_pictures(tmp_path):
+    sheet = grid(torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), columns=3)
+    assert sheet.shape == (2 * 33 + 1, 3 * 33 + 1, 3)
+    assert sheet[1, 1].tolist() == [0, 0, 0]
+    assert sheet[65, 98].tolist() == [255, 255, 255]
+    assert picture(torch.randn(50, 2)).shape == (400, 400, 3)
+    curves = {"student": [(0, 10.0), (1, math.inf), (2, 5.0)]}
+    convergence_plot(curves, {"floor": 1.0}, "distance", tmp_path / "p.png", {"student": [(9, 11), (9, 11), (4, 6)]})
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    Events(None).scalars({"a": 1.0}, 0)
+
+
+def test_measure_names_what_it_measures():
+    digits, points = data.load("digits"), data.load(POINTS)
+    measure = Measure(digits)
+    assert "classifier" in measure.name
+    assert measure(digits.pixels("heldout")).distance == pytest.approx(0.0, abs=1e-6)
+    assert measure.floor().distance > 1.0
+    assert Measure(points).name.startswith("sliced Wasserstein")
+    assert measure(torch.full((20, 1, 8, 8), math.nan)).distance == math.inf
+    images = data.Dataset(
+        "folder", torch.randint(0, 256, (30, 3, 4, 4)).byte(), torch.randint(0, 256, (9, 3, 4, 4)).byte()
+    )
+    pixels = Measure(images)
+    assert pixels.name == "Fréchet distance, 29 principal components of the pixels"
+    assert pixels(images.pixels("heldout")).distance == pytest.approx(0.0, abs=1e-6)
+    assert pixels(torch.ones(20, 3, 4, 4)).distance > pixels.floor().distance
+    with pytest.raises(UserError, match="at least 2 held-out samples"):
+        Measure(data.Dataset("folder", images.train, images.heldout[:1]))
+
+
+def test_labels_keep_the_datas_proportions():
+    digits = data.load("digits")
+    measure, net = Measure(digits), build(LABELLED)
+    labels = measure.labels(net, 2 * len(digits))
+    assert torch.equal(labels.bincount(), 2 * digits.train_labels.bincount())
+    assert measure.labels(build(MLP), 10) is None
+
+
+def test_free_cores_is_at_least_one(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
+    assert free_cores() == 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert free_cores() == 4
+
+
+def test_package_holds_its_configurations():
+    assert {f.name for f in (Path(configs.__file__).parent.parent / "configs").iterdir()} >= {
+        "digits.yaml",
+        "folder.yaml",
+    }
