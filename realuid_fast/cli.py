@@ -228,9 +228,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise UserError("--set takes data.KEY=VALUE here, and the data's name where the file does not have it")
     dataset = data.load(source["data"])
     measure = Measure(dataset)
-    table = _show_table(measure, dataset, teacher, student, arguments.samples, arguments.steps)
+    table, metric = _show_table(measure, dataset, teacher, student, arguments.samples, arguments.steps)
     if folder is not None:
-        evaluation.write(folder, table, measure.name, samples=arguments.samples, **_context())
+        evaluation.write(folder, table, metric, samples=arguments.samples, **_context())
         print(f"written to {folder}")
 
 
@@ -252,14 +252,16 @@ def _show_table(
     student: Model | None,
     count: int,
     steps: Sequence[int] = evaluation.STEPS,
-) -> list[evaluation.Row]:
+) -> tuple[list[evaluation.Row], str]:
+    """Measure and print the table; its rows and what its distance is."""
     table = []
     for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps):
         # Said as it comes: a teacher's hundred steps take a while.
         print(f"measured: {row.name}", file=sys.stderr, flush=True)
         table.append(row)
-    print("\n" + evaluation.markdown(table, f"{measure.name}, to held-out data, {count:,} samples"))
-    return table
+    metric = f"{measure.name}, to held-out data ({count:,} samples)"
+    print("\n" + evaluation.markdown(table, metric))
+    return table, metric
 
 
 def _context() -> dict[str, Any]:
@@ -346,8 +348,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     file, measure = train("distill", config, folder, arguments.resume, arguments.overwrite, _command_line(arguments))
     student, teacher, dataset = teachers.load(file), _model_teacher(config), data.load(config.data)
     count = config.run.evaluate_samples
-    table = _show_table(measure, dataset, teacher, student, count)
-    evaluation.write(folder, table, measure.name, samples=count, updates=settings.updates, **_context())
+    table, metric = _show_table(measure, dataset, teacher, student, count)
+    evaluation.write(folder, table, metric, samples=count, updates=settings.updates, **_context())
     lines = {row.name: row.distances.distance for row in table if row.evaluations in (None, max(evaluation.STEPS))}
     plot_distances(folder, lines, measure.name)
     noise = evaluation_noise(dataset.shape, 100 if len(dataset.shape) == 3 else count)

@@ -44,6 +44,7 @@ def compare(config: Config, folder: Path, seeds: Sequence[int], jobs: int, overw
         raise UserError("run.evaluate_every must be at least 1 to compare curves")
     for objective in METHODS.values():
         replace(config.distill.objective, name=objective).build()
+    judge = _Judge(config)
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,7 +73,7 @@ def compare(config: Config, folder: Path, seeds: Sequence[int], jobs: int, overw
             command.append("--overwrite")
         commands[name] = [*command, "--set", *settings, *own]
     _run_all(commands, jobs, folder)
-    return summarise(config, folder, seeds)
+    return summarise(judge, config, folder, seeds)
 
 
 def _run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
@@ -113,15 +114,24 @@ def _run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
         raise Interrupted(received[0], folder)
 
 
-def summarise(config: Config, folder: Path, seeds: Sequence[int]) -> str:
+class _Judge:
+    """Data, measure and teacher of a comparison; loaded first, so that what cannot be used is refused at once."""
+
+    def __init__(self, config: Config) -> None:
+        settings = config.distill
+        self.dataset = data.load(config.data)
+        self.measure = Measure(self.dataset)
+        self.teacher = teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+
+    def teacher_distance(self, steps: int, count: int) -> float:
+        noise, labels = evaluation_noise(self.dataset.shape, count), self.measure.labels(self.teacher.net, count)
+        return self.measure(generate(sampler(self.teacher, steps), noise, labels)[0]).distance
+
+
+def summarise(judge: _Judge, config: Config, folder: Path, seeds: Sequence[int]) -> str:
     """Results of finished runs in ``folder/runs``: writes JSON, Markdown and plot, returns the Markdown."""
-    dataset = data.load(config.data)
-    measure = Measure(dataset)
-    settings = config.distill
-    teacher = teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
-    noise = evaluation_noise(dataset.shape, config.run.evaluate_samples)
-    labels = measure.labels(teacher.net, len(noise))
-    teacher_distance = measure(generate(sampler(teacher, 100), noise, labels)[0]).distance
+    measure = judge.measure
+    teacher_distance = judge.teacher_distance(100, config.run.evaluate_samples)
     floor = measure.floor().distance
     curves = {
         name: [read_csv(folder / "runs" / f"{objective}-seed{seed}" / "distances.csv") for seed in seeds]
@@ -134,7 +144,7 @@ def summarise(config: Config, folder: Path, seeds: Sequence[int]) -> str:
     content = {
         "metric": measure.name,
         "samples": config.run.evaluate_samples,
-        "updates": settings.updates,
+        "updates": config.distill.updates,
         "seeds": list(seeds),
         "teacher_100_steps": teacher_distance,
         "floor": floor,

@@ -1,0 +1,325 @@
+"""The command line: every command once from beginning to end, and a sentence for every bad input."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from realuid_fast import cli, teachers
+from realuid_fast.networks import build
+from realuid_fast.train import compare as comparison
+from realuid_fast.train.distill import Distiller
+from realuid_fast.train.logging import read_csv
+
+NETWORK = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
+CONFIG = {
+    "data": {"name": "digits"},
+    "network": NETWORK,
+    "teacher": {"batch": 8, "updates": 4, "ema": [0.9], "export": 0.9},
+    "distill": {"batch": 8, "updates": 4, "fake_turns": 1, "ema": [0.9], "export": 0.9},
+    "run": {"evaluate_every": 2, "evaluate_samples": 40, "tensorboard": False, "progress": False, "teacher_steps": 2},
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a configuration, a teacher and a student in it, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = build(NETWORK)
+    for role in teachers.ROLES:
+        described = teachers.Description(
+            NETWORK, role=role, data={"name": "digits"}, t_start=0.28, teacher="teacher.safetensors"
+        )
+        teachers.save(f"{role}.safetensors", net.state_dict(), described)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path
+
+
+DISTILL = ["distill", "--config", "tiny.yaml", "--out", "run", "--set", "distill.teacher=teacher.safetensors"]
+
+
+def run(*words):
+    """The exit code of a command."""
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
+
+
+def refused(capsys, *words):
+    """The sentence that a command refuses its input with."""
+    assert run(*words) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    lines = [line for line in said.err.strip().splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_help_of_every_command(capsys):
+    for command in ("train-teacher", "distill", "sample", "evaluate", "info", "demo", "compare"):
+        assert run(command, "--help") == 0
+        assert command in capsys.readouterr().out
+    assert run("--version") == 0
+    assert run("dance") == 2
+
+
+def test_teacher_then_student_then_samples_then_table(place, capsys):
+    assert run("train-teacher", "--config", "tiny.yaml", "--out", "t") == 0
+    assert "written to t/teacher.safetensors" in capsys.readouterr().out
+    command = teachers.load("t/teacher.safetensors").description.command
+    assert command == "realuid-fast train-teacher --config tiny.yaml"
+
+    words = [
+        "distill",
+        "--config",
+        "tiny.yaml",
+        "--set",
+        "distill.teacher=t/teacher.safetensors",
+        "run.seed=1",
+        "--out",
+        "s",
+    ]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "digit classifier features" in said
+    assert "teacher, 2 Euler steps" in said
+    saved = yaml.safe_load((place / "s/config.yaml").read_text())
+    assert saved["distill"]["updates"] == 4
+    assert saved["run"]["seed"] == 1
+    assert [row["update"] for row in read_csv(place / "s/distances.csv")] == [0, 2, 4]
+    assert (place / "s/convergence.png").exists()
+
+    files = ["a.png", "a.npy", "a.safetensors"]
+    assert run("sample", "--model", "s", "--count", 5, "--seed", 3, "--out", *files) == 0
+    drawn = np.load("a.npy")
+    assert drawn.shape == (5, 1, 8, 8)
+    assert np.array_equal(load_file("a.safetensors")["samples"].numpy(), drawn)
+    with Image.open("a.png") as picture:
+        assert picture.size == (3 * 33 + 1, 2 * 33 + 1)
+    solver = ["--steps", 3, "--solver", "heun", "--label", 4]
+    assert run("sample", "--model", "t/teacher.safetensors", "--count", 5, *solver, "--out", "b.npy") == 0
+    assert np.load("b.npy").shape == (5, 1, 8, 8)
+
+    capsys.readouterr()
+    assert run("evaluate", "--student", "s", "--samples", 50, "--steps", 1, 3, "--out", "e") == 0
+    said = capsys.readouterr().out
+    result = json.loads((place / "e/evaluation.json").read_text())
+    assert [row["network_evaluations"] for row in result["rows"]] == [None, 1, 3, 1]
+    assert [row["name"] for row in result["rows"]][1:] == [
+        "teacher, 1 Euler step",
+        "teacher, 3 Euler steps",
+        "student, one step",
+    ]
+    assert result["rows"][0]["distance"] == pytest.approx(3.079, abs=0.01)
+    assert all(row["samples_per_second"] > 0 for row in result["rows"][1:])
+    assert (place / "e/table.md").read_text() in said
+    assert "to held-out data" in said
+
+
+def test_a_folder_of_images_from_beginning_to_end(place, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 12, 10, 3), dtype=np.uint8)
+    (place / "images" / "more").mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(place / "images" / ("more" if i % 2 else "") / f"{i}.png")
+    shared = [
+        "--config",
+        "folder",
+        "--set",
+        "data.path=images",
+        "data.size=8",
+        "data.heldout_every=4",
+        "network.kind=mlp",
+        "network.width=8",
+    ]
+    small = ["evaluate_every=2", "evaluate_samples=20", "tensorboard=false", "progress=false"]
+    shared += [f"run.{word}" for word in small] + [
+        "teacher.updates=2",
+        "teacher.batch=4",
+        "distill.updates=2",
+        "distill.batch=4",
+    ]
+    assert run("train-teacher", *shared, "--out", "t") == 0
+    assert run("distill", *shared, "distill.teacher=t/teacher.safetensors", "--out", "s") == 0
+    assert "principal components of the pixels" in capsys.readouterr().out
+    assert run("evaluate", "--student", "s", "--samples", 20, "--steps", 2) == 0
+    assert "principal components of the pixels" in capsys.readouterr().out
+    os.rename("images", "moved")
+    assert "there is no folder images" in refused(capsys, "evaluate", "--student", "s")
+    assert run("evaluate", "--student", "s", "--samples", 20, "--steps", 2, "--set", "data.path=moved") == 0
+
+
+def test_interruption_says_how_to_go_on(place, capsys, monkeypatch):
+    update = Distiller.update
+
+    def stopping(self):
+        update(self)
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Distiller, "update", stopping)
+    assert run(*DISTILL) == 130
+    said = capsys.readouterr().err
+    assert "stopped by SIGINT, saved in run" in said
+    assert "--resume" in said
+    assert run("sample", "--model", "run", "--out", "a.npy") == 2
+    monkeypatch.setattr(Distiller, "update", update)
+    assert run(*DISTILL, "--resume") == 0
+    assert read_csv(place / "run/distances.csv")[-1]["update"] == 4
+
+
+def test_bad_input_to_training(place, capsys):
+    assert "there is no teacher 'gone.safetensors'" in refused(
+        capsys, *DISTILL[:-1], "distill.teacher=gone.safetensors"
+    )
+    (place / "text.safetensors").write_text("hello")
+    assert "text.safetensors is no safetensors file" in refused(
+        capsys, *DISTILL[:-1], "distill.teacher=text.safetensors"
+    )
+    assert "a teacher is wanted" in refused(capsys, *DISTILL[:-1], "distill.teacher=student.safetensors")
+    sentence = refused(capsys, *DISTILL, "distill.objective.alpha=1.0", "distill.objective.beta=0.9")
+    assert "alpha = 1 requires beta = 1" in sentence
+    assert "batch 2000 is larger than data set 'digits', which has 1352" in refused(
+        capsys, *DISTILL, "distill.batch=2000"
+    )
+    assert "'distill.bath'" in refused(capsys, *DISTILL, "distill.bath=2")
+    assert "no configuration 'none.yaml'" in refused(capsys, "distill", "--config", "none.yaml", "--out", "run")
+    assert "run.device 'moon'" in refused(capsys, *DISTILL, "run.device=moon")
+    assert "data set name must be one of" in refused(capsys, *DISTILL, "data.name=cats")
+    assert "no run to resume" in refused(capsys, *DISTILL, "--resume")
+    assert not (place / "run").exists()
+    (place / "full").mkdir()
+    (place / "full/mine.txt").write_text("precious")
+    full = [word if word != "run" else "full" for word in DISTILL]
+    assert "full is not empty" in refused(capsys, *full)
+    assert "--overwrite leaves it alone" in refused(capsys, *full, "--overwrite")
+    assert (place / "full/mine.txt").read_text() == "precious"
+    under = [word if word != "run" else "tiny.yaml/run" for word in DISTILL]
+    assert "tiny.yaml/run cannot be written" in refused(capsys, *under)
+
+
+def test_a_weight_without_signal_is_a_warning(place, capsys):
+    assert run(*DISTILL, "distill.objective.alpha=0.9", "distill.objective.beta=0.9") == 0
+    assert "warning: beta / alpha = 1" in capsys.readouterr().err
+
+
+def test_bad_input_to_sampling(place, capsys):
+    model = ["sample", "--model", "student.safetensors", "--out"]
+    assert "must end in .png, .npy or .safetensors" in refused(capsys, *model, "a.gif")
+    assert "there is no folder gone" in refused(capsys, *model, "gone/a.png")
+    assert "--count must be at least 1" in refused(capsys, *model, "a.png", "--count", 0)
+    assert "in one step" in refused(capsys, *model, "a.png", "--steps", 3)
+    assert "none of the model's 10 classes" in refused(capsys, *model, "a.png", "--label", 10)
+    assert "--threads must be at least 1" in refused(capsys, *model, "a.png", "--threads", 0)
+    assert "seed must be an integer" in refused(capsys, *model, "a.png", "--seed", -1)
+    teacher = ["sample", "--model", "teacher.safetensors", "--out", "a.png"]
+    assert "steps must be at least 1" in refused(capsys, *teacher, "--steps", 0)
+    assert "no file gone.safetensors" in refused(capsys, "sample", "--model", "gone.safetensors", "--out", "a.png")
+    (place / "empty").mkdir()
+    assert "is its run finished?" in refused(capsys, "sample", "--model", "empty", "--out", "a.png")
+    (place / "a.png").write_text("mine")
+    assert "--out a.png exists" in refused(capsys, *model, "a.png")
+    assert (place / "a.png").read_text() == "mine"
+
+
+def test_bad_input_to_evaluation(place, capsys):
+    assert "give --student, --teacher or both" in refused(capsys, "evaluate")
+    assert "give it as --teacher" in refused(capsys, "evaluate", "--student", "teacher.safetensors")
+    assert "--samples must be at least 2" in refused(
+        capsys, "evaluate", "--student", "student.safetensors", "--samples", 1
+    )
+    words = ["evaluate", "--student", "student.safetensors", "--out", "e"]
+    (place / "e").mkdir()
+    (place / "e/evaluation.json").write_text("{}")
+    assert "holds an evaluation already" in refused(capsys, *words)
+    assert "cannot be written" in refused(capsys, *words[:-1], "tiny.yaml/e")
+    assert "--set takes data.KEY=VALUE" in refused(capsys, *words[:-2], "--set", "run.seed=1")
+    (place / "teacher.safetensors").unlink()
+    assert "there is no file teacher.safetensors" in refused(capsys, *words[:-2])
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    assert "cannot run: " in said
+    for word in ("torch", "cpp", "triton", "processor", "vector code", "threads"):
+        assert word in said
+
+
+def test_demo_leaves_what_the_readme_promises(place, capsys):
+    words = [
+        "distill.teacher=teacher.safetensors",
+        "distill.updates=3",
+        "distill.batch=8",
+        "distill.ema=[0.9]",
+        "distill.export=0.9",
+    ]
+    words += ["run.evaluate_every=1", "run.evaluate_samples=40", "run.tensorboard=false", "run.progress=false"]
+    assert run("demo", "--out", "d", "--threads", 1, "--set", *words) == 0
+    said = capsys.readouterr().out
+    assert "on 1 thread" in said
+    assert "teacher, 100 Euler steps" in said
+    assert "student, one step" in said
+    for name in ("samples.png", "convergence.png", "table.md", "evaluation.json", "student.safetensors"):
+        assert (place / "d" / name).stat().st_size > 0
+    assert json.loads((place / "d/evaluation.json").read_text())["updates"] == 3
+    assert "is not empty" in refused(capsys, "demo", "--out", "d", "--threads", 1, "--set", *words)
+
+
+def test_compare_two_seeds(place, capsys, monkeypatch):
+    apart = comparison._run_all
+    # Starting a process takes longer than these runs: in this one first, below in one of their own.
+    monkeypatch.setattr(comparison, "_run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
+    words = ["--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
+    assert run("compare", *words, "--seeds", 0, 1, "--jobs", 2, "--out", "c") == 0
+    result = json.loads((place / "c/compare.json").read_text())
+    assert set(result["curves"]) == {"UID", "RealUID"}
+    assert [len(runs) for runs in result["curves"].values()] == [2, 2]
+    finals = {name: s["final"] for name, s in result["summary"].items()}
+    assert all(value > 0 for values in finals.values() for value in values)
+    table = (place / "c/compare.md").read_text()
+    assert "UID (alpha = beta = 1)" in table
+    assert "never" in table
+    assert (place / "c/compare.png").stat().st_size > 1000
+    assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"
+    assert "holds compare.json already" in refused(capsys, "compare", *words, "--out", "c")
+
+    monkeypatch.setattr(comparison, "_run_all", apart)
+    # Resumed, only the missing run is trained again, and the results are the same.
+    kept = (place / "c/runs/uid-seed0/student.safetensors").stat().st_mtime_ns
+    (place / "c/runs/realuid-seed1/student.safetensors").unlink()
+    assert run("compare", *words, "--seeds", 0, 1, "--out", "c", "--resume") == 0
+    assert capsys.readouterr().out.count("started") == 1
+    assert (place / "c/runs/uid-seed0/student.safetensors").stat().st_mtime_ns == kept
+    assert json.loads((place / "c/compare.json").read_text())["curves"] == result["curves"]
+
+
+def test_compare_refuses(place, capsys):
+    words = ["compare", "--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors"]
+    assert "seeds must be different" in refused(capsys, *words, "--out", "c", "--seeds", 1, 1)
+    assert "--jobs must be at least 1" in refused(capsys, *words, "--out", "c", "--jobs", 0)
+    assert "evaluate_every" in refused(capsys, *words, "run.evaluate_every=0", "--out", "c")
+    assert "alpha = 1 requires" in refused(capsys, *words, "distill.objective.alpha=1.0", "--out", "c")
+    assert "cannot be written" in refused(capsys, *words, "--out", "tiny.yaml/c")
+    assert "there is no teacher 'gone'" in refused(
+        capsys, *words[:-1], "distill.teacher=gone", "--out", "d", "--seeds", 0
+    )
+
+
+def test_summary_of_curves():
+    def curve(*distances):
+        return [{"update": 10 * i, "distance": d, "precision": 0.5, "recall": 0.5} for i, d in enumerate(distances)]
+
+    summary = comparison._summary([curve(9, 4, 5), curve(9, 8, 7)], teacher=4.5)
+    assert summary["final"] == [5, 7]
+    assert summary["best"] == [4, 7]
+    assert summary["updates_to_teacher"] == [10, None]
