@@ -125,7 +125,7 @@ class _LossFunction(torch.autograd.Function):
         return mean if inputs[-1] else rows
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative(scale, f"{ctx.loss.kernel}_loss")
         scaled = iter(_scaled(ctx.saved_tensors, scale))
         result: list[Tensor | None] = [None] * ctx.n_inputs
@@ -151,7 +151,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
         if torch.is_grad_enabled():
             wants = tuple(inputs[i] is not None and inputs[i].requires_grad for i in loss.differentiable)
             if any(wants):
-                return _LossFunction.apply(kernel, loss, wants, *inputs)  # type: ignore[no-untyped-call]
+                return _LossFunction.apply(kernel, loss, wants, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return without_gradients(*inputs)
 
