@@ -1,36 +1,39 @@
-// The fused calls on vectors: one pass over the tensors, noise drawn chunk by chunk into a buffer that stays in the L1 cache.
+// The fused calls on vectors: one pass over the tensors. Noise is drawn in registers between the loads and stores it goes with,
+// so that arithmetic and memory overlap; where rows and groups do not line up, it is drawn into a buffer in the L1 cache.
+#pragma once
+
 #include "fused.h"
+#include "noise_vector.h"
 #include "simd.h"
 
 namespace realuid_fast {
 namespace {
 namespace REALUID_ISA {
 
-constexpr int64_t CHUNK = 1024;  // elements between two draws of noise and two additions in double
+constexpr int64_t BUFFER = 1024;  // elements of noise drawn ahead at most
 
 template <class T>
 using ArithmeticOf = typename Arithmetic<T>::type;
 template <class T>
 using VectorFor = typename VectorOf<ArithmeticOf<T>>::type;
 
-// A chunk of one row: where it lies in memory and in the noise, and how long it is.
-struct Chunk {
-  int64_t row, first, count;  // first: offset inside the row
+// A block of one row: its unit, where it lies in the row and in memory, how long it is.
+struct Span {
+  int64_t unit, row, first, count, offset;
 };
 
-// Splits the units [begin, end) into chunks and calls body(chunk, unit), in order.
+// Calls body(span) for the units [begin, end), in order.
 template <class F>
-REALUID_INLINE void for_chunks(const Shape& shape, int64_t begin, int64_t end, F&& body) {
+REALUID_INLINE void for_spans(const Shape& shape, int64_t begin, int64_t end, F&& body) {
   const int64_t blocks = shape.blocks();
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / blocks, start = (unit % blocks) * BLOCK;
-    const int64_t stop = start + BLOCK < shape.dim ? start + BLOCK : shape.dim;
-    for (int64_t first = start; first < stop; first += CHUNK)
-      body(Chunk{row, first, first + CHUNK < stop ? CHUNK : stop - first}, unit);
+    const int64_t row = unit / blocks, first = (unit % blocks) * BLOCK;
+    const int64_t left = shape.dim - first;
+    body(Span{unit, row, first, left < BLOCK ? left : BLOCK, row * shape.dim + first});
   }
 }
 
-// Noise of a chunk in the arithmetic type. Draws run ahead of short rows, which lie one after another in the stream.
+// Noise of a span in the arithmetic type, in pieces. Draws run ahead of short rows, which lie one after another in the stream.
 template <class T>
 class Noise {
   using Real = ArithmeticOf<T>;
@@ -38,63 +41,62 @@ class Noise {
  public:
   // `begin` and `end` are the units this object will serve.
   Noise(const NoiseSource& source, const Shape& shape, int64_t begin, int64_t end)
-      : source_(source), dim_(shape.dim), rows_ahead_(end == begin ? 0 : (end - 1) / shape.blocks() + 1) {}
+      : source_(source), dim_(shape.dim), end_row_(end == begin ? 0 : (end - 1) / shape.blocks() + 1) {}
 
-  // Pointer to chunk.count values; reads of a vector's width past them stay inside the allocation only for drawn noise.
-  REALUID_INLINE const Real* get(const Chunk& chunk) {
-    const int64_t noise_row = chunk.row % source_.rows;
-    const int64_t start = noise_row * dim_ + chunk.first;
-    if (source_.tensor == nullptr) return draw(start, chunk.count, chunk.row - noise_row);
-    const T* from = static_cast<const T*>(source_.tensor) + start;
+  REALUID_INLINE bool drawn() const { return source_.tensor == nullptr; }
+  REALUID_INLINE NoiseKey key() const { return source_.key; }
+
+  // Element number, in the noise, of a span's first element.
+  REALUID_INLINE int64_t start(const Span& span) const { return (span.row % source_.rows) * dim_ + span.first; }
+
+  // Pointer to the `count` <= BUFFER values from the span's i-th on.
+  REALUID_INLINE const Real* get(const Span& span, int64_t i, int64_t count) {
+    const int64_t from = start(span) + i;
+    if (drawn()) return draw(from, count, span.row - span.row % source_.rows);
+    const T* stored = static_cast<const T*>(source_.tensor) + from;
     if constexpr (sizeof(T) == sizeof(Real)) {
-      return from;
+      return stored;
     } else {
-      constexpr int W = VectorOf<Real>::width;
-      int64_t i = 0;
-      for (; i + W <= chunk.count; i += W) store(buffer_ + i, load(from + i));
-      if (i < chunk.count) store(buffer_ + i, load_first(from + i, int(chunk.count - i)));
+      constexpr int WIDE = VectorOf<Real>::width;
+      int64_t j = 0;
+      for (; j + WIDE <= count; j += WIDE) store(buffer_ + j, load(stored + j));
+      if (j < count) store(buffer_ + j, load_first(stored + j, int(count - j)));
       return buffer_;
     }
   }
 
  private:
-  REALUID_INLINE const Real* draw(int64_t start, int64_t count, int64_t row_shift) {
-    if (start < have_ || start + count > have_ + held_) {
-      // The last element that this object can be asked for in this round through the noise rows.
-      int64_t last_row = rows_ahead_ - row_shift;
-      if (last_row > source_.rows) last_row = source_.rows;
-      int64_t stop = last_row * dim_;
-      have_ = start & ~int64_t(3);
-      if (stop > have_ + CHUNK) stop = have_ + CHUNK;
-      if (stop < start + count) stop = start + count;
-      const int64_t groups = (stop - have_ + 3) / 4;
-      held_ = 4 * groups;
-      fill_normals(source_.key, uint64_t(have_) / 4, groups, buffer_);
+  REALUID_INLINE const Real* draw(int64_t from, int64_t count, int64_t rows_before) {
+    if (from < have_ || from + count > have_ + held_) {
+      // Ahead as far as this object's rows go in this round through the noise.
+      int64_t rows = end_row_ - rows_before;
+      if (rows > source_.rows) rows = source_.rows;
+      have_ = from & ~int64_t(3);
+      int64_t stop = rows * dim_;
+      if (stop > have_ + BUFFER) stop = have_ + BUFFER;
+      if (stop < from + count) stop = from + count;
+      held_ = (stop - have_ + 3) & ~int64_t(3);
+      fill_normals(source_.key, uint64_t(have_) / 4, held_ / 4, buffer_);
     }
-    return buffer_ + (start - have_);
+    return buffer_ + (from - have_);
   }
 
   const NoiseSource& source_;
-  const int64_t dim_, rows_ahead_;
+  const int64_t dim_, end_row_;
   int64_t have_ = 0, held_ = 0;
-  alignas(64) Real buffer_[CHUNK + 64];
+  alignas(64) Real buffer_[BUFFER + 64];
 };
 
-template <class T>
-struct alignas(64) Zeros {
-  T value[CHUNK] = {};
-};
-
-// Access to a chunk's vectors: whole ones, and the rest behind them padded with zeros (which add nothing to any sum).
-template <bool STREAM>
+// Access to a span's vectors: whole ones, and the rest behind them padded with zeros (which add nothing to any sum).
 struct Whole {
+  bool streams;
   template <class T>
   REALUID_INLINE auto in(const T* from, int64_t i) const {
     return load(from + i);
   }
   template <class T, class V>
   REALUID_INLINE void out(T* to, int64_t i, V v) const {
-    if constexpr (STREAM)
+    if (streams)
       stream(to + i, v);
     else
       store(to + i, v);
@@ -113,16 +115,41 @@ struct Rest {
   }
 };
 
-// body(access, i) for every vector of a chunk of `count` elements.
-template <class T, bool STREAM, class F>
-REALUID_INLINE void for_vectors(int64_t count, F&& body) {
-  constexpr int W = VectorOf<ArithmeticOf<T>>::width;
+// body(access, i) for every vector of `count` elements.
+template <class T, class F>
+REALUID_INLINE void for_vectors(bool streams, int64_t count, F&& body) {
+  constexpr int WIDE = VectorOf<ArithmeticOf<T>>::width;
   int64_t i = 0;
-  for (; i + W <= count; i += W) body(Whole<STREAM>{}, i);
+  for (; i + WIDE <= count; i += WIDE) body(Whole{streams}, i);
   if (i < count) body(Rest{int(count - i)}, i);
 }
 
-// Streaming needs every vector of the chunk aligned, in every output.
+// body(access, i, n) for every vector of a span, n its noise; zeros where none is wanted.
+template <class T, class F>
+REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span& span, bool wanted, F&& body) {
+  using V = VectorFor<T>;
+  if (!wanted) return for_vectors<T>(streams, span.count, [&](auto access, int64_t i) { body(access, i, V{}); });
+  int64_t done = 0;
+  if constexpr (sizeof(ArithmeticOf<T>) == sizeof(float)) {
+    const int64_t start = noise.start(span);
+    if (noise.drawn() && start % 4 == 0) {
+      const int64_t steps = span.count / (4 * WIDTH);
+      for_normals(noise.key(), uint64_t(start) / 4, steps, [&](int64_t i, const Normals& normals) {
+#pragma GCC unroll 1
+        for (int j = 0; j < 4; ++j) body(Whole{streams}, i + j * WIDTH, normals.v[j]);
+      });
+      done = steps * 4 * WIDTH;
+    }
+  }
+  while (done < span.count) {
+    const int64_t count = span.count - done < BUFFER ? span.count - done : BUFFER;
+    const auto* n = noise.get(span, done, count);
+    for_vectors<T>(streams, count, [&](auto access, int64_t i) { body(access, done + i, access.in(n, i)); });
+    done += count;
+  }
+}
+
+// Streaming needs every vector of the span aligned, in every output.
 template <class T, class... P>
 REALUID_INLINE bool aligned(const P*... outputs) {
   const uintptr_t mask = sizeof(VectorFor<T>) * sizeof(T) / sizeof(ArithmeticOf<T>) - 1;
@@ -145,35 +172,19 @@ REALUID_INLINE const ArithmeticOf<T>* coefficient_row(const void* coef, int64_t 
 
 // --- x_t = a x + b y + c n --------------------------------------------------------------------------------------------
 
-template <class T, bool ENDPOINT, bool STREAM>
-REALUID_INLINE void interpolate_chunk(const T* x, const T* y, const ArithmeticOf<T>* n, const ArithmeticOf<T>* coef, T* out,
-                                      int64_t count) {
-  const auto a = coef[A], b = coef[B], c = coef[C];
-  for_vectors<T, STREAM>(count, [&](auto access, int64_t i) {
-    auto v = a * access.in(x, i) + c * access.in(n, i);
-    if constexpr (ENDPOINT) v += b * access.in(y, i);
-    access.out(out, i, v);
-  });
-}
-
 template <class T>
 void interpolate(const InterpolateArgs& args, int64_t begin, int64_t end) {
-  using Real = ArithmeticOf<T>;
-  static constexpr Zeros<Real> zeros{};
   Noise<T> noise(args.noise, args.shape, begin, end);
-  for_chunks(args.shape, begin, end, [&](const Chunk& chunk, int64_t) {
-    const int64_t offset = chunk.row * args.shape.dim + chunk.first;
-    const Real* coef = coefficient_row<T>(args.coef, chunk.row);
-    const Real* n = coef[C] == 0 ? zeros.value : noise.get(chunk);
-    const T *x = at<T>(args.x, offset), *y = at<T>(args.y, offset);
-    T* out = at<T>(args.out, offset);
-    const bool stream = args.stream && aligned<T>(out);
-    if (y != nullptr)
-      stream ? interpolate_chunk<T, true, true>(x, y, n, coef, out, chunk.count)
-             : interpolate_chunk<T, true, false>(x, y, n, coef, out, chunk.count);
-    else
-      stream ? interpolate_chunk<T, false, true>(x, y, n, coef, out, chunk.count)
-             : interpolate_chunk<T, false, false>(x, y, n, coef, out, chunk.count);
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    const auto* coef = coefficient_row<T>(args.coef, span.row);
+    const T *x = at<T>(args.x, span.offset), *y = at<T>(args.y, span.offset);
+    T* out = at<T>(args.out, span.offset);
+    const auto a = coef[A], b = coef[B], c = coef[C];
+    for_noisy_vectors<T>(args.stream && aligned<T>(out), noise, span, c != 0, [&](auto access, int64_t i, auto n) {
+      auto v = a * access.in(x, i) + c * n;
+      if (y != nullptr) v += b * access.in(y, i);
+      access.out(out, i, v);
+    });
   });
   if (args.stream) stream_fence();
 }
@@ -183,14 +194,10 @@ void interpolate(const InterpolateArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void normal(const NormalArgs& args, int64_t begin, int64_t end) {
   Noise<T> noise(args.noise, args.shape, begin, end);
-  for_chunks(args.shape, begin, end, [&](const Chunk& chunk, int64_t) {
-    T* out = at<T>(args.out, chunk.row * args.shape.dim + chunk.first);
-    const auto* n = noise.get(chunk);
-    const auto copy = [&](auto access, int64_t i) { access.out(out, i, access.in(n, i)); };
-    if (args.stream && aligned<T>(out))
-      for_vectors<T, true>(chunk.count, copy);
-    else
-      for_vectors<T, false>(chunk.count, copy);
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    T* out = at<T>(args.out, span.offset);
+    for_noisy_vectors<T>(args.stream && aligned<T>(out), noise, span, true,
+                         [&](auto access, int64_t i, auto n) { access.out(out, i, n); });
   });
   if (args.stream) stream_fence();
 }
@@ -200,20 +207,16 @@ void normal(const NormalArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
-  for_chunks(args.shape, begin, end, [&](const Chunk& chunk, int64_t) {
-    const int64_t at_factor = chunk.row * args.stride;
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    const int64_t at_factor = span.row * args.stride;
     const double wide = args.wide ? static_cast<const double*>(args.factors)[at_factor]
                                   : static_cast<const float*>(args.factors)[at_factor];
     if (args.skip_one && wide == 1.0) return;
     const Real factor = Real(wide);
-    const int64_t offset = chunk.row * args.shape.dim + chunk.first;
-    const T* in = at<T>(args.in, offset);
-    T* out = at<T>(args.out, offset);
-    const auto multiply = [&](auto access, int64_t i) { access.out(out, i, factor * access.in(in, i)); };
-    if (args.stream && aligned<T>(out))
-      for_vectors<T, true>(chunk.count, multiply);
-    else
-      for_vectors<T, false>(chunk.count, multiply);
+    const T* in = at<T>(args.in, span.offset);
+    T* out = at<T>(args.out, span.offset);
+    for_vectors<T>(args.stream && aligned<T>(out), span.count,
+                   [&](auto access, int64_t i) { access.out(out, i, factor * access.in(in, i)); });
   });
   if (args.stream) stream_fence();
 }
@@ -250,70 +253,66 @@ struct FakeRow {
   }
 };
 
-template <class T, bool TEACHER, bool EXTRA, bool STREAM>
-REALUID_INLINE double fake_chunk(const FakeRow<ArithmeticOf<T>>& k, const T* fake, const T* teacher, const T* x, const T* x_t,
-                                 const T* y, const ArithmeticOf<T>* n, T* g_fake, int64_t count) {
+template <class T>
+struct FakeInputs {
+  const T *fake, *teacher, *x, *x_t, *y;
+  T* g_fake;
+};
+
+template <class T, bool TEACHER, bool EXTRA>
+REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span, bool noisy,
+                                const FakeRow<ArithmeticOf<T>>& k, const FakeInputs<T>& in) {
   using V = VectorFor<T>;
   V sum = {}, rest = {};
-  for_vectors<T, STREAM>(count, [&](auto access, int64_t i) {
-    V target = k.p * access.in(x, i) + k.s * access.in(n, i);
+  for_noisy_vectors<T>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
+    V target = k.p * access.in(in.x, i) + k.s * n;
+    V f = k.k_out * access.in(in.fake, i);
     V shift = {};
     if constexpr (EXTRA) {
-      if (y != nullptr) target += k.q * access.in(y, i);
-      if (x_t != nullptr) shift = k.k_x * access.in(x_t, i);
+      if (in.y != nullptr) target += k.q * access.in(in.y, i);
+      if (in.x_t != nullptr) shift = k.k_x * access.in(in.x_t, i);
+      f += shift;
     }
-    V f = k.k_out * access.in(fake, i);
-    if constexpr (EXTRA) f += shift;
-    V pull = k.b * target, other = {};
+    V pull = k.b * target;
     if constexpr (TEACHER) {
-      other = k.k_out * access.in(teacher, i);
+      V other = k.k_out * access.in(in.teacher, i);
       if constexpr (EXTRA) other += shift;
       pull += k.d * other;
+      rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other + (k.cross * f) * pull;
+    } else {
+      rest += target * (k.c2 * target) + (k.cross * f) * pull;
     }
     const V e = k.a * f - pull;
     sum += e * e;
-    if constexpr (TEACHER)
-      rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other + (k.cross * f) * pull;
-    else
-      rest += target * (k.c2 * target) + (k.cross * f) * pull;
-    if (g_fake != nullptr) access.out(g_fake, i, k.gradient * e);
+    if (in.g_fake != nullptr) access.out(in.g_fake, i, k.gradient * e);
   });
   return double(k.inverse_a) * sum_lanes(sum) + sum_lanes(rest);
-}
-
-template <class T, bool TEACHER, bool EXTRA>
-REALUID_INLINE double fake_chunk_to(const FakeRow<ArithmeticOf<T>>& k, const T* fake, const T* teacher, const T* x,
-                                    const T* x_t, const T* y, const ArithmeticOf<T>* n, T* g_fake, int64_t count,
-                                    bool stream) {
-  return stream ? fake_chunk<T, TEACHER, EXTRA, true>(k, fake, teacher, x, x_t, y, n, g_fake, count)
-                : fake_chunk<T, TEACHER, EXTRA, false>(k, fake, teacher, x, x_t, y, n, g_fake, count);
 }
 
 template <class T>
 void fake(const FakeArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
-  static constexpr Zeros<Real> zeros{};
   Noise<T> noise(args.noise, args.shape, begin, end);
-  for (int64_t unit = begin; unit < end; ++unit) args.partial[unit] = 0;
-  for_chunks(args.shape, begin, end, [&](const Chunk& chunk, int64_t unit) {
-    const int64_t offset = chunk.row * args.shape.dim + chunk.first;
-    const Real* coef = coefficient_row<T>(args.coef, chunk.row);
-    const FakeHalf& half = args.half[chunk.row < args.generated ? 0 : 1];
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    const Real* coef = coefficient_row<T>(args.coef, span.row);
+    const FakeHalf& half = args.half[span.row < args.generated ? 0 : 1];
     const FakeRow<Real> k(coef, half, args.scale);
-    const Real* n = coef[S] == 0 ? zeros.value : noise.get(chunk);
-    const T *f = at<T>(args.fake, offset), *x = at<T>(args.x, offset), *y = at<T>(args.y, offset);
-    const T* teacher = half.d == 0 ? nullptr : at<T>(args.teacher, offset);
-    const T* x_t = coef[K_X] == 0 ? nullptr : at<T>(args.x_t, offset);
-    T* g = at<T>(args.g_fake, offset);
-    const bool stream = args.stream && aligned<T>(g), extra = x_t != nullptr || y != nullptr;
+    const FakeInputs<T> in{at<T>(args.fake, span.offset),
+                           half.d == 0 ? nullptr : at<T>(args.teacher, span.offset),
+                           at<T>(args.x, span.offset),
+                           coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset),
+                           at<T>(args.y, span.offset),
+                           at<T>(args.g_fake, span.offset)};
+    const bool stream = args.stream && aligned<T>(in.g_fake), noisy = coef[S] != 0;
+    const bool extra = in.x_t != nullptr || in.y != nullptr;
     double sum;
-    if (teacher != nullptr)
-      sum = extra ? fake_chunk_to<T, true, true>(k, f, teacher, x, x_t, y, n, g, chunk.count, stream)
-                  : fake_chunk_to<T, true, false>(k, f, teacher, x, x_t, y, n, g, chunk.count, stream);
+    if (in.teacher != nullptr)
+      sum = extra ? fake_span<T, true, true>(stream, noise, span, noisy, k, in)
+                  : fake_span<T, true, false>(stream, noise, span, noisy, k, in);
     else
-      sum = extra ? fake_chunk_to<T, false, true>(k, f, teacher, x, x_t, y, n, g, chunk.count, stream)
-                  : fake_chunk_to<T, false, false>(k, f, teacher, x, x_t, y, n, g, chunk.count, stream);
-    args.partial[unit] += double(coef[W]) * sum;
+      sum = extra ? fake_span<T, false, true>(stream, noise, span, noisy, k, in)
+                  : fake_span<T, false, false>(stream, noise, span, noisy, k, in);
+    args.partial[span.unit] = double(coef[W]) * sum;
   });
   if (args.stream) stream_fence();
 }
@@ -345,26 +344,31 @@ struct GeneratorRow {
   }
 };
 
-template <class T, bool EXTRA, bool STREAM>
-REALUID_INLINE double generator_chunk(const GeneratorRow<ArithmeticOf<T>>& k, const T* teacher, const T* fake, const T* x,
-                                      const T* x_t, const T* y, const ArithmeticOf<T>* n, T* g_teacher, T* g_fake, T* g_x,
-                                      T* g_x_t, int64_t count) {
+template <class T>
+struct GeneratorInputs {
+  const T *teacher, *fake, *x, *x_t, *y;
+  T *g_teacher, *g_fake, *g_x, *g_x_t;
+};
+
+template <class T, bool EXTRA>
+REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& span, bool noisy,
+                                     const GeneratorRow<ArithmeticOf<T>>& k, const GeneratorInputs<T>& in) {
   using V = VectorFor<T>;
   V sum = {};
-  for_vectors<T, STREAM>(count, [&](auto access, int64_t i) {
-    const V t = access.in(teacher, i);
-    const V d = k.k_out * (t - access.in(fake, i));
-    V u = k.alpha * t - k.p * access.in(x, i) - k.s * access.in(n, i) - k.d_in_u * d;
+  for_noisy_vectors<T>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
+    const V t = access.in(in.teacher, i);
+    const V d = k.k_out * (t - access.in(in.fake, i));
+    V u = k.alpha * t - k.p * access.in(in.x, i) - k.s * n - k.d_in_u * d;
     if constexpr (EXTRA) {
-      if (y != nullptr) u -= k.q * access.in(y, i);
-      if (x_t != nullptr) u += k.x_t * access.in(x_t, i);
+      if (in.y != nullptr) u -= k.q * access.in(in.y, i);
+      if (in.x_t != nullptr) u += k.x_t * access.in(in.x_t, i);
     }
     sum += d * (u + k.half_d * d);
-    if (g_teacher != nullptr) access.out(g_teacher, i, k.outer * (u + k.teacher_d * d));
-    if (g_fake != nullptr) access.out(g_fake, i, -k.outer * u);
-    if (g_x != nullptr) access.out(g_x, i, k.g_x * d);
+    if (in.g_teacher != nullptr) access.out(in.g_teacher, i, k.outer * (u + k.teacher_d * d));
+    if (in.g_fake != nullptr) access.out(in.g_fake, i, -k.outer * u);
+    if (in.g_x != nullptr) access.out(in.g_x, i, k.g_x * d);
     if constexpr (EXTRA)
-      if (g_x_t != nullptr) access.out(g_x_t, i, k.g_x_t * d);
+      if (in.g_x_t != nullptr) access.out(in.g_x_t, i, k.g_x_t * d);
   });
   return sum_lanes(sum);
 }
@@ -372,28 +376,24 @@ REALUID_INLINE double generator_chunk(const GeneratorRow<ArithmeticOf<T>>& k, co
 template <class T>
 void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
-  static constexpr Zeros<Real> zeros{};
   Noise<T> noise(args.noise, args.shape, begin, end);
-  for (int64_t unit = begin; unit < end; ++unit) args.partial[unit] = 0;
-  for_chunks(args.shape, begin, end, [&](const Chunk& chunk, int64_t unit) {
-    const int64_t offset = chunk.row * args.shape.dim + chunk.first;
-    const Real* coef = coefficient_row<T>(args.coef, chunk.row);
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    const Real* coef = coefficient_row<T>(args.coef, span.row);
     const GeneratorRow<Real> k(coef, args);
-    const Real* n = coef[S] == 0 ? zeros.value : noise.get(chunk);
-    const T *t = at<T>(args.teacher, offset), *f = at<T>(args.fake, offset), *x = at<T>(args.x, offset);
-    const T *y = at<T>(args.y, offset), *x_t = coef[K_X] == 0 ? nullptr : at<T>(args.x_t, offset);
-    T *gt = at<T>(args.g_teacher, offset), *gf = at<T>(args.g_fake, offset), *gx = at<T>(args.g_x, offset);
-    T* gxt = at<T>(args.g_x_t, offset);
-    const bool stream = args.stream && aligned<T>(gt, gf, gx, gxt);
-    const bool extra = x_t != nullptr || y != nullptr || gxt != nullptr;
-    double sum;
-    if (extra)
-      sum = stream ? generator_chunk<T, true, true>(k, t, f, x, x_t, y, n, gt, gf, gx, gxt, chunk.count)
-                   : generator_chunk<T, true, false>(k, t, f, x, x_t, y, n, gt, gf, gx, gxt, chunk.count);
-    else
-      sum = stream ? generator_chunk<T, false, true>(k, t, f, x, x_t, y, n, gt, gf, gx, gxt, chunk.count)
-                   : generator_chunk<T, false, false>(k, t, f, x, x_t, y, n, gt, gf, gx, gxt, chunk.count);
-    args.partial[unit] += double(coef[W]) * sum;
+    const GeneratorInputs<T> in{at<T>(args.teacher, span.offset),
+                                at<T>(args.fake, span.offset),
+                                at<T>(args.x, span.offset),
+                                coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset),
+                                at<T>(args.y, span.offset),
+                                at<T>(args.g_teacher, span.offset),
+                                at<T>(args.g_fake, span.offset),
+                                at<T>(args.g_x, span.offset),
+                                at<T>(args.g_x_t, span.offset)};
+    const bool stream = args.stream && aligned<T>(in.g_teacher, in.g_fake, in.g_x, in.g_x_t), noisy = coef[S] != 0;
+    const bool extra = in.x_t != nullptr || in.y != nullptr || in.g_x_t != nullptr;
+    const double sum = extra ? generator_span<T, true>(stream, noise, span, noisy, k, in)
+                             : generator_span<T, false>(stream, noise, span, noisy, k, in);
+    args.partial[span.unit] = double(coef[W]) * sum;
   });
   if (args.stream) stream_fence();
 }

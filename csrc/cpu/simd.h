@@ -3,6 +3,8 @@
 // Included once by each translation unit of an instruction set, after it has set REALUID_ISA (the namespace) and
 // REALUID_LEVEL (0 baseline, 1 AVX2 + FMA + F16C, 2 AVX-512). Everything here has internal linkage: two instruction sets
 // must never share an inline function, or the linker would keep one body for both.
+#pragma once
+
 #include <cstdint>
 #include <cstring>
 
