@@ -29,6 +29,7 @@ from .train.jobs import free_cores, resolve, train
 from .train.logging import picture, read_csv, save_png
 from .train.loop import Interrupted, plot_distances
 from .train.measure import Measure, class_by_class, evaluation_noise, generate
+from .train.teacher import SAMPLING_STEPS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        # A full disk, a folder taken away: what the commands cannot see coming.
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -148,7 +153,8 @@ def _train(arguments: argparse.Namespace) -> None:
         labels = measure.labels(model.net, len(noise))
         samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise, labels)
         lines[f"teacher, {config.run.teacher_steps} Euler steps"] = measure(samples).distance
-    if plot_distances(folder, lines, measure.name) is not None:
+    name = "student" if arguments.command == "distill" else f"teacher, {SAMPLING_STEPS} Euler steps"
+    if plot_distances(folder, lines, measure.name, name) is not None:
         last = read_csv(folder / "distances.csv")[-1]["distance"]
         print(f"{measure.name}: {last:.4g}; " + "; ".join(f"{name} {value:.4g}" for name, value in lines.items()))
     print(f"written to {file}")
@@ -219,14 +225,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise UserError(f"--student {arguments.student} holds a teacher: give it as --teacher")
         name = name or student.description.teacher
     teacher = None
-    if name and (arguments.teacher or name in SHIPPED or Path(name).suffix == ".safetensors"):
+    if arguments.teacher or name in SHIPPED or Path(name or "").suffix == ".safetensors":
         teacher = _model(name)
+    elif name:
+        print(f"the teacher {name} is left out: give it as a .safetensors file with --teacher", file=sys.stderr)
     described = student or teacher
     assert described is not None
     source = configs.merge({"data": described.description.data}, configs.nested(arguments.set))
     if set(source) != {"data"} or not source["data"]:
         raise UserError("--set takes data.KEY=VALUE here, and the data's name where the file does not have it")
     dataset = data.load(source["data"])
+    for model in (student, teacher):
+        if model is not None and _shape(model) != dataset.shape:
+            role = model.description.role
+            raise UserError(f"the {role} makes samples of shape {_shape(model)}, the data have {dataset.shape}")
     measure = Measure(dataset)
     table, metric = _show_table(measure, dataset, teacher, student, arguments.samples, arguments.steps)
     if folder is not None:

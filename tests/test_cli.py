@@ -242,8 +242,27 @@ def test_bad_input_to_evaluation(place, capsys):
     assert "holds an evaluation already" in refused(capsys, *words)
     assert "cannot be written" in refused(capsys, *words[:-1], "tiny.yaml/e")
     assert "--set takes data.KEY=VALUE" in refused(capsys, *words[:-2], "--set", "run.seed=1")
+    assert "the data have (2,)" in refused(capsys, *words[:-2], "--set", "data.name=moons")
     (place / "teacher.safetensors").unlink()
     assert "there is no file teacher.safetensors" in refused(capsys, *words[:-2])
+
+
+def test_a_published_teacher_is_left_out_of_the_table(place, capsys):
+    model = teachers.load("student.safetensors")
+    described = teachers.Description(NETWORK, role="student", data={"name": "digits"}, teacher="published.pt")
+    teachers.save("student.safetensors", model.net.state_dict(), described)
+    assert run("evaluate", "--student", "student.safetensors", "--samples", 20) == 0
+    said = capsys.readouterr()
+    assert "published.pt is left out" in said.err
+    assert "Euler" not in said.out
+
+
+def test_a_full_disk_is_a_sentence(place, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "run/log.csv")
+
+    monkeypatch.setattr("realuid_fast.train.logging.CsvLog.write", full)
+    assert refused(capsys, *DISTILL) == "error: run/log.csv: No space left on device"
 
 
 def test_info(capsys):

@@ -39,6 +39,25 @@ def test_equals_clip_and_adam_of_torch(betas, clip):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_channels_last_networks_train_alike():
+    """The fused kernel walks memory: parameters and gradients must agree on where an element lies."""
+
+    def train(layout, seed=0):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)).to(memory_format=layout)
+        optimiser = Optimiser(net, lr=1e-2, clip=0.5)
+        for n in range(4):
+            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(n)).to(memory_format=layout)
+            net(x).square().sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        return net
+
+    for a, b in zip(*(train(f).parameters() for f in (torch.channels_last, torch.contiguous_format)), strict=True):
+        # Adam's first steps are signs: an element in the wrong place would be off by 1e-2.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
 def test_schedule_warms_up_and_falls_to_its_floor():
     optimiser = Optimiser(make_net(), lr=2.0, warmup=4, total=10, decay="cosine", floor=0.1)
     rates = []

@@ -150,7 +150,7 @@ def convergence_plot(
     for index, (name, value) in enumerate(lines.items()):
         axes.axhline(value, linestyle=("--", ":", "-.")[index % 3], color="0.3", label=f"{name}: {value:.3g}")
     axes.set_yscale("log")
-    axes.set_xlabel("generator updates")
+    axes.set_xlabel("updates")
     axes.set_ylabel(metric)
     axes.legend()
     axes.grid(alpha=0.3, which="both")

@@ -200,12 +200,12 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     return file
 
 
-def plot_distances(folder: Path, lines: dict[str, float], metric: str) -> Path | None:
+def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str = "student") -> Path | None:
     """Draw ``convergence.png`` of a run from its ``distances.csv``; None where nothing was evaluated."""
     points = [(row["update"], row["distance"]) for row in read_csv(folder / "distances.csv")]
     if not points:
         return None
-    convergence_plot({"student": points}, lines, metric, folder / "convergence.png")
+    convergence_plot({name: points}, lines, metric, folder / "convergence.png")
     return folder / "convergence.png"
 
 
