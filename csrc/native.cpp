@@ -2,6 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <array>
 #include <memory>
@@ -78,6 +81,16 @@ py::dict bandwidth(size_t megabytes, int repeats, int threads) {
   return out;
 }
 
+// By default glibc returns large buffers to the system when they are freed, and a training loop that allocates the same
+// tensors every step has all their pages zeroed and mapped again every step.
+bool keep_freed_memory() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -88,6 +101,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu", &cpu, "Which instruction sets this processor can run, as {name: bool}.");
   m.def("bandwidth", &bandwidth, py::arg("megabytes") = 256, py::arg("repeats") = 5, py::arg("threads") = 1,
         "Measured memory bandwidth in GB/s (10^9 bytes): {'copy': reads plus writes, 'fill': writes}, best of `repeats`.");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Tell the C library to keep freed memory for the next allocation, for the rest of the process; False where it is not "
+        "glibc and nothing was done.");
   m.def("philox", &philox, py::arg("counter"), py::arg("key"), "Philox4x32-10: four counter and two key words to four words.");
   m.def("normals", &normals, py::arg("seed"), py::arg("offset"), py::arg("start"), py::arg("shape"),
         py::arg("dtype") = "float32",

@@ -64,3 +64,16 @@ def isa() -> str | None:
         RuntimeError: ``REALUID_FAST_CPU_ISA`` asks for one that this processor lacks.
     """
     return None if native is None else str(native.isa())
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next allocation, for the rest of the process.
+
+    For programs that allocate the same large tensors every step: glibc gives buffers above some megabytes back to the
+    system and pays for fresh pages each time, which at 25 MB a tensor takes several times longer than the kernels. The
+    process keeps its peak size.
+
+    Returns:
+        Whether anything was done: False without the native module or on another C library.
+    """
+    return native is not None and bool(native.keep_freed_memory())

@@ -587,6 +587,30 @@ def test_importing_the_package_builds_nothing():
     assert python(code).stdout.split() == ["False", "False"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
+def test_kept_memory_is_not_faulted_in_again():
+    code = """
+import resource, torch
+from realuid_fast import extension
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.full((40 << 20,), 1, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back, kept = faults(), extension.keep_freed_memory()
+faults()
+print(kept, given_back, faults())
+"""
+    kept, given_back, after = python(code).stdout.split()
+    if kept == "False":
+        pytest.skip("the C library is not glibc")
+    # 40 MB are 10,240 pages of 4 KiB, or 20 huge ones.
+    assert int(given_back) >= 10 * 20
+    assert int(after) < int(given_back) / 10
+
+
 def test_the_bandwidth_probe_measures_something():
     measured = extension.native.bandwidth(megabytes=8, repeats=2)
     assert measured["copy"] > 0.1
