@@ -40,7 +40,7 @@ template <class... Parts>
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
 // Outputs larger than this leave the caches before anyone reads them: write them past the caches.
-constexpr int64_t STREAM_BYTES = int64_t(1) << 21;
+constexpr int64_t STREAM_BYTES = int64_t(1) << 20;
 
 rf::Dtype storage(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
