@@ -1,0 +1,26 @@
+"""The README: its example runs, and its tables are those of the committed results."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from bench import readme
+
+TEXT = (Path(readme.ROOT) / "README.md").read_text()
+
+
+def test_example_trains():
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    before = names["teacher"].state_dict()
+    for trained in ("fake", "student"):
+        state = names[trained].state_dict()
+        assert all(torch.isfinite(value).all() for value in state.values())
+        assert any(not torch.equal(value, before[name]) for name, value in state.items())
+
+
+def test_tables_come_from_committed_results():
+    assert readme.rendered(TEXT) == TEXT
