@@ -2,9 +2,11 @@
 
 Prints a table and writes it with the machine's description to bench/results/micro.md and micro.json.
 
-Every way of computing a case runs in turn, round after round, so that a drifting machine slows all of them alike; the
-figures are medians (and minima) over the rounds. The peers draw their noise with torch.randn or are given a tensor; the
-fused calls regenerate it from a key or are given the same tensor.
+Every way of computing a case runs in turn, round after round, so that a drifting machine slows all of them alike. A
+turn is a few calls in a row, of which the first, with the caches as another way left them, is not counted. On one
+thread the clock is the thread's processor time, which waiting for a busy neighbour does not lengthen; on more it is the
+wall's. The peers draw their noise with torch.randn or are given a tensor; the fused calls regenerate it from a key or
+are given the same tensor.
 """
 
 from __future__ import annotations
@@ -74,39 +76,46 @@ def generator_cases(shape: tuple[int, ...], compile_peers: bool = True) -> list[
     path, objective, key = _setting()
     teacher, fake, x, noise = _inputs(shape, 4)
     coef = path.coefficients(path.sample_time(shape[0]))
-    eager = _with_grad(peers.generator_loss, teacher, fake, x)
+    eager = _with_grad(lambda a, b, c, n: peers.generator_loss(a, b, c, n, coef), teacher, fake, x)
+    written_out = _with_grad(peers.velocity_loss, teacher, fake, x)
 
     # No timing of ways that do not compute the same thing.
     ours = rf.generator_grads(teacher, fake, x, None, coef, noise, objective)
-    by_hand = peers.generator_one_pass(teacher, fake, x, noise)
-    torch.testing.assert_close((ours.teacher_out, ours.fake_out, ours.x), eager(noise))
-    torch.testing.assert_close((ours.loss, ours.teacher_out, ours.fake_out, ours.x), by_hand)
+    gradients = (ours.teacher_out, ours.fake_out, ours.x)
+    torch.testing.assert_close(gradients, eager(noise))
+    torch.testing.assert_close(gradients, written_out(noise))
+    torch.testing.assert_close((ours.loss, *gradients), peers.velocity_one_pass(teacher, fake, x, noise))
 
     def draw() -> Tensor:
         return torch.randn(shape)
 
     drawn = [
         Way("realuid_fast", lambda: rf.generator_grads(teacher, fake, x, None, coef, key, objective), ours=True),
-        Way("eager autograd", lambda: eager(draw())),
+        Way("eager, autograd", lambda: eager(draw())),
+        Way("eager, autograd, velocity written out", lambda: written_out(draw())),
     ]
     given = [
         Way("realuid_fast", lambda: rf.generator_grads(teacher, fake, x, None, coef, noise, objective), ours=True),
-        Way("eager autograd", lambda: eager(noise)),
+        Way("eager, autograd", lambda: eager(noise)),
+        Way("eager, autograd, velocity written out", lambda: written_out(noise)),
     ]
     if compile_peers:
-        compiled = _with_grad(_compiled(peers.generator_loss), teacher, fake, x)
-        one_pass = _compiled(peers.generator_one_pass)
-        inside = _with_grad(
-            _compiled(lambda a, b, c: peers.generator_loss(a, b, c, torch.randn_like(c))), teacher, fake, x
-        )
+        table = _compiled(peers.generator_loss)
+        compiled = _with_grad(lambda a, b, c, n: table(a, b, c, n, coef), teacher, fake, x)
+        compiled_out = _with_grad(_compiled(peers.velocity_loss), teacher, fake, x)
+        one_pass = _compiled(peers.velocity_one_pass)
+        inside = _compiled(lambda a, b, c: peers.generator_loss(a, b, c, torch.randn_like(c), coef))
+        drawn_inside = _with_grad(inside, teacher, fake, x)
         drawn += [
             Way("torch.compile, autograd", lambda: compiled(draw())),
-            Way("torch.compile, autograd, randn compiled in", lambda: inside()),
-            Way("torch.compile, gradients by hand", lambda: one_pass(teacher, fake, x, draw())),
+            Way("torch.compile, autograd, velocity written out", lambda: compiled_out(draw())),
+            Way("torch.compile, gradients by hand, velocity written out", lambda: one_pass(teacher, fake, x, draw())),
+            Way("torch.compile, autograd, randn compiled in", lambda: drawn_inside()),
         ]
         given += [
             Way("torch.compile, autograd", lambda: compiled(noise)),
-            Way("torch.compile, gradients by hand", lambda: one_pass(teacher, fake, x, noise)),
+            Way("torch.compile, autograd, velocity written out", lambda: compiled_out(noise)),
+            Way("torch.compile, gradients by hand, velocity written out", lambda: one_pass(teacher, fake, x, noise)),
         ]
     return [
         Case("generator loss, 3 gradients, noise drawn", shape, drawn),
@@ -128,7 +137,7 @@ def fake_cases(shape: tuple[int, ...], compile_peers: bool = True) -> list[Case]
             lambda: rf.fake_grads(fake, x, None, coef, key, objective, n_real=rows, noise_rows=rows),
             ours=True,
         ),
-        Way("eager autograd", lambda: eager(torch.randn(shape))),
+        Way("eager, autograd", lambda: eager(torch.randn(shape))),
     ]
     if compile_peers:
         compiled = _with_grad(_compiled(lambda f, n: peers.fake_loss(f, x, n)), fake)
@@ -174,19 +183,23 @@ def cases(compile_peers: bool = True) -> list[Case]:
     ]
 
 
-def measure(case: Case, rounds: int, warmup: int = 5) -> list[dict[str, Any]]:
-    """Times every way of a case in turn, ``rounds`` times over; milliseconds."""
+def measure(case: Case, rounds: int, calls: int = 4, warmup: int = 3) -> list[dict[str, Any]]:
+    """Times every way of a case in turn, ``rounds`` turns of ``calls`` calls each; milliseconds."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for way in case.ways:
         for _ in range(warmup):
             way.run()
     seconds: list[list[float]] = [[] for _ in case.ways]
     for _ in range(rounds):
         for way, taken in zip(case.ways, seconds, strict=True):
-            start = time.perf_counter()
-            result = way.run()
-            taken.append(time.perf_counter() - start)
-            # Freed outside the clock, as a training loop frees it one step later.
-            del result
+            turn = []
+            for _ in range(calls):
+                start = clock()
+                result = way.run()
+                turn.append(clock() - start)
+                # Freed outside the clock, as a training loop frees it one step later.
+                del result
+            taken.append(sorted(turn[1:])[(calls - 1) // 2])
     ours = next(i for i, way in enumerate(case.ways) if way.ours)
     rows = []
     for way, taken in zip(case.ways, seconds, strict=True):
@@ -218,8 +231,9 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         "",
         f"`python -m bench.micro` on {described['processor']}, {described['threads']} thread(s) of "
         f"{described['cores']} cores, {described['isa']}, torch {described['torch']}, copy bandwidth "
-        f"{described['copy_GBps']} GB/s on one thread, load average {described['load_average']} at the start. All ways "
-        "of a case interleaved; the last column is the median over rounds of the ratio inside the round.",
+        f"{described['copy_GBps']} GB/s on one thread, load average {described['load_average']} at the start. "
+        f"{described['clock']}; all ways of a case interleaved in one run; the last column is the median over rounds "
+        "of the ratio inside the round.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -227,7 +241,7 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=100, help="rounds over all ways of a case (default 100)")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds over all ways of a case (default 60)")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of micro.json and micro.md")
@@ -235,6 +249,7 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     described = machine.describe()
+    described["clock"] = "Processor time of the one thread" if args.threads == 1 else "Wall time"
     rows: list[dict[str, Any]] = []
     for case in cases(not args.no_compile):
         if args.only in case.name:
