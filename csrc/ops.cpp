@@ -165,8 +165,9 @@ struct Frame {
     AtenTensorHandle handle = nullptr;
     static const int64_t nothing = 0;
     const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    REQUIRE(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
+                                     aoti_torch_device_type_cpu(), 0, &handle) == 0,
+            "no memory for the result");
     return Tensor(handle);
   }
 
