@@ -44,6 +44,7 @@ class Code:
         registers: a thread's vector registers.
         local: instructions that touch local (scratch) memory, plus bytes of stack.
         loads: widths in bits of the global loads of tensors, one an instruction; stores: likewise.
+        special: instructions for the special-function unit; multiplies: of 32-bit integers.
         assembly: the text itself.
     """
 
@@ -52,6 +53,8 @@ class Code:
     local: int
     loads: tuple[int, ...]
     stores: tuple[int, ...]
+    special: int
+    multiplies: int
     assembly: str
 
 
@@ -107,6 +110,8 @@ def _nvidia(compiled: Any) -> Code:
         local=sum(name.startswith(("LDL", "STL")) for name in names) + int(_find(r"STACK:(\d+)", resources)),
         loads=tuple(_width(name) for name in names if name.startswith("LDG")),
         stores=tuple(_width(name) for name in names if name.startswith("STG")),
+        special=sum(name.startswith("MUFU") for name in names),
+        multiplies=sum(name.startswith("IMAD.WIDE") or name.startswith("IMAD.HI") or name == "IMAD" for name in names),
         assembly=sass.stdout,
     )
 
@@ -137,6 +142,10 @@ def _amd(compiled: Any) -> Code:
         + int(_find(r"\.private_segment_fixed_size:\s+(\d+)", text)),
         loads=tuple(width(name) for name in memory if "_load" in name),
         stores=tuple(width(name) for name in memory if "_store" in name),
+        special=sum(
+            name.startswith(("v_sin", "v_cos", "v_log", "v_exp", "v_sqrt", "v_rcp", "v_rsq")) for name in names
+        ),
+        multiplies=sum(name.startswith(("v_mul_lo_u32", "v_mul_hi_u32", "v_mad_u64_u32")) for name in names),
         assembly=text,
     )
 
