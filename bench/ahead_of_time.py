@@ -111,7 +111,7 @@ def _nvidia(compiled: Any) -> Code:
         loads=tuple(_width(name) for name in names if name.startswith("LDG")),
         stores=tuple(_width(name) for name in names if name.startswith("STG")),
         special=sum(name.startswith("MUFU") for name in names),
-        multiplies=sum(name.startswith("IMAD.WIDE") or name.startswith("IMAD.HI") or name == "IMAD" for name in names),
+        multiplies=sum(name == "IMAD" or name.startswith(("IMAD.WIDE", "IMAD.HI")) for name in names),
         assembly=sass.stdout,
     )
 
@@ -126,7 +126,7 @@ def _width(name: str) -> int:
 
 def _amd(compiled: Any) -> Code:
     text = compiled.asm["amdgcn"]
-    code = text[: text.index("s_endpgm")] if "s_endpgm" in text else text
+    code = text[: text.rindex("s_endpgm")]
     names = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE)
     names = [name for name in names if name not in ("s_nop", "s_waitcnt", "s_endpgm", "s_code_end")]
     widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}

@@ -141,9 +141,9 @@ def _generator(
 
         x, coef = _meta(shape, dtype), _meta((shape[0], 9), F32)
         noise, state, other = _noise(shape, dtype, keyed), x if x_t else None, x if endpoint else None
-        switches = tuple(i < wants for i in range(3))
-        scalars = (0.92, 0.94, 0.92, 1.0)
-        return generator.generator(x, x, x, state, coef, noise, other, *scalars, True, *switches, x_t, ptx)[0][0]
+        return generator.generator(
+            x, x, x, state, coef, noise, other, 0.92, 0.94, 0.92, 1.0, True, wants > 0, wants > 1, wants > 2, x_t, ptx
+        )[0][0]
 
     return Variant(plan, dtype, shape, 3 + (not keyed) + x_t + endpoint, wants + x_t, wide)
 
@@ -241,7 +241,7 @@ def _print_table(figures: dict[str, dict[str, Figures]]) -> None:
     print(f"triton {triton.__version__}; instructions an element, registers, local memory")
     print(f"{'variant':38}" + "".join(f"{target:>20}" for target in TARGETS))
     for name, row in figures.items():
-        cells = (f"{f.instructions:.1f} / {f.registers} / {f.local}" for f in row.values())
+        cells = [f"{f.instructions:.1f} / {f.registers} / {f.local}" for f in row.values()]
         print(f"{name:38}" + "".join(f"{cell:>20}" for cell in cells))
     numel = 1 << 26
     print(f"\npredicted least time for {numel >> 20} M elements, and what limits it (data sheets, not measured)")
