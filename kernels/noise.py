@@ -105,7 +105,9 @@ def noise_tile(
 ):
     """The tile's normals in float32: read from a tensor, or drawn from the key at ``noise_ptr``."""
     dim = units * ALIGN
-    if SHARED:
+    if SHARED == 1:
+        row = tl.where(row >= noise_rows, row - noise_rows, row)
+    elif SHARED == 2:
         # 64-bit division costs a hundred instructions.
         row = (row.to(tl.uint32) % noise_rows.to(tl.uint32)).to(tl.int64)
     if KEYED:
@@ -135,7 +137,7 @@ def noise_tile(
         if ROWS == 1:
             noise = tl.load(noise_ptr + tl.multiple_of(row * dim + begin, ALIGN) + offsets)
         else:
-            if SHARED:
+            if SHARED != 0:
                 where = row * dim + tl.arange(0, BLOCK_D)[None, :]
             else:
                 where = tl.multiple_of(tl.program_id(0).to(tl.int64) * ROWS * dim, ALIGN) + offsets
@@ -170,10 +172,14 @@ def _normal_kernel(
 
 
 def noise_constants(noise: Tensor, noise_rows: int, rows: int, ptx: bool | None) -> dict[str, Any]:
-    """The compile-time facts of a call's noise: drawn or read, shared or not, and by which instructions."""
+    """The compile-time facts of a call's noise: drawn or read, by which instructions, and how rows share it.
+
+    ``SHARED`` is 0 for rows apart, 1 for two halves that share, where a subtraction gives the row, 2 for any division.
+    """
+    shared = 0 if noise_rows >= rows else 1 if 2 * noise_rows >= rows else 2
     return {
         "KEYED": not noise.is_floating_point(),
-        "SHARED": noise_rows < rows,
+        "SHARED": shared,
         "PTX": _PTX if ptx is None else ptx,
     }
 

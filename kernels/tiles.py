@@ -84,7 +84,7 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
     """Where this program works: row, first element, offsets from it, what is there, what to sum, first column.
 
-    ``row`` and the masks are scalars or ``[BLOCK_D]`` inside a row, ``[ROWS, 1]`` or ``[ROWS, BLOCK_D]`` over short rows.
+    Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``; over short rows ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``.
     """
     dim = units * ALIGN
     if ROWS == 1:
