@@ -60,7 +60,7 @@ def _why_no_triton() -> str | None:
         return "the triton package is not installed"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    return "this version has no Triton kernels"
+    return None
 
 
 def check(name: str) -> None:
@@ -105,8 +105,12 @@ def select(device: torch.device) -> str | None:
 
 
 def load() -> None:
-    """Register the compiled operators, if they were built."""
+    """Register the compiled operators, if they were built, and the Triton kernels where torch can meet a GPU."""
     extension.load()
+    if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None:
+        from . import triton_backend
+
+        triton_backend.load()
 
 
 def _warn_if_slow(device_type: str) -> None:

@@ -1,0 +1,157 @@
+"""Compiles kernel launches for a GPU that is not there and reads the emitted code.
+
+A launch is planned on meta tensors, so what is compiled is what a GPU would run, including the divisibility by 16 that
+Triton finds in its arguments. NVIDIA code is disassembled by the tools that ship inside the triton package; AMD code is
+read from the compiler's own assembly.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one kernel became on one target.
+
+    Attributes:
+        instructions: of the whole program, up to its last exit, padding not counted.
+        registers: a thread's vector registers.
+        local: instructions that touch local (scratch) memory, plus bytes of stack.
+        loads: widths in bits of the global loads of tensors, one an instruction; stores: likewise.
+        special: instructions for the special-function unit; multiplies: of 32-bit integers.
+        assembly: the text itself.
+    """
+
+    instructions: int
+    registers: int
+    local: int
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
+    special: int
+    multiplies: int
+    assembly: str
+
+
+def compile_call(call: Any, target: str) -> Code:
+    """Compile a ``kernels.tiles.Call`` for ``target``, one of :data:`TARGETS`."""
+    signature: dict[str, str] = {}
+    constants = dict(call.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(call.kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = call.arguments[name]
+        signature[name] = _type(value)
+        if isinstance(value, int) and value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": call.warps})
+    return _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if value < 2**31 else "i64"
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _nvidia(compiled: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True)
+    resources = usage.stdout + usage.stderr
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+ )?[A-Z][\w.]*[^;]*);", sass.stdout)
+    # A jump to itself and the padding behind it close every program.
+    names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in lines]
+    end = max(i for i, name in enumerate(names) if name.startswith("EXIT")) + 1
+    names = [name for name in names[:end] if name != "NOP"]
+    return Code(
+        instructions=len(names),
+        registers=int(_find(r"REG:(\d+)", resources)),
+        local=sum(name.startswith(("LDL", "STL")) for name in names) + int(_find(r"STACK:(\d+)", resources)),
+        loads=tuple(_width(name) for name in names if name.startswith("LDG")),
+        stores=tuple(_width(name) for name in names if name.startswith("STG")),
+        special=sum(name.startswith("MUFU") for name in names),
+        multiplies=sum(name == "IMAD" or name.startswith(("IMAD.WIDE", "IMAD.HI")) for name in names),
+        assembly=sass.stdout,
+    )
+
+
+def _width(name: str) -> int:
+    parts = name.split(".")
+    for part, bits in (("256", 256), ("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8)):
+        if part in parts:
+            return bits
+    return 32
+
+
+def _amd(compiled: Any) -> Code:
+    text = compiled.asm["amdgcn"]
+    code = text[: text.rindex("s_endpgm")]
+    names = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE)
+    names = [name for name in names if name not in ("s_nop", "s_waitcnt", "s_endpgm", "s_code_end")]
+    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+    memory = [name for name in names if name.startswith(("global_", "buffer_", "flat_"))]
+
+    def width(name: str) -> int:
+        return next((bits for part, bits in widths.items() if part in name.split("_")), 16)
+
+    return Code(
+        instructions=len(names),
+        registers=int(_find(r"\.vgpr_count:\s+(\d+)", text)),
+        local=sum(name.startswith("scratch_") for name in names)
+        + int(_find(r"\.private_segment_fixed_size:\s+(\d+)", text)),
+        loads=tuple(width(name) for name in memory if "_load" in name),
+        stores=tuple(width(name) for name in memory if "_store" in name),
+        special=sum(
+            name.startswith(("v_sin", "v_cos", "v_log", "v_exp", "v_sqrt", "v_rcp", "v_rsq")) for name in names
+        ),
+        multiplies=sum(name.startswith(("v_mul_lo_u32", "v_mul_hi_u32", "v_mad_u64_u32")) for name in names),
+        assembly=text,
+    )
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has no {pattern}")
+    return found.group(1)

@@ -1,0 +1,276 @@
+"""``python -m bench.kernels_report``: what the Triton kernels compile to, without a GPU, and what that predicts.
+
+Prints registers, local memory, access widths and instructions an element of every variant on every target, and the
+time that bytes and instructions allow on three GPUs. ``--update`` rewrites the budget that the tests hold kernels to.
+
+The predicted time is a lower bound, at peak rates from the makers' data sheets: bytes by memory bandwidth, instructions
+by four warps a clock and multiprocessor, special functions by 16 lanes, integer multiplies by 64. No GPU was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bench.ahead_of_time import TARGETS, Code, compile_call
+
+BUDGET = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "budget.json"
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+IMAGES = (256, 3, 32, 32)
+SMALL_IMAGES = (256, 3, 8, 8)
+VIDEO = (4, 16, 21, 60, 104)
+OVERLAP = (8, 1, 36, 36)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with one set of switches.
+
+    Attributes:
+        plan: builds the launch; called with whether to use NVIDIA's own instructions.
+        reads, writes: tensors a pass reads and writes, each element once.
+        wide: whether all those accesses must be 128 bits wide (rows of odd length cannot be).
+    """
+
+    plan: Callable[[bool], Any]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    reads: int
+    writes: int
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of a device: bytes and clocks a second, multiprocessors, and the target compiled for it."""
+
+    target: str
+    bandwidth: float
+    clock: float
+    processors: int
+
+
+GPUS = {
+    "H200": Gpu("sm_90", 4.8e12, 1.98e9, 132),
+    "A100": Gpu("sm_80", 2.039e12, 1.41e9, 108),
+    "B200": Gpu("sm_100", 8.0e12, 1.965e9, 148),
+}
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, keyed: bool) -> torch.Tensor:
+    return _meta((2,), torch.int64) if keyed else _meta(shape, dtype)
+
+
+def _interpolate(dtype: torch.dtype, keyed: bool = True, endpoint: bool = False) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import interpolate
+
+        x, coef = _meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32)
+        noise = _noise(IMAGES, dtype, keyed)
+        return interpolate.interpolate(x, coef, noise, x if endpoint else None, IMAGES[0], ptx)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 1 + (not keyed) + endpoint, 1)
+
+
+def _interpolate_grads(dtype: torch.dtype, endpoint: bool) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import interpolate
+
+        return interpolate.interpolate_grads(_meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32), True, endpoint)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 1, 1 + endpoint)
+
+
+def _normal(dtype: torch.dtype) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import noise
+
+        return noise.normal_like(_meta((2,), torch.int64), _meta(IMAGES, dtype), IMAGES[0], ptx)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 0, 1)
+
+
+def _matching(dtype: torch.dtype, x_t: bool = False) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import matching
+
+        x, coef = _meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32)
+        key = _meta((2,), torch.int64)
+        return matching.matching(x, x, x if x_t else None, coef, key, None, IMAGES[0], True, True, ptx)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 2 + x_t, 1)
+
+
+def _fake(dtype: torch.dtype, keyed: bool = True, teacher: bool = False) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import fake
+
+        rows = IMAGES[0]
+        x, coef = _meta(IMAGES, dtype), _meta((rows, 9), F32)
+        noise = _noise((rows // 2, *IMAGES[1:]), dtype, keyed)
+        other = x if teacher else None
+        halves = (0.9, 1.0, 0.1 * teacher, 1.2, 0.1, 0.1, 0.0, 0.4)
+        return fake.fake(x, x, None, coef, noise, other, None, rows // 2, rows // 2, *halves, True, True, ptx)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 2 + (not keyed) + teacher, 1)
+
+
+def _generator(
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = IMAGES,
+    keyed: bool = True,
+    x_t: bool = False,
+    endpoint: bool = False,
+    wants: int = 3,
+    wide: bool = True,
+) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import generator
+
+        x, coef = _meta(shape, dtype), _meta((shape[0], 9), F32)
+        noise, state, other = _noise(shape, dtype, keyed), x if x_t else None, x if endpoint else None
+        return generator.generator(
+            x, x, x, state, coef, noise, other, 0.92, 0.94, 0.92, 1.0, True, wants > 0, wants > 1, wants > 2, x_t, ptx
+        )[0][0]
+
+    return Variant(plan, dtype, shape, 3 + (not keyed) + x_t + endpoint, wants + x_t, wide)
+
+
+def _scale(dtype: torch.dtype, per_row: bool) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import scale
+
+        factors = _meta((IMAGES[0],) if per_row else (), F32)
+        return scale.scale_grads_([_meta(IMAGES, dtype) for _ in range(3)], factors)[0]
+
+    return Variant(plan, dtype, IMAGES, 3, 3)
+
+
+VARIANTS: dict[str, Variant] = {
+    "normal_like/float32": _normal(F32),
+    "interpolate/float32": _interpolate(F32),
+    "interpolate/bfloat16": _interpolate(BF16),
+    "interpolate/bfloat16/noise tensor": _interpolate(BF16, keyed=False),
+    "interpolate/bfloat16/endpoint": _interpolate(BF16, endpoint=True),
+    "interpolate_grads/bfloat16": _interpolate_grads(BF16, True),
+    "matching/float32": _matching(F32),
+    "matching/bfloat16": _matching(BF16),
+    "matching/bfloat16/x_t": _matching(BF16, x_t=True),
+    "fake/float32": _fake(F32),
+    "fake/bfloat16": _fake(BF16),
+    "fake/bfloat16/teacher": _fake(BF16, teacher=True),
+    "fake/float16/noise tensor": _fake(F16, keyed=False),
+    "generator/float32": _generator(F32),
+    "generator/bfloat16": _generator(BF16),
+    "generator/float16": _generator(F16),
+    "generator/float32/x_t": _generator(F32, x_t=True),
+    "generator/bfloat16/x_t, endpoint": _generator(BF16, x_t=True, endpoint=True),
+    "generator/bfloat16/noise tensor": _generator(BF16, keyed=False),
+    "generator/bfloat16/loss only": _generator(BF16, wants=0),
+    "generator/bfloat16/video": _generator(BF16, VIDEO),
+    "generator/bfloat16/small images": _generator(BF16, SMALL_IMAGES),
+    "generator/float32/overlapping tail": _generator(F32, OVERLAP),
+    "generator/float32/odd rows": _generator(F32, (256, 3, 15, 15), wide=False),
+    "scale_grads_/bfloat16": _scale(BF16, False),
+    "scale_grads_/float32/per row": _scale(F32, True),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One variant on one target, in the units of the budget."""
+
+    instructions: float  # an element
+    registers: int
+    local: int
+    wide_loads: bool
+    wide_stores: bool
+    code: Code
+
+
+def measure(name: str, target: str) -> Figures:
+    """Compile a variant of :data:`VARIANTS` and reduce it to the budget's figures."""
+    variant = VARIANTS[name]
+    call = variant.plan(not target.startswith("gfx"))
+    code = compile_call(call, target)
+    lanes = TARGETS[target].warp_size * call.warps
+    elements = call.constants["ROWS"] * call.constants["BLOCK_D"] // lanes
+    bits = elements * variant.dtype.itemsize * 8
+
+    def wide(widths: tuple[int, ...], tensors: int) -> bool:
+        return sum(width for width in widths if width >= 128) >= bits * tensors
+
+    return Figures(
+        instructions=round(code.instructions / elements, 2),
+        registers=code.registers,
+        local=code.local,
+        wide_loads=wide(code.loads, variant.reads),
+        wide_stores=wide(code.stores, variant.writes),
+        code=code,
+    )
+
+
+def predict(name: str, figures: Figures, gpu: Gpu, numel: int) -> tuple[float, str]:
+    """Least seconds for ``numel`` elements, and the resource that sets them."""
+    variant = VARIANTS[name]
+    elements = figures.code.instructions / figures.instructions
+    lane_clocks = gpu.clock * gpu.processors * elements
+    limits = {
+        "memory": (variant.reads + variant.writes) * variant.dtype.itemsize * numel / gpu.bandwidth,
+        "issue": figures.code.instructions * numel / (128 * lane_clocks),
+        "special functions": figures.code.special * numel / (16 * lane_clocks),
+        "integer multiplies": figures.code.multiplies * numel / (64 * lane_clocks),
+    }
+    limit = max(limits, key=lambda resource: limits[resource])
+    return limits[limit], limit
+
+
+def _print_table(figures: dict[str, dict[str, Figures]]) -> None:
+    print(f"triton {triton.__version__}; instructions an element, registers, local memory")
+    print(f"{'variant':38}" + "".join(f"{target:>20}" for target in TARGETS))
+    for name, row in figures.items():
+        cells = [f"{f.instructions:.1f} / {f.registers} / {f.local}" for f in row.values()]
+        print(f"{name:38}" + "".join(f"{cell:>20}" for cell in cells))
+    numel = 1 << 26
+    print(f"\npredicted least time for {numel >> 20} M elements, and what limits it (data sheets, not measured)")
+    print(f"{'variant':38}" + "".join(f"{gpu:>32}" for gpu in GPUS))
+    for name, row in figures.items():
+        cells = []
+        for gpu in GPUS.values():
+            seconds, limit = predict(name, row[gpu.target], gpu, numel)
+            cells.append(f"{seconds * 1e6:.0f} us {limit}")
+        print(f"{name:38}" + "".join(f"{cell:>32}" for cell in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGET.name} with these figures")
+    arguments = parser.parse_args()
+    figures = {name: {target: measure(name, target) for target in TARGETS} for name in VARIANTS}
+    _print_table(figures)
+    if arguments.update:
+        budget = {
+            name: {target: [f.instructions, f.registers, f.local] for target, f in row.items()}
+            for name, row in figures.items()
+        }
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in budget.items())
+        BUDGET.write_text(
+            f'{{\n  "triton": "{triton.__version__}",\n'
+            f'  "figures": "instructions an element, registers, local memory",\n  "variants": {{\n{lines}\n  }}\n}}\n'
+        )
+
+
+if __name__ == "__main__":
+    main()

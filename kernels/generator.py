@@ -1,0 +1,149 @@
+"""The generator's loss and all its gradients in one pass.
+
+``l = w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)`` through ``D = f* - f``, where ``x_t`` cancels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .noise import noise_constants, noise_tile
+from .reduce import finish, loss_outputs
+from .tiles import Call, column, place, read, read_where, tiling, write, write_sum
+
+
+@triton.jit
+def _generator_kernel(
+    teacher_ptr,
+    fake_ptr,
+    x_ptr,
+    x_t_ptr,
+    endpoint_ptr,
+    coef_ptr,
+    noise_ptr,
+    g_teacher_ptr,
+    g_fake_ptr,
+    g_x_ptr,
+    g_x_t_ptr,
+    partial_ptr,
+    n_rows,
+    units,
+    noise_rows,
+    two_kappa_alpha,
+    two_kappa_beta,
+    q_kappa2,
+    scale,
+    HAS_X_T: tl.constexpr,
+    HAS_ENDPOINT: tl.constexpr,
+    WANT_TEACHER: tl.constexpr,
+    WANT_FAKE: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_X_T: tl.constexpr,
+    KEYED: tl.constexpr,
+    SHARED: tl.constexpr,
+    PTX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
+    fake = read(fake_ptr, start, offsets, inside, ROWS, EVEN)
+    x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
+    p = column(coef_ptr, row, n_rows, 3, ROWS, EVEN)
+    s = column(coef_ptr, row, n_rows, 5, ROWS, EVEN)
+    k_out = column(coef_ptr, row, n_rows, 6, ROWS, EVEN)
+    w = column(coef_ptr, row, n_rows, 8, ROWS, EVEN)
+    n = noise_tile(
+        noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
+    )
+
+    # The row's constants are folded first: an element costs eleven multiply-adds.
+    raw = teacher - fake  # D = k_out raw
+    r = two_kappa_alpha * k_out * teacher - two_kappa_beta * p * x - two_kappa_beta * s * n  # 2 kappa r
+    if HAS_ENDPOINT:
+        y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
+        r -= two_kappa_beta * column(coef_ptr, row, n_rows, 4, ROWS, EVEN) * y
+    if HAS_X_T:
+        k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
+        x_t = read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
+        r += two_kappa_alpha * k_x * x_t
+    square = q_kappa2 * k_out * raw
+    gap = r - square
+    write_sum(partial_ptr, row, n_rows, fresh, raw * gap, w * k_out, ROWS, EVEN)
+
+    weight = scale * w * k_out
+    both = weight * two_kappa_alpha * raw
+    if WANT_TEACHER or WANT_FAKE:
+        g_fake = weight * (square - gap)
+        if WANT_FAKE:
+            write(g_fake_ptr, start, offsets, inside, g_fake, ROWS, EVEN)
+        if WANT_TEACHER:
+            write(g_teacher_ptr, start, offsets, inside, k_out * both - g_fake, ROWS, EVEN)
+    if WANT_X:
+        write(g_x_ptr, start, offsets, inside, -weight * p * two_kappa_beta * raw, ROWS, EVEN)
+    if HAS_X_T and WANT_X_T:
+        write(g_x_t_ptr, start, offsets, inside, k_x * both, ROWS, EVEN)
+
+
+def generator(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    alpha: float,
+    beta: float,
+    q: float,
+    kappa: float,
+    mean: bool,
+    want_teacher: bool,
+    want_fake: bool,
+    want_x: bool,
+    want_x_t: bool,
+    ptx: bool | None = None,
+) -> tuple[list[Call], tuple[Tensor, ...]]:
+    """The launches of the operator ``generator`` and its outputs; a gradient not wanted is empty."""
+    wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
+    grads = [torch.empty_like(x) if want else x.new_empty(0) for want in wants.values()]
+    if x.numel() == 0:
+        return [], (coef.new_zeros(()), coef.new_zeros(x.shape[0]), *grads)
+    rows, dim = x.shape[0], x.numel() // x.shape[0]
+    cut = tiling(rows, dim)
+    partial, row_losses, loss = loss_outputs(x, cut.blocks)
+    arguments = {
+        "teacher_ptr": teacher_out,
+        "fake_ptr": fake_out,
+        "x_ptr": x,
+        "x_t_ptr": x if x_t is None else x_t,
+        "endpoint_ptr": x if endpoint is None else endpoint,
+        "coef_ptr": coef,
+        "noise_ptr": noise,
+        "g_teacher_ptr": grads[0],
+        "g_fake_ptr": grads[1],
+        "g_x_ptr": grads[2],
+        "g_x_t_ptr": grads[3],
+        "partial_ptr": partial,
+        "n_rows": rows,
+        "units": dim // cut.constants["ALIGN"],
+        "noise_rows": rows,
+        "two_kappa_alpha": 2 * kappa * alpha,
+        "two_kappa_beta": 2 * kappa * beta,
+        "q_kappa2": q * kappa**2,
+        "scale": 1.0 / rows if mean else 1.0,
+    }
+    constants = {
+        "HAS_X_T": x_t is not None,
+        "HAS_ENDPOINT": endpoint is not None,
+        **wants,
+        **noise_constants(noise, rows, rows, ptx),
+        **cut.constants,
+    }
+    main = Call(_generator_kernel, cut.grid, arguments, constants, cut.warps)
+    return [main, finish(partial, row_losses, loss, rows)], (loss, row_losses, *grads)

@@ -1,0 +1,202 @@
+"""The counter-based noise on the device: Philox4x32-10, one call for four elements, and Box and Muller's transform.
+
+``realuid_fast/philox.py`` defines the numbers. On NVIDIA sine, cosine, logarithm and square root are the hardware's
+approximate instructions, whose argument needs no range reduction here. Angles skip the truncation to 24 bits, which
+moves them by less than ``2 pi 2^-24``. Near ``u1 = 1`` the approximate logarithm has an absolute error of 2^-22, too
+much for the small radius there; since ``-2 ln u >= 2 (1 - u)``, with equality in the limit, the larger of that bound
+and the logarithm taken a little low is within 2e-5 of the radius everywhere, and never negative.
+
+When a key costs less than a tensor: with ``D`` divisible by four, one Philox call serves four elements, about 20
+instructions an element. Otherwise rows begin inside a group of four and each element draws for itself, about 80.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import Call, place, tiling, write
+
+# Inline PTX needs a compiler for NVIDIA: not the interpreter, not ROCm.
+_PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _philox(g, seed, stream):
+    """Ten rounds for the 64-bit counters ``g``; four tensors of 32-bit words."""
+    c0 = g.to(tl.uint32)
+    c1 = (g >> 32).to(tl.uint32)
+    c2 = stream.to(tl.uint32)
+    c3 = (stream >> 32).to(tl.uint32)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # One widening multiplication gives both halves of the product.
+        left = c0.to(tl.uint64) * 0xD2511F53
+        right = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (right >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = right.to(tl.uint32)
+        c2 = (left >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = left.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _ptx(ASM: tl.constexpr, x):
+    return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _pair(radius_word, angle_word, PTX: tl.constexpr):
+    """Two normals from two words."""
+    m = (radius_word >> 8).to(tl.float32)
+    if PTX:
+        u = m * 5.9604644775390625e-08 + 5.9604644775390625e-08
+        log2 = _ptx("lg2.approx.ftz.f32 $0, $1;", u)
+        # 2 (1 - u), exactly; the logarithm's share is lowered by its own error bound, 2^-21.
+        bound = m * -1.1920928955078125e-07 + 1.99999988079071044921875
+        radius = _ptx(
+            "sqrt.approx.ftz.f32 $0, $1;", tl.maximum(log2 * -1.3862943611198906 - 4.76837158203125e-07, bound)
+        )
+        # 2 pi 2^-32
+        angle = angle_word.to(tl.float32) * 1.4629180792671596e-09
+        cosine = _ptx("cos.approx.ftz.f32 $0, $1;", angle)
+        sine = _ptx("sin.approx.ftz.f32 $0, $1;", angle)
+    else:
+        # In units of 2^-24, as the definition has it.
+        u = (m + 1.0) * 5.9604644775390625e-08
+        radius = tl.sqrt(-2.0 * tl.log(u))
+        angle = (angle_word >> 8).to(tl.float32) * 3.7450702829239285e-07
+        cosine = tl.cos(angle)
+        sine = tl.sin(angle)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _four(g, seed, stream, PTX: tl.constexpr):
+    w0, w1, w2, w3 = _philox(g, seed, stream)
+    n0, n1 = _pair(w0, w1, PTX)
+    n2, n3 = _pair(w2, w3, PTX)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def noise_tile(
+    noise_ptr,
+    row,
+    begin,
+    offsets,
+    inside,
+    noise_rows,
+    units,
+    KEYED: tl.constexpr,
+    SHARED: tl.constexpr,
+    PTX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """The tile's normals in float32: read from a tensor, or drawn from the key at ``noise_ptr``."""
+    dim = units * ALIGN
+    if SHARED == 1:
+        row = tl.where(row >= noise_rows, row - noise_rows, row)
+    elif SHARED == 2:
+        # 64-bit division costs a hundred instructions.
+        row = (row.to(tl.uint32) % noise_rows.to(tl.uint32)).to(tl.int64)
+    if KEYED:
+        seed = tl.load(noise_ptr)
+        stream = tl.load(noise_ptr + 1)
+        if ALIGN >= 4:
+            if ROWS == 1:
+                g = (row * dim + begin >> 2) + tl.arange(0, BLOCK_D // 4)
+            else:
+                g = (row * dim >> 2) + tl.arange(0, BLOCK_D // 4)[None, :]
+            n0, n1, n2, n3 = _four(g, seed, stream, PTX)
+            quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+            if ROWS == 1:
+                noise = tl.reshape(quads, (BLOCK_D,))
+            else:
+                noise = tl.reshape(quads, (ROWS, BLOCK_D))
+        else:
+            if ROWS == 1:
+                i = row * dim + begin + offsets
+            else:
+                i = row * dim + tl.arange(0, BLOCK_D)[None, :]
+            w0, w1, w2, w3 = _philox(i >> 2, seed, stream)
+            late = (i & 2) != 0
+            cosine, sine = _pair(tl.where(late, w2, w0), tl.where(late, w3, w1), PTX)
+            noise = tl.where((i & 1) != 0, sine, cosine)
+    else:
+        if ROWS == 1:
+            noise = tl.load(noise_ptr + tl.multiple_of(row * dim + begin, ALIGN) + offsets)
+        else:
+            if SHARED != 0:
+                where = row * dim + tl.arange(0, BLOCK_D)[None, :]
+            else:
+                where = tl.multiple_of(tl.program_id(0).to(tl.int64) * ROWS * dim, ALIGN) + offsets
+            if EVEN:
+                noise = tl.load(noise_ptr + where)
+            else:
+                noise = tl.load(noise_ptr + where, mask=inside, other=0.0)
+        noise = noise.to(tl.float32)
+    return noise
+
+
+@triton.jit
+def _normal_kernel(
+    key_ptr,
+    out_ptr,
+    n_rows,
+    units,
+    noise_rows,
+    KEYED: tl.constexpr,
+    SHARED: tl.constexpr,
+    PTX: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    row, start, offsets, inside, _fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    n = noise_tile(
+        key_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
+    )
+    write(out_ptr, start, offsets, inside, n, ROWS, EVEN)
+
+
+def noise_constants(noise: Tensor, noise_rows: int, rows: int, ptx: bool | None) -> dict[str, Any]:
+    """The compile-time facts of a call's noise: drawn or read, by which instructions, and how rows share it.
+
+    ``SHARED`` is 0 for rows apart, 1 for two halves that share, where a subtraction gives the row, 2 for any division.
+    """
+    shared = 0 if noise_rows >= rows else 1 if 2 * noise_rows >= rows else 2
+    return {
+        "KEYED": not noise.is_floating_point(),
+        "SHARED": shared,
+        "PTX": _PTX if ptx is None else ptx,
+    }
+
+
+def normal_like(key: Tensor, like: Tensor, noise_rows: int, ptx: bool | None = None) -> tuple[list[Call], Tensor]:
+    """The launch that fills a tensor like ``like`` with the stream's normals, row ``i`` with those of ``i mod N``."""
+    out = torch.empty_like(like)
+    if like.numel() == 0:
+        return [], out
+    rows, dim = like.shape[0], like.numel() // like.shape[0]
+    cut = tiling(rows, dim)
+    arguments = {
+        "key_ptr": key,
+        "out_ptr": out,
+        "n_rows": rows,
+        "units": dim // cut.constants["ALIGN"],
+        "noise_rows": noise_rows,
+    }
+    constants = {**noise_constants(key, noise_rows, rows, ptx), **cut.constants}
+    return [Call(_normal_kernel, cut.grid, arguments, constants, cut.warps)], out

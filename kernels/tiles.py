@@ -1,0 +1,169 @@
+"""How a tensor of rows is cut into tiles, and the device functions that read, write and sum one tile.
+
+A launch sees ``[R, D]`` in memory order. The rule, in closed form, no autotuning:
+
+- ``D >= 512``: a program works inside one row on ``BLOCK_D`` elements, the largest of 2048, 1024 and 512 that makes
+  the last tile of a row overlap the one before by at most 1/16 of the row (512 if none does). The last tile is moved
+  back to end with its row, so that every access is whole and unmasked; what it repeats is written twice with the same
+  value and summed once.
+- ``D < 512``: a program works on ``ROWS = 2048 / BLOCK_D`` whole rows, ``BLOCK_D`` the power of two from ``D`` up,
+  under a mask where that is not exact.
+
+A thread always has 16 elements: enough to spread the cost of a program over, few enough to stay in registers.
+``ALIGN``, the largest power of two up to 16 that divides ``D``, tells the compiler how wide an access may be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048
+PER_THREAD = 16
+COLUMNS = tl.constexpr(9)
+# A grid's second axis ends here; rows beyond go on along the third.
+GRID_ROWS = 65535
+_GRID_ROWS = tl.constexpr(GRID_ROWS)
+
+
+class Tiling(NamedTuple):
+    """Grid, constants and warps of a launch over ``[R, D]``, and how many partial sums a row gets."""
+
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+    warps: int
+    blocks: int
+
+
+class Call(NamedTuple):
+    """One kernel launch, complete: what the ahead-of-time gate compiles is what a GPU would run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    warps: int
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
+
+
+def tiling(rows: int, dim: int) -> Tiling:
+    """The tiling of ``[rows, dim]``, both at least 1, by the rule above."""
+    align = math.gcd(dim, 16)
+    if dim >= 512:
+        fits = (block for block in (2048, 1024) if block <= dim and -dim % block <= dim // 16)
+        block_d, tile_rows = next(fits, 512), 1
+        blocks = -(-dim // block_d)
+        even = dim % block_d == 0
+        grid = (blocks, min(rows, GRID_ROWS), -(-rows // GRID_ROWS))
+    else:
+        block_d = max(4, triton.next_power_of_2(dim))
+        tile_rows, blocks = TILE // block_d, 1
+        even = dim == block_d and rows % tile_rows == 0
+        grid = (-(-rows // tile_rows), 1, 1)
+    constants = {"ALIGN": align, "ROWS": tile_rows, "BLOCK_D": block_d, "EVEN": even}
+    return Tiling(grid, constants, block_d * tile_rows // (32 * PER_THREAD), blocks)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch where the tensors are; on CPU, under the interpreter, nothing is to be done."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@triton.jit
+def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+    """Where this program works: row, first element, offsets from it, what is there, what to sum, first column.
+
+    Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``; over short rows ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``.
+    """
+    dim = units * ALIGN
+    if ROWS == 1:
+        # The third axis can overshoot; the last row is then written again with the same values.
+        row = tl.minimum(tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * _GRID_ROWS, n_rows - 1)
+        first = tl.program_id(0).to(tl.int64) * BLOCK_D
+        offsets = tl.arange(0, BLOCK_D)
+        inside = row < n_rows
+        if EVEN:
+            begin = first
+            fresh = inside
+        else:
+            # ALIGN divides both, which the compiler cannot see through a minimum.
+            begin = tl.multiple_of(tl.minimum(first, dim - BLOCK_D), ALIGN)
+            fresh = offsets >= (first - begin).to(tl.int32)
+        start = tl.multiple_of(row * dim + begin, ALIGN)
+    else:
+        local = tl.arange(0, ROWS)[:, None]
+        d = tl.arange(0, BLOCK_D)[None, :]
+        top = tl.program_id(0).to(tl.int64) * ROWS
+        row = top + local
+        offsets = local * dim + d
+        inside = (row < n_rows) & (d < dim)
+        fresh = inside
+        start = tl.multiple_of(top * dim, ALIGN)
+        begin = tl.full((), 0, tl.int64)
+    return row, start, offsets, inside, fresh, begin
+
+
+@triton.jit
+def column(coef_ptr, row, n_rows, J: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Coefficient ``J`` of the program's row or rows."""
+    if ROWS == 1 or EVEN:
+        value = tl.load(coef_ptr + row * COLUMNS + J)
+    else:
+        value = tl.load(coef_ptr + row * COLUMNS + J, mask=row < n_rows, other=0.0)
+    return value
+
+
+@triton.jit
+def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of storage in float32."""
+    if ROWS == 1 or EVEN:
+        value = tl.load(pointer + start + offsets)
+    else:
+        value = tl.load(pointer + start + offsets, mask=inside, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def read_where(wanted, pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile in float32, untouched memory and zeros where the row's ``wanted`` is false."""
+    if ROWS == 1 or EVEN:
+        mask = wanted
+    else:
+        mask = wanted & inside
+    return tl.load(pointer + start + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(pointer, start, offsets, inside, value, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Store a tile, rounded to the storage type."""
+    value = value.to(pointer.dtype.element_ty)
+    if ROWS == 1 or EVEN:
+        tl.store(pointer + start + offsets, value)
+    else:
+        tl.store(pointer + start + offsets, value, mask=inside)
+
+
+@triton.jit
+def write_sum(partial_ptr, row, n_rows, fresh, value, weight, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """The tile's sum times the row's weight, to its place in ``partial``, ``[R, blocks]``."""
+    if not EVEN:
+        value = tl.where(fresh, value, 0.0)
+    if ROWS == 1:
+        tl.store(partial_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(value) * weight)
+    else:
+        total = tl.sum(value, axis=1, keep_dims=True) * weight
+        if EVEN:
+            tl.store(partial_ptr + row, total)
+        else:
+            tl.store(partial_ptr + row, total, mask=row < n_rows)

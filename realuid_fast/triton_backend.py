@@ -1,0 +1,77 @@
+"""Registers the Triton kernels for CUDA (and ROCm) tensors; they are imported with the first call that needs them.
+
+float64 has no kernels: it runs on the plain torch reference, on the same device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+# Operator, the module of its launches, and the argument whose dtype and device decide.
+_HOMES = {
+    "normal_like": ("noise", 1),
+    "interpolate": ("interpolate", 0),
+    "interpolate_grads": ("interpolate", 0),
+    "matching": ("matching", 0),
+    "fake": ("fake", 0),
+    "generator": ("generator", 0),
+}
+
+# The registrations live as long as these do.
+_libraries: list[torch.library.Library] = []
+
+
+@functools.cache
+def _kernels(module: str) -> ModuleType:
+    return importlib.import_module(f".kernels.{module}", __package__)
+
+
+def launcher(op: str) -> Callable[..., Any]:
+    """The operator ``op`` on Triton kernels: its schema's arguments to its schema's results.
+
+    It takes CPU tensors too where ``TRITON_INTERPRET=1`` was set before triton was imported.
+    """
+    if op == "scale_grads_":
+        return _scale_grads_
+    module, leading = _HOMES[op]
+
+    def launch(*arguments: Any) -> Any:
+        first: Tensor = arguments[leading]
+        if first.dtype == torch.float64:
+            return getattr(reference, op)(*arguments)
+        calls, results = getattr(_kernels(module), op)(*arguments)
+        with _kernels("tiles").on_device_of(first):
+            for call in calls:
+                call.run()
+        return results
+
+    return launch
+
+
+def _scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
+    wide = [grad for grad in grads if grad.dtype == torch.float64]
+    if wide:
+        reference.scale_grads_(wide, scale)
+    narrow = [grad for grad in grads if grad.dtype != torch.float64]
+    with _kernels("tiles").on_device_of(scale):
+        for call in _kernels("scale").scale_grads_(narrow, scale):
+            call.run()
+
+
+def load() -> None:
+    """Register every operator for CUDA tensors; their schemas must be defined by then. A second call does nothing."""
+    if _libraries:
+        return
+    library = torch.library.Library("realuid_fast", "IMPL")
+    for op in (*_HOMES, "scale_grads_"):
+        library.impl(op, launcher(op), "CUDA")
+    _libraries.append(library)

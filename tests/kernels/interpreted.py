@@ -1,0 +1,267 @@
+"""Runs the Triton kernels in the interpreter against the float64 formulas; a script, run by test_interpreter.py.
+
+The interpreter must be chosen before triton is imported, and then holds for the whole process: so this is one of its
+own. Prints one line of JSON a case: name, worst error, tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+import triton.language as tl
+
+from realuid_fast import reference, triton_backend
+from realuid_fast.kernels import tiles
+from realuid_fast.kernels.noise import _philox
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Relative L2 error against float64 on the same rounded inputs. float32: roundings of 6e-8 and the interpreter's own
+# transcendental functions. float16 adds half a unit in the last place, bfloat16 a whole one: the interpreter cuts
+# bfloat16 off where a GPU rounds.
+TOLERANCE = {F32: 2e-5, BF16: 2**-7 + 2e-5, F16: 2**-11 + 2e-5}
+
+SHORT = (5, 3, 4, 5)  # D = 60: masks, 4-element groups
+SHAPES = {
+    "short": (SHORT, torch.contiguous_format),
+    "images_8x8": ((3, 3, 8, 8), torch.channels_last),
+    "odd_short": ((11, 7), torch.contiguous_format),
+    "scalars": ((9, 1), torch.contiguous_format),
+    "power_of_two": ((32, 64), torch.contiguous_format),
+    "one_row_even": ((2, 3, 16, 32), torch.channels_last),
+    "overlapping_tail": ((2, 1300), torch.contiguous_format),
+    "odd_row": ((3, 1027), torch.contiguous_format),
+    "video": ((2, 4, 5, 6, 7), torch.channels_last_3d),
+}
+
+KEY = torch.tensor([0x0123_4567_89AB_CDEF, (3 << 32) + 41])
+
+
+def memory_like(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+
+
+class Case:
+    """Inputs of one call; ``double()`` has the same values in float64, with the noise drawn by the definition."""
+
+    def __init__(self, shape_name: str, dtype: torch.dtype, keyed: bool, shared: bool, endpoint: bool, x_t: bool):
+        shape, layout = SHAPES[shape_name]
+        rows = shape[0]
+        # Two halves share by a subtraction, more parts by a division.
+        parts = (2 if dtype == F32 else 3) if shared else 1
+        self.noise_rows = -(-rows // parts)
+        self.x, self.out, self.other = (memory_like(shape, layout, dtype) for _ in range(3))
+        self.endpoint = memory_like(shape, layout, dtype) if endpoint else None
+        self.x_t = memory_like(shape, layout, dtype) if x_t else None
+        self.coef = torch.randn(rows, 9)
+        if self.x_t is None:
+            self.coef[:, 7] = 0
+        else:
+            # Not read where k_x = 0: poison must not come through.
+            self.coef[0, 7] = 0
+            self.x_t[0] = float("nan")
+        if keyed:
+            self.noise = KEY
+        else:
+            self.noise = memory_like((self.noise_rows, *shape[1:]), layout, dtype)
+
+    def double(self) -> Case:
+        twin = object.__new__(Case)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value = value.double()
+            setattr(twin, name, value)
+        return twin
+
+
+def poisoned_empty_like(tensor: torch.Tensor, **options: object) -> torch.Tensor:
+    made = EMPTY_LIKE(tensor, **options)
+    return made.fill_(float("nan")) if made.is_floating_point() else made
+
+
+def poisoned_empty(*size: object, **options: object) -> torch.Tensor:
+    made = EMPTY(*size, **options)
+    return made.fill_(float("nan")) if made.is_floating_point() else made
+
+
+EMPTY_LIKE, EMPTY = torch.empty_like, torch.empty
+
+
+def run(op: str, *arguments: object) -> tuple[torch.Tensor, ...]:
+    torch.empty_like, torch.empty = poisoned_empty_like, poisoned_empty
+    try:
+        results = triton_backend.launcher(op)(*arguments)
+    finally:
+        torch.empty_like, torch.empty = EMPTY_LIKE, EMPTY
+    return results if isinstance(results, tuple) else (results,)
+
+
+def compare(name: str, dtype: torch.dtype, got: tuple[torch.Tensor, ...], want: object) -> None:
+    wanted = want if isinstance(want, tuple) else (want,)
+    assert len(got) == len(wanted), name
+    worst = 0.0
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert (mine.shape, mine.stride()) == (theirs.shape, theirs.stride()), name
+        if mine.numel():
+            gap = (mine.double() - theirs).norm() / theirs.norm().clamp_min(1e-12)
+            worst = max(worst, float(gap)) if gap == gap else float("inf")
+    print(json.dumps({"case": name, "error": worst, "tolerance": TOLERANCE[dtype]}), flush=True)
+
+
+def check_generator(case: Case, name: str, dtype: torch.dtype, wants: tuple[bool, ...], mean: bool) -> None:
+    def arguments(c: Case) -> tuple[object, ...]:
+        scalars = (0.92, 0.94, 0.8, 1.1)
+        return c.out, c.other, c.x, c.x_t, c.coef, c.noise, c.endpoint, *scalars, mean, *wants
+
+    if case.noise.is_floating_point() and case.noise.shape[0] != case.x.shape[0]:
+        return
+    compare(name, dtype, run("generator", *arguments(case)), reference.generator(*arguments(case.double())))
+
+
+def check_fake(case: Case, name: str, dtype: torch.dtype, teacher: bool, want: bool, mean: bool) -> None:
+    n_real = case.x.shape[0] // 3
+    other = case.other.clone() if teacher else None
+    if other is not None and n_real:
+        # D = 0 for real rows: the teacher is not read there.
+        other[-n_real:] = float("nan")
+
+    def arguments(c: Case, other: torch.Tensor | None) -> tuple[object, ...]:
+        halves = (0.9, 1.0, -0.3 if teacher else 0.0, 1.2, 0.1, 0.2, 0.0, 0.4)
+        return c.out, c.x, c.x_t, c.coef, c.noise, other, c.endpoint, c.noise_rows, n_real, *halves, mean, want
+
+    double = None if other is None else other.double()
+    compare(name, dtype, run("fake", *arguments(case, other)), reference.fake(*arguments(case.double(), double)))
+
+
+def check_matching(case: Case, name: str, dtype: torch.dtype, want: bool, mean: bool) -> None:
+    def arguments(c: Case) -> tuple[object, ...]:
+        return c.out, c.x, c.x_t, c.coef, c.noise, c.endpoint, c.noise_rows, mean, want
+
+    compare(name, dtype, run("matching", *arguments(case)), reference.matching(*arguments(case.double())))
+
+
+def check_interpolate(case: Case, name: str, dtype: torch.dtype) -> None:
+    def arguments(c: Case) -> tuple[object, ...]:
+        return c.x, c.coef, c.noise, c.endpoint, c.noise_rows
+
+    compare(name, dtype, run("interpolate", *arguments(case)), reference.interpolate(*arguments(case.double())))
+    double = case.double()
+    for want_x, want_y in ((True, True), (True, False), (False, True)):
+        got = run("interpolate_grads", case.x, case.coef, want_x, want_y)
+        want = reference.interpolate_grads(double.x, double.coef, want_x, want_y)
+        compare(f"{name}/grads_{want_x:d}{want_y:d}", dtype, got, want)
+
+
+def check_scale(shape_name: str, dtype: torch.dtype) -> None:
+    shape, layout = SHAPES[shape_name]
+    per_row = torch.randn(shape[0])
+    per_row[0] = 1.0
+    for scale in (torch.tensor(0.37), torch.tensor(0.37, dtype=torch.float64), torch.tensor(1.0), per_row):
+        grads = [memory_like(shape, layout, dtype) for _ in range(5)]
+        want = [grad.double() for grad in grads]
+        reference.scale_grads_(want, scale.double())
+        untouched = [grad.clone() for grad in grads]
+        run("scale_grads_", [*grads, grads[0].new_empty(0)], scale)
+        name = f"scale/{shape_name}/{dtype}/{scale.numel()}x{scale.flatten()[0]:g}"
+        compare(name, dtype, tuple(grads), tuple(want))
+        if scale.numel() == 1 and scale == 1:
+            assert all(torch.equal(a, b) for a, b in zip(grads, untouched, strict=True)), name
+
+
+def check_empty() -> None:
+    coef = torch.randn(3, 9)
+    for shape, rows in (((0, 4), 0), ((3, 0), 3)):
+        x = torch.zeros(shape)
+        loss, losses, grad = run("matching", x, x, None, coef[:rows], KEY, None, rows, True, True)
+        assert loss == 0
+        assert losses.tolist() == [0.0] * rows
+        assert grad.shape == shape
+        assert run("interpolate", x, coef[:rows], KEY, None, rows)[0].shape == shape
+
+
+def check_normals() -> None:
+    """Elementwise, as the noise contract has it: 1e-4 absolute; and what is drawn twice is the same bits."""
+    for shape_name, (shape, layout) in SHAPES.items():
+        like = memory_like(shape, layout, F32)
+        for noise_rows in sorted({shape[0], (shape[0] + 1) // 2, (shape[0] + 2) // 3}):
+            (got,) = run("normal_like", KEY, like, noise_rows)
+            worst = float((got.double() - reference.normal_like(KEY, like.double(), noise_rows)).abs().max())
+            name = f"normals/{shape_name}/{noise_rows}"
+            print(json.dumps({"case": name, "error": worst, "tolerance": 1e-4}), flush=True)
+            assert torch.equal(got, run("normal_like", KEY, like, noise_rows)[0]), name
+
+
+@triton.jit
+def philox_kernel(key_ptr, g, out_ptr):
+    one = tl.arange(0, 1)
+    w0, w1, w2, w3 = _philox(g.to(tl.int64) + one, tl.load(key_ptr), tl.load(key_ptr + 1))
+    tl.store(out_ptr + one, w0.to(tl.int64))
+    tl.store(out_ptr + 1 + one, w1.to(tl.int64))
+    tl.store(out_ptr + 2 + one, w2.to(tl.int64))
+    tl.store(out_ptr + 3 + one, w3.to(tl.int64))
+
+
+def check_known_answers() -> None:
+    """Random123's vectors for Philox4x32-10, as counters ``(g, stream)`` under a seed."""
+    vectors = (
+        ((0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((-1, -1, -1), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88 - (1 << 64)),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    )
+    for (seed, stream, g), want in vectors:
+        out = torch.zeros(4, dtype=torch.int64)
+        philox_kernel[(1,)](torch.tensor([seed, stream]), g, out)
+        wrong = sum(a != b for a, b in zip(out.tolist(), want, strict=True))
+        print(json.dumps({"case": f"philox/{g:x}", "error": wrong, "tolerance": 0}), flush=True)
+
+
+def check_second_grid_axis() -> None:
+    """Rows beyond the grid's second axis go on along the third; here with an axis of two rows."""
+    before = tiles.GRID_ROWS, tiles._GRID_ROWS
+    tiles.GRID_ROWS, tiles._GRID_ROWS = 2, tl.constexpr(2)
+    try:
+        case = Case("odd_row", F32, True, shared=True, endpoint=False, x_t=True)
+        check_matching(case, "second_grid_axis/matching", F32, True, True)
+    finally:
+        tiles.GRID_ROWS, tiles._GRID_ROWS = before
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    check_normals()
+    check_empty()
+    check_known_answers()
+    check_second_grid_axis()
+    # Every shape and layout with changing switches, then every switch and dtype on one small shape.
+    for i, shape_name in enumerate(SHAPES):
+        for dtype in (F32, BF16):
+            keyed = (i + (dtype == F32)) % 2 == 0
+            case = Case(shape_name, dtype, keyed, shared=i % 3 == 0, endpoint=i % 2 == 0, x_t=i % 4 < 2)
+            tag = f"{shape_name}/{dtype}/{'key' if keyed else 'tensor'}"
+            check_interpolate(case, f"interpolate/{tag}", dtype)
+            check_matching(case, f"matching/{tag}", dtype, True, True)
+            check_fake(case, f"fake/{tag}", dtype, i % 2 == 0, True, True)
+            alone = Case(shape_name, dtype, keyed, shared=False, endpoint=i % 2 == 1, x_t=i % 4 < 2)
+            check_generator(alone, f"generator/{tag}", dtype, (True, True, True, alone.x_t is not None), True)
+        check_scale(shape_name, F32)
+    check_scale("short", F16)
+    for bits in range(32):
+        teacher, fake, x, x_t, mean = (bool(bits >> b & 1) for b in range(5))
+        dtype = (F32, BF16, F16)[bits % 3]
+        case = Case("short", dtype, keyed=bits % 4 < 2, shared=False, endpoint=bits % 5 < 2, x_t=x_t or bits % 2 == 0)
+        check_generator(case, f"generator/switches_{bits:05b}", dtype, (teacher, fake, x, x_t), mean)
+        shared = Case("short", dtype, keyed=bits % 4 < 2, shared=teacher, endpoint=fake, x_t=x)
+        check_fake(shared, f"fake/switches_{bits:05b}", dtype, x_t, mean, bits % 3 == 0)
+        check_matching(shared, f"matching/switches_{bits:05b}", dtype, mean, x_t)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
