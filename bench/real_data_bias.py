@@ -1,7 +1,7 @@
 """What real data does to a wrong teacher, in closed form: ``python -m bench.real_data_bias`` (seconds, no training).
 
-One-dimensional Gaussians on the linear path, uniform time. The data are N(0, 1), the teacher's field belongs to N(m, s^2),
-and the student is the Gaussian that minimises the exact inner maximum, the integral over x_t and t of
+One-dimensional Gaussians on the linear path, uniform time. The data are N(0, 1), the teacher's field belongs to
+N(m, s^2), and the student is the Gaussian that minimises the exact inner maximum, the integral over x_t and t of
 
     (W f* - N)^2 / W,   W = alpha p_g + (1 - alpha) p_d,   N = beta p_g f_g + (1 - beta) p_d f_d.
 
@@ -37,9 +37,7 @@ def field(mean: float, std: float) -> np.ndarray:
     return mean + (T * std**2 - (1 - T)) / variance * (X - T * mean)
 
 
-def inner_maximum(
-    student: tuple[float, float], teacher: tuple[float, float], alpha: float, beta: float
-) -> float:
+def inner_maximum(student: tuple[float, float], teacher: tuple[float, float], alpha: float, beta: float) -> float:
     """The distance that the generator minimises, for Gaussians given as (mean, standard deviation)."""
     p_g, p_d = density(*student), density(0, 1)
     weight = alpha * p_g + (1 - alpha) * p_d
@@ -49,7 +47,7 @@ def inner_maximum(
 
 
 def student_errors(alpha: float, beta: float) -> tuple[float, float]:
-    """Errors of the best student in mean (teacher's mean wrong) and in standard deviation (teacher's deviation wrong)."""
+    """The best student's errors: in mean where the teacher's is wrong, in deviation where the teacher's is wrong."""
     mean = minimize_scalar(
         lambda m: inner_maximum((m, 1.0), (MEAN_ERROR, 1.0), alpha, beta),
         bounds=(-0.5, 0.5),

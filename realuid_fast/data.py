@@ -14,9 +14,7 @@ from torch import Tensor
 
 from .errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-)
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 CIFAR_RECORD = 3073  # one label byte, then 3 x 32 x 32 pixels, channel by channel
 
 
@@ -67,9 +65,7 @@ class Dataset:
         index = torch.randperm(len(self.train), generator=generator)[:n]
         return self._take(index)
 
-    def batches(
-        self, n: int, generator: torch.Generator | None = None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, n: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Endless stream of batches of ``n``: each pass visits a fresh shuffle, its last partial batch
         left out.
         """
@@ -91,9 +87,7 @@ class Dataset:
         if n < 1:
             raise UserError(f"batch must be at least 1, got {n}")
         if n > len(self.train):
-            raise UserError(
-                f"batch {n} is larger than data set '{self.name}', which has {len(self.train)} samples"
-            )
+            raise UserError(f"batch {n} is larger than data set '{self.name}', which has {len(self.train)} samples")
 
 
 def to_float(samples: Tensor) -> Tensor:
@@ -293,9 +287,7 @@ def cifar10(path: str | Path) -> Dataset:
 def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
     raw = np.fromfile(file, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % CIFAR_RECORD:
-        raise UserError(
-            f"path: {file} is truncated: {len(raw)} bytes are no multiple of a record's {CIFAR_RECORD}"
-        )
+        raise UserError(f"path: {file} is truncated: {len(raw)} bytes are no multiple of a record's {CIFAR_RECORD}")
     records = torch.from_numpy(raw.reshape(-1, CIFAR_RECORD))
     labels = records[:, 0].long()
     if int(labels.max()) > 9:

@@ -84,9 +84,7 @@ def digit_classifier() -> DigitClassifier:
     from safetensors.torch import load_file
 
     if not CLASSIFIER_FILE.exists():
-        raise UserError(
-            f"the digit classifier is missing at {CLASSIFIER_FILE}; reinstall, or run its training command"
-        )
+        raise UserError(f"the digit classifier is missing at {CLASSIFIER_FILE}; reinstall, or run its training command")
     net = DigitClassifier()
     net.load_state_dict(load_file(str(CLASSIFIER_FILE)))
     return net.eval().requires_grad_(False)
@@ -96,9 +94,7 @@ def digit_classifier() -> DigitClassifier:
 def digit_features(images: Tensor, batch: int = 1000) -> Tensor:
     """The metric's features ``(N, 64)`` float32 of digits ``(N, 1, 8, 8)``, clipped to ``[-1, 1]`` first."""
     if images.dim() != 4 or images.shape[1:] != (1, 8, 8):
-        raise UserError(
-            f"images must have shape (N, 1, 8, 8) for the digit classifier, got {tuple(images.shape)}"
-        )
+        raise UserError(f"images must have shape (N, 1, 8, 8) for the digit classifier, got {tuple(images.shape)}")
     net = digit_classifier()
     parts = images.detach().float().cpu().clamp(-1, 1).split(batch)
     return torch.cat([net.features(part) for part in parts])
@@ -131,9 +127,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     that no complex square root appears.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
-        raise UserError(
-            f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+        raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
     mean_a, cov_a = moments(a)
     mean_b, cov_b = moments(b)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -153,9 +147,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int =
     if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 1:
         raise UserError(f"a and b must hold samples of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
     generator = torch.Generator().manual_seed(seed)
-    directions = F.normalize(
-        torch.randn(a.shape[1], projections, generator=generator, dtype=torch.float64), dim=0
-    )
+    directions = F.normalize(torch.randn(a.shape[1], projections, generator=generator, dtype=torch.float64), dim=0)
     levels = (torch.arange(max(len(a), len(b)), dtype=torch.float64) + 0.5) / max(len(a), len(b))
     gap = _quantiles(a @ directions, levels) - _quantiles(b @ directions, levels)
     return gap.square().mean().sqrt().item()
@@ -189,9 +181,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 def _covered(points: Tensor, support: Tensor, k: int) -> float:
     # The nearest point of a set to itself is itself, hence k + 1.
-    radii = torch.cat(
-        [torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)]
-    )
+    radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)])
     inside = torch.cat([(torch.cdist(part, support) <= radii).any(dim=1) for part in points.split(1024)])
     return inside.double().mean().item()
 
@@ -202,9 +192,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m realuid_fast.metrics", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train-classifier", help="train the digit classifier whose features the metric uses"
-    )
+    train = commands.add_parser("train-classifier", help="train the digit classifier whose features the metric uses")
     train.add_argument(
         "--out",
         type=Path,

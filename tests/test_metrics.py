@@ -31,9 +31,7 @@ def test_frechet_distance_of_shifted_and_scaled_sets():
     assert metrics.frechet_distance(a, a + 2.0) == pytest.approx(16, rel=1e-8)
     # Scaling by s about the mean leaves (1 - s)^2 tr(C).
     scaled = (a - a.mean(0)) * 3 + a.mean(0)
-    assert metrics.frechet_distance(a, scaled) == pytest.approx(
-        4 * metrics.moments(a)[1].trace().item(), rel=1e-8
-    )
+    assert metrics.frechet_distance(a, scaled) == pytest.approx(4 * metrics.moments(a)[1].trace().item(), rel=1e-8)
 
 
 def test_frechet_distance_survives_singular_covariances():

@@ -82,9 +82,7 @@ def test_default_multipliers_match_the_published_cifar_network(peer):
     }
     with torch.device("meta"):
         ours, theirs = UNet(**options), peer(**options)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -115,9 +113,7 @@ def test_options_change_the_function():
         other.load_state_dict(reference.state_dict())
         assert (other(t, x) - reference(t, x)).abs().max() > 1e-3
     lean = UNet(**base, middle_attention=False)
-    assert set(lean.state_dict()) == {
-        k for k in reference.state_dict() if not k.startswith("middle_block.1.")
-    }
+    assert set(lean.state_dict()) == {k for k in reference.state_dict() if not k.startswith("middle_block.1.")}
     assert torch.equal(reference(t[:1], x[:1]), reference(t[0], x[:1]))
 
 

@@ -49,9 +49,7 @@ class MLP(nn.Module):
         self.shape = tuple(int(v) for v in shape)
         self.time_features, self.time_scale, self.num_classes = time_features, float(time_scale), num_classes
         size, hidden = math.prod(self.shape), int(width * expansion)
-        self.time_embed = nn.Sequential(
-            nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
+        self.time_embed = nn.Sequential(nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         if num_classes:
             self.label_embed = nn.Embedding(num_classes, width)
         self.first = nn.Linear(size, width)
@@ -68,9 +66,7 @@ class MLP(nn.Module):
         ``(B,)`` if conditional.
         """
         if x.shape[1:] != self.shape:
-            raise UserError(
-                f"x must have shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}"
-            )
+            raise UserError(f"x must have shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         if (y is None) != (self.num_classes == 0):
             raise UserError("y must be given to a class-conditional network and to no other")
         t = t.expand(x.shape[0]) if t.dim() == 0 else t

@@ -35,9 +35,7 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
     -> (B, width).
     """
     half = width // 2
-    rates = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half)
-    )
+    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
     angle = t.float()[:, None] * rates
     embedding = torch.cat([angle.cos(), angle.sin()], dim=1)
     return F.pad(embedding, (0, 1)) if width % 2 else embedding
@@ -230,9 +228,7 @@ class UNet(nn.Module):
         mult = tuple(channel_mult)
         shrink = 2 ** (len(mult) - 1)
         if height % shrink or width % shrink:
-            raise UserError(
-                f"dim {tuple(dim)} must be divisible by {shrink} for {len(mult)} levels in channel_mult"
-            )
+            raise UserError(f"dim {tuple(dim)} must be divisible by {shrink} for {len(mult)} levels in channel_mult")
         widths = [int(m * num_channels) for m in mult]
         for value in widths:
             if value < 1 or value % norm_groups:
@@ -247,23 +243,17 @@ class UNet(nn.Module):
         self.num_classes = num_classes if class_cond else None
         self.time_scale = float(time_scale)
         embedding = 4 * num_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(num_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
+        self.time_embed = nn.Sequential(nn.Linear(num_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         if class_cond:
             self.label_emb = nn.Embedding(num_classes, embedding)
 
         def res(channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(
-                channels, embedding, out_channels, norm_groups, dropout, use_scale_shift_norm, resample
-            )
+            return ResBlock(channels, embedding, out_channels, norm_groups, dropout, use_scale_shift_norm, resample)
 
         def attention(channels: int, heads: int) -> Attention:
             if num_head_channels != -1:
                 if channels % num_head_channels:
-                    raise UserError(
-                        f"num_head_channels {num_head_channels} does not divide {channels} channels"
-                    )
+                    raise UserError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
                 heads = channels // num_head_channels
             if channels % heads:
                 raise UserError(f"num_heads {heads} does not divide {channels} channels")
@@ -299,9 +289,7 @@ class UNet(nn.Module):
                 if shrink in attend_at:
                     layers.append(attention(channels, heads_up))
                 if level and i == num_res_blocks:
-                    layers.append(
-                        res(channels, channels, "up") if resblock_updown else Upsample(channels, True)
-                    )
+                    layers.append(res(channels, channels, "up") if resblock_updown else Upsample(channels, True))
                     shrink //= 2
                 self.output_blocks.append(Blocks(*layers))
 
