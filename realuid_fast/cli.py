@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for input that cannot be used, 130 or 143 after SIGINT or SIGTERM."""
     arguments = _parser().parse_args(argv)
     warnings.showwarning = _warn
+    # Every update allocates the same tensors; without this the C library has their pages zeroed anew each time.
+    extension.keep_freed_memory()
     try:
         arguments.run(arguments)
     except UserError as error:
