@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .contracts import host_checks_allowed
+from .errors import UserError
 from .philox import normals
 
 
@@ -181,7 +183,11 @@ def _target(c: _Columns, x: Tensor, noise: Tensor, endpoint: Tensor | None, nois
 
 def _prediction(c: _Columns, out: Tensor, x_t: Tensor | None) -> Tensor:
     f = c.k_out * _up(out)
-    return f if x_t is None else f + torch.where(c.k_x != 0, c.k_x * _up(x_t), torch.zeros_like(f))
+    if x_t is not None:
+        return f + torch.where(c.k_x != 0, c.k_x * _up(x_t), torch.zeros_like(f))
+    if host_checks_allowed(c.k_x) and bool((c.k_x != 0).any()):
+        raise UserError("x_t is needed: coef has rows with k_x different from 0")
+    return f
 
 
 def _row_sums(values: Tensor) -> Tensor:

@@ -370,6 +370,13 @@ def test_backend_override_is_checked_and_restored():
             rf.interpolate(torch.zeros(1, 2), torch.zeros(1, 9), KEY)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_x_t_cannot_be_left_out_where_the_prediction_reads_it(backend):
+    b = batch((4, 6), torch.float32)
+    with rf.backend(backend), pytest.raises((ValueError, RuntimeError), match="x_t is needed"):
+        rf.generator_loss(b.teacher, b.fake, b.x, None, b.coef, KEY, UID)
+
+
 def bad(**changes):
     b = batch((4, 3, 2, 2), torch.float32)
     for name, change in changes.items():
