@@ -40,10 +40,10 @@ def sentence(described: Mapping[str, Any]) -> str:
 
 
 def streaming_copy(size: int, repeats: int = 3, threads: int | None = None) -> float | None:
-    """GB/s, reads and writes, of copying ``size / 2`` bytes with streaming stores, as the kernels write: best of repeats.
+    """GB/s of reads and writes in copying ``size / 2`` bytes with streaming stores, as the kernels write.
 
-    ``size`` is the working set in bytes, rounded to 2 MiB. None below that, where streaming stores are not used, and
-    without the native module. Threads: torch's when not given.
+    ``size`` is the working set in bytes, rounded to 2 MiB; the best of ``repeats`` by the wall. None where that is
+    nothing, since the kernels stream larger tensors only, and without the native module. ``threads``: torch's by default.
     """
     megabytes = round(size / 2**21)
     if extension.native is None or megabytes < 1:

@@ -9,8 +9,6 @@ from typing import Any
 
 from .report import COPIES, OURS, Row, by_case, kind, share_of_copy
 
-SHOWN = 8  # lines of a panel that its colours and its legend can tell apart
-
 
 def _panels(count: int, columns: int = 2) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,10 +42,11 @@ def times(rows: Sequence[Row], file: Path) -> None:
     """Milliseconds of every way over elements, both logarithmic."""
 
     def draw(axes: Any, cases: list[dict[str, Row]]) -> None:
-        for name in list(dict.fromkeys(name for ways in cases for name in ways if name not in COPIES))[:SHOWN]:
+        styles: dict[str, dict[str, Any]] = {OURS: {"color": "black", "linewidth": 2}}
+        styles |= {name: {"color": "0.5", "linestyle": style} for name, style in zip(COPIES, (":", "--"), strict=True)}
+        for name in dict.fromkeys(name for ways in cases for name in ways):
             points = [(_size(ways[name]), ways[name]["median_ms"]) for ways in cases if name in ways]
-            style = {"color": "black", "linewidth": 2} if name == OURS else {}
-            axes.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, **styles.get(name, {}))
         axes.set_yscale("log")
 
     _over_size(rows, draw, "ms", file)
