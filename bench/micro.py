@@ -12,7 +12,6 @@ copying as many bytes in the same rounds, by ``Tensor.copy_`` and by streaming s
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import importlib.util
@@ -20,7 +19,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -296,22 +294,18 @@ def table(rows: Sequence[Row], described: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.micro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, types and compiled peers")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1); more are named in the files")
-    parser.add_argument("--seconds", type=float, help="time of a case beside its compilation (default 2.5, quick 1)")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser = report.parser("bench.micro", __doc__, "time of a case beside its compilation (default 2.5, quick 1)")
+    parser.add_argument("--threads", type=report.threads, default=1, help="torch threads (default 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
 
-    described = report.start("bench.micro", argv, args.threads)
     chosen = [entry for entry in entries(args.quick) if args.only in entry.call]
+    if not chosen:
+        parser.error(f"no case has {args.only!r} in its name")
     if args.no_compile:
         chosen = [replace(entry, compiled=False) for entry in chosen]
-    rows = run(chosen, args.seconds or (1.0 if args.quick else 2.5))
+    described = report.start("bench.micro", argv, args.threads)
+    rows = run(chosen, report.seconds(args, 2.5, quick=1.0))
     rows += [row for row in optimiser_rows() if args.only in row["case"]]
     name = report.named("micro", args.threads)
     usual = [row for row in rows if row["shape"] != list(SIZES[-1]) and report.kind(row) == "float32"]

@@ -3,8 +3,8 @@
 The linear path, velocities and RealUID, one turn after another: every fake turn makes its samples with the generator's
 graph, which is never used and lives until the turn ends; the fake model runs once on generated and once on real
 samples; losses are the two squared distances of the paper under autograd; Adam runs as a loop over parameters after
-``clip_grad_norm_``; each average walks over the state dict; memory layouts are torch's defaults. The garbage collections
-of the published loop are left out. The times, noise and labels of a turn are arguments, so that a test can compare an
+``clip_grad_norm_``; each average walks over the state dict; memory layouts are torch's defaults. The published loop's
+garbage collections are left out. The times, noise and labels of a turn are arguments, so that a test can compare an
 update with the trainer's.
 """
 

@@ -6,9 +6,11 @@ is one way of computing one case, as :func:`bench.timing.measure` returns it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +40,43 @@ class Results:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def parser(module: str, text: str | None, seconds: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; ``seconds`` says what ``--seconds`` limits."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
+    made.add_argument("--seconds", type=float, help=seconds)
+    made.add_argument("--only", default="", help="what has this in its name")
+    made.add_argument("--out", type=_folder, default=RESULTS, help="folder for the results (default bench/results)")
+    return made
+
+
+def threads(text: str) -> int:
+    """A thread count among a command's words."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def seconds(args: argparse.Namespace, usual: float, quick: float) -> float:
+    """``--seconds``, or the usual value of a full or a quick run."""
+    return args.seconds if args.seconds is not None else quick if args.quick else usual
+
+
+def _folder(text: str) -> Path:
+    """A folder that can be written, made if need be: seen before the minutes that a benchmark takes, not after."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
 def start(module: str, argv: Sequence[str] | None, threads: int) -> dict[str, Any]:
     """Set the process up as every benchmark wants it, and describe the machine and the command for the results."""
-    if threads < 1:
-        raise UserError(f"--threads must be at least 1, got {threads}")
     torch.set_num_threads(threads)
     described = machine.describe()
     extension.keep_freed_memory()
@@ -70,7 +105,6 @@ def write(results: Results, folder: Path, tables: Mapping[str, str]) -> None:
         "rows": results.rows,
         **results.extra,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{results.benchmark}.json").write_text(json.dumps(content, indent=1) + "\n")
     for name, text in tables.items():
         (folder / f"{name}.md").write_text(text)

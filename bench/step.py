@@ -9,7 +9,6 @@ system at once.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -163,7 +162,7 @@ def _peak_in_a_process(name: str, way: str) -> dict[str, float]:
     """:func:`peak_of_fake_turn` in a fresh process; empty where it cannot be measured."""
     # A fixed threshold: blocks above it are mapped for themselves, and leave the process when they are freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "bench.step", "--network", name, "--peak", way]
+    command = [sys.executable, "-m", "bench.step", "--peak", name, way]
     command += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -201,25 +200,22 @@ def phase_table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="the digits network only, fewer updates")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1); more are named in the files")
-    parser.add_argument("--network", choices=PROBLEMS, help="one network only")
-    parser.add_argument("--seconds", type=float, help="time of a network after warming up (default 120, quick 20)")
-    parser.add_argument("--peak", metavar="WAY", help="print the memory of a fake turn of --network and end")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
+    parser = report.parser("bench.step", __doc__, "time of a network after warming up (default 120, quick 20)")
+    parser.add_argument("--threads", type=report.threads, default=1, help="torch threads (default 1)")
+    parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "WAY"), help="only print the memory of its fake turn")
     args = parser.parse_args(argv)
-
     if args.peak is not None:
         torch.set_num_threads(args.threads)
-        print(json.dumps(peak_of_fake_turn(trainer(PROBLEMS[args.network], args.peak))))
+        network, way = args.peak
+        print(json.dumps(peak_of_fake_turn(trainer(PROBLEMS[network], way))))
         return 0
+    chosen = [name for name in PROBLEMS if args.only in name and not (args.quick and name != "digits")]
+    if not chosen:
+        parser.error(f"no network has {args.only!r} in its name")
     described = report.start("bench.step", argv, args.threads)
     rows: list[Row] = []
-    for name in [args.network] if args.network else ["digits"] if args.quick else list(PROBLEMS):
-        rows += measure(name, rounds=200, seconds=args.seconds or (20.0 if args.quick else 120.0))
+    for name in chosen:
+        rows += measure(name, rounds=200, seconds=report.seconds(args, 120.0, quick=20.0))
     name = report.named("step", args.threads)
     tables = {name: table(rows, described), f"{name}_phases": phase_table(rows)}
     report.write(report.Results(name, described, rows), args.out, tables)
