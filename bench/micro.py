@@ -261,7 +261,7 @@ def run(chosen: Iterable[Entry], seconds: float) -> list[Row]:
 
 
 def optimiser_rows() -> list[Row]:
-    """The optimiser's rows, where its benchmark is there."""
+    """The optimiser's rows, like :func:`bench.timing.measure`'s, where its benchmark is there."""
     if importlib.util.find_spec("bench.optimiser") is None:
         return []
     return list(importlib.import_module("bench.optimiser").rows())

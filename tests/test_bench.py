@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -138,6 +141,20 @@ def test_share_is_of_the_faster_copy():
     rows = {micro.OURS: {"GBps": 12.0}, micro.COPIES[0]: {"GBps": 15.0}, micro.COPIES[1]: {"GBps": 24.0}}
     assert report.share_of_copy(rows) == 0.5
     assert report.share_of_copy({micro.OURS: {"GBps": 12.0}}) is None
+
+
+def test_the_optimisers_rows_join_where_its_benchmark_is(tmp_path, monkeypatch, capsys):
+    module = ModuleType("bench.optimiser")
+    module.__spec__ = ModuleSpec("bench.optimiser", None)
+    module.rows = lambda: [
+        row("optimiser step", 2.0, dtype="float32", layout="contiguous", ratio=1.0, GBps=8.0),
+        row("optimiser step", 6.0, "Adam, loop", dtype="float32", layout="contiguous", ratio=3.0, GBps=2.7),
+    ]
+    monkeypatch.setitem(sys.modules, "bench.optimiser", module)
+    monkeypatch.setattr(micro, "run", lambda *_: [])
+    assert micro.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "**optimiser step**" in capsys.readouterr().out
+    assert {row["way"] for row in report.read(tmp_path / "micro.json").rows} == {"realuid_fast", "Adam, loop"}
 
 
 def row(case, ms, way="realuid_fast", **more):
@@ -340,8 +357,8 @@ def test_the_published_update_is_the_trainers():
         found = torch.tensor(
             [read[f"{turn} {what}"] for turn in ("fake", "generator") for what in ("loss", "gradient")]
         )
-        # Sums in another order, in float32; the two squared distances of the generator cancel to a tenth of either.
-        torch.testing.assert_close(found.float(), torch.stack([*mean, *generator]), rtol=1e-3, atol=1e-4)
+        # Sums in another order, in float32; the generator's two squared distances cancel almost wholly.
+        torch.testing.assert_close(found.float(), torch.stack([*mean, *generator]), rtol=1e-4, atol=1e-5)
 
     config, dataset, teacher = problem.make()
     start = teacher.net.state_dict()
@@ -355,7 +372,7 @@ def test_the_published_update_is_the_trainers():
         apart = torch.cat([(mine[name] - other[name]).flatten() for name in start])
         assert moved.norm() > 0
         # Adam divides each gradient by its own size, so those near zero keep few digits of what rounding left them.
-        assert apart.norm() < 1e-2 * moved.norm()
+        assert apart.norm() < 1e-3 * moved.norm()
 
 
 def test_step_benchmark_of_a_tiny_network(tmp_path, monkeypatch):
