@@ -23,7 +23,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": extension.isa(),
-        "copy_GBps": round(streaming_copy(2 << 28, repeats=5, threads=1) or 0.0, 1),
+        "copy_GBps": round(streaming_copy(2 << 28, threads=1) or 0.0, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -39,7 +39,7 @@ def sentence(described: Mapping[str, Any]) -> str:
     )
 
 
-def streaming_copy(size: int, repeats: int = 3, threads: int | None = None) -> float | None:
+def streaming_copy(size: int, repeats: int = 5, threads: int | None = None) -> float | None:
     """GB/s of reads and writes in copying ``size / 2`` bytes with streaming stores, as the kernels write.
 
     ``size`` is the working set in bytes, rounded to 2 MiB; the best of ``repeats`` by the wall. None where that is
