@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [verdict for verdict in found if verdict.failed]
     for verdict in failed or sorted(found, key=lambda v: v.ratio or 0.0)[-1:]:
         print(f"{'FAILED' if verdict.failed else 'slowest'}: {verdict.name}: {verdict.text}")
-    print(f"{len(failed)} of {len(found)} cases above {args.ratio:g} times the old")
+    print(f"{len(failed)} of {len(found)} cases failed at the ratio {args.ratio:g}")
     return int(bool(failed))
 
 

@@ -205,13 +205,13 @@ def build(entry: Entry) -> Case:
     size = call.moved * math.prod(entry.shape) * entry.dtype.itemsize
     ways = [Way(OURS, call.ours, ours=True)]
     if call.loss is not None:
-        ways.append(Way(f"{OURS}, autograd", _bound(call, Peer("", call.loss, draws=False))))
+        ways.append(Way(f"{OURS}, autograd", runner(call, Peer("", call.loss, draws=False))))
     for peer in call.peers:
         if peer.eager:
-            ways.append(Way(f"eager, {peer.name}", _bound(call, peer)))
+            ways.append(Way(f"eager, {peer.name}", runner(call, peer)))
         if peer.compiled and entry.compiled:
             compiled = replace(peer, function=_compiled(peer.function))
-            ways.append(Way(f"torch.compile, {peer.name}", _bound(call, compiled)))
+            ways.append(Way(f"torch.compile, {peer.name}", runner(call, compiled)))
     return Case(
         entry.call,
         entry.shape,
@@ -227,7 +227,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _bound(call: Call, peer: Peer) -> Callable[[], Any]:
+def runner(call: Call, peer: Peer) -> Callable[[], Any]:
     """The peer on the call's inputs and fresh noise; with ``autograd``, the gradients of the loss that it returns."""
     inputs = [tensor.detach().requires_grad_(peer.autograd) for tensor in call.inputs]
 

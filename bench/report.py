@@ -47,7 +47,7 @@ def parser(module: str, text: str | None, seconds: str) -> argparse.ArgumentPars
     )
     made.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
     made.add_argument("--seconds", type=float, help=seconds)
-    made.add_argument("--only", default="", help="what has this in its name")
+    made.add_argument("--only", default="", help="only what has this in its name")
     made.add_argument("--out", type=_folder, default=RESULTS, help="folder for the results (default bench/results)")
     return made
 

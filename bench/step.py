@@ -35,6 +35,7 @@ from .report import OURS, Row
 from .timing import Case, Stopwatch, Way
 
 PUBLISHED, HALF = "as published", f"{OURS}, bf16 fake turn"
+HALF_SETTING = {"fake_precision": "bf16"}  # of DistillConfig, where the trainer has it
 IMAGES = 512
 
 
@@ -90,8 +91,8 @@ PROBLEMS = {
 
 def ways() -> list[str]:
     """The ways of making an update; the one in half precision where the trainer has that setting."""
-    half = "fake_precision" in {f.name for f in fields(DistillConfig)}
-    return [OURS, *([HALF] if half else []), PUBLISHED]
+    known = {f.name for f in fields(DistillConfig)}
+    return [OURS, *([HALF] if known.issuperset(HALF_SETTING) else []), PUBLISHED]
 
 
 def trainer(problem: Problem, way: str) -> Distiller | Published:
@@ -100,9 +101,7 @@ def trainer(problem: Problem, way: str) -> Distiller | Published:
     if way == PUBLISHED:
         return Published(config, dataset, teacher)
     if way == HALF:
-        config = configs.from_mapping(
-            configs.merge(configs.to_mapping(config), {"distill": {"fake_precision": "bf16"}})
-        )
+        config = configs.from_mapping(configs.merge(configs.to_mapping(config), {"distill": HALF_SETTING}))
     distiller = Distiller(config, dataset, teacher)
     distiller.phases = Stopwatch()  # type: ignore[assignment]
     return distiller

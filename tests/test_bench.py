@@ -52,7 +52,7 @@ def test_peers_of_the_losses_compute_ours(name, dtype, layout):
         result = peer.function(*call.inputs, noise=noise, **peer.bound)
         value, *theirs = result if isinstance(result, tuple) else (result,)
         torch.testing.assert_close(value, loss, **sums, msg=lambda m, p=peer: f"{p.name}: {m}")
-        theirs = micro._bound(call, peer)() if peer.autograd else theirs
+        theirs = micro.runner(call, peer)() if peer.autograd else theirs
         assert len(theirs) == len(gradients)
         for mine, other in zip(gradients, theirs, strict=True):
             assert other.dtype == dtype
@@ -233,7 +233,7 @@ def test_comparison_on_the_command_line(tmp_path, capsys):
     old = write(tmp_path, "old.json", [row("a", 1.0), row("b", 1.0)], processor="P")
     new = write(tmp_path, "new.json", [row("a", 1.5), row("b", 1.0)], processor="Q")
     assert run("bench", "compare", old, old) == 0
-    assert "0 of 2 cases above 1.2" in capsys.readouterr().out
+    assert "0 of 2 cases failed at the ratio 1.2" in capsys.readouterr().out
     assert run("bench", "compare", old, new) == 1
     said = capsys.readouterr()
     assert "FAILED: a, 4, float32: 1.50 times: 1 ms, now 1.5 ms" in said.out
