@@ -181,7 +181,7 @@ def test_generator_turn_equals_plain_autograd(objective, match):
     trainer = distiller(path={"match": match}, distill={"objective": objective})
     trainer.update()
     noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
-    loss = trainer.generator_backward()
+    loss, _ = trainer.generator_backward()
     explicit = [p.grad.clone() for p in trainer.generator.parameters()]
 
     # The same draws once more, and one graph through everything.
