@@ -43,9 +43,16 @@ def why_not(mode: str, device: torch.device | str) -> str | None:
     return None
 
 
-def compiled(net: nn.Module) -> Callable[..., Tensor]:
-    """``net`` through torch.compile, one graph, for the fixed shapes of a turn."""
-    return torch.compile(net, fullgraph=True, dynamic=False)
+def compiled(net: nn.Module, backend: str = "inductor") -> Callable[..., Tensor]:
+    """``net`` through torch.compile, as one graph, for the fixed shapes of a turn."""
+
+    def call(*arguments: Tensor | None) -> Tensor:
+        return net(*arguments)
+
+    # torch.compile counts its variants by code object and refuses the ninth. Turns need one or two of each network, but
+    # all networks of a process share their class' code: give each one its own.
+    call.__code__ = call.__code__.replace(co_name=f"call_{id(net)}")
+    return torch.compile(call, fullgraph=True, dynamic=False, backend=backend)
 
 
 class Recorder(Protocol):
