@@ -1,4 +1,4 @@
-"""Modes of a turn: compiled and captured turns follow the eager trajectory; what a capture may hold and when it is made.
+"""Modes of a turn: compiled and captured turns follow the eager trajectory; when a capture is made and forgotten.
 
 CUDA graphs are emulated: a tape of the operators that a turn dispatched, replayed on the same tensors. As in a graph,
 whatever the turn did on the host is frozen at what it was.
@@ -152,7 +152,7 @@ def test_only_captured_turns_are_phases_of_their_own(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(modes.why_not("compiled", "cpu") is not None, reason="torch.compile has no compiler here")
 def test_compiled_follows_the_eager_trajectory():
-    """Compiled kernels associate sums differently: a few roundings of 6e-8 a step, amplified by the difference f* - f."""
+    """Compiled kernels order sums differently: a few roundings of 6e-8 a step, amplified by the difference f* - f."""
     rows, parameters = trajectory(distiller(mode="compiled"), 4)
     expected, expected_parameters = trajectory(distiller(), 4)
     for row, wanted in zip(rows, expected, strict=True):
@@ -172,7 +172,7 @@ def test_many_compiled_networks_of_one_class():
 def test_modes_that_cannot_be_had_are_refused(monkeypatch):
     with pytest.raises(UserError, match=r"run.mode graphs cannot be had on cpu: it needs a CUDA device"):
         distiller(mode="graphs")
-    with pytest.raises(UserError, match="run.mode must be one of eager, compiled, graphs; got 'fast'"):
+    with pytest.raises(UserError, match=r"run\.mode must be one of eager, compiled, graphs; got 'fast'"):
         distiller(mode="fast")
     trainer = distiller()
     for optimiser in trainer.optimisers.values():

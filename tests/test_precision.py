@@ -157,7 +157,9 @@ def test_gap_is_the_outputs_relative_distance(monkeypatch):
 
 
 def test_precisions_that_cannot_be_had_are_refused():
-    with pytest.raises(UserError, match="distill.fake_precision must be one of float32, tf32, bf16, fp16; got 'half'"):
+    with pytest.raises(
+        UserError, match=r"distill\.fake_precision must be one of float32, tf32, bf16, fp16; got 'half'"
+    ):
         digits(fake_precision="half")
-    with pytest.raises(UserError, match="distill.generator_precision tf32 cannot be had on cpu: it is arithmetic of"):
+    with pytest.raises(UserError, match=r"distill\.generator_precision tf32 cannot be had on cpu: it is arithmetic of"):
         digits(generator_precision="tf32")

@@ -322,7 +322,7 @@ class UNet(nn.Module):
         x = self.middle_block(x, embedding)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return in_full(self.out, x, self.out[-1].weight)
+        return in_full(self.out, x, next(self.out[-1].parameters()))
 
 
 def in_full(layers: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

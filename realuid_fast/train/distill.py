@@ -139,16 +139,14 @@ class Distiller:
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None) -> None:
         """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones."""
         with self.phases("data"):
-            parts, label_parts = [generated], [labels]
+            parts: list[tuple[Tensor, Tensor | None]] = [(generated, labels)]
             if self.batches is not None:
-                real, real_labels = self.batches.next()
-                parts.append(real)
-                label_parts.append(real_labels)
-            for place, part in zip(self._rows.split(self.batch), parts, strict=True):
-                place.copy_(part)
-            if self._row_labels is not None:
-                for place, part in zip(self._row_labels.split(self.batch), label_parts, strict=True):
-                    place.copy_(part)
+                parts.append(self.batches.next())
+            for i, (x, y) in enumerate(parts):
+                place = slice(i * self.batch, (i + 1) * self.batch)
+                self._rows[place].copy_(x)
+                if self._row_labels is not None and y is not None:
+                    self._row_labels[place].copy_(y)
         self._add(self._run("fake turn", self._fake_step))
 
     def generator_turn(self) -> None:
