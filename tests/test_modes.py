@@ -77,14 +77,12 @@ def distiller(kind="points", mode="eager", **settings):
     return Distiller(config, dataset, teachers.Model(net, teachers.Description(network, data=dataset.config)))
 
 
-def captured(monkeypatch, kind="points", **settings):
+def captured(kind="points", **settings):
     """A trainer whose turns are taped, and the recorder."""
     trainer, recorder = distiller(kind, **settings), TapeRecorder()
-    monkeypatch.setattr(modes, "compiled", lambda net: net)
     for optimiser in trainer.optimisers.values():
         optimiser.capturable = True
-    trainer.mode = "graphs"
-    trainer._compile(recorder)
+    trainer.capture(recorder)
     return trainer, recorder
 
 
@@ -97,8 +95,8 @@ def trajectory(trainer, updates):
 
 
 @pytest.mark.parametrize("kind", SETS)
-def test_replays_follow_the_eager_trajectory_to_the_bit(kind, monkeypatch):
-    trainer, recorder = captured(monkeypatch, kind)
+def test_replays_follow_the_eager_trajectory_to_the_bit(kind):
+    trainer, recorder = captured(kind)
     rows, parameters = trajectory(trainer, WARM_UP + 3)
     expected, expected_parameters = trajectory(distiller(kind), WARM_UP + 3)
     assert rows == expected
@@ -107,8 +105,8 @@ def test_replays_follow_the_eager_trajectory_to_the_bit(kind, monkeypatch):
     assert (recorder.runs, recorder.captures) == (3 * WARM_UP, 3)
 
 
-def test_two_replays_draw_different_noise_times_and_labels(monkeypatch):
-    trainer, _ = captured(monkeypatch, "labelled")
+def test_two_replays_draw_different_noise_times_and_labels():
+    trainer, _ = captured("labelled")
     for _ in range(WARM_UP + 1):
         trainer.update()
     assert trainer._generate.captured
@@ -121,15 +119,15 @@ def test_two_replays_draw_different_noise_times_and_labels(monkeypatch):
     assert len(losses) == 4
 
 
-def test_a_frozen_host_number_would_be_seen(monkeypatch):
+def test_a_frozen_host_number_would_be_seen():
     """The tape does what a graph does: a seed that lives on the host repeats itself."""
     count = itertools.count()
     turn = Captured(lambda: {"draw": torch.full((), float(next(count)))}, TapeRecorder(), warm_up=1)
     assert [float(turn()["draw"]) for _ in range(4)] == [0.0, 1.0, 1.0, 1.0]
 
 
-def test_loading_state_forgets_the_graphs(monkeypatch):
-    trainer, recorder = captured(monkeypatch)
+def test_loading_state_forgets_the_graphs():
+    trainer, recorder = captured()
     trajectory(trainer, WARM_UP + 1)
     state = trainer.state_dict()
     state["generator"] = {name: tensor.clone() for name, tensor in state["generator"].items()}
@@ -139,8 +137,8 @@ def test_loading_state_forgets_the_graphs(monkeypatch):
     assert recorder.captures == 6
 
 
-def test_only_captured_turns_are_phases_of_their_own(monkeypatch):
-    trainer, _ = captured(monkeypatch)
+def test_only_captured_turns_are_phases_of_their_own():
+    trainer, _ = captured()
     trainer.phases.timings = True
     trajectory(trainer, WARM_UP)
     assert "generator turn" not in trainer.phases.seconds
@@ -177,10 +175,8 @@ def test_modes_that_cannot_be_had_are_refused(monkeypatch):
     trainer = distiller()
     for optimiser in trainer.optimisers.values():
         optimiser.capturable = False
-    trainer.mode = "graphs"
-    monkeypatch.setattr(modes, "compiled", lambda net: net)
     with pytest.raises(UserError, match="needs a step of the fake optimiser that can be captured"):
-        trainer._compile(TapeRecorder())
+        trainer.capture(TapeRecorder())
     monkeypatch.setattr(modes.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match=r"run.mode compiled cannot be had on cpu: torch.compile needs a C\+\+ comp"):
         distiller(mode="compiled")

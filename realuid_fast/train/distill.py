@@ -100,7 +100,14 @@ class Distiller:
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
         self.meters = Meters(("fake loss", "generator loss", "fake gradient", "generator gradient", "gap"), self.device)
         self.phases = Phases(config.run.timings, self.device)
-        self._compile()
+        compiled = modes.compiled if self.mode != "eager" else lambda net: net
+        self._run_generator, self._run_fake = compiled(self.generator), compiled(self.fake)
+        self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
+        self._generate: Turn = self._generate_rows
+        self._fake_step: Turn = self._fake_step_plain
+        self._generator_step: Turn = self._generator_step_plain
+        if self.mode == "graphs":
+            self.capture()
         self.description = Description(
             network=described.network,
             role="student",
@@ -253,6 +260,20 @@ class Distiller:
             f"that rounding puts the generator's gradient about {min(error, 1.0):.0%} off; use a finer one"
         )
 
+    def capture(self, recorder: Recorder | None = None) -> None:
+        """Run the turns as CUDA graphs from now on, whatever the mode was; ``recorder`` replaces CUDA's.
+
+        Raises:
+            UserError: an optimiser whose step cannot be captured, that is, whose ``capturable`` is not true.
+        """
+        for name, optimiser in self.optimisers.items():
+            if not getattr(optimiser, "capturable", False):
+                raise UserError(f"run.mode graphs needs a step of the {name} optimiser that can be captured")
+        recorder = recorder or CudaRecorder(self.device, [self.draws])
+        self._generate = Captured(self._generate_rows, recorder)
+        self._fake_step = Captured(self._fake_step_plain, recorder)
+        self._generator_step = Captured(self._generator_step_plain, recorder)
+
     def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``."""
         with torch.no_grad():
@@ -315,20 +336,6 @@ class Distiller:
         for key, value, reason in asked:
             if reason is not None:
                 raise UserError(f"{key} {value} cannot be had on {self.device}: {reason}")
-
-    def _compile(self, recorder: Recorder | None = None) -> None:
-        """Set up the networks' calls and the three turns for the mode; ``recorder`` replaces CUDA's."""
-        compiled = modes.compiled if self.mode != "eager" else lambda net: net
-        self._run_generator, self._run_fake = compiled(self.generator), compiled(self.fake)
-        self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
-        turns: list[Turn] = [self._generate_rows, self._fake_step_plain, self._generator_step_plain]
-        if self.mode == "graphs":
-            for name, optimiser in self.optimisers.items():
-                if not getattr(optimiser, "capturable", False):
-                    raise UserError(f"run.mode graphs needs a step of the {name} optimiser that can be captured")
-            recorder = recorder or CudaRecorder(self.device, [self.draws])
-            turns = [Captured(turn, recorder) for turn in turns]
-        self._generate, self._fake_step, self._generator_step = turns
 
     def _run(self, name: str, turn: Turn) -> dict[str, Tensor]:
         if isinstance(turn, Captured) and turn.captured:
