@@ -7,7 +7,6 @@ conversion of any native prediction into it, follows from them, so a new path is
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contracts import host_checks_allowed
 from ..errors import UserError
+from .checks import check_choice, check_number, check_times
 from .samplers import Sampler, named
 
 COLUMNS = ("a", "b", "c", "p", "q", "s", "k_out", "k_x", "w")
@@ -151,7 +150,7 @@ class Path(ABC):
 
     def network_time(self, t: Tensor, predict: str = "velocity") -> Tensor:
         """What a network is called with at path time ``t``: ``time_scale t``, or ``c_noise`` where preconditioned."""
-        _check_choice("predict", predict, PREDICTIONS)
+        check_choice("predict", predict, PREDICTIONS)
         if predict in PRECONDITIONED:
             return self._precondition(t, predict)[1]
         scale = self.own_time_scale if self.time_scale is None else self.time_scale
@@ -159,7 +158,7 @@ class Path(ABC):
 
     def network_input(self, x_t: Tensor, t: Tensor, predict: str = "velocity") -> Tensor:
         """What a network is called on at ``x_t``, ``(R, ...)``: itself, or ``c_in x_t`` where preconditioned."""
-        _check_choice("predict", predict, PREDICTIONS)
+        check_choice("predict", predict, PREDICTIONS)
         if predict not in PRECONDITIONED:
             return x_t
         return x_t * self._precondition(t, predict)[0].view(-1, *[1] * (x_t.dim() - 1)).to(x_t.dtype)
@@ -202,8 +201,8 @@ class Path(ABC):
         """``(c_in, c_noise)`` of a preconditioned prediction."""
 
     def _check_pair(self, match: str, predict: str) -> None:
-        _check_choice("match", match, MATCH_SPACES)
-        _check_choice("predict", predict, PREDICTIONS)
+        check_choice("match", match, MATCH_SPACES)
+        check_choice("predict", predict, PREDICTIONS)
 
     def _singular_times(self, match: str, predict: str) -> tuple[float | None, ...]:
         """Times at which this pair's conversion, or its preconditioning, diverges."""
@@ -215,31 +214,3 @@ def _reads_x_t(path: Path, match: str, predict: str) -> bool:
     low, high = path.t_range
     inside = low + (high - low) * torch.linspace(0.1, 0.9, 65, dtype=torch.float64)
     return bool((path.coefficients(inside, match, predict)[:, COLUMNS.index("k_x")] != 0).any())
-
-
-def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
-    """Refuse times of the wrong shape or dtype and, where reading them is free, times outside ``t_range``."""
-    if t.dim() != 1 or not t.is_floating_point():
-        raise UserError(f"t must be a floating tensor of shape (R,), not {t.dtype} of shape {tuple(t.shape)}")
-    if not host_checks_allowed(t) or t.numel() == 0:
-        return
-    low, high = t_range
-    smallest, largest, first, last = torch.stack((*torch.aminmax(t), *t.new_tensor(t_range))).tolist()
-    # The range is compared in t's own dtype, so that its ends can be given. Written so that NaN fails it too.
-    if not (first <= smallest and largest <= last):
-        found = "NaN" if math.isnan(smallest) else f"values from {smallest:g} to {largest:g}"
-        raise UserError(f"t must lie inside the path's range [{low:g}, {high:g}], got {found}")
-
-
-def check_number(name: str, value: float, above: float = -math.inf, below: float = math.inf) -> None:
-    """Refuse what is not a finite number strictly between ``above`` and ``below``."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, not {value!r}")
-    if not above < value < below:
-        bound = f"above {above:g}" if math.isinf(below) else f"between {above:g} and {below:g}"
-        raise UserError(f"{name} must lie {bound}, got {value:g}")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

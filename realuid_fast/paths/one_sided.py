@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import PRECONDITIONED, Path, Preconditioning, Triple, check_number
+from .base import PRECONDITIONED, Path, Preconditioning, Triple
+from .checks import check_number
 
 Pair = tuple[Tensor, Tensor]
 

@@ -7,7 +7,6 @@ the device and are clipped to the path's range.
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,27 +15,29 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .checks import check_number
 
 if TYPE_CHECKING:
     from .base import Path
 
 
-def _check(**values: float) -> None:
-    for name, value in values.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise UserError(f"{name} must be a finite number, not {value!r}")
+class Sampler(ABC):
+    """A law of times."""
 
-
-def _check_positive(**values: float) -> None:
-    _check(**values)
-    for name, value in values.items():
-        if value <= 0:
-            raise UserError(f"{name} must be positive, got {value:g}")
+    @abstractmethod
+    def draw(
+        self,
+        n: int,
+        path: Path,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """``n`` times of ``path``, float32, ``(n,)``."""
 
 
 @dataclass(frozen=True)
-class Sampler(ABC):
-    """A law of times.
+class QuantileSampler(Sampler):
+    """A law given by its quantiles.
 
     Args:
         stratified: one uniform draw in each of ``n`` equal bins, in random order, instead of ``n`` independent ones:
@@ -56,7 +57,6 @@ class Sampler(ABC):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """``n`` times of ``path``, float32, ``(n,)``."""
         u = torch.rand(n, generator=generator, device=device)
         if self.stratified:
             u = (torch.randperm(n, generator=generator, device=device) + u) / n
@@ -64,7 +64,7 @@ class Sampler(ABC):
 
 
 @dataclass(frozen=True)
-class Uniform(Sampler):
+class Uniform(QuantileSampler):
     """Uniform on the path's range."""
 
     def quantile(self, u: Tensor, path: Path) -> Tensor:
@@ -72,7 +72,7 @@ class Uniform(Sampler):
 
 
 @dataclass(frozen=True)
-class LogitNormal(Sampler):
+class LogitNormal(QuantileSampler):
     """``logit(u) ~ N(mean, std^2)`` for the fraction ``u`` of the path's range, counted from its start.
 
     Source: Esser et al., Scaling Rectified Flow Transformers (2403.03206), equation 19, whose best is ``(0, 1)``.
@@ -82,15 +82,15 @@ class LogitNormal(Sampler):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(mean=self.mean)
-        _check_positive(std=self.std)
+        check_number("mean", self.mean)
+        check_number("std", self.std, above=0)
 
     def quantile(self, u: Tensor, path: Path) -> Tensor:
         return _on_range(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)), path)
 
 
 @dataclass(frozen=True)
-class LogNormal(Sampler):
+class LogNormal(QuantileSampler):
     """``ln sigma ~ N(mean, std^2)`` for the noise level ``sigma = c / a``, on any path that has one.
 
     Source: Karras et al. (2206.00364), table 1: ``(-1.2, 1.2)``.
@@ -100,15 +100,15 @@ class LogNormal(Sampler):
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        _check(mean=self.mean)
-        _check_positive(std=self.std)
+        check_number("mean", self.mean)
+        check_number("std", self.std, above=0)
 
     def quantile(self, u: Tensor, path: Path) -> Tensor:
         return path.time_at_sigma(torch.exp(self.mean + self.std * torch.special.ndtri(u)))
 
 
 @dataclass(frozen=True)
-class Karras(Sampler):
+class Karras(QuantileSampler):
     """Noise levels ``sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho``, ``u`` uniform.
 
     Source: Karras et al. (2206.00364), equation 5, read as a law.
@@ -119,9 +119,9 @@ class Karras(Sampler):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        _check_positive(sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-        if self.sigma_min >= self.sigma_max:
-            raise UserError(f"sigma_min must be below sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
+        check_number("sigma_min", self.sigma_min, above=0)
+        check_number("sigma_max", self.sigma_max, above=self.sigma_min)
+        check_number("rho", self.rho, above=0)
 
     def quantile(self, u: Tensor, path: Path) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -129,7 +129,7 @@ class Karras(Sampler):
 
 
 @dataclass(frozen=True)
-class Discrete(Sampler):
+class Discrete(QuantileSampler):
     """Uniform on a table of path times, as models trained on numbered steps need."""
 
     times: tuple[float, ...] = ()
@@ -138,7 +138,8 @@ class Discrete(Sampler):
         object.__setattr__(self, "times", tuple(self.times))
         if not self.times:
             raise UserError("times must hold at least one path time")
-        _check(**{f"times[{i}]": value for i, value in enumerate(self.times)})
+        for i, value in enumerate(self.times):
+            check_number(f"times[{i}]", value)
 
     def quantile(self, u: Tensor, path: Path) -> Tensor:
         low, high = path.t_range
@@ -150,15 +151,14 @@ class Discrete(Sampler):
 
 @dataclass(frozen=True)
 class Beta(Sampler):
-    """The fraction of the path's range, counted from its start, is ``Beta(a, b)``. Cannot be stratified."""
+    """The fraction of the path's range, counted from its start, is ``Beta(a, b)``; not stratified."""
 
     a: float = 1.0
     b: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(a=self.a, b=self.b)
-        if self.stratified:
-            raise UserError("stratified must be False for Beta: its quantiles have no formula to stratify with")
+        check_number("a", self.a, above=0)
+        check_number("b", self.b, above=0)
 
     def draw(
         self,
@@ -167,7 +167,7 @@ class Beta(Sampler):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """``n`` times of ``path``, float32, ``(n,)``: a ratio of gamma variables."""
+        # A ratio of gamma variables, in float64 so that small parameters do not give 0 / 0.
         one = torch.ones(n, device=device, dtype=torch.float64)
         first = torch._standard_gamma(self.a * one, generator)
         second = torch._standard_gamma(self.b * one, generator)
@@ -175,7 +175,7 @@ class Beta(Sampler):
 
 
 @dataclass(frozen=True)
-class Shifted(Sampler):
+class Shifted(QuantileSampler):
     """``shift u / (1 + (shift - 1) u)`` of the path's range, ``u`` uniform, counted from its start.
 
     A shift above 1 draws more times near the end of the range, one below 1 (its inverse) as many near the start.
@@ -185,7 +185,7 @@ class Shifted(Sampler):
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_positive(shift=self.shift)
+        check_number("shift", self.shift, above=0)
 
     def quantile(self, u: Tensor, path: Path) -> Tensor:
         return _on_range(self.shift * u / (1 + (self.shift - 1) * u), path)

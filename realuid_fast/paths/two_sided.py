@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .base import CLIP, Path, Preconditioning, Triple, check_number
+from .base import CLIP, Path, Preconditioning, Triple
+from .checks import check_number
 from .one_sided import Pair, conversion
 
 
