@@ -2,7 +2,7 @@
 
 Endpoints (or noise) drawn apart from the data are paired with it at random; paired by least squared distance inside
 the batch, a flow's paths cross less and its velocity is nearer to a straight line. Source: Tong et al. (2302.00482),
-section 3.3; Pooladian et al., Multisample Flow Matching (2304.14772), section 3.
+section 3; Pooladian et al., Multisample Flow Matching (2304.14772), section 3.
 """
 
 from __future__ import annotations

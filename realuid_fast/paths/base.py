@@ -49,7 +49,7 @@ class Path(ABC):
     ``v = a' x + b' y + c' n``:
 
     ============  =================================================  ================================================
-    ``score``     ``-n / c``                                         Song et al., 2011.13456, equation 7
+    ``score``     ``-n / c``                                         Song et al., 2011.13456
     ``v``         ``a n - c x``                                      Salimans and Ho, 2202.00512, section 4
     ``edm``       ``x0 = c_skip x_t + c_out F(c_in x_t, c_noise)``   Karras et al., 2206.00364, table 1; with a second
                                                                      endpoint Zhou et al. (DDBM), 2309.16948, section 4

@@ -216,7 +216,7 @@ class Trigonometric(OneSidedPath):
     """Generalised variance preserving: ``x_t = sin(pi t / 2) x + cos(pi t / 2) n``, data at ``t = 1``.
 
     Source: Albergo and Vanden-Eijnden, Building Normalizing Flows (2209.15571), section 2; "GVP" in Ma et al., SiT
-    (2401.08740), equation 8.
+    (2401.08740).
     """
 
     @property

@@ -75,7 +75,7 @@ class Uniform(QuantileSampler):
 class LogitNormal(QuantileSampler):
     """``logit(u) ~ N(mean, std^2)`` for the fraction ``u`` of the path's range, counted from its start.
 
-    Source: Esser et al., Scaling Rectified Flow Transformers (2403.03206), equation 19, whose best is ``(0, 1)``.
+    Source: Esser et al., Scaling Rectified Flow Transformers (2403.03206), section 3.1, whose best is ``(0, 1)``.
     """
 
     mean: float = 0.0

@@ -134,7 +134,7 @@ class ICFM(TwoSidedPath):
     """Independent conditional flow matching: ``x_t = t x + (1 - t) y + sigma n``, source sample ``y``, data at 1.
 
     ``v = x - y``. With pairs from :func:`realuid_fast.couplings.couple` in place of independent ones it is OT-CFM.
-    Source: Tong et al. (2302.00482), equations 14 and 15, and their package torchcfm, whose default is ``sigma = 0``.
+    Source: Tong et al. (2302.00482), section 3, and their package torchcfm, whose default is ``sigma = 0``.
     """
 
     sigma: float = field(default=0.0, kw_only=True)
@@ -235,8 +235,8 @@ class I2SB(Bridge):
     """The image-to-image Schrödinger bridge: clean ``x`` at ``t = 0``, degraded ``y`` at ``t = 1``.
 
     The diffusion rate is ``(sqrt(beta_min) + (sqrt(beta_max) - sqrt(beta_min)) t)^2`` up to ``t = 1/2`` and mirrored
-    after it. The network predicts ``residual`` and is called with ``1000 t``. Source: Liu et al. (2302.05872), sections
-    3.3 and 4, ``beta_max`` 0.3 (1 in some of its tasks); their 1000 steps are this schedule's discretisation.
+    after it. The network predicts ``residual`` and is called with ``1000 t``. Source: Liu et al. (2302.05872) and
+    their release, whose default ``beta_max`` is 0.3 and whose 1000 steps discretise this schedule.
     """
 
     beta_min: float = field(default=0.1, kw_only=True)
@@ -385,8 +385,8 @@ class StochasticInterpolant(TwoSidedPath):
         gamma: ``"root"`` ``sqrt(t (1 - t))``, ``"parabola"`` ``t (1 - t)``, ``"sin2"`` ``sin^2(pi t)``, or ``"zero"``.
 
     The derivative of ``"root"`` diverges at both ends: its times stay 1e-4 away from them. Other mixes and gammas:
-    :func:`~realuid_fast.paths.custom`. Source: Albergo, Boffi and Vanden-Eijnden (2303.08797), definition 2.1 and
-    table 8.
+    :func:`~realuid_fast.paths.custom`. Source: Albergo, Boffi and Vanden-Eijnden (2303.08797), definition 2.1
+    and the choices of its section 4.
     """
 
     mix: str = field(default="linear", kw_only=True)
