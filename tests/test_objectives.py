@@ -226,6 +226,39 @@ def test_realuid_is_its_two_squared_distances():
     agree(fused_fake(path, "velocity", "velocity", RealUID(alpha, beta), B), loss, v)
 
 
+@pytest.mark.parametrize("kappa", [1.0, 0.95])
+def test_general_realuid_is_its_max_over_delta(kappa):
+    """``-gamma ||delta||^2 + 2 <delta, alpha f* - beta tgt>`` with ``delta = kappa (f* - f)``: what the fake model
+    maximises over both halves, and the generator minimises over its own.
+    """
+    path, alpha, beta, gamma = Linear(), 0.9, 0.95, 0.7
+    objective = GeneralRealUID(alpha, beta, gamma, kappa)
+
+    def value(alpha, beta, gamma, teacher, fake, target):
+        delta = kappa * (teacher - fake)
+        return -gamma * square(delta) + 2 * inner(delta, alpha * teacher - beta * target)
+
+    t, x, _, n = draw(path, B)
+    x_t = t[:, None] * x + (1 - t)[:, None] * n
+    loss = value(alpha, beta, gamma, TEACHER(t, x_t), FAKE(t, x_t), x - n).mean()
+    agree(fused_generator(path, "velocity", "velocity", objective), loss, x)
+
+    t, x, _, n = draw(path, 2 * B)
+    x, target = x.detach(), (x - n).detach()
+    coef = path.coefficients(t)
+    x_t = rf.interpolate(x, coef, n)
+    teacher, fake = TEACHER(t, x_t), FAKE(t, x_t).requires_grad_()
+    of_each = (alpha, beta, gamma), (1 - alpha, 1 - beta, 1 - gamma)
+    maximised = sum(
+        value(*numbers, teacher[half], fake[half], target[half]).sum() / B
+        for numbers, half in zip(of_each, (slice(B), slice(B, None)), strict=True)
+    )
+    fused = rf.fake_loss(fake, x, None, coef, n, objective, B, teacher)
+    # The values differ by what does not depend on the fake model.
+    for one, other in zip(*(torch.autograd.grad(v, fake) for v in (fused, -maximised)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_realsid_changes_the_square_alone():
     """RealUID's loss with its weight on ||f* - f||^2 taken from alpha to 2 alpha_sid alpha."""
     path, alpha, beta, alpha_sid = VE(), 0.9, 0.95, 0.8

@@ -161,7 +161,8 @@ class Path(ABC):
         check_choice("predict", predict, PREDICTIONS)
         if predict not in PRECONDITIONED:
             return x_t
-        return x_t * self._precondition(t, predict)[0].view(-1, *[1] * (x_t.dim() - 1)).to(x_t.dtype)
+        c_in = self._precondition(t, predict)[0].view(-1, *[1] * (x_t.dim() - 1))
+        return (c_in * x_t).to(x_t.dtype)
 
     @abstractmethod
     def preconditioning(self, t: Tensor) -> Preconditioning:

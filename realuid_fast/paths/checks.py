@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,11 +19,19 @@ def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
     if not host_checks_allowed(t) or t.numel() == 0:
         return
     low, high = t_range
-    smallest, largest, first, last = torch.stack((*torch.aminmax(t), *t.new_tensor(t_range))).tolist()
-    # The range is compared in t's own dtype, so that its ends can be given. Written so that NaN fails it too.
+    first, last = _rounded(t_range, t.dtype)
+    smallest, largest = (float(v) for v in torch.aminmax(t))
+    # Written so that NaN fails it too.
     if not (first <= smallest and largest <= last):
         found = "NaN" if math.isnan(smallest) else f"values from {smallest:g} to {largest:g}"
         raise UserError(f"t must lie inside the path's range [{low:g}, {high:g}], got {found}")
+
+
+@functools.lru_cache(maxsize=256)
+def _rounded(t_range: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """The range as times of ``dtype`` can express it, so that its own ends lie inside."""
+    low, high = torch.tensor(t_range, dtype=dtype).tolist()
+    return low, high
 
 
 def check_number(name: str, value: float, above: float = -math.inf, below: float = math.inf) -> None:
