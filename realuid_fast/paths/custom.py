@@ -32,7 +32,7 @@ def custom(
 
     Args:
         a, b, c: elementwise functions from times ``(R,)`` to scales ``(R,)``, in torch operations.
-        da, db, dc: their derivatives; forward-mode automatic differentiation where not given.
+        da, db, dc: their derivatives; automatic differentiation where not given.
         t_range: the permitted times. Every scale and derivative must be finite on it, and every quantity that a
             conversion in use divides by must not vanish: ``a`` for predictions of noise or score, ``c`` for
             predictions of ``x0``, both for preconditioned networks. Clip the ends off where one does.
@@ -66,8 +66,8 @@ def _check(name: str, value: object, t: Tensor) -> None:
 def _derivative(scale: Scalar, rate: Scalar | None, t: Tensor) -> Tensor:
     if rate is not None:
         return rate(t)
-    # Elementwise, so a tangent of ones gives every row its own derivative.
-    return torch.func.jvp(scale, (t,), (torch.ones_like(t),))[1]
+    # Elementwise, so the gradient of the sum holds every row's own derivative.
+    return torch.func.grad(lambda t: scale(t).sum())(t)
 
 
 Functions = tuple[tuple[Scalar, Scalar | None], ...]

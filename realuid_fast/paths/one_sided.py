@@ -340,7 +340,8 @@ class VPCosine(OneSidedPath):
         return da, -a * da / c
 
     def time_at_sigma(self, sigma: Tensor) -> Tensor:
-        u = torch.acos(math.cos(self._start) * torch.rsqrt(1 + sigma**2))
+        # tan u = sqrt(sigma^2 + sin^2 u_0) / cos u_0; the arc cosine would lose small times to rounding.
+        u = torch.atan(torch.sqrt(sigma**2 + math.sin(self._start) ** 2) / math.cos(self._start))
         return (u - self._start) * 2 / math.pi * (1 + self.offset)
 
 
