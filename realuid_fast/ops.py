@@ -24,6 +24,7 @@ KERNELS = (
     "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
     "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
     "interpolate_grads(Tensor grad, Tensor coef, bool want_x, bool want_endpoint) -> (Tensor, Tensor)",
+    "mean_abs_error(Tensor teacher_out, Tensor x, Tensor? x_t, Tensor coef) -> Tensor",
     "matching(Tensor out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows, "
     "bool mean, bool want_out) -> (Tensor loss, Tensor rows, Tensor g_out)",
     "fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? teacher_out, Tensor? endpoint, "
@@ -71,6 +72,10 @@ def _fake_interpolate(x: Tensor, *_: Any) -> Tensor:
 
 def _fake_interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, ...]:
     return _like_if(want_x, grad), _like_if(want_endpoint, grad)
+
+
+def _fake_mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+    return coef.new_empty(x.shape[0])
 
 
 def _fake_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:

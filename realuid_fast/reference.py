@@ -39,6 +39,11 @@ def interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: b
     return _if(want_x, lambda: c.a * _up(grad), grad), _if(want_endpoint, lambda: c.b * _up(grad), grad)
 
 
+def mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+    error = (_up(x) - _prediction(_Columns(coef, x), teacher_out, x_t)).abs()
+    return (_row_sums(error) * (x.shape[0] / max(x.numel(), 1))).to(coef.dtype)
+
+
 def matching(
     out: Tensor,
     x: Tensor,

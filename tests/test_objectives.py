@@ -7,7 +7,21 @@ import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast.objectives import FGM, IBMD, PRESETS, UID, GeneralRealUID, RealBridge, RealSiD, RealUID, SiD
+from realuid_fast.objectives import (
+    DMD,
+    FGM,
+    IBMD,
+    PRESETS,
+    UID,
+    DiffInstruct,
+    GeneralRealUID,
+    MomentMatching,
+    Objective,
+    RealBridge,
+    RealSiD,
+    RealUID,
+    SiD,
+)
 from realuid_fast.paths import DDBMVP, VE, VP, BrownianBridge, Linear
 
 
@@ -65,6 +79,9 @@ def test_general_realuid_rows(gamma, kappa):
         (lambda: GeneralRealUID(0.9, 0.95, 0.9, kappa=0.5), "kappa must be 1 or beta"),
         (lambda: FGM(1.0, 0.0), "l2 must be positive, got 0: the loss is divided by it"),
         (lambda: FGM(float("inf"), 1.0), "l1 must be a finite number"),
+        (lambda: DMD(1.5), "alpha must lie in"),
+        (lambda: Objective("", 1.0, 1.0, 1.0, 1.0, flows="y"), "flows must be 'all' or 'x', not 'y'"),
+        (lambda: Objective("", 1.0, 1.0, 1.0, 1.0, sample_scale=-1.0), "sample_scale must not be negative, got -1"),
         (lambda: SiD(0.0), "alpha_sid must be positive, got 0"),
         (lambda: SiD("1"), "alpha_sid must be a finite number, not '1'"),
         (lambda: RealSiD(0.9, 0.95, -1.0), "alpha_sid must be positive"),
@@ -99,9 +116,11 @@ def scalars(objective):
 
 
 def test_presets_that_are_the_same_numbers():
-    assert scalars(UID()) == scalars(FGM(1, 1)) == scalars(FGM(0.3, 0.3)) == scalars(SiD(0.5)) == scalars(IBMD())
-    assert scalars(FGM(0, 1)) == scalars(SiD(1.0))
-    assert scalars(RealUID(0.92, 0.94)) == scalars(RealSiD(0.92, 0.94, 0.5)) == scalars(RealBridge(0.92, 0.94))
+    plain_sid = SiD(0.5, scaled=False)
+    assert scalars(UID()) == scalars(FGM(1, 1)) == scalars(FGM(0.3, 0.3)) == scalars(plain_sid) == scalars(IBMD())
+    assert scalars(FGM(0, 1)) == scalars(SiD(1.0, scaled=False))
+    plain_real = RealSiD(0.92, 0.94, 0.5, scaled=False)
+    assert scalars(RealUID(0.92, 0.94)) == scalars(plain_real) == scalars(RealBridge(0.92, 0.94))
     assert scalars(RealSiD(1, 1, 0.8)) == scalars(SiD(0.8))
     assert scalars(GeneralRealUID(0.92, 0.94, 0.92)) == scalars(RealUID(0.92, 0.94))
 
@@ -109,7 +128,7 @@ def test_presets_that_are_the_same_numbers():
 def test_named_presets_carry_their_names():
     built = {PRESETS[name](*(0.92, 0.94, 0.9)[:count]).name for name, count in
              (("uid", 0), ("realuid", 2), ("general", 3), ("fgm", 0), ("sid", 0), ("realsid", 2), ("ibmd", 0),
-              ("real-bridge", 2))}  # fmt: skip
+              ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0))}  # fmt: skip
     assert len(built) == len(PRESETS)
 
 
@@ -184,9 +203,10 @@ def test_fgm_is_its_paper_on_the_linear_path(l1, l2):
     agree(fused_fake(path, "velocity", "velocity", FGM(l1, l2), 0), square(v - u_cond.detach()).mean(), v)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
-def test_sid_is_its_paper_in_edm_form(alpha):
-    """Zhou et al. (2404.04057), with EDM's denoisers, without the division by mean |x - f*|; ours is twice theirs."""
+def test_sid_is_its_paper_in_edm_form(alpha, scaled):
+    """Zhou et al. (2404.04057), with EDM's denoisers; without the division by mean |x - f*| ours is twice theirs."""
     sigma_data = 0.5
     path = VE(sigma_data=sigma_data)
     sigma, x, _, n = draw(path, B)
@@ -199,8 +219,9 @@ def test_sid_is_its_paper_in_edm_form(alpha):
         return sigma_data**2 / total * x_t + s * sigma_data / total.sqrt() * out
 
     f_phi, f_psi = denoise(TEACHER), denoise(FAKE)
-    loss = (-alpha * square(f_phi - f_psi) + inner(f_phi - f_psi, f_phi - x)).mean()
-    agree(fused_generator(path, "x0", "edm", SiD(alpha)), 2 * loss, x)
+    scale = 1 / (x - f_phi).abs().mean(1).detach() if scaled else 2
+    loss = (scale * (-alpha * square(f_phi - f_psi) + inner(f_phi - f_psi, f_phi - x))).mean()
+    agree(fused_generator(path, "x0", "edm", SiD(alpha, scaled)), loss, x)
 
     # The fake model is trained by EDM's own weighted denoising loss, in its raw output.
     total, weight = s**2 + sigma_data**2, (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
@@ -267,7 +288,71 @@ def test_realsid_changes_the_square_alone():
     teacher, fake = TEACHER(sigma, x_t), FAKE(sigma, x_t)
     loss = alpha * (square(teacher - beta / alpha * x) - square(fake - beta / alpha * x))
     loss = (loss - (2 * alpha_sid - 1) * alpha * square(teacher - fake)).mean()
-    agree(fused_generator(path, "x0", "x0", RealSiD(alpha, beta, alpha_sid)), loss, x)
+    agree(fused_generator(path, "x0", "x0", RealSiD(alpha, beta, alpha_sid, scaled=False)), loss, x)
+
+    plain = RealUID(alpha, beta)
+    halved = fused_generator(path, "x0", "x0", RealSiD(alpha, beta, 0.5))
+    scale = 0.5 / (x - teacher).abs().mean(1).detach()
+    whole = fused_generator(path, "x0", "x0", plain, weight=lambda _: scale)
+    for one, other in zip(halved, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("objective", "alpha", "scaled"),
+    [(DiffInstruct(), 1.0, False), (DMD(), 1.0, True), (DMD(0.8), 0.8, True), (MomentMatching(), 1.0, False)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+@pytest.mark.parametrize("predict", ["x0", "noise"])
+def test_x_alone_moves_by_the_difference_of_the_fields(objective, alpha, scaled, predict):
+    """dl/dx = w alpha (f - f*), DMD's divided by mean |x - f*|; x enters the networks, but nothing flows back there."""
+    path = VE()
+    sigma, x, _, n = draw(path, B)
+    s, fixed = sigma[:, None], x.detach()
+    x_t = fixed + s * n
+    seen, time = path.network_input(x_t, sigma, predict), path.network_time(sigma, predict)
+    outs = TEACHER(time, seen), FAKE(time, seen)
+    teacher, fake = outs if predict == "x0" else (x_t - s * out for out in outs)
+    weight = 1 / s[:, 0]
+    scale = 1 / (fixed - teacher).abs().mean(1) if scaled else 1
+    loss = (weight * scale * alpha * inner(fake - teacher, x)).mean()
+    (expected,) = torch.autograd.grad(loss, x)
+    value, gradient = fused_generator(path, "x0", predict, objective, lambda sigma: 1 / sigma)
+    torch.testing.assert_close(value, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+    coef = path.coefficients(sigma, "x0", predict, lambda sigma: 1 / sigma)
+    grads = rf.generator_grads(*outs, fixed, x_t, coef, n, objective)
+    assert grads.teacher_out is grads.fake_out is grads.x_t is None
+    torch.testing.assert_close(grads.x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_fake_model_of_dmd_tracks_the_mixture():
+    """Denoising with weight alpha on generated and 1 - alpha on real rows, over the number of generated ones."""
+    path, alpha = VE(), 0.8
+    sigma, x, _, n = draw(path, 2 * B)
+    x_t = (x + sigma[:, None] * n).detach()
+    out = FAKE(sigma, x_t).requires_grad_()
+    weight = torch.tensor([alpha] * B + [1 - alpha] * B, dtype=torch.float64)
+    loss = (weight * square(out - x.detach())).sum() / B
+    agree(fused_fake(path, "x0", "x0", DMD(alpha), B), loss, out)
+
+
+def test_the_fake_model_of_moment_matching_is_drawn_to_the_teacher():
+    """Salimans et al. (2406.04103), alternating algorithm: ||f - x||^2 + ||f - f*||^2."""
+    path, objective = VE(), MomentMatching()
+    sigma, x, _, n = draw(path, B)
+    x = x.detach()
+    x_t = x + sigma[:, None] * n
+    teacher, fake = TEACHER(sigma, x_t), FAKE(sigma, x_t).requires_grad_()
+    assert objective.needs_teacher
+    assert not objective.needs_real
+    fused = rf.fake_loss(fake, x, x_t, path.coefficients(sigma, "x0", "x0"), n, objective, teacher_out=teacher)
+    literal = (square(fake - x) + square(fake - teacher)).mean()
+    # The values differ by ||f*||^2, which does not depend on the fake model.
+    expected = torch.autograd.grad(literal, fake)[0]
+    torch.testing.assert_close(torch.autograd.grad(fused, fake)[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused, literal - square(teacher).mean(), rtol=1e-12, atol=1e-12)
 
 
 def test_ibmd_is_its_paper_on_the_brownian_bridge():
@@ -302,7 +387,13 @@ def test_real_bridge_takes_pairs_as_real_rows():
 
 @pytest.mark.parametrize(
     "objective",
-    [UID(), SiD(0.8), RealUID(0.92, 0.94), GeneralRealUID(0.9, 0.95, 0.8), GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95)],
+    [
+        UID(),
+        SiD(0.8, scaled=False),
+        RealUID(0.92, 0.94),
+        GeneralRealUID(0.9, 0.95, 0.8),
+        GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95),
+    ],
     ids=lambda o: o.name,
 )
 @pytest.mark.parametrize("path", [Linear(), VP(), VE()], ids=lambda p: type(p).__name__)
