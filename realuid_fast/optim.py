@@ -140,6 +140,7 @@ class FusedAdam(torch.optim.Optimizer):
     Attributes:
         norm: the last gradient norm before clipping, ``()``.
         counts: int64 ``(2,)`` on the device: calls of :meth:`step`, and those skipped.
+        flat_storage: every group's :class:`FlatParameters`, or None.
 
     Raises:
         UserError: a setting outside its range, or parameters that are not alike.
@@ -165,7 +166,7 @@ class FusedAdam(torch.optim.Optimizer):
             raise UserError(f"ema_decays must be different numbers in (0, 1), got {list(ema_decays)}")
         self.clip, self.ema_decays, self.ema_warmup = float(clip), tuple(map(float, ema_decays)), ema_warmup
         self._lay_flat = flat
-        self._flats: list[FlatParameters | None] = []
+        self.flat_storage: list[FlatParameters | None] = []
         self._buffers: list[dict[str, Tensor]] = []
         self._rates: list[Tensor] = []
         self._written: list[float] = []
@@ -199,7 +200,7 @@ class FusedAdam(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         params = group["params"]
-        self._flats.append(FlatParameters(params) if self._lay_flat else None)
+        self.flat_storage.append(FlatParameters(params) if self._lay_flat else None)
         self._buffers.append({})
         # A learning rate that is a number; NaN differs from every one.
         self._rates.append(torch.full((), float("nan"), dtype=torch.float64, device=params[0].device))
@@ -259,8 +260,8 @@ class FusedAdam(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State as torch's optimisers give it, with ``counts`` beside it.
 
-        Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. In place of a
-        schedule stands its present rate.
+        Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. In place of
+        a schedule stands its present rate.
         """
         state = super().state_dict()
         for group in state["param_groups"]:
@@ -332,7 +333,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _room(self, name: str, index: int, rows: int | None = None) -> list[Tensor]:
         """Memory for the parameters of a group, laid out like them; ``(rows, ...)`` for every one with ``rows``."""
-        flat, params = self._flats[index], self.param_groups[index]["params"]
+        flat, params = self.flat_storage[index], self.param_groups[index]["params"]
         if flat is not None:
             self._buffers[index][name] = flat.buffer(rows)
             return flat.views(self._buffers[index][name])
@@ -370,7 +371,7 @@ class FusedAdam(torch.optim.Optimizer):
     def _parts(self, index: int) -> Iterator[_Part]:
         """What of a group has gradients, by the number of steps taken: a flat group whose parameters all do is one."""
         params = self.param_groups[index]["params"]
-        flat = self._flats[index]
+        flat = self.flat_storage[index]
         if flat is not None and len({id(self.state[p]["step"]) for p in params}) == 1 and flat.gather():
             buffers = self._buffers[index]
             lists = [[buffers[name]] if name in buffers else [] for name in ("exp_avg", "exp_avg_sq", "ema")]
@@ -464,7 +465,7 @@ class Optimiser:
         device = params[0].device
         self.adam = FusedAdam(
             params,
-            self._rates.to(device),
+            self._rates.to(device, copy=True),
             betas,
             eps,
             clip=clip,
@@ -533,6 +534,8 @@ class Optimiser:
         if set(state["ema"]) != set(self.ema):
             raise UserError(f"ema_decays are {sorted(self.ema)}, the saved state has {sorted(state['ema'])}")
         self.adam.load_state_dict(state["adam"])
+        # The schedule is this run's, also where it is a single rate.
+        self.adam.param_groups[0]["lr"].copy_(self._rates)
         self.adam.counts.copy_(torch.tensor([int(state["steps"]), int(state["skipped"])]))
         for d, average in self.ema.items():
             for name, tensor in average.items():
@@ -572,8 +575,10 @@ def _check_group(group: dict[str, Any]) -> None:
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         device = group["params"][0].device if group["params"] else lr.device
-        if lr.device != device or lr.dtype not in (torch.float32, torch.float64) or not lr.numel():
+        if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
             raise UserError(f"lr as a tensor must be float32 or float64 on {device}, got {lr.dtype} on {lr.device}")
+        if not lr.numel() or not lr.is_contiguous():
+            raise UserError(f"lr as a tensor must be contiguous with at least one element, got shape {tuple(lr.shape)}")
     elif not lr >= 0:
         raise UserError(f"lr must not be negative, got {lr:g}")
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
