@@ -177,8 +177,8 @@ def _adam(first_moment: bool, averages: int) -> Variant:
         rates, decays = _meta((1,), torch.float64), _meta((averages,), torch.float64)
         counts, beta1 = _meta((2,), torch.int64), 0.9 * first_moment
         lists = [p], [p], [p] if first_moment else [], [p], emas
-        settings = 1.0, beta1, 0.999, 1e-8, 0.01, False, True
-        return optimiser.adam_(*lists, number, number, rates, counts, decays, *settings)[0]
+        shared = number, number, rates, counts, decays
+        return optimiser.adam_(*lists, *shared, 1.0, beta1, 0.999, 1e-8, 0.01, maximize=False, ema_warmup=True)[0]
 
     written = 2 + first_moment + averages
     return Variant(plan, F32, PARAMETERS, 1 + written, written)

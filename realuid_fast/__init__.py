@@ -1,6 +1,6 @@
 """Fused kernels and a trainer for universal inverse distillation with real-data supervision."""
 
-from . import backends, errors, noise, objectives, paths
+from . import backends, errors, noise, objectives, optim, paths
 from .backends import backend
 from .functional import (
     FakeGrads,
@@ -35,5 +35,6 @@ __all__ = [
     "matching_loss",
     "noise",
     "objectives",
+    "optim",
     "paths",
 ]

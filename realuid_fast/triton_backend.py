@@ -94,7 +94,7 @@ def _adam_(params: list[Tensor], *rest: Any) -> None:
             call.run()
 
 
-_IN_PLACE = {"scale_grads_": _scale_grads_, "begin_step_": _begin_step_, "adam_": _adam_}
+_IN_PLACE: dict[str, Callable[..., Any]] = {"scale_grads_": _scale_grads_, "begin_step_": _begin_step_, "adam_": _adam_}
 
 
 def load() -> None:
