@@ -1,13 +1,13 @@
 """Times one optimiser step against torch's own pieces on CPU: ``python -m bench.optimiser``.
 
-The parameters are those of the CIFAR-10 U-Net of the published flow-matching recipe, about 36 million; a step clips to
-a global norm, runs Adam with ``beta1 = 0`` and moves the moving averages. Prints a table and writes it with the machine's
-description to bench/results/optimiser.md and optimiser.json.
+The parameters are those of the CIFAR-10 U-Net of the published flow-matching recipe, 36 million in 304 tensors; a step
+clips to a global norm, runs Adam with ``beta1 = 0`` and moves the moving averages. Prints a table and writes it with
+the machine's description to bench/results/optimiser.md and optimiser.json.
 
 All ways run in turn in one process, as ``bench.micro`` has it. The bytes of a step are what must pass through memory at
 least: the norm reads the gradients, the update reads parameters, gradients, second moments and averages and writes all
-but the gradients. The floor is the time in which as many bytes are copied, half read and half written: by torch in every
-round, and at the speed of a copy with streaming stores before and after.
+but the gradients. The floor is the time in which as many bytes are copied, half read and half written: by torch in
+every round, and at the speed of a copy with streaming stores before and after.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def case(width: int, averages: int) -> tuple[Case, int]:
 
 def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
     """The rows as Markdown, the machine below."""
+    copies = " and ".join(f"{speed:.1f}" for speed in described["copies_GBps"])
     lines = [
         "| case | parameters | way | median, ms | minimum, ms | times realuid_fast | GB/s of the bytes needed |",
         "|---|---:|---|---:|---:|---:|---:|",
@@ -149,9 +150,8 @@ def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
         "",
         f"`python -m bench.optimiser` on {described['processor']}, {described['threads']} thread(s) of "
         f"{described['cores']} cores, {described['isa']}, torch {described['torch']}, load average "
-        f"{described['load_average']} at the start. {described['clock']}; all ways interleaved in one run. Copying with "
-        f"streaming stores went at {' and '.join(f'{speed:.1f}' for speed in described['copies_GBps'])} GB/s before and "
-        "after.",
+        f"{described['load_average']} at the start. {described['clock']}; all ways interleaved in one run. Copying "
+        f"with streaming stores went at {copies} GB/s before and after.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -371,28 +371,34 @@ class FusedAdam(torch.optim.Optimizer):
     def _parts(self, index: int) -> Iterator[_Part]:
         """What of a group has gradients, by the number of steps taken: a flat group whose parameters all do is one."""
         params = self.param_groups[index]["params"]
+        states = [self.state[p] for p in params]
         flat = self.flat_storage[index]
-        if flat is not None and len({id(self.state[p]["step"]) for p in params}) == 1 and flat.gather():
+        if flat is not None and len({id(state["step"]) for state in states}) == 1 and flat.gather():
             buffers = self._buffers[index]
             lists = [[buffers[name]] if name in buffers else [] for name in ("exp_avg", "exp_avg_sq", "ema")]
-            yield _Part(self.state[params[0]]["step"], [flat.data], [flat.grad], *lists)
+            yield _Part(states[0]["step"], [flat.data], [flat.grad], *lists)
             return
-        together: dict[int, list[nn.Parameter]] = {}
-        for p in params:
-            if p.grad is not None:
-                together.setdefault(id(self.state[p]["step"]), []).append(p)
+        together: dict[int, list[tuple[nn.Parameter, dict[str, Tensor]]]] = {}
+        idle: list[dict[str, Tensor]] = []
+        for p, state in zip(params, states, strict=True):
+            if p.grad is None:
+                idle.append(state)
+            else:
+                together.setdefault(id(state["step"]), []).append((p, state))
         # Who has no gradient takes no step: its count parts from the others'.
         stay: dict[int, Tensor] = {}
-        for p in params:
-            step = self.state[p]["step"]
-            if p.grad is None and id(step) in together:
-                if id(step) not in stay:
-                    stay[id(step)] = step.clone()
-                self.state[p]["step"] = stay[id(step)]
+        for state in idle:
+            counter = id(state["step"])
+            if counter in together:
+                if counter not in stay:
+                    stay[counter] = state["step"].clone()
+                state["step"] = stay[counter]
         for members in together.values():
-            states = [self.state[p] for p in members]
-            lists = [[s[name] for s in states if name in s] for name in ("exp_avg", "exp_avg_sq", "ema")]
-            yield _Part(states[0]["step"], list(members), [_like(p) for p in members], *lists)
+            first = members[0][1]
+            lists = [
+                [s[name] for _, s in members] if name in first else [] for name in ("exp_avg", "exp_avg_sq", "ema")
+            ]
+            yield _Part(first["step"], [p for p, _ in members], [_like(p) for p, _ in members], *lists)
 
 
 class Optimiser:
@@ -593,5 +599,8 @@ def _like(p: nn.Parameter) -> Tensor:
     """The gradient of ``p``, element for element where ``p`` has them in memory."""
     grad = p.grad
     assert grad is not None
-    same = all(a == b or size < 2 for a, b, size in zip(grad.stride(), p.stride(), p.shape, strict=True))
+    if (here := grad.stride()) == (there := p.stride()):
+        return grad
+    # The stride of a dimension of size 1 says nothing.
+    same = all(a == b or size < 2 for a, b, size in zip(here, there, p.shape, strict=True))
     return grad if same else torch.empty_like(p).copy_(grad)

@@ -29,7 +29,7 @@ def make_net() -> nn.Module:
 def set_gradients(net: nn.Module, seed: int, size: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
-        p.grad = size * torch.randn(p.shape, generator=generator)
+        p.grad = size * torch.randn(p.shape, generator=generator).to(p.device)
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.99)])
@@ -576,3 +576,61 @@ def test_state_that_cannot_be_is_refused():
         FusedAdam(params).load_state_dict(adam.state_dict())
     with pytest.raises(UserError, match="1 averages, this has 2"):
         FusedAdam(params, ema_decays=(0.5, 0.9)).load_state_dict(FusedAdam(params, ema_decays=(0.5,)).state_dict())
+
+
+# -- on a GPU
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")]
+
+
+def on_gpu(flat):
+    """Six steps on the GPU, one of them skipped, and the same on CPU."""
+    results = []
+    for device in ("cpu", "cuda"):
+        net = conv_net().to(device)
+        settings = {"weight_decay": 0.1, "clip": 0.5, "ema_decays": (0.9, 0.99), "ema_warmup": True}
+        optimiser = FusedAdam(net.parameters(), 1e-2, (0.5, 0.9), flat=flat and device == "cuda", **settings)
+        for n in range(6):
+            set_gradients(net, n)
+            if n == 2:
+                net[0].weight.grad[0, 0, 0, 0] = math.inf
+            optimiser.step()
+        averages = itertools.chain(*(optimiser.averages(d).values() for d in (0.9, 0.99)))
+        results.append([t.detach().cpu() for t in (*net.parameters(), *averages)])
+        assert optimiser.counts.tolist() == [6, 1]
+    return results
+
+
+@pytest.mark.parametrize("flat", [pytest.param(flat, marks=GPU) for flat in (False, True)])
+def test_gpu_agrees_with_cpu(flat):
+    assert_close(*on_gpu(flat), torch.float32)
+
+
+@pytest.mark.parametrize("flat", [pytest.param(flat, marks=GPU) for flat in (False, True)])
+def test_replayed_graph_goes_on(flat):
+    """Rates, bias corrections and averages of a replay are the next step's, not those of the captured one."""
+    rates = torch.tensor([0.1, 0.01, 0.05, 0.02], dtype=torch.float64)
+    results = []
+    for graphed in (False, True):
+        params = [nn.Parameter(p.detach().cuda()) for p in make_params(shapes=[(3, 5), (67,), (90, 101)])]
+        optimiser = FusedAdam(params, rates.cuda(), clip=1.0, ema_decays=(0.9,), ema_warmup=True, flat=flat)
+        grads = [torch.zeros_like(p) for p in params]
+        graph, state = torch.cuda.CUDAGraph(), copy.deepcopy(optimiser.state_dict())
+        values = [p.detach().clone() for p in params]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        optimiser.step()
+        if graphed:
+            with torch.cuda.graph(graph):
+                optimiser.step()
+        optimiser.load_state_dict(state)
+        with torch.no_grad():
+            torch._foreach_copy_(params, values)
+        for n in range(5):
+            generator = torch.Generator().manual_seed(n)
+            for grad in grads:
+                grad.copy_(torch.randn(grad.shape, generator=generator))
+            graph.replay() if graphed else optimiser.step()
+        results.append([t.cpu() for t in (*params, *optimiser.averages(0.9).values())])
+        assert optimiser.counts.tolist() == [5, 0]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -16,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from realuid_fast import reference, triton_backend
+from realuid_fast import ops, reference, triton_backend
 from realuid_fast.kernels import tiles
 from realuid_fast.kernels.noise import _philox
+from realuid_fast.optim import FusedAdam
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Relative L2 error against float64 on the same rounded inputs. float32: roundings of 6e-8 and the interpreter's own
@@ -312,6 +314,29 @@ def check_optimiser_of_many() -> None:
     assert counts.tolist() == [2, 0]
 
 
+def check_optimiser_class() -> None:
+    """Flat storage end to end: what a GPU runs, beside the same optimiser on separate tensors in float64."""
+    kernels = SimpleNamespace(**{op: triton_backend.launcher(op) for op in ("begin_step_", "adam_")})
+    select, results = ops.current, []
+    for dtype, namespace in ((F32, kernels), (torch.float64, torch.ops.realuid_fast_reference)):
+        generator = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in (5, 130, 1)]
+        rates = torch.tensor([0.1, 0.05, 0.2], dtype=torch.float64)
+        settings = {"weight_decay": 0.1, "clip": 5.0, "ema_decays": (0.9, 0.5), "ema_warmup": True}
+        optimiser = FusedAdam(params, rates, (0.5, 0.9), flat=dtype == F32, **settings)
+        ops.current = lambda device, namespace=namespace: namespace
+        try:
+            for _ in range(4):
+                for p in params:
+                    p.grad = torch.randn(len(p), generator=generator).to(dtype)
+                optimiser.step()
+        finally:
+            ops.current = select
+        averages = [t for d in (0.9, 0.5) for t in optimiser.averages(d).values()]
+        results.append((*(p.detach() for p in params), *averages))
+    compare("adam_/flat storage", F32, *results)
+
+
 def main() -> None:
     torch.manual_seed(0)
     check_normals()
@@ -331,6 +356,7 @@ def main() -> None:
             check_generator(alone, f"generator/{tag}", dtype, (True, True, True, alone.x_t is not None), True)
         check_scale(shape_name, F32)
     check_scale("short", F16)
+    check_optimiser_class()
     check_optimiser_of_many()
     check_optimiser_corrections()
     check_optimiser((6400,), 3, 0.0, False, True, 1.0)
