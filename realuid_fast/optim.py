@@ -260,13 +260,13 @@ class FusedAdam(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State as torch's optimisers give it, with ``counts`` beside it.
 
-        Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. In place of
-        a schedule stands its present rate.
+        Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. The
+        learning rate is a number, a schedule's the next one.
         """
         state = super().state_dict()
         for group in state["param_groups"]:
-            if isinstance(rates := group["lr"], Tensor) and rates.numel() > 1:
-                group["lr"] = float(rates[min(int(self.counts[0]), len(rates) - 1)])
+            if isinstance(lr := group["lr"], Tensor):
+                group["lr"] = float(lr.flatten()[min(int(self.counts[0]), lr.numel() - 1)])
         # Parameters share a counter here; torch's Adam counts each for itself.
         state["state"] = {k: {**values, "step": values["step"].clone()} for k, values in state["state"].items()}
         return {**state, "counts": self.counts}
@@ -276,10 +276,10 @@ class FusedAdam(torch.optim.Optimizer):
         state = self.state_dict()
         entries = {}
         for k, values in state["state"].items():
-            square = values["exp_avg_sq"]
+            second = values["exp_avg_sq"].clone()
             # Adam with beta1 = 0 writes its first moment before it reads it, but wants the room.
-            first = values.get("exp_avg", torch.zeros_like(square))
-            entries[k] = {"step": values["step"], "exp_avg": first.clone(), "exp_avg_sq": square.clone()}
+            first = values["exp_avg"].clone() if "exp_avg" in values else torch.zeros_like(second)
+            entries[k] = {"step": values["step"], "exp_avg": first, "exp_avg_sq": second}
         return {"state": entries, "param_groups": state["param_groups"]}
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ class FusedAdam(torch.optim.Optimizer):
         mine, own_lr = self.state, [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         theirs, self.state = self.state, mine
-        counters: dict[float, Tensor] = {}
+        most = 0.0
         for i, group in enumerate(self.param_groups):
             lr = own_lr[i]
             if not isinstance(lr, Tensor):
@@ -311,6 +311,8 @@ class FusedAdam(torch.optim.Optimizer):
                 lr.fill_(float(group["lr"]))
             group["lr"] = lr
             self._make_moments(i)
+            # Parameters of a group that have taken as many steps share their counter.
+            counters: dict[float, Tensor] = {}
             for p in group["params"]:
                 state, saved = self.state[p], theirs.get(p, {})
                 for name, value in state.items():
@@ -323,10 +325,8 @@ class FusedAdam(torch.optim.Optimizer):
                     used = any(state["step"] is counter for counter in counters.values())
                     counters[taken] = (state["step"].clone() if used else state["step"]).fill_(taken)
                 state["step"] = counters[taken]
-        if "counts" in state_dict:
-            self.counts.copy_(state_dict["counts"])
-        else:
-            self.counts.copy_(torch.tensor([int(max(counters)), 0]))
+            most = max(most, *counters)
+        self.counts.copy_(state_dict.get("counts", torch.tensor([int(most), 0])))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
