@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,39 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def describe() -> dict[str, Any]:
     """The machine and the software, as plain values for a JSON file; bandwidth in GB/s (10^9 bytes), one thread."""
-    bandwidth = extension.native.bandwidth(megabytes=256, repeats=5, threads=1) if extension.native else {}
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": extension.isa(),
-        "copy_GBps": round(bandwidth.get("copy", 0.0), 1),
+        "copy_GBps": round(streaming_copy(2 << 28, threads=1) or 0.0, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "revision": _revision(),
     }
+
+
+def sentence(described: Mapping[str, Any]) -> str:
+    """The machine in a line, for below a table."""
+    return (
+        f"{described['processor']}, {described['threads']} thread(s) of {described['cores']} cores, "
+        f"{described['isa']}, torch {described['torch']}, load average {described['load_average']} at the start"
+    )
+
+
+def streaming_copy(size: int, repeats: int = 5, threads: int | None = None) -> float | None:
+    """GB/s of reads and writes in copying ``size / 2`` bytes with streaming stores, as the kernels write.
+
+    ``size`` is the working set in bytes, rounded to 2 MiB; the best of ``repeats`` by the wall. None where that is
+    nothing, since the kernels stream larger tensors only, and without the native module. ``threads``: torch's where
+    not given.
+    """
+    megabytes = round(size / 2**21)
+    if extension.native is None or megabytes < 1:
+        return None
+    threads = torch.get_num_threads() if threads is None else threads
+    return float(extension.native.bandwidth(megabytes=megabytes, repeats=repeats, threads=threads)["copy"])
 
 
 def _processor() -> str:

@@ -1,22 +1,22 @@
-"""Times the fused calls against plain torch on CPU: ``python -m bench.micro``.
+"""Times the fused calls against plain torch on CPU: ``python -m bench.micro``, about ten minutes; ``--quick`` two.
 
-Prints a table and writes it with the machine's description to bench/results/micro.md and micro.json.
+Writes micro.json (every number), micro.md (sizes of training batches in float32), micro_all.md (all cases) and two
+plots. The cases are :func:`entries`; a call and its peers are a function below each. All ways of a case run in turn in
+one process (:mod:`bench.timing`). Peers draw their noise with torch.randn or are given a tensor; the fused calls
+regenerate it from a key or are given the same tensor. Freed memory is kept for the next call, for all ways alike, as
+the trainer does.
 
-Every way of computing a case runs in turn, round after round, so that a drifting machine slows all of them alike. A
-turn is a few calls in a row, of which the first, with the caches as another way left them, is not counted. On one
-thread the clock is the thread's processor time, which waiting for a busy neighbour does not lengthen; on more it is the
-wall's. The peers draw their noise with torch.randn or are given a tensor; the fused calls regenerate it from a key or
-are given the same tensor.
+Bytes are what a call has to move: every input read once, every output written once. The limit beside it is the speed of
+copying as many bytes in the same rounds, by ``Tensor.copy_`` and by streaming stores, as the kernels write.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,243 +24,288 @@ from torch import Tensor
 
 import realuid_fast as rf
 
-from . import machine, peers
+from . import machine, peers, plots, report, timing
+from .report import COPIES, OURS, Row
+from .timing import Case, Way
 
-RESULTS = Path(__file__).resolve().parent / "results"
-CIFAR, DIGITS = (256, 3, 32, 32), (128, 1, 8, 8)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of computing a case; ``ours`` is what the others are compared with."""
-
-    name: str
-    run: Callable[[], Any]
-    ours: bool = False
+TINY, DIGITS, CIFAR, LARGE = (2, 4), (128, 1, 8, 8), (256, 3, 32, 32), (2048, 3, 32, 32)
+SIZES = (TINY, (8, 1, 8, 8), DIGITS, (16, 3, 32, 32), CIFAR, LARGE, (1024, 4, 128, 128))
+LONG = 2**22  # elements from which a call outlasts its caches and the clock's grain
 
 
 @dataclass(frozen=True)
-class Case:
-    """One computation with the ways of doing it that may be compared: all of them do the same work."""
+class Entry:
+    """One line of the table of cases; ``compiled``: also by torch.compile, which takes some seconds to build."""
 
-    name: str
+    call: str
     shape: tuple[int, ...]
-    ways: list[Way]
+    dtype: torch.dtype = torch.float32
+    layout: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
 
 
+def entries(quick: bool = False) -> Iterator[Entry]:
+    """The cases: every call over sizes in float32, and over types and layouts at the sizes of training batches."""
+    for call in CALLS:
+        for shape in (TINY, DIGITS, CIFAR) if quick else SIZES:
+            yield Entry(call, shape, compiled=shape == CIFAR or (not quick and shape in (DIGITS, LARGE)))
+        yield Entry(call, CIFAR, torch.bfloat16, compiled=not quick)
+        if not quick:
+            yield Entry(call, CIFAR, torch.float16)
+            yield Entry(call, LARGE, torch.bfloat16)
+            for dtype in (torch.float32, torch.bfloat16):
+                yield Entry(call, CIFAR, dtype, torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a user would write, ``function(*inputs, noise, **bound)``: a loss to differentiate, or called as it is."""
+
+    name: str
+    function: Callable[..., Any]
+    autograd: bool = True
+    eager: bool = True
+    compiled: bool = True
+    draws: bool = True
+    bound: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A fused call on the tensors of one entry, and its peers; ``loss`` is its differentiable form, if it has one.
+
+    ``moved`` counts the tensors that have to be read or written; ``draw`` makes the peers' noise.
+    """
+
+    moved: int
+    ours: Callable[[], Any]
+    inputs: tuple[Tensor, ...]
+    draw: Callable[[], Tensor]
+    peers: tuple[Peer, ...]
+    loss: Callable[..., Tensor] | None = None
+
+
+class Setting:
+    """Tensors and settings of one entry."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry, self.rows = entry, entry.shape[0]
+        self.random = torch.Generator().manual_seed(0)
+        self.path, self.key = rf.paths.Linear(), rf.NoiseStream(0).next_key()
+        self.objective = rf.objectives.RealUID(peers.ALPHA, peers.BETA)
+        self.t = self.path.sample_time(self.rows, self.random)
+        self.coef = self.path.coefficients(self.t)
+
+    def tensor(self, rows: int | None = None) -> Tensor:
+        """Normals of the entry's kind, with ``rows`` samples where given."""
+        drawn = torch.randn(rows or self.rows, *self.entry.shape[1:], generator=self.random).to(self.entry.dtype)
+        return drawn.contiguous(memory_format=self.entry.layout) if drawn.dim() == 4 else drawn
+
+
+def _generator(s: Setting, drawn: bool) -> Call:
+    teacher, fake, x, given = (s.tensor() for _ in range(4))
+    noise = s.key if drawn else given
+    # Compiled draws are scalar code, several times slower than eager ones: shown once.
+    shown = drawn and s.entry.shape == CIFAR and s.entry.dtype == torch.float32
+    table = {"coef": s.coef}
+    return Call(
+        moved=6 if drawn else 7,
+        ours=lambda: rf.generator_grads(teacher, fake, x, None, s.coef, noise, s.objective),
+        loss=lambda a, b, c: rf.generator_loss(a, b, c, None, s.coef, noise, s.objective),
+        inputs=(teacher, fake, x),
+        draw=lambda: torch.randn_like(x) if drawn else given,
+        peers=(
+            Peer("coefficient table", peers.generator_table, bound=table),
+            Peer("as published", peers.generator_published),
+            Peer("written out", peers.generator_written_out),
+            Peer("gradients by hand", peers.generator_by_hand, autograd=False, eager=False),
+            Peer("noise inside", peers.generator_noise_inside, eager=False, compiled=shown, draws=False, bound=table),
+        ),
+    )
+
+
+def _fake(s: Setting) -> Call:
+    half = s.rows // 2
+    fake, x, like = s.tensor(), s.tensor(), s.tensor(half)
+    coef = s.path.coefficients(s.t[:half].repeat(2))
+    return Call(
+        moved=3,
+        ours=lambda: rf.fake_grads(fake, x, None, coef, s.key, s.objective, n_real=half, noise_rows=half),
+        loss=lambda f: rf.fake_loss(f, x, None, coef, s.key, s.objective, n_real=half, noise_rows=half),
+        inputs=(fake,),
+        draw=lambda: torch.randn_like(like),
+        peers=(
+            Peer("weights by row", peers.fake_by_row, bound={"x": x}),
+            Peer("as published", peers.fake_published, bound={"x": x}),
+            Peer("gradients by hand", peers.fake_by_hand, autograd=False, eager=False, bound={"x": x}),
+        ),
+    )
+
+
+def _matching(s: Setting) -> Call:
+    out, x = s.tensor(), s.tensor()
+    return Call(
+        moved=3,
+        ours=lambda: rf.matching_grads(out, x, None, s.coef, s.key),
+        loss=lambda f: rf.matching_loss(f, x, None, s.coef, s.key),
+        inputs=(out,),
+        draw=lambda: torch.randn_like(x),
+        peers=(
+            Peer("coefficient table", peers.matching_table, bound={"x": x, "coef": s.coef}),
+            Peer("as published", peers.matching_published, bound={"x": x}),
+            Peer("gradients by hand", peers.matching_by_hand, autograd=False, eager=False, bound={"x": x}),
+        ),
+    )
+
+
+def _interpolate(s: Setting) -> Call:
+    x = s.tensor()
+    return Call(
+        moved=2,
+        ours=lambda: rf.interpolate(x, s.coef, s.key),
+        inputs=(x,),
+        draw=lambda: torch.randn_like(x),
+        peers=(
+            Peer("as published", peers.interpolate, autograd=False, bound={"t": s.t}),
+            Peer("torch.lerp", peers.interpolate_lerp, autograd=False, compiled=False, bound={"t": s.t}),
+        ),
+    )
+
+
+def _normals(s: Setting) -> Call:
+    like = s.tensor()
+    return Call(
+        moved=1,
+        ours=lambda: rf.noise.normal(s.key, like),
+        inputs=(like,),
+        draw=lambda: like,
+        peers=(
+            Peer("torch.randn", torch.randn_like, autograd=False, compiled=False, draws=False),
+            # Into a tensor that exists, whose pages are there already.
+            Peer("Tensor.normal_", Tensor.normal_, autograd=False, compiled=False, draws=False),
+        ),
+    )
+
+
+CALLS: dict[str, Callable[[Setting], Call]] = {
+    "generator loss, 3 gradients, noise drawn": functools.partial(_generator, drawn=True),
+    "generator loss, 3 gradients, noise given": functools.partial(_generator, drawn=False),
+    "fake loss, gradient, half the rows real, noise drawn": _fake,
+    "matching loss, gradient, noise drawn": _matching,
+    "interpolate, noise drawn": _interpolate,
+    "normals": _normals,
+}
+
+
+def build(entry: Entry) -> Case:
+    """The entry's tensors made and its ways bound to them, copies of as many bytes among them."""
+    call = CALLS[entry.call](Setting(entry))
+    size = call.moved * math.prod(entry.shape) * entry.dtype.itemsize
+    ways = [Way(OURS, call.ours, ours=True)]
+    if call.loss is not None:
+        ways.append(Way(f"{OURS}, autograd", runner(call, Peer("", call.loss, draws=False))))
+    for peer in call.peers:
+        if peer.eager:
+            ways.append(Way(f"eager, {peer.name}", runner(call, peer)))
+        if peer.compiled and entry.compiled:
+            compiled = replace(peer, function=_compiled(peer.function))
+            ways.append(Way(f"torch.compile, {peer.name}", runner(call, compiled)))
+    return Case(
+        entry.call,
+        entry.shape,
+        ways + copies(size),
+        dtype=str(entry.dtype).removeprefix("torch."),
+        layout="channels_last" if entry.layout == torch.channels_last else "contiguous",
+        bytes=size,
+    )
+
+
+@functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _with_grad(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., tuple[Tensor, ...]]:
-    """function(*inputs, ...) followed by the gradients of its loss with respect to ``inputs``."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+def runner(call: Call, peer: Peer) -> Callable[[], Any]:
+    """The peer on the call's inputs and fresh noise; with ``autograd``, the gradients of the loss that it returns."""
+    inputs = [tensor.detach().requires_grad_(peer.autograd) for tensor in call.inputs]
 
-    def run(*rest: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*leaves, *rest), leaves)
+    def run() -> Any:
+        noise = {"noise": call.draw()} if peer.draws else {}
+        result = peer.function(*inputs, **noise, **peer.bound)
+        return torch.autograd.grad(result, inputs) if peer.autograd else result
 
     return run
 
 
-def _inputs(shape: tuple[int, ...], count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
+def copies(size: int) -> list[Way]:
+    """Copying ``size / 2`` bytes, which moves ``size``: by torch and, where caches end, with streaming stores."""
+    source = torch.ones(size // 2, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    ways = [Way(COPIES[0], lambda: target.copy_(source))]
+    if machine.streaming_copy(size, repeats=1) is not None:
+        ways.append(Way(COPIES[1], lambda: size / (1e9 * (machine.streaming_copy(size) or 0.0)), times_itself=True))
+    return ways
 
 
-def _setting() -> tuple[rf.paths.Linear, rf.objectives.Objective, Tensor]:
-    return rf.paths.Linear(), rf.objectives.RealUID(peers.ALPHA, peers.BETA), rf.NoiseStream(0).next_key()
-
-
-def generator_cases(shape: tuple[int, ...], compile_peers: bool = True) -> list[Case]:
-    """The generator loss with its gradients to teacher_out, fake_out and x: noise drawn, and noise given."""
-    path, objective, key = _setting()
-    teacher, fake, x, noise = _inputs(shape, 4)
-    coef = path.coefficients(path.sample_time(shape[0]))
-    eager = _with_grad(lambda a, b, c, n: peers.generator_loss(a, b, c, n, coef), teacher, fake, x)
-    written_out = _with_grad(peers.velocity_loss, teacher, fake, x)
-
-    # No timing of ways that do not compute the same thing.
-    ours = rf.generator_grads(teacher, fake, x, None, coef, noise, objective)
-    gradients = (ours.teacher_out, ours.fake_out, ours.x)
-    torch.testing.assert_close(gradients, eager(noise))
-    torch.testing.assert_close(gradients, written_out(noise))
-    torch.testing.assert_close((ours.loss, *gradients), peers.velocity_one_pass(teacher, fake, x, noise))
-
-    def draw() -> Tensor:
-        return torch.randn(shape)
-
-    drawn = [
-        Way("realuid_fast", lambda: rf.generator_grads(teacher, fake, x, None, coef, key, objective), ours=True),
-        Way("eager, autograd", lambda: eager(draw())),
-        Way("eager, autograd, velocity written out", lambda: written_out(draw())),
-    ]
-    given = [
-        Way("realuid_fast", lambda: rf.generator_grads(teacher, fake, x, None, coef, noise, objective), ours=True),
-        Way("eager, autograd", lambda: eager(noise)),
-        Way("eager, autograd, velocity written out", lambda: written_out(noise)),
-    ]
-    if compile_peers:
-        table = _compiled(peers.generator_loss)
-        compiled = _with_grad(lambda a, b, c, n: table(a, b, c, n, coef), teacher, fake, x)
-        compiled_out = _with_grad(_compiled(peers.velocity_loss), teacher, fake, x)
-        one_pass = _compiled(peers.velocity_one_pass)
-        inside = _compiled(lambda a, b, c: peers.generator_loss(a, b, c, torch.randn_like(c), coef))
-        drawn_inside = _with_grad(inside, teacher, fake, x)
-        drawn += [
-            Way("torch.compile, autograd", lambda: compiled(draw())),
-            Way("torch.compile, autograd, velocity written out", lambda: compiled_out(draw())),
-            Way("torch.compile, gradients by hand, velocity written out", lambda: one_pass(teacher, fake, x, draw())),
-            Way("torch.compile, autograd, randn compiled in", lambda: drawn_inside()),
-        ]
-        given += [
-            Way("torch.compile, autograd", lambda: compiled(noise)),
-            Way("torch.compile, autograd, velocity written out", lambda: compiled_out(noise)),
-            Way("torch.compile, gradients by hand, velocity written out", lambda: one_pass(teacher, fake, x, noise)),
-        ]
-    return [
-        Case("generator loss, 3 gradients, noise drawn", shape, drawn),
-        Case("generator loss, 3 gradients, noise given", shape, given),
-    ]
-
-
-def fake_cases(shape: tuple[int, ...], compile_peers: bool = True) -> list[Case]:
-    """The fake model's loss with its gradient on shape[0] generated and as many real rows, one noise for both."""
-    path, objective, key = _setting()
-    rows = shape[0]
-    both = (2 * rows, *shape[1:])
-    fake, x = _inputs(both, 2)
-    coef = path.coefficients(path.sample_time(rows).repeat(2))
-    eager = _with_grad(lambda f, n: peers.fake_loss(f, x, n), fake)
-    ways = [
-        Way(
-            "realuid_fast",
-            lambda: rf.fake_grads(fake, x, None, coef, key, objective, n_real=rows, noise_rows=rows),
-            ours=True,
-        ),
-        Way("eager, autograd", lambda: eager(torch.randn(shape))),
-    ]
-    if compile_peers:
-        compiled = _with_grad(_compiled(lambda f, n: peers.fake_loss(f, x, n)), fake)
-        ways.append(Way("torch.compile, autograd", lambda: compiled(torch.randn(shape))))
-    return [Case("fake loss, gradient, noise drawn", both, ways)]
-
-
-def interpolate_cases(shape: tuple[int, ...], compile_peers: bool = True) -> list[Case]:
-    """x_t from x and fresh noise."""
-    path, _, key = _setting()
-    (x,) = _inputs(shape, 1)
-    t = path.sample_time(shape[0])
-    coef = path.coefficients(t)
-    ways = [
-        Way("realuid_fast", lambda: rf.interpolate(x, coef, key), ours=True),
-        Way("eager", lambda: peers.interpolate(x, t, torch.randn(shape))),
-    ]
-    if compile_peers:
-        compiled = _compiled(peers.interpolate)
-        ways.append(Way("torch.compile", lambda: compiled(x, t, torch.randn(shape))))
-    return [Case("interpolate, noise drawn", shape, ways)]
-
-
-def normal_cases(shape: tuple[int, ...], compile_peers: bool = True) -> list[Case]:
-    """Standard normals into a new tensor; by torch also into one that exists, whose pages are there already."""
-    _, _, key = _setting()
-    (like,) = _inputs(shape, 1)
-    ways = [
-        Way("realuid_fast", lambda: rf.noise.normal(key, like), ours=True),
-        Way("torch.randn", lambda: torch.randn(shape)),
-        Way("Tensor.normal_", lambda: like.normal_()),
-    ]
-    return [Case("normals", shape, ways)]
-
-
-def cases(compile_peers: bool = True) -> list[Case]:
-    return [
-        *generator_cases(CIFAR, compile_peers),
-        *fake_cases(CIFAR, compile_peers),
-        *interpolate_cases(CIFAR, compile_peers),
-        *normal_cases(CIFAR, compile_peers),
-        *generator_cases(DIGITS, compile_peers),
-    ]
-
-
-def measure(case: Case, rounds: int, calls: int = 4, warmup: int = 3) -> list[dict[str, Any]]:
-    """Times every way of a case in turn, ``rounds`` turns of ``calls`` calls each; milliseconds."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for way in case.ways:
-        for _ in range(warmup):
-            way.run()
-    seconds: list[list[float]] = [[] for _ in case.ways]
-    for _ in range(rounds):
-        for way, taken in zip(case.ways, seconds, strict=True):
-            turn = []
-            for _ in range(calls):
-                start = clock()
-                result = way.run()
-                turn.append(clock() - start)
-                # Freed outside the clock, as a training loop frees it one step later.
-                del result
-            taken.append(sorted(turn[1:])[(calls - 1) // 2])
-    ours = next(i for i, way in enumerate(case.ways) if way.ours)
-    rows = []
-    for way, taken in zip(case.ways, seconds, strict=True):
-        ratios = sorted(other / mine for other, mine in zip(taken, seconds[ours], strict=True))
-        taken = sorted(taken)
-        rows.append(
-            {
-                "case": case.name,
-                "shape": list(case.shape),
-                "way": way.name,
-                "median_ms": 1e3 * taken[len(taken) // 2],
-                "min_ms": 1e3 * taken[0],
-                "ratio": ratios[len(ratios) // 2],
-            }
-        )
+def run(chosen: Iterable[Entry], seconds: float) -> list[Row]:
+    """All rows of the entries, each timed for about ``seconds``; says on standard error what it is at."""
+    rows: list[Row] = []
+    for entry in chosen:
+        case = build(entry)
+        print(f"{case.name}, {entry.shape}, {case.dtype}, {case.layout}", file=sys.stderr, flush=True)
+        calls = 1 if math.prod(entry.shape) >= LONG else 3
+        rows += timing.measure(case, rounds=60, calls=calls, seconds=seconds)
     return rows
 
 
-def table(rows: list[dict[str, Any]], described: dict[str, Any]) -> str:
-    """The rows as Markdown, the machine below."""
-    lines = ["| case | shape | way | median, ms | minimum, ms | times realuid_fast |", "|---|---|---|---:|---:|---:|"]
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        lines.append(
-            f"| {row['case']} | {shape} | {row['way']} | {row['median_ms']:.3f} | {row['min_ms']:.3f} "
-            f"| {row['ratio']:.1f} |"
-        )
-    lines += [
-        "",
-        f"`python -m bench.micro` on {described['processor']}, {described['threads']} thread(s) of "
-        f"{described['cores']} cores, {described['isa']}, torch {described['torch']}, copy bandwidth "
-        f"{described['copy_GBps']} GB/s on one thread, load average {described['load_average']} at the start. "
-        f"{described['clock']}; all ways of a case interleaved in one run; the last column is the median over rounds "
-        "of the ratio inside the round.",
-    ]
-    return "\n".join(lines) + "\n"
+def table(rows: Sequence[Row], described: Mapping[str, Any]) -> str:
+    """A Markdown table a call, the machine below."""
+    parts = []
+    cases = report.by_case(rows)
+    for call in dict.fromkeys(ways[OURS]["case"] for ways in cases):
+        chosen = [ways for ways in cases if ways[OURS]["case"] == call]
+        others = dict.fromkeys(name for ways in chosen for name in ways if name not in (OURS, *COPIES))
+        header = ["shape", "type", "ms", "GB/s", *(f"{name}, GB/s" for name in COPIES), "share of copy", *others]
+        lines = []
+        for ways in chosen:
+            ours, share = ways[OURS], report.share_of_copy(ways)
+            speeds = [report.number(ways.get(name, {}).get("GBps")) for name in (OURS, *COPIES)]
+            share_text = "" if share is None else f"{share:.0%}"
+            times = [f"{ways[name]['ratio']:.1f}" if name in ways else "" for name in others]
+            lines.append(
+                [report.shape(ours), report.kind(ours), report.number(ours["median_ms"]), *speeds, share_text, *times]
+            )
+        parts.append(f"**{call}**\n\n" + report.markdown(header, lines, words=2))
+    parts.append(
+        f"`{described['command']}` on {machine.sentence(described)}. ms, GB/s and share are realuid_fast's; the "
+        "columns after them are other ways' times by its own, medians over rounds of the ratio inside the round. The "
+        f"clock is the {described['clock']}. The share is of the faster copy of the same number of bytes.\n"
+    )
+    return "\n".join(parts)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=60, help="rounds over all ways of a case (default 60)")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = report.parser("bench.micro", __doc__, "time of a case beside its compilation (default 2.5, quick 1)")
+    parser.add_argument("--threads", type=report.threads, default=1, help="torch threads (default 1)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of micro.json and micro.md")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    torch.set_num_threads(args.threads)
-    described = machine.describe()
-    described["clock"] = "Processor time of the one thread" if args.threads == 1 else "Wall time"
-    rows: list[dict[str, Any]] = []
-    for case in cases(not args.no_compile):
-        if args.only in case.name:
-            rows += measure(case, args.rounds)
-    text = table(rows, described)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "micro.json").write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
-    (args.out / "micro.md").write_text(text)
-    print(text)
+    chosen = [entry for entry in entries(args.quick) if args.only in entry.call]
+    if not chosen:
+        parser.error(f"no case has {args.only!r} in its name")
+    if args.no_compile:
+        chosen = [replace(entry, compiled=False) for entry in chosen]
+    described = report.start("bench.micro", argv, args.threads)
+    rows = run(chosen, report.seconds(args, 2.5, quick=1.0))
+    name = report.named("micro", args.threads)
+    usual = [row for row in rows if row["shape"] != list(SIZES[-1]) and report.kind(row) == "float32"]
+    tables = {name: table(usual, described), f"{name}_all": table(rows, described)}
+    report.write(report.Results(name, described, rows), args.out, tables)
+    plots.times(rows, args.out / f"{name}_time.png")
+    plots.shares(rows, args.out / f"{name}_share.png")
+    print(tables[f"{name}_all"])
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -15,7 +15,10 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)
-        body = (RESULTS / f"{name}.md").read_text().strip()
+        file = RESULTS / f"{name}.md"
+        if not file.is_file():
+            raise SystemExit(f"README.md asks for the table '{name}', and there is no bench/results/{name}.md")
+        body = file.read_text().strip()
         return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

@@ -1,15 +1,26 @@
 """The micro-benchmarks under pytest-benchmark: ``pytest bench``; ``python -m bench.micro`` also has compiled peers."""
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bench import micro
 
-WAYS = [(case, way) for case in micro.cases(compile_peers=False) for way in case.ways]
+ENTRIES = [replace(entry, compiled=False) for entry in micro.entries(quick=True)]
+# Which ways there are does not depend on the size, so collecting builds small ones.
+WAYS = [
+    pytest.param(entry, way.name, id=f"{entry.call} {entry.shape} {str(entry.dtype)[6:]}: {way.name}")
+    for entry in ENTRIES
+    for way in micro.build(replace(entry, shape=micro.TINY)).ways
+    if not way.times_itself
+]
+built = functools.lru_cache(maxsize=1)(micro.build)
 
 
-@pytest.mark.parametrize(("case", "way"), WAYS, ids=[f"{c.name} {c.shape[0]}: {w.name}" for c, w in WAYS])
-def test_micro(benchmark: Any, case: micro.Case, way: micro.Way) -> None:
-    benchmark.group = f"{case.name} {'x'.join(map(str, case.shape))}"
+@pytest.mark.parametrize(("entry", "name"), WAYS)
+def test_micro(benchmark: Any, entry: micro.Entry, name: str) -> None:
+    way = next(way for way in built(entry).ways if way.name == name)
+    benchmark.group = f"{entry.call} {'x'.join(map(str, entry.shape))} {str(entry.dtype)[6:]}"
     benchmark.pedantic(way.run, rounds=20, iterations=1, warmup_rounds=3)

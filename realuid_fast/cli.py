@@ -1,8 +1,9 @@
-"""The command line: ``realuid-fast train-teacher | distill | sample | evaluate | info | demo | compare``."""
+"""The command line: ``realuid-fast train-teacher | distill | sample | evaluate | info | demo | compare | bench``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import shlex
@@ -30,6 +31,14 @@ from .train.logging import picture, read_csv, save_png
 from .train.loop import Interrupted, plot_distances
 from .train.measure import Measure, class_by_class, evaluation_noise, generate
 from .train.teacher import SAMPLING_STEPS
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+BENCHMARKS = {
+    "micro": "bench.micro",
+    "optimiser": "bench.optimiser",
+    "step": "bench.step",
+    "growth": "bench.growth",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: the free cores)")
     _add_settings(command)
     _add_folder(command)
+
+    command = add("bench", _bench, "time fused calls, whole updates and their growth, or compare two results")
+    command.add_argument(
+        "which", nargs="?", default="all", choices=["all", *BENCHMARKS, "compare"], help="default: all"
+    )
+    text = "its own options, see realuid-fast bench micro --help; results go to runs/bench where --out is not given"
+    command.add_argument("options", nargs=argparse.REMAINDER, help=text)
     return parser
 
 
@@ -380,6 +396,26 @@ def _compare(arguments: argparse.Namespace) -> None:
     text = compare(config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume)
     print("\n" + text)
     print(f"written to {arguments.out}: compare.json, compare.md, compare.png")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    """Run benchmarks from the source checkout that the package is installed from, in this process.
+
+    They time the package and are no part of it: ``bench/`` lies beside it in the repository, and not in the wheel.
+    """
+    if not (CHECKOUT / "bench" / "micro.py").is_file():
+        raise UserError(
+            "the benchmarks are not installed with the package: clone its repository, run pip install -e . there, "
+            "and use that environment"
+        )
+    sys.path.insert(0, str(CHECKOUT))
+    options = list(arguments.options)
+    if arguments.which == "compare":
+        raise SystemExit(importlib.import_module("bench.compare_results").main(options))
+    if "--out" not in options:
+        options += ["--out", "runs/bench"]
+    for name in BENCHMARKS if arguments.which == "all" else [arguments.which]:
+        importlib.import_module(BENCHMARKS[name]).main(options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,11 +43,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         for field in ("alpha", "beta", "gamma", "Q", "kappa"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise UserError(f"{field} must be a finite number, not {value!r}")
             # Kernels take doubles; an int that slipped in would change the op's schema match.
-            object.__setattr__(self, field, float(value))
+            object.__setattr__(self, field, _finite(field, getattr(self, field)))
         if not 0 < self.alpha <= 1:
             raise UserError(
                 f"alpha must lie in (0, 1], got {self.alpha:g}: generated data has weight alpha, real data 1 - alpha"
@@ -100,6 +98,12 @@ class Objective:
         return self.generated.D != 0 or self.real.D != 0
 
 
+def _finite(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
+
+
 def _fake_row(alpha: float, beta: float, gamma: float, kappa: float) -> FakeRow:
     d = kappa * (gamma * kappa - alpha)
     # (1 - gamma) - (1 - alpha) rounds to about 1e-17 where it is zero in exact arithmetic; a teacher pass hangs on it.
@@ -146,3 +150,92 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
     if kappa not in (1, beta):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
     return Objective("General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa)
+
+
+def FGM(l1: float = 1.0, l2: float = 1.0) -> Objective:
+    """Flow generator matching with the weights of its two terms: ``Q = 2 - l1 / l2``, the rest as :func:`UID`.
+
+    The paper's ``l1 ||f* - f||^2 + 2 l2 <f* - f, f - tgt>`` divided by ``l2``, in velocity space. Equal weights, which
+    the derivation gives, are UID; ``l1 = 0`` is :func:`SiD` at 1. Source: Huang et al., Flow Generator Matching
+    (2410.19310), the two terms of its tractable loss.
+
+    Raises:
+        UserError: ``l2`` not positive, or either not a finite number.
+    """
+    if _finite("l2", l2) <= 0:
+        raise UserError(f"l2 must be positive, got {l2:g}: the loss is divided by it")
+    return Objective("FGM", alpha=1.0, beta=1.0, gamma=1.0, Q=2 - _finite("l1", l1) / l2)
+
+
+def SiD(alpha_sid: float = 1.0) -> Objective:
+    """Score identity distillation without its per-sample weight: ``Q = 2 alpha_sid``, the rest as :func:`UID`.
+
+    The generator loss is twice the paper's ``-alpha_sid ||f* - f||^2 + <f* - f, f* - x>``, in ``x0`` space on the path
+    :class:`~realuid_fast.paths.VE`. The paper also divides every sample's loss by ``mean |x - f*|``, held fixed; that
+    is not part of this objective, whose only weight is ``w(t)``. Source: Zhou et al., Score identity Distillation
+    (2404.04057), its fused loss; published choices are 1.0 and 1.2, and 1/2 is UID.
+
+    Raises:
+        UserError: ``alpha_sid`` not positive.
+    """
+    return Objective("SiD", alpha=1.0, beta=1.0, gamma=1.0, Q=_sid_weight(alpha_sid, beta=1.0))
+
+
+def RealSiD(alpha: float, beta: float, alpha_sid: float = 1.0) -> Objective:
+    """:func:`SiD` with real data: the losses of :func:`RealUID` with ``Q = 2 alpha_sid alpha``.
+
+    ``alpha_sid = 1/2`` is RealUID. As with SiD the per-sample weight is not part of it. Warns from ``alpha_sid = 1.2``
+    on when ``beta`` differs from 1: reported unstable. Source: RealUID paper, its extension of SiD; ``x0`` space.
+
+    Raises:
+        UserError: as :func:`RealUID`, or ``alpha_sid`` not positive.
+    """
+    weight = _sid_weight(alpha_sid, beta)
+    return Objective("RealSiD", alpha=alpha, beta=beta, gamma=alpha, Q=weight * alpha)
+
+
+def _sid_weight(alpha_sid: float, beta: float) -> float:
+    if _finite("alpha_sid", alpha_sid) <= 0:
+        raise UserError(f"alpha_sid must be positive, got {alpha_sid:g}")
+    if alpha_sid >= 1.2 and beta != 1:
+        warnings.warn(
+            f"alpha_sid = {alpha_sid:g} with beta = {beta:g} is reported unstable: with real data stay below 1.2",
+            UserWarning,
+            stacklevel=3,
+        )
+    return 2 * alpha_sid
+
+
+def IBMD() -> Objective:
+    """Inverse bridge matching distillation: the numbers of :func:`UID`, on a bridge in ``x0`` space.
+
+    The generator takes ``(y, z)`` and every call the pairs' ``endpoint``. Unconditional teachers and fake models see
+    ``x_t``, conditional ones ``y`` too; both go by the same losses. Source: Gushchin et al., Inverse Bridge Matching
+    Distillation (2502.01362), section 3.
+    """
+    return Objective("IBMD", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0)
+
+
+def RealBridge(alpha: float, beta: float) -> Objective:
+    """:func:`IBMD` with real pairs: the numbers of :func:`RealUID`, whose real rows are pairs ``(x, y)`` of the data.
+
+    In ``x0`` or velocity space, which minimise different distances when ``alpha`` and ``beta`` differ. Source: RealUID
+    paper, its bridge matching case.
+
+    Raises:
+        UserError: as :func:`RealUID`.
+    """
+    return Objective("Real bridge", alpha=alpha, beta=beta, gamma=alpha, Q=alpha)
+
+
+# The presets a configuration can name.
+PRESETS: dict[str, Callable[..., Objective]] = {
+    "uid": UID,
+    "realuid": RealUID,
+    "general": GeneralRealUID,
+    "fgm": FGM,
+    "sid": SiD,
+    "realsid": RealSiD,
+    "ibmd": IBMD,
+    "real-bridge": RealBridge,
+}

@@ -261,7 +261,7 @@ def test_the_step_reads_no_tensor_on_the_host(monkeypatch):
     trainer.update()
 
     # On CPU, where it costs nothing, the path checks its times; on a device it does not.
-    monkeypatch.setattr(paths, "host_checks_allowed", lambda _: False)
+    monkeypatch.setattr(paths.checks, "host_checks_allowed", lambda _: False)
 
     def refuse(self, *_):
         raise AssertionError("a tensor was read on the host inside the step")
