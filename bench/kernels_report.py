@@ -28,6 +28,7 @@ IMAGES = (256, 3, 32, 32)
 SMALL_IMAGES = (256, 3, 8, 8)
 VIDEO = (4, 16, 21, 60, 104)
 OVERLAP = (8, 1, 36, 36)
+PARAMETERS = (36 << 20,)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,31 @@ def _scale(dtype: torch.dtype, per_row: bool) -> Variant:
     return Variant(plan, dtype, IMAGES, 3, 3)
 
 
+def _squares() -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import optimiser
+
+        return optimiser.begin_step_([_meta(PARAMETERS, F32)], _meta((), F32), _meta((2,), torch.int64))[0][0]
+
+    return Variant(plan, F32, PARAMETERS, 1, 0)
+
+
+def _adam(first_moment: bool, averages: int) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import optimiser
+
+        p, number = _meta(PARAMETERS, F32), _meta((), F32)
+        emas = [_meta((averages, *PARAMETERS), F32)] if averages else []
+        rates, decays = _meta((1,), torch.float64), _meta((averages,), torch.float64)
+        counts, beta1 = _meta((2,), torch.int64), 0.9 * first_moment
+        lists = [p], [p], [p] if first_moment else [], [p], emas
+        shared = number, number, rates, counts, decays
+        return optimiser.adam_(*lists, *shared, 1.0, beta1, 0.999, 1e-8, 0.01, maximize=False, ema_warmup=True)[0]
+
+    written = 2 + first_moment + averages
+    return Variant(plan, F32, PARAMETERS, 1 + written, written)
+
+
 VARIANTS: dict[str, Variant] = {
     "normal_like/float32": _normal(F32),
     "interpolate/float32": _interpolate(F32),
@@ -185,6 +211,10 @@ VARIANTS: dict[str, Variant] = {
     "generator/float32/odd rows": _generator(F32, (256, 3, 15, 15), wide=False),
     "scale_grads_/bfloat16": _scale(BF16, False),
     "scale_grads_/float32/per row": _scale(F32, True),
+    "begin_step_/float32": _squares(),
+    "adam_/float32": _adam(False, 0),
+    "adam_/float32/3 averages": _adam(False, 3),
+    "adam_/float32/first moment, 3 averages": _adam(True, 3),
 }
 
 

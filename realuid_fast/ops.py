@@ -35,6 +35,11 @@ KERNELS = (
     "bool want_x, bool want_x_t) -> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, "
     "Tensor g_x_t)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
+    # The optimiser step: the pass over the gradients, then the pass over everything. counts is (updates, skipped ones).
+    "begin_step_(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) counts) -> Tensor",
+    "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
+    "Tensor norm, Tensor step, Tensor lr, Tensor counts, Tensor ema_decays, float clip, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize, bool ema_warmup) -> ()",
 )
 
 
@@ -93,6 +98,14 @@ def _fake_generator(
 
 
 def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
+    return None
+
+
+def _fake_begin_step_(grads: Sequence[Tensor], *_: Any) -> Tensor:
+    return grads[0].new_empty(())
+
+
+def _fake_adam_(*_: Any) -> None:
     return None
 
 

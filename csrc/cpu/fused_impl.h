@@ -2,20 +2,15 @@
 // so that arithmetic and memory overlap; where rows and groups do not line up, it is drawn into a buffer in the L1 cache.
 #pragma once
 
+#include "access.h"
 #include "fused.h"
 #include "noise_vector.h"
-#include "simd.h"
 
 namespace realuid_fast {
 namespace {
 namespace REALUID_ISA {
 
 constexpr int64_t BUFFER = 1024;  // elements of noise drawn ahead at most
-
-template <class T>
-using ArithmeticOf = typename Arithmetic<T>::type;
-template <class T>
-using VectorFor = typename VectorOf<ArithmeticOf<T>>::type;
 
 // A block of one row: its unit, where it lies in the row and in memory, how long it is.
 struct Span {
@@ -87,43 +82,6 @@ class Noise {
   alignas(64) Real buffer_[BUFFER + 64];
 };
 
-// Access to a span's vectors: whole ones, and the rest behind them padded with zeros (which add nothing to any sum).
-struct Whole {
-  bool streams;
-  template <class T>
-  REALUID_INLINE auto in(const T* from, int64_t i) const {
-    return load(from + i);
-  }
-  template <class T, class V>
-  REALUID_INLINE void out(T* to, int64_t i, V v) const {
-    if (streams)
-      stream(to + i, v);
-    else
-      store(to + i, v);
-  }
-};
-
-struct Rest {
-  int n;
-  template <class T>
-  REALUID_INLINE auto in(const T* from, int64_t i) const {
-    return load_first(from + i, n);
-  }
-  template <class T, class V>
-  REALUID_INLINE void out(T* to, int64_t i, V v) const {
-    store_first(to + i, v, n);
-  }
-};
-
-// body(access, i) for every vector of `count` elements.
-template <class T, class F>
-REALUID_INLINE void for_vectors(bool streams, int64_t count, F&& body) {
-  constexpr int WIDE = VectorOf<ArithmeticOf<T>>::width;
-  int64_t i = 0;
-  for (; i + WIDE <= count; i += WIDE) body(Whole{streams}, i);
-  if (i < count) body(Rest{int(count - i)}, i);
-}
-
 // body(access, i, n) for every vector of a span, n its noise; zeros where none is wanted.
 template <class T, class F>
 REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span& span, bool wanted, F&& body) {
@@ -147,22 +105,6 @@ REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span&
     for_vectors<T>(streams, count, [&](auto access, int64_t i) { body(access, done + i, access.in(n, i)); });
     done += count;
   }
-}
-
-// Streaming needs every vector of the span aligned, in every output.
-template <class T, class... P>
-REALUID_INLINE bool aligned(const P*... outputs) {
-  const uintptr_t mask = sizeof(VectorFor<T>) * sizeof(T) / sizeof(ArithmeticOf<T>) - 1;
-  return (((reinterpret_cast<uintptr_t>(outputs)) & mask) | ... | 0) == 0;
-}
-
-template <class T>
-REALUID_INLINE const T* at(const void* base, int64_t offset) {
-  return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
-}
-template <class T>
-REALUID_INLINE T* at(void* base, int64_t offset) {
-  return base == nullptr ? nullptr : static_cast<T*>(base) + offset;
 }
 
 template <class T>

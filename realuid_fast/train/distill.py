@@ -56,13 +56,14 @@ class Distiller:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.teacher = frozen_view(net).eval()
         self.fake = copy.deepcopy(net).train().requires_grad_(True)
-        self.frozen_fake = frozen_view(self.fake)
         self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), settings.t_start)
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
             self.generator.net, **vars(generator), ema_decays=settings.ema, total=self.updates
         )
         self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * self.turns)
+        # Views come after the optimisers, which may move the parameters into one buffer.
+        self.frozen_fake = frozen_view(self.fake)
         average = self.generator_optimiser.ema.get(settings.export)
         self.student = Generator(frozen_view(self.generator.net, average).eval(), settings.t_start)
 
