@@ -103,6 +103,16 @@ def _normal(dtype: torch.dtype) -> Variant:
     return Variant(plan, dtype, IMAGES, 0, 1)
 
 
+def _error(dtype: torch.dtype, x_t: bool = False) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import error
+
+        x, coef = _meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32)
+        return error.mean_abs_error(x, x, x if x_t else None, coef)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 2 + x_t, 0)
+
+
 def _matching(dtype: torch.dtype, x_t: bool = False) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import matching
@@ -191,6 +201,8 @@ VARIANTS: dict[str, Variant] = {
     "interpolate/bfloat16/noise tensor": _interpolate(BF16, keyed=False),
     "interpolate/bfloat16/endpoint": _interpolate(BF16, endpoint=True),
     "interpolate_grads/bfloat16": _interpolate_grads(BF16, True),
+    "error/float32": _error(F32),
+    "error/bfloat16/x_t": _error(BF16, x_t=True),
     "matching/float32": _matching(F32),
     "matching/bfloat16": _matching(BF16),
     "matching/bfloat16/x_t": _matching(BF16, x_t=True),

@@ -274,6 +274,17 @@ Grads2 interpolate_grads(const Tensor& grad, const Tensor& coef, bool want_x, bo
   return {scaled(want_x, rf::A), scaled(want_endpoint, rf::B)};
 }
 
+Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional& x_t, const Tensor& coef) {
+  const Frame frame(x, "x");
+  std::vector<double> partial(frame.shape.units(), 0.0);
+  const rf::ErrorArgs args{frame.shape, frame.same(teacher_out, "teacher_out"), x.const_data_ptr(),
+                           frame.same(x_t, "x_t"), frame.coefficients(coef), partial.data()};
+  frame.check_x_t(x_t, args.coef);
+  const auto& k = rf::kernels(frame.dtype);
+  frame.run([&](int64_t begin, int64_t end) { k.error(args, begin, end); });
+  return frame.reduce(partial, 1).second;
+}
+
 Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake, const Tensor& x, const Optional& x_t,
                   const Tensor& coef, const Tensor& noise, const Optional& teacher, const Optional& endpoint,
                   int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
@@ -526,6 +537,7 @@ STABLE_TORCH_LIBRARY_IMPL(realuid_fast, CPU, m) {
   m.impl("normal_like", TORCH_BOX(&normal_like));
   m.impl("interpolate", TORCH_BOX(&interpolate));
   m.impl("interpolate_grads", TORCH_BOX(&interpolate_grads));
+  m.impl("mean_abs_error", TORCH_BOX(&mean_abs_error));
   m.impl("matching", TORCH_BOX(&matching));
   m.impl("fake", TORCH_BOX(&fake));
   m.impl("generator", TORCH_BOX(&generator));

@@ -22,6 +22,7 @@ _HOMES = {
     "normal_like": ("noise", 1),
     "interpolate": ("interpolate", 0),
     "interpolate_grads": ("interpolate", 0),
+    "mean_abs_error": ("error", 1),
     "matching": ("matching", 0),
     "fake": ("fake", 0),
     "generator": ("generator", 0),

@@ -311,6 +311,7 @@ def test_opcheck(backend, layout):
         (namespace.normal_like, (KEY, b.x, 4)),
         (namespace.interpolate, (grad[2], b.coef, KEY, grad[3], 2)),
         (namespace.interpolate_grads, (b.x, b.coef, True, False)),
+        (namespace.mean_abs_error, (b.teacher, b.x, b.x_t, b.coef)),
         (namespace.matching, (b.fake, b.x, b.x_t, b.coef, b.noise, None, 4, True, True)),
         (namespace.fake, (b.fake, b.x, b.x_t, b.coef, KEY, b.teacher, None, 2, 2, *halves, True, True)),
         (namespace.generator, (b.teacher, b.fake, b.x, None, zero_k_x(b.coef), KEY, None, *scalars, False, False,

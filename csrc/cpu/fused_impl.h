@@ -163,6 +163,26 @@ void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
   if (args.stream) stream_fence();
 }
 
+// --- mean |x - f*| ------------------------------------------------------------------------------------------------------
+
+template <class T>
+void error(const ErrorArgs& args, int64_t begin, int64_t end) {
+  using V = VectorFor<T>;
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    const auto* coef = coefficient_row<T>(args.coef, span.row);
+    const T *teacher = at<T>(args.teacher, span.offset), *x = at<T>(args.x, span.offset);
+    const T* x_t = coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset);
+    const auto k_out = coef[K_OUT], k_x = coef[K_X];
+    V sum = {};
+    for_vectors<T>(false, span.count, [&](auto access, int64_t i) {
+      V e = access.in(x, i) - k_out * access.in(teacher, i);
+      if (x_t != nullptr) e -= k_x * access.in(x_t, i);
+      sum += e < 0 ? -e : e;
+    });
+    args.partial[span.unit] = sum_lanes(sum) / double(args.shape.dim);
+  });
+}
+
 // --- fake: l = w (A f^2 - 2 f (B tgt + D f*) + C tgt^2), g = dl/dF = 2 w k_out (A f - B tgt - D f*) --------------------
 
 // A row's constants. For A != 0 the loss is summed as e^2 / A + tgt (c2 tgt + c3 f*) + c4 f*^2 with e = A f - B tgt - D f*:
@@ -342,7 +362,7 @@ void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
 
 template <class T>
 constexpr Kernels kernels_for() {
-  return {interpolate<T>, fake<T>, generator<T>, scale<T>, normal<T>};
+  return {interpolate<T>, error<T>, fake<T>, generator<T>, scale<T>, normal<T>};
 }
 
 }  // namespace REALUID_ISA

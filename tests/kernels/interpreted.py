@@ -147,6 +147,13 @@ def check_matching(case: Case, name: str, dtype: torch.dtype, want: bool, mean: 
     compare(name, dtype, run("matching", *arguments(case)), reference.matching(*arguments(case.double())))
 
 
+def check_error(case: Case, name: str, dtype: torch.dtype) -> None:
+    def arguments(c: Case) -> tuple[object, ...]:
+        return c.out, c.x, c.x_t, c.coef
+
+    compare(name, dtype, run("mean_abs_error", *arguments(case)), reference.mean_abs_error(*arguments(case.double())))
+
+
 def check_interpolate(case: Case, name: str, dtype: torch.dtype) -> None:
     def arguments(c: Case) -> tuple[object, ...]:
         return c.x, c.coef, c.noise, c.endpoint, c.noise_rows
@@ -350,6 +357,7 @@ def main() -> None:
             case = Case(shape_name, dtype, keyed, shared=i % 3 == 0, endpoint=i % 2 == 0, x_t=i % 4 < 2)
             tag = f"{shape_name}/{dtype}/{'key' if keyed else 'tensor'}"
             check_interpolate(case, f"interpolate/{tag}", dtype)
+            check_error(case, f"mean_abs_error/{tag}", dtype)
             check_matching(case, f"matching/{tag}", dtype, True, True)
             check_fake(case, f"fake/{tag}", dtype, i % 2 == 0, True, True)
             alone = Case(shape_name, dtype, keyed, shared=False, endpoint=i % 2 == 1, x_t=i % 4 < 2)
