@@ -213,15 +213,17 @@ struct Frame {
     return {std::move(loss), std::move(rows)};
   }
 
-  // Without x_t, k_x must be zero in every row.
-  void check_x_t(const Optional& x_t, const void* coef) const {
-    if (x_t.has_value()) return;
+  // A tensor may be left out where its column of coefficients is zero in every row.
+  void check_left_out(const Optional& t, const char* label, const void* coef, int column, const char* column_name) const {
+    if (t.has_value()) return;
     for (int64_t row = 0; row < shape.rows; ++row) {
-      const int64_t i = row * rf::COEFFICIENTS + rf::K_X;
-      const double k_x = wide() ? static_cast<const double*>(coef)[i] : double(static_cast<const float*>(coef)[i]);
-      REQUIRE(k_x == 0, "x_t is needed: row ", row, " of coef has k_x different from 0");
+      const int64_t i = row * rf::COEFFICIENTS + column;
+      const double value = wide() ? static_cast<const double*>(coef)[i] : double(static_cast<const float*>(coef)[i]);
+      REQUIRE(value == 0, label, " is needed: row ", row, " of coef has ", column_name, " different from 0");
     }
   }
+
+  void check_x_t(const Optional& x_t, const void* coef) const { check_left_out(x_t, "x_t", coef, rf::K_X, "k_x"); }
 };
 
 void* pointer(const Tensor& t) { return t.numel() == 0 ? nullptr : t.mutable_data_ptr(); }
@@ -248,6 +250,7 @@ Tensor interpolate(const Tensor& x, const Tensor& coef, const Tensor& noise, con
                                  frame.noise(noise, noise_rows),
                                  out.mutable_data_ptr(),
                                  frame.stream()};
+  frame.check_left_out(endpoint, "endpoint", args.coef, rf::B, "b");
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.interpolate(args, begin, end); });
   return out;
@@ -309,6 +312,7 @@ Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake,
                           partial.data(),
                           frame.stream()};
   frame.check_x_t(x_t, args.coef);
+  frame.check_left_out(endpoint, "endpoint", args.coef, rf::Q, "q");
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.fake(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, count);
@@ -358,6 +362,7 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                                partial.data(),
                                frame.stream()};
   frame.check_x_t(x_t, args.coef);
+  frame.check_left_out(endpoint, "endpoint", args.coef, rf::Q, "q");
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.generator(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, frame.shape.rows);

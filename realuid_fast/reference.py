@@ -31,6 +31,8 @@ def interpolate(x: Tensor, coef: Tensor, noise: Tensor, endpoint: Tensor | None,
     mixed = c.a * _up(x) + c.c * _noise_for(x, noise, noise_rows)
     if endpoint is not None:
         mixed = mixed + c.b * _up(endpoint)
+    else:
+        _check_left_out("endpoint", c.b, "b")
     return _like(mixed, x)
 
 
@@ -273,16 +275,24 @@ def _noise_for(x: Tensor, noise: Tensor, noise_rows: int) -> Tensor:
 
 def _target(c: _Columns, x: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
     tgt = c.p * _up(x) + c.s * _noise_for(x, noise, noise_rows)
-    return tgt if endpoint is None else tgt + c.q * _up(endpoint)
+    if endpoint is None:
+        _check_left_out("endpoint", c.q, "q")
+        return tgt
+    return tgt + c.q * _up(endpoint)
 
 
 def _prediction(c: _Columns, out: Tensor, x_t: Tensor | None) -> Tensor:
     f = c.k_out * _up(out)
     if x_t is not None:
         return f + torch.where(c.k_x != 0, c.k_x * _up(x_t), torch.zeros_like(f))
-    if host_checks_allowed(c.k_x) and bool((c.k_x != 0).any()):
-        raise UserError("x_t is needed: coef has rows with k_x different from 0")
+    _check_left_out("x_t", c.k_x, "k_x")
     return f
+
+
+def _check_left_out(name: str, column: Tensor, column_name: str) -> None:
+    """A tensor may be left out where its column of coefficients is zero in every row."""
+    if host_checks_allowed(column) and bool((column != 0).any()):
+        raise UserError(f"{name} is needed: coef has rows with {column_name} different from 0")
 
 
 def _row_sums(values: Tensor) -> Tensor:

@@ -193,6 +193,7 @@ def test_fake_loss_is_stationary_and_minimal_at_the_inner_optimum(setting, objec
             objective,
             n_real=n_real,
             teacher_out=teacher.repeat(len(halves))[:, None] if objective.needs_teacher else None,
+            endpoint=torch.zeros_like(x)[:, None],
         )
 
     at_optimum = grads(optimum)

@@ -92,7 +92,7 @@ class Case:
         real = torch.float64 if dtype is torch.float64 else torch.float32
         self.coef = torch.randn((shape[0], 9), generator=g).to(real)
         if not extra:
-            self.coef[:, 7] = 0
+            self.coef[:, [1, 4, 7]] = 0
         self.noise = draw((self.noise_rows, *shape[1:])) if shape[0] else draw()
         n = self.noise.double()
         if keyed:
@@ -604,6 +604,9 @@ def test_wrong_arguments_get_a_sentence_with_their_name():
     bad("noise must have size 4 in dimension 0", lambda: generator(noise=torch.randn(3, 6)))
     bad("endpoint must have size 6 in dimension 1", lambda: generator(y=torch.randn(4, 7)))
     bad("x_t is needed: row 2 of coef has k_x", lambda: generator(coef=shifted))
+    with_endpoint = coef.clone()
+    with_endpoint[1, 4] = 0.5
+    bad("endpoint is needed: row 1 of coef has q", lambda: generator(coef=with_endpoint))
     bad("x_t is needed where its gradient is asked for", lambda: generator(want_x_t=True))
     bad("teacher_out is needed", lambda: fake(d=0.5))
     bad("n_real must be between 0 and the 4 rows, got 5", lambda: fake(n_real=5))

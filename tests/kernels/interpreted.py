@@ -61,6 +61,8 @@ class Case:
         self.endpoint = memory_like(shape, layout, dtype) if endpoint else None
         self.x_t = memory_like(shape, layout, dtype) if x_t else None
         self.coef = torch.randn(rows, 9)
+        if self.endpoint is None:
+            self.coef[:, [1, 4]] = 0
         if self.x_t is None:
             self.coef[:, 7] = 0
         else:
