@@ -21,6 +21,7 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.micro
+	$(BIN)/python -m bench.optimiser
 
 # torch first and by exact version: the build below finds it, and nothing later may pull in another. A CPU build does not
 # bring triton along. torchcfm is a test peer whose own requirements would replace torch.

@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ["isa", "noise", "noise_avx512", "noise_avx2", "noise_baseline"]
 LOSS_SOURCES = ["fused", "fused_avx512", "fused_avx2", "fused_baseline"]
+OPTIMISER_SOURCES = ["optimiser", "optimiser_avx512", "optimiser_avx2", "optimiser_baseline"]
 
 
 def say(sentence: str) -> None:
@@ -95,7 +96,7 @@ def configure() -> dict[str, Any]:
         modules.append(
             cpp_extension.CppExtension(
                 "realuid_fast._C",
-                ["csrc/ops.cpp", *sources(CPU_SOURCES + LOSS_SOURCES)],
+                ["csrc/ops.cpp", *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES)],
                 include_dirs=["csrc"],
                 define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
                 extra_compile_args=flags,

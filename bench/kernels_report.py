@@ -32,6 +32,7 @@ IMAGES = (256, 3, 32, 32)
 SMALL_IMAGES = (256, 3, 8, 8)
 VIDEO = (4, 16, 21, 60, 104)
 OVERLAP = (8, 1, 36, 36)
+PARAMETERS = (36 << 20,)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,16 @@ def _normal(dtype: torch.dtype, shape: tuple[int, ...] = IMAGES) -> Variant:
     return Variant(plan, dtype, shape, 0, 1)
 
 
+def _error(dtype: torch.dtype, x_t: bool = False) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import error
+
+        x, coef = _meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32)
+        return error.mean_abs_error(x, x, x if x_t else None, coef)[0][0]
+
+    return Variant(plan, dtype, IMAGES, 2 + x_t, 0)
+
+
 def _matching(dtype: torch.dtype, x_t: bool = False) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import matching
@@ -169,6 +180,31 @@ def _scale(dtype: torch.dtype, per_row: bool) -> Variant:
     return Variant(plan, dtype, IMAGES, 3, 3)
 
 
+def _squares() -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import optimiser
+
+        return optimiser.begin_step_([_meta(PARAMETERS, F32)], _meta((), F32), _meta((2,), torch.int64))[0][0]
+
+    return Variant(plan, F32, PARAMETERS, 1, 0)
+
+
+def _adam(first_moment: bool, averages: int) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import optimiser
+
+        p, number = _meta(PARAMETERS, F32), _meta((), F32)
+        emas = [_meta((averages, *PARAMETERS), F32)] if averages else []
+        rates, decays = _meta((1,), torch.float64), _meta((averages,), torch.float64)
+        counts, beta1 = _meta((2,), torch.int64), 0.9 * first_moment
+        lists = [p], [p], [p] if first_moment else [], [p], emas
+        shared = number, number, rates, counts, decays
+        return optimiser.adam_(*lists, *shared, 1.0, beta1, 0.999, 1e-8, 0.01, maximize=False, ema_warmup=True)[0]
+
+    written = 2 + first_moment + averages
+    return Variant(plan, F32, PARAMETERS, 1 + written, written)
+
+
 VARIANTS: dict[str, Variant] = {
     "normal_like/float32": _normal(F32),
     "interpolate/float32": _interpolate(F32),
@@ -176,6 +212,8 @@ VARIANTS: dict[str, Variant] = {
     "interpolate/bfloat16/noise tensor": _interpolate(BF16, keyed=False),
     "interpolate/bfloat16/endpoint": _interpolate(BF16, endpoint=True),
     "interpolate_grads/bfloat16": _interpolate_grads(BF16, True),
+    "error/float32": _error(F32),
+    "error/bfloat16/x_t": _error(BF16, x_t=True),
     "matching/float32": _matching(F32),
     "matching/bfloat16": _matching(BF16),
     "matching/bfloat16/x_t": _matching(BF16, x_t=True),
@@ -196,6 +234,10 @@ VARIANTS: dict[str, Variant] = {
     "generator/float32/odd rows": _generator(F32, (256, 3, 15, 15), wide=False),
     "scale_grads_/bfloat16": _scale(BF16, False),
     "scale_grads_/float32/per row": _scale(F32, True),
+    "begin_step_/float32": _squares(),
+    "adam_/float32": _adam(False, 0),
+    "adam_/float32/3 averages": _adam(False, 3),
+    "adam_/float32/first moment, 3 averages": _adam(True, 3),
 }
 
 

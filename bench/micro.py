@@ -13,8 +13,6 @@ copying as many bytes in the same rounds, by ``Tensor.copy_`` and by streaming s
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -215,7 +213,7 @@ def build(entry: Entry) -> Case:
     return Case(
         entry.call,
         entry.shape,
-        ways + _copies(size),
+        ways + copies(size),
         dtype=str(entry.dtype).removeprefix("torch."),
         layout="channels_last" if entry.layout == torch.channels_last else "contiguous",
         bytes=size,
@@ -239,7 +237,7 @@ def runner(call: Call, peer: Peer) -> Callable[[], Any]:
     return run
 
 
-def _copies(size: int) -> list[Way]:
+def copies(size: int) -> list[Way]:
     """Copying ``size / 2`` bytes, which moves ``size``: by torch and, where caches end, with streaming stores."""
     source = torch.ones(size // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
@@ -258,13 +256,6 @@ def run(chosen: Iterable[Entry], seconds: float) -> list[Row]:
         calls = 1 if math.prod(entry.shape) >= LONG else 3
         rows += timing.measure(case, rounds=60, calls=calls, seconds=seconds)
     return rows
-
-
-def optimiser_rows() -> list[Row]:
-    """The optimiser's rows, like :func:`bench.timing.measure`'s, where its benchmark is there."""
-    if importlib.util.find_spec("bench.optimiser") is None:
-        return []
-    return list(importlib.import_module("bench.optimiser").rows())
 
 
 def table(rows: Sequence[Row], described: Mapping[str, Any]) -> str:
@@ -306,7 +297,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [replace(entry, compiled=False) for entry in chosen]
     described = report.start("bench.micro", argv, args.threads)
     rows = run(chosen, report.seconds(args, 2.5, quick=1.0))
-    rows += [row for row in optimiser_rows() if args.only in row["case"]]
     name = report.named("micro", args.threads)
     usual = [row for row in rows if row["shape"] != list(SIZES[-1]) and report.kind(row) == "float32"]
     tables = {name: table(usual, described), f"{name}_all": table(rows, described)}

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "cpu/fused.h"
+#include "cpu/optimiser.h"
 
 namespace {
 
@@ -57,12 +59,11 @@ rf::Dtype storage(const Tensor& t, const char* name) {
   }
 }
 
-// The memory of `t` holds its elements once and without gaps, samples outermost.
-bool dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
+// The memory of `t` holds its elements once and without gaps, in whatever order.
+bool gapless(const Tensor& t) {
+  if (t.is_contiguous() || t.numel() == 0) return true;
   const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dims = t.dim(), numel = t.numel();
-  if (numel == 0) return true;
+  const int64_t dims = t.dim();
   std::vector<int64_t> order;
   for (int64_t d = 0; d < dims; ++d)
     if (sizes[d] != 1) order.push_back(d);
@@ -72,7 +73,13 @@ bool dense(const Tensor& t) {
     if (strides[d] != expected) return false;
     expected *= sizes[d];
   }
-  return sizes[0] == 1 || strides[0] * sizes[0] == numel;
+  return true;
+}
+
+// The same with samples outermost.
+bool dense(const Tensor& t) {
+  if (t.is_contiguous() || t.numel() == 0) return true;
+  return gapless(t) && (t.size(0) == 1 || t.stride(0) * t.size(0) == t.numel());
 }
 
 // What every tensor of a call is compared with: its main input.
@@ -206,15 +213,17 @@ struct Frame {
     return {std::move(loss), std::move(rows)};
   }
 
-  // Without x_t, k_x must be zero in every row.
-  void check_x_t(const Optional& x_t, const void* coef) const {
-    if (x_t.has_value()) return;
+  // A tensor may be left out where its column of coefficients is zero in every row.
+  void check_left_out(const Optional& t, const char* label, const void* coef, int column, const char* column_name) const {
+    if (t.has_value()) return;
     for (int64_t row = 0; row < shape.rows; ++row) {
-      const int64_t i = row * rf::COEFFICIENTS + rf::K_X;
-      const double k_x = wide() ? static_cast<const double*>(coef)[i] : double(static_cast<const float*>(coef)[i]);
-      REQUIRE(k_x == 0, "x_t is needed: row ", row, " of coef has k_x different from 0");
+      const int64_t i = row * rf::COEFFICIENTS + column;
+      const double value = wide() ? static_cast<const double*>(coef)[i] : double(static_cast<const float*>(coef)[i]);
+      REQUIRE(value == 0, label, " is needed: row ", row, " of coef has ", column_name, " different from 0");
     }
   }
+
+  void check_x_t(const Optional& x_t, const void* coef) const { check_left_out(x_t, "x_t", coef, rf::K_X, "k_x"); }
 };
 
 void* pointer(const Tensor& t) { return t.numel() == 0 ? nullptr : t.mutable_data_ptr(); }
@@ -241,6 +250,7 @@ Tensor interpolate(const Tensor& x, const Tensor& coef, const Tensor& noise, con
                                  frame.noise(noise, noise_rows),
                                  out.mutable_data_ptr(),
                                  frame.stream()};
+  frame.check_left_out(endpoint, "endpoint", args.coef, rf::B, "b");
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.interpolate(args, begin, end); });
   return out;
@@ -267,6 +277,17 @@ Grads2 interpolate_grads(const Tensor& grad, const Tensor& coef, bool want_x, bo
   return {scaled(want_x, rf::A), scaled(want_endpoint, rf::B)};
 }
 
+Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional& x_t, const Tensor& coef) {
+  const Frame frame(x, "x");
+  std::vector<double> partial(frame.shape.units(), 0.0);
+  const rf::ErrorArgs args{frame.shape, frame.same(teacher_out, "teacher_out"), x.const_data_ptr(),
+                           frame.same(x_t, "x_t"), frame.coefficients(coef), partial.data()};
+  frame.check_x_t(x_t, args.coef);
+  const auto& k = rf::kernels(frame.dtype);
+  frame.run([&](int64_t begin, int64_t end) { k.error(args, begin, end); });
+  return frame.reduce(partial, 1).second;
+}
+
 Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake, const Tensor& x, const Optional& x_t,
                   const Tensor& coef, const Tensor& noise, const Optional& teacher, const Optional& endpoint,
                   int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
@@ -291,6 +312,7 @@ Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake,
                           partial.data(),
                           frame.stream()};
   frame.check_x_t(x_t, args.coef);
+  frame.check_left_out(endpoint, "endpoint", args.coef, rf::Q, "q");
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.fake(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, count);
@@ -340,6 +362,7 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                                partial.data(),
                                frame.stream()};
   frame.check_x_t(x_t, args.coef);
+  frame.check_left_out(endpoint, "endpoint", args.coef, rf::Q, "q");
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.generator(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, frame.shape.rows);
@@ -364,14 +387,166 @@ void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
   }
 }
 
+// The pieces of a list of tensors, one tensor's behind another's: what threads share out.
+class Pieces {
+ public:
+  explicit Pieces(const std::vector<Tensor>& tensors) : first_{0} {
+    for (const Tensor& t : tensors) {
+      sizes_.push_back(t.numel());
+      first_.push_back(first_.back() + (t.numel() + rf::PIECE - 1) / rf::PIECE);
+    }
+  }
+
+  int64_t count() const { return first_.back(); }
+
+  // Runs body(piece, tensor, begin, end) for every piece on torch's threads.
+  template <class F>
+  void run(const F& body) const {
+    const auto work = [&](int64_t from, int64_t to) {
+      size_t tensor = std::upper_bound(first_.begin(), first_.end(), from) - first_.begin() - 1;
+      for (int64_t piece = from; piece < to; ++piece) {
+        while (piece >= first_[tensor + 1]) ++tensor;
+        const int64_t begin = (piece - first_[tensor]) * rf::PIECE;
+        body(piece, tensor, begin, std::min(begin + rf::PIECE, sizes_[tensor]));
+      }
+    };
+    constexpr int64_t GRAIN = ELEMENTS_PER_THREAD / rf::PIECE;
+    if (count() <= GRAIN)
+      work(0, count());
+    else
+      torch::stable::parallel_for(0, count(), GRAIN, work);
+  }
+
+ private:
+  std::vector<int64_t> first_, sizes_;
+};
+
+bool wide_reals(const std::vector<Tensor>& tensors, const char* name) {
+  REQUIRE(!tensors.empty(), name, " must have at least one tensor");
+  const ScalarType dtype = tensors[0].scalar_type();
+  REQUIRE(dtype == ScalarType::Float || dtype == ScalarType::Double, name, " must be float32 or float64");
+  for (const Tensor& t : tensors) {
+    REQUIRE(t.is_cpu() && t.scalar_type() == dtype, name, " must all be on the CPU and of one dtype");
+    REQUIRE(gapless(t), name, " must have no gaps in memory");
+  }
+  return dtype == ScalarType::Double;
+}
+
+// One number of a float32 or float64 tensor that is contiguous.
+double number(const Tensor& t, int64_t i, const char* name) {
+  REQUIRE(t.is_cpu() && t.is_contiguous() && i < t.numel(), name, " must be a contiguous CPU tensor with ", i + 1,
+          " or more elements");
+  if (t.scalar_type() == ScalarType::Double) return static_cast<const double*>(t.const_data_ptr())[i];
+  REQUIRE(t.scalar_type() == ScalarType::Float, name, " must be float32 or float64");
+  return static_cast<const float*>(t.const_data_ptr())[i];
+}
+
+int64_t* counters(const Tensor& counts) {
+  REQUIRE(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.numel() == 2 && counts.is_contiguous(),
+          "counts must be a contiguous int64 CPU tensor of shape (2,)");
+  return static_cast<int64_t*>(counts.mutable_data_ptr());
+}
+
+Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& steps, const Tensor& counts) {
+  const bool wide = wide_reals(grads, "grads");
+  const Pieces pieces(grads);
+  std::vector<double> partial(pieces.count(), 0.0);
+  std::vector<const void*> memory;
+  for (const Tensor& grad : grads) memory.push_back(grad.const_data_ptr());
+  const auto& k = rf::optimiser_kernels(wide);
+  pieces.run([&](int64_t piece, size_t tensor, int64_t begin, int64_t end) {
+    partial[piece] = k.sum_squares(memory[tensor], begin, end);
+  });
+  double total = 0;
+  for (double sum : partial) total += sum;
+  Tensor norm = Frame::allocate(nullptr, nullptr, 0, wide ? ScalarType::Double : ScalarType::Float);
+  if (wide)
+    *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(total);
+  else
+    *static_cast<float*>(norm.mutable_data_ptr()) = float(std::sqrt(total));
+
+  const bool finite = std::isfinite(number(norm, 0, "norm"));
+  int64_t* const counted = counters(counts);
+  counted[0] += 1;
+  counted[1] += !finite;
+  for (const Tensor& step : steps) {
+    REQUIRE(step.is_cpu() && step.scalar_type() == ScalarType::Float && step.numel() == 1,
+            "steps must be float32 CPU tensors of one element");
+    if (finite) *static_cast<float*>(step.mutable_data_ptr()) += 1;
+  }
+  return norm;
+}
+
+// The memory of list[i], which must be laid out like params[i].
+std::vector<char*> like_params(const std::vector<Tensor>& list, const std::vector<Tensor>& params, const char* name,
+                               int64_t rows = 0) {
+  REQUIRE(list.size() == params.size(), name, " must have ", params.size(), " tensors like params, got ", list.size());
+  std::vector<char*> memory;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const Tensor &t = list[i], &p = params[i];
+    const int64_t dims = p.dim(), extra = rows > 0;
+    REQUIRE(t.is_cpu() && t.scalar_type() == p.scalar_type(), name, " must be on the CPU with the dtype of params");
+    REQUIRE(t.dim() == dims + extra && (rows == 0 || t.size(0) == rows), name, "[", i, "] must have ",
+            rows > 0 ? "a row for each average, of" : "", " the shape of its parameter");
+    const auto a = t.sizes(), b = p.sizes(), sa = t.strides(), sb = p.strides();
+    for (int64_t d = 0; d < dims; ++d)
+      REQUIRE(a[d + extra] == b[d] && (b[d] < 2 || sa[d + extra] == sb[d]), name, "[", i,
+              "] must have the shape and the memory layout of its parameter");
+    memory.push_back(static_cast<char*>(t.mutable_data_ptr()));
+  }
+  return memory;
+}
+
+void adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+           const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& emas, const Tensor& norm, const Tensor& step,
+           const Tensor& lr, const Tensor& counts, const Tensor& ema_decays, double clip, double beta1, double beta2,
+           double eps, double weight_decay, bool maximize, bool ema_warmup) {
+  const bool wide = wide_reals(params, "params");
+  const int64_t rows = ema_decays.numel();
+  REQUIRE(!exp_avgs.empty() || beta1 == 0, "exp_avgs are needed unless beta1 is 0");
+  const auto p = like_params(params, params, "params"), g = like_params(grads, params, "grads"),
+             v = like_params(exp_avg_sqs, params, "exp_avg_sqs");
+  const auto m = exp_avgs.empty() ? std::vector<char*>(p.size(), nullptr) : like_params(exp_avgs, params, "exp_avgs");
+  const auto e = rows == 0 ? std::vector<char*>(p.size(), nullptr) : like_params(emas, params, "emas", rows);
+  std::vector<rf::AdamTensor> tensors;
+  for (size_t i = 0; i < p.size(); ++i)
+    tensors.push_back({p[i], g[i], m[i], v[i], e[i], rows == 0 ? 0 : emas[i].stride(0)});
+
+  const double length = number(norm, 0, "norm");
+  if (!std::isfinite(length)) return;
+  const int64_t before = counters(counts)[0] - 1;
+  const double taken = number(step, 0, "step");
+  const double rate = number(lr, std::max<int64_t>(0, std::min(before, lr.numel() - 1)), "lr");
+  const double ramp = ema_warmup ? double(1 + before) / double(10 + before) : 1.0;
+  std::vector<double> weights;
+  for (int64_t k = 0; k < rows; ++k) weights.push_back(1 - std::min(number(ema_decays, k, "ema_decays"), ramp));
+  const double factor = clip > 0 && length > clip ? clip / length : 1.0;
+  const rf::AdamStep numbers{maximize ? -factor : factor,
+                             weight_decay,
+                             beta1,
+                             beta2,
+                             eps,
+                             rate / (1 - std::pow(beta1, taken)),
+                             1 / std::sqrt(1 - std::pow(beta2, taken)),
+                             weights.data(),
+                             rows};
+  const auto& k = rf::optimiser_kernels(wide);
+  Pieces(params).run([&](int64_t, size_t tensor, int64_t begin, int64_t end) {
+    k.adam(numbers, tensors[tensor], begin, end);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(realuid_fast, CPU, m) {
   m.impl("normal_like", TORCH_BOX(&normal_like));
   m.impl("interpolate", TORCH_BOX(&interpolate));
   m.impl("interpolate_grads", TORCH_BOX(&interpolate_grads));
+  m.impl("mean_abs_error", TORCH_BOX(&mean_abs_error));
   m.impl("matching", TORCH_BOX(&matching));
   m.impl("fake", TORCH_BOX(&fake));
   m.impl("generator", TORCH_BOX(&generator));
   m.impl("scale_grads_", TORCH_BOX(&scale_grads_));
+  m.impl("begin_step_", TORCH_BOX(&begin_step_));
+  m.impl("adam_", TORCH_BOX(&adam_));
 }

@@ -1,6 +1,6 @@
 """Fused kernels and a trainer for universal inverse distillation with real-data supervision."""
 
-from . import backends, errors, noise, objectives, paths
+from . import backends, couplings, errors, noise, objectives, optim, paths
 from .backends import backend
 from .functional import (
     FakeGrads,
@@ -25,6 +25,7 @@ __all__ = [
     "NoiseStream",
     "backend",
     "backends",
+    "couplings",
     "errors",
     "fake_grads",
     "fake_loss",
@@ -35,5 +36,6 @@ __all__ = [
     "matching_loss",
     "noise",
     "objectives",
+    "optim",
     "paths",
 ]

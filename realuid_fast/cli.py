@@ -34,7 +34,12 @@ from .train.measure import Measure, class_by_class, evaluation_noise, generate
 from .train.teacher import SAMPLING_STEPS
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-BENCHMARKS = {"micro": "bench.micro", "step": "bench.step", "growth": "bench.growth"}
+BENCHMARKS = {
+    "micro": "bench.micro",
+    "optimiser": "bench.optimiser",
+    "step": "bench.step",
+    "growth": "bench.growth",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from .objectives import Objective
 
 Reduction = Literal["mean", "none"]
 
+_LEAST_ERROR = 1e-5
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -50,12 +51,13 @@ class GeneratorGrads(NamedTuple):
     """Loss ``()``, rows' losses ``(R,)`` and the gradients of the mean loss.
 
     ``x`` and ``x_t`` hold the direct parts only (through ``tgt`` and through ``k_x``); ``x_t`` is None without ``x_t``.
+    Where an objective's gradient flows through ``x`` alone the others are None, and no network needs a backward pass.
     """
 
     loss: Tensor
     rows: Tensor
-    teacher_out: Tensor
-    fake_out: Tensor
+    teacher_out: Tensor | None
+    fake_out: Tensor | None
     x: Tensor
     x_t: Tensor | None
 
@@ -203,7 +205,8 @@ def generator_loss(
     Returns:
         float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``teacher_out``, ``fake_out``, ``x``
         and ``x_t``: let ``x_t = interpolate(x, ...)`` and both networks be part of the graph, with frozen parameters,
-        and ``loss.backward()`` reaches the generator through all of them.
+        and ``loss.backward()`` reaches the generator through all of them. Objectives whose gradient flows through
+        ``x`` alone (:func:`~realuid_fast.objectives.DMD`) hold the others fixed.
 
     Raises:
         UserError: tensors that do not agree, or a gradient wanted in ``endpoint``, ``coef`` or ``noise``.
@@ -212,8 +215,11 @@ def generator_loss(
     """
     _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
     _refuse_gradients("generator_loss", endpoint=endpoint)
+    coef = _scaled_rows(objective, teacher_out, x, x_t, coef)
+    if objective.flows == "x":
+        teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
     return ops.current(x.device).generator_loss(
-        teacher_out, fake_out, x, x_t, coef, noise, endpoint, *_generator_scalars(objective), _is_mean(reduction)
+        teacher_out, fake_out, x, x_t, coef, noise, endpoint, *objective.generator_scalars, _is_mean(reduction)
     )
 
 
@@ -229,16 +235,29 @@ def generator_grads(
 ) -> GeneratorGrads:
     """:func:`generator_loss` with its gradients, without autograd."""
     _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
+    networks = objective.flows == "all"
+    want_x_t = networks and x_t is not None
     with torch.no_grad():
+        coef = _scaled_rows(objective, teacher_out, x, x_t, coef)
         loss, rows, g_teacher, g_fake, g_x, g_x_t = ops.current(x.device).generator(
-            teacher_out, fake_out, x, x_t, coef, noise, endpoint, *_generator_scalars(objective),
-            True, True, True, True, x_t is not None,
+            teacher_out, fake_out, x, x_t, coef, noise, endpoint, *objective.generator_scalars,
+            True, networks, networks, True, want_x_t,
         )  # fmt: skip
-    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, None if x_t is None else g_x_t)
+    if not networks:
+        return GeneratorGrads(loss, rows, None, None, g_x, None)
+    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None)
 
 
-def _generator_scalars(objective: Objective) -> tuple[float, float, float, float]:
-    return objective.alpha, objective.beta, objective.Q, objective.kappa
+def _scaled_rows(objective: Objective, teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+    """The coefficient rows with the objective's weight for each sample in ``w``."""
+    if not objective.sample_scale:
+        return coef
+    with torch.no_grad():
+        error = ops.current(x.device).mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef)
+        scale = torch.ones_like(coef)
+        # A sample that the teacher leaves as it is would get an infinite weight.
+        scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
+        return coef * scale
 
 
 def _fake_arguments(

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .errors import UserError
 
@@ -39,21 +40,22 @@ class Objective:
     gamma: float
     Q: float
     kappa: float = 1.0
+    # What the generator learns from: everything the loss depends on, or the samples ``x`` inside ``tgt`` alone.
+    flows: Literal["all", "x"] = "all"
+    # A row's weight is ``w sample_scale / mean |x - f*|``, held fixed, in x0 space; 0: ``w`` alone.
+    sample_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("alpha", "beta", "gamma", "Q", "kappa"):
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise UserError(f"{field} must be a finite number, not {value!r}")
+        for field in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
             # Kernels take doubles; an int that slipped in would change the op's schema match.
-            object.__setattr__(self, field, float(value))
+            object.__setattr__(self, field, _finite(field, getattr(self, field)))
         if not 0 < self.alpha <= 1:
             raise UserError(
                 f"alpha must lie in (0, 1], got {self.alpha:g}: generated data has weight alpha, real data 1 - alpha"
             )
         if self.beta <= 0:
             raise UserError(f"beta must be positive, got {self.beta:g}")
-        if not 0 < self.gamma <= 1:
+        if self.gamma <= 0 or (self.gamma > 1 and self.alpha < 1):
             raise UserError(
                 f"gamma must lie in (0, 1], got {self.gamma:g}: outside it the fake model's loss is unbounded below"
             )
@@ -69,13 +71,28 @@ class Objective:
                 f"gamma = 1 requires alpha = beta = 1, got alpha = {self.alpha:g}, beta = {self.beta:g}: real data "
                 "would have no quadratic term and the fake model's loss would be unbounded below"
             )
-        if self.alpha < 1 and math.isclose(self.alpha, self.beta, rel_tol=1e-12):
+        if self.flows not in ("all", "x"):
+            raise UserError(f"flows must be 'all' or 'x', not {self.flows!r}")
+        if self.sample_scale < 0:
+            raise UserError(f"sample_scale must not be negative, got {self.sample_scale:g}")
+        # With flows = "x" the fake model's field itself moves the generator, and real rows change that field.
+        if self.flows == "all" and self.alpha < 1 and math.isclose(self.alpha, self.beta, rel_tol=1e-12):
             warnings.warn(
                 f"beta / alpha = 1 with alpha = {self.alpha:g}: real data carries no signal to the generator, this is "
                 "data-free UID at a higher cost",
                 UserWarning,
                 stacklevel=4,
             )
+
+    @property
+    def generator_scalars(self) -> tuple[float, float, float, float]:
+        """``alpha, beta, Q, kappa`` of the generator's kernel.
+
+        Where only ``x`` flows they are ``0, beta / 2, 0, 1``, which leaves ``dl/dtgt = w beta (f - f*)``.
+        """
+        if self.flows == "x":
+            return 0.0, self.beta / 2, 0.0, 1.0
+        return self.alpha, self.beta, self.Q, self.kappa
 
     @property
     def generated(self) -> FakeRow:
@@ -98,6 +115,12 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether the fake turn wants the teacher's output (``D != 0`` in some half)."""
         return self.generated.D != 0 or self.real.D != 0
+
+
+def _finite(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
 
 
 def _fake_row(alpha: float, beta: float, gamma: float, kappa: float) -> FakeRow:
@@ -146,3 +169,131 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
     if kappa not in (1, beta):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
     return Objective("General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa)
+
+
+def FGM(l1: float = 1.0, l2: float = 1.0) -> Objective:
+    """Flow generator matching with the weights of its two terms: ``Q = 2 - l1 / l2``, the rest as :func:`UID`.
+
+    The paper's ``l1 ||f* - f||^2 + 2 l2 <f* - f, f - tgt>`` divided by ``l2``, in velocity space. Equal weights, which
+    the derivation gives, are UID; ``l1 = 0`` is :func:`SiD` at 1. Source: Huang et al., Flow Generator Matching
+    (2410.19310), the two terms of its tractable loss.
+
+    Raises:
+        UserError: ``l2`` not positive, or either not a finite number.
+    """
+    if _finite("l2", l2) <= 0:
+        raise UserError(f"l2 must be positive, got {l2:g}: the loss is divided by it")
+    return Objective("FGM", alpha=1.0, beta=1.0, gamma=1.0, Q=2 - _finite("l1", l1) / l2)
+
+
+def SiD(alpha_sid: float = 1.0, scaled: bool = True) -> Objective:
+    """Score identity distillation: ``Q = 2 alpha_sid``, and a row's weight divided by ``2 mean |x - f*|``, held fixed.
+
+    The paper's ``-alpha_sid ||f* - f||^2 + <f* - f, f* - x>``, in ``x0`` space on the path
+    :class:`~realuid_fast.paths.VE`. Without ``scaled`` the weight is ``w(t)`` alone and the loss twice that; then
+    ``alpha_sid = 1/2`` is UID. Source: Zhou et al., Score identity Distillation (2404.04057), its fused loss; published
+    choices are 1.0 and 1.2.
+
+    Raises:
+        UserError: ``alpha_sid`` not positive.
+    """
+    weight = _sid_weight(alpha_sid, beta=1.0)
+    return Objective("SiD", alpha=1.0, beta=1.0, gamma=1.0, Q=weight, sample_scale=0.5 if scaled else 0.0)
+
+
+def RealSiD(alpha: float, beta: float, alpha_sid: float = 1.0, scaled: bool = True) -> Objective:
+    """:func:`SiD` with real data: the losses of :func:`RealUID` with ``Q = 2 alpha_sid alpha``, scaled as SiD's.
+
+    Without ``scaled``, ``alpha_sid = 1/2`` is RealUID. Warns from ``alpha_sid = 1.2`` on when ``beta`` differs from 1:
+    reported unstable. Source: RealUID paper, its extension of SiD; ``x0`` space.
+
+    Raises:
+        UserError: as :func:`RealUID`, or ``alpha_sid`` not positive.
+    """
+    weight = _sid_weight(alpha_sid, beta)
+    scale = 0.5 if scaled else 0.0
+    return Objective("RealSiD", alpha=alpha, beta=beta, gamma=alpha, Q=weight * alpha, sample_scale=scale)
+
+
+def _sid_weight(alpha_sid: float, beta: float) -> float:
+    if _finite("alpha_sid", alpha_sid) <= 0:
+        raise UserError(f"alpha_sid must be positive, got {alpha_sid:g}")
+    if alpha_sid >= 1.2 and beta != 1:
+        warnings.warn(
+            f"alpha_sid = {alpha_sid:g} with beta = {beta:g} is reported unstable: with real data stay below 1.2",
+            UserWarning,
+            stacklevel=3,
+        )
+    return 2 * alpha_sid
+
+
+def IBMD() -> Objective:
+    """Inverse bridge matching distillation: the numbers of :func:`UID`, on a bridge in ``x0`` space.
+
+    The generator takes ``(y, z)`` and every call the pairs' ``endpoint``. Unconditional teachers and fake models see
+    ``x_t``, conditional ones ``y`` too; both go by the same losses. Source: Gushchin et al., Inverse Bridge Matching
+    Distillation (2502.01362), section 3.
+    """
+    return Objective("IBMD", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0)
+
+
+def RealBridge(alpha: float, beta: float) -> Objective:
+    """:func:`IBMD` with real pairs: the numbers of :func:`RealUID`, whose real rows are pairs ``(x, y)`` of the data.
+
+    In ``x0`` or velocity space, which minimise different distances when ``alpha`` and ``beta`` differ. Source: RealUID
+    paper, its bridge matching case.
+
+    Raises:
+        UserError: as :func:`RealUID`.
+    """
+    return Objective("Real bridge", alpha=alpha, beta=beta, gamma=alpha, Q=alpha)
+
+
+def DiffInstruct() -> Objective:
+    """Integral Kullback-Leibler divergence: the generator follows ``dl/dx = w (f - f*)``, and nothing else flows.
+
+    The fake model is trained on generated samples alone, as in :func:`UID`. In ``x0`` space; the loss' value
+    ``w <f - f*, x>`` says nothing by itself. No gradient passes through the networks, so the generator's turn needs no
+    backward of either. Source: Luo et al., Diff-Instruct (2305.18455), its gradient formula in ``x0`` units.
+    """
+    return Objective("Diff-Instruct", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0, flows="x")
+
+
+def DMD(alpha: float = 1.0) -> Objective:
+    """Distribution matching without its regression and adversarial terms: ``dl/dx = w alpha (f - f*) / mean |x - f*|``.
+
+    As :func:`DiffInstruct` with the paper's weight for each sample, held fixed. With ``alpha < 1`` the fake model is
+    trained on generated rows with weight ``alpha`` and on real rows with ``1 - alpha``, so it tracks their mixture.
+    In ``x0`` space; DMD2 takes five fake turns for each of the generator's. Source: Yin et al., Distribution Matching
+    Distillation (2311.18828), equations 7 and 8, and DMD2 (2405.14867), section 4.2; the mixture: RealUID paper.
+
+    Raises:
+        UserError: ``alpha`` outside ``(0, 1]``.
+    """
+    return Objective("DMD", alpha=alpha, beta=alpha, gamma=alpha, Q=alpha, flows="x", sample_scale=1.0)
+
+
+def MomentMatching() -> Objective:
+    """Moment matching, alternating: ``dl/dx = w (f - f*)`` with a fake model held half-way to the teacher.
+
+    The fake model minimises ``||f - x||^2 + ||f - f*||^2``: ``A, B, D, C = 2, 1, 1, 1``, which ``gamma = 2`` gives,
+    so its turn evaluates the teacher. In ``x0`` space. Source: Salimans et al., Multistep Distillation of Diffusion
+    Models via Moment Matching (2406.04103), its alternating algorithm.
+    """
+    return Objective("moment matching", alpha=1.0, beta=1.0, gamma=2.0, Q=2.0, flows="x")
+
+
+# The presets a configuration can name.
+PRESETS: dict[str, Callable[..., Objective]] = {
+    "uid": UID,
+    "realuid": RealUID,
+    "general": GeneralRealUID,
+    "fgm": FGM,
+    "sid": SiD,
+    "realsid": RealSiD,
+    "ibmd": IBMD,
+    "real-bridge": RealBridge,
+    "diff-instruct": DiffInstruct,
+    "dmd": DMD,
+    "moment-matching": MomentMatching,
+}

@@ -24,6 +24,7 @@ KERNELS = (
     "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
     "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
     "interpolate_grads(Tensor grad, Tensor coef, bool want_x, bool want_endpoint) -> (Tensor, Tensor)",
+    "mean_abs_error(Tensor teacher_out, Tensor x, Tensor? x_t, Tensor coef) -> Tensor",
     "matching(Tensor out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows, "
     "bool mean, bool want_out) -> (Tensor loss, Tensor rows, Tensor g_out)",
     "fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? teacher_out, Tensor? endpoint, "
@@ -34,6 +35,11 @@ KERNELS = (
     "bool want_x, bool want_x_t) -> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, "
     "Tensor g_x_t)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
+    # The optimiser step: the pass over the gradients, then the pass over everything. counts is (updates, skipped ones).
+    "begin_step_(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) counts) -> Tensor",
+    "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
+    "Tensor norm, Tensor step, Tensor lr, Tensor counts, Tensor ema_decays, float clip, float beta1, float beta2, "
+    "float eps, float weight_decay, bool maximize, bool ema_warmup) -> ()",
 )
 
 
@@ -73,6 +79,10 @@ def _fake_interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpo
     return _like_if(want_x, grad), _like_if(want_endpoint, grad)
 
 
+def _fake_mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+    return coef.new_empty(x.shape[0])
+
+
 def _fake_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return *_losses_like(x, coef), _like_if(rest[-1], out)
 
@@ -88,6 +98,14 @@ def _fake_generator(
 
 
 def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
+    return None
+
+
+def _fake_begin_step_(grads: Sequence[Tensor], *_: Any) -> Tensor:
+    return grads[0].new_empty(())
+
+
+def _fake_adam_(*_: Any) -> None:
     return None
 
 

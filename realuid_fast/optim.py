@@ -1,23 +1,410 @@
-"""One optimiser step: global-norm clip, Adam, learning-rate schedule, and every moving average of the parameters."""
+"""One optimiser step in two passes: the global norm, then clip, Adam and every moving average of the parameters.
+
+The first pass reads the gradients, the second reads and writes each parameter, its moments and its averages once.
+Nothing waits for the device: clip, bias correction, learning rate and the averages' decays come from counters that live
+there, so a replayed CUDA graph of a step goes on where the last one ended.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import ops, reference
 from .errors import UserError
 
 DECAYS = ("constant", "cosine", "linear")
+# Tensors begin at multiples of this many elements: vectors of every width are aligned, on every device.
+ALIGN = 64
+
+
+class FlatParameters:
+    """Moves parameters into one buffer and leaves each a view of it, with the shape and the strides it had.
+
+    One launch then walks all of them. Views of the parameters' old memory (a ``frozen_view``, a state dict) do not
+    follow: make them afterwards. ``net.to(...)`` and ``copy.deepcopy`` take parameters out of the buffer again.
+
+    Gradients are left to autograd: it hands its own buffers over without a copy as long as ``p.grad`` is None, and
+    :meth:`gather` brings them together with a few launches. Accumulating into views from the start would cost a launch
+    for every parameter and twice the memory traffic; where gradients are accumulated anyhow, :meth:`attach` does it.
+
+    Args:
+        params: of one dtype and device, each without gaps in memory.
+
+    Attributes:
+        data: ``(N,)``, the parameters in order, each padded with zeros to a multiple of 64 elements.
+        grad: ``(N,)``, the gradients likewise.
+
+    Raises:
+        UserError: a parameter of another dtype or device, or one with gaps in memory.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self.params = list(params)
+        _check(self.params)
+        self._offsets, self._size = [], 0
+        for p in self.params:
+            self._offsets.append(self._size)
+            self._size += _padded(p.numel())
+        self.data, self.grad = self.buffer(), self.buffer()
+        self._views, self._grads = self.views(self.data), self.views(self.grad)
+        for p, view in zip(self.params, self._views, strict=True):
+            p.data = view.copy_(p.detach())
+
+    def buffer(self, rows: int | None = None) -> Tensor:
+        """Zeros ``(N,)``, or ``(rows, N)``, for something else that parameters have."""
+        first = self.params[0]
+        shape = (self._size,) if rows is None else (rows, self._size)
+        return torch.zeros(shape, dtype=first.dtype, device=first.device)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """For every parameter its part of a :meth:`buffer`, laid out like it; ``(rows, ...)`` where there are rows."""
+        lead, strides = buffer.shape[:-1], buffer.stride()[:-1]
+        return [
+            buffer.as_strided((*lead, *p.shape), (*strides, *p.stride()), offset)
+            for p, offset in zip(self.params, self._offsets, strict=True)
+        ]
+
+    def attach(self) -> None:
+        """Make every ``p.grad`` a view of :attr:`grad`, for backward to add to; clear it with ``set_to_none=False``."""
+        for p, view in zip(self.params, self._grads, strict=True):
+            p.grad = view
+
+    def gather(self) -> bool:
+        """Bring all gradients into :attr:`grad`; False, and nothing done, where a parameter has none.
+
+        Raises:
+            UserError: a parameter is not in the buffer any more.
+        """
+        strays: list[Tensor] = []
+        homes: list[Tensor] = []
+        for p, view, home in zip(self.params, self._views, self._grads, strict=True):
+            if p.data_ptr() != view.data_ptr():
+                raise UserError("a parameter has left its flat buffer: it was moved or cast after it was laid there")
+            if p.grad is None:
+                return False
+            if p.grad.data_ptr() != home.data_ptr():
+                strays.append(p.grad)
+                homes.append(home)
+        if strays:
+            torch._foreach_copy_(homes, strays)
+        return True
+
+
+class _Part(NamedTuple):
+    """What one call of the operator updates: parameters that have taken the same number of steps."""
+
+    step: Tensor
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    emas: list[Tensor]
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """``torch.optim.Adam`` with the clip to a global norm and moving averages of the parameters in the same pass.
+
+    One :meth:`step`, with ``g`` all gradients of all groups as one vector, ``n`` earlier calls and ``s`` those of them
+    that took a step::
+
+        g <- +-g min(1, clip / ||g||) + weight_decay p      - to maximise; clip = 0 for none; L2, as in torch.optim.Adam
+        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+        p <- p - lr m / (1 - beta1^(s+1)) / (sqrt(v / (1 - beta2^(s+1))) + eps)     Kingma and Ba, 2015 (1412.6980)
+        ema_d <- ema_d + (1 - d_n) (p - ema_d),   d_n = d, or min(d, (1 + n) / (10 + n)) with ema_warmup
+
+    With ``beta1 = 0`` there is no ``m``. Where the norm is not finite nothing changes but the count in :attr:`skipped`.
+    Parameters without a gradient only have their averages moved. The gradients stay as they are.
+
+    torch's learning-rate schedulers work on it. A learning rate given as a number is written to the device when it
+    changes; for a captured graph give it as a tensor, which schedulers fill in place, or as a schedule.
+
+    Args:
+        params: parameters or groups of them, as torch's optimisers take them; float32 or float64, all alike. ``lr``,
+            ``betas``, ``eps``, ``weight_decay`` and ``maximize`` may differ between groups.
+        lr: learning rate, from 0 on. A tensor of several elements, float32 or float64 on the parameters' device, is a
+            schedule: call ``n`` uses element ``n``, and the last one ever after.
+        betas: decay rates of the moments, in [0, 1).
+        eps: positive.
+        weight_decay: from 0 on.
+        maximize: ascend instead.
+        clip: largest global gradient norm, 0 for none.
+        ema_decays: decays ``d`` in (0, 1), each once.
+        ema_warmup: let the averages' decay start low, so that a short run's average is not dominated by its start.
+        flat: lay every group's parameters into a :class:`FlatParameters`, which is what makes the step three launches
+            on GPU. Without it, GPUs run torch's foreach functions. CPUs gain nothing.
+
+    Attributes:
+        norm: the last gradient norm before clipping, ``()``.
+        counts: int64 ``(2,)`` on the device: calls of :meth:`step`, and those skipped.
+        flat_storage: every group's :class:`FlatParameters`, or None.
+
+    Raises:
+        UserError: a setting outside its range, or parameters that are not alike.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        clip: float = 0.0,
+        ema_decays: Sequence[float] = (),
+        ema_warmup: bool = False,
+        flat: bool = False,
+    ) -> None:
+        if not clip >= 0:
+            raise UserError(f"clip must not be negative, got {clip:g}")
+        if len(set(ema_decays)) != len(ema_decays) or not all(0 < d < 1 for d in ema_decays):
+            raise UserError(f"ema_decays must be different numbers in (0, 1), got {list(ema_decays)}")
+        self.clip, self.ema_decays, self.ema_warmup = float(clip), tuple(map(float, ema_decays)), ema_warmup
+        self._lay_flat = flat
+        self.flat_storage: list[FlatParameters | None] = []
+        self._buffers: list[dict[str, Tensor]] = []
+        self._rates: list[Tensor] = []
+        self._written: list[float] = []
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+        first = self._parameters()[0]
+        self.counts = torch.zeros(2, dtype=torch.int64, device=first.device)
+        self.norm = torch.zeros((), dtype=first.dtype, device=first.device)
+        self._decays = torch.tensor(self.ema_decays, dtype=torch.float64, device=first.device)
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps skipped so far, an int64 tensor ``()``."""
+        return self.counts[1]
+
+    def averages(self, decay: float) -> dict[Tensor, Tensor]:
+        """For every parameter its moving average with ``decay``, the memory itself, laid out like the parameter."""
+        if decay not in self.ema_decays:
+            raise UserError(f"decay must be one of {list(self.ema_decays)}, got {decay:g}")
+        row = self.ema_decays.index(decay)
+        return {p: self.state[p]["ema"][row] for p in self._parameters()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as ``torch.optim.Optimizer`` does; its state is made here, and its memory stays."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            _check(self._parameters())
+        except UserError:
+            self.param_groups.pop()
+            raise
+        params = group["params"]
+        self.flat_storage.append(FlatParameters(params) if self._lay_flat else None)
+        self._buffers.append({})
+        # A learning rate that is a number; NaN differs from every one.
+        self._rates.append(torch.full((), float("nan"), dtype=torch.float64, device=params[0].device))
+        self._written.append(float("nan"))
+        step = torch.zeros((), dtype=torch.float32, device=params[0].device)
+        for p in params:
+            self.state[p]["step"] = step
+        self._make_moments(len(self.param_groups) - 1)
+        if self.ema_decays:
+            for p, average in zip(params, self._room("ema", -1, len(self.ema_decays)), strict=True):
+                self.state[p]["ema"] = average.copy_(p.detach().expand_as(average))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters from their gradients, then the averages; the closure's loss, if there is one.
+
+        Raises:
+            UserError: no parameter has a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parts = [(i, part) for i in range(len(self.param_groups)) for part in self._parts(i)]
+        if not parts:
+            raise UserError("step was called without gradients: run backward first")
+        run = ops.current(self.counts.device)
+        self.norm = run.begin_step_(
+            [grad for _, part in parts for grad in part.grads], [part.step for _, part in parts], self.counts
+        )
+        for i, part in parts:
+            group = self.param_groups[i]
+            run.adam_(
+                part.params,
+                part.grads,
+                part.exp_avgs,
+                part.exp_avg_sqs,
+                part.emas,
+                self.norm,
+                part.step,
+                self._rate(i),
+                self.counts,
+                self._decays,
+                self.clip,
+                *map(float, group["betas"]),
+                group["eps"],
+                group["weight_decay"],
+                group["maximize"],
+                self.ema_warmup,
+            )
+        idle: list[Tensor] = [p for p in self._parameters() if p.grad is None]
+        if idle and self.ema_decays:
+            averages = [self.state[p]["ema"] for p in idle]
+            reference.average_(idle, averages, self.norm, self.counts, self._decays, self.ema_warmup)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as torch's optimisers give it, with ``counts`` beside it.
+
+        Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. The
+        learning rate is a number, a schedule's the next one.
+        """
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if isinstance(lr := group["lr"], Tensor):
+                group["lr"] = float(lr.flatten()[min(int(self.counts[0]), lr.numel() - 1)])
+        # Parameters share a counter here; torch's Adam counts each for itself.
+        state["state"] = {k: {**values, "step": values["step"].clone()} for k, values in state["state"].items()}
+        return {**state, "counts": self.counts}
+
+    def adam_state_dict(self) -> dict[str, Any]:
+        """A copy of the state for ``torch.optim.Adam.load_state_dict``, to go on without clip and averages."""
+        state = self.state_dict()
+        entries = {}
+        for k, values in state["state"].items():
+            second = values["exp_avg_sq"].clone()
+            # Adam with beta1 = 0 writes its first moment before it reads it, but wants the room.
+            first = values["exp_avg"].clone() if "exp_avg" in values else torch.zeros_like(second)
+            entries[k] = {"step": values["step"], "exp_avg": first, "exp_avg_sq": second}
+        return {"state": entries, "param_groups": state["param_groups"]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, or from ``torch.optim.Adam``'s; everything stays where it is in memory.
+
+        From Adam the averages stay as they are and the calls are counted from the parameters' steps. A schedule is
+        kept, another learning rate replaced by the loaded one.
+
+        Raises:
+            UserError: state of Adam with ``amsgrad`` or ``decoupled_weight_decay``, or averages of another number.
+        """
+        for group in state_dict["param_groups"]:
+            for name in ("amsgrad", "decoupled_weight_decay"):
+                if group.get(name):
+                    raise UserError(f"state_dict was made with {name}, which FusedAdam does not have")
+        for values in state_dict["state"].values():
+            if "ema" in values and len(values["ema"]) != len(self.ema_decays):
+                raise UserError(f"state_dict has {len(values['ema'])} averages, this has {len(self.ema_decays)}")
+        mine, own_lr = self.state, [group["lr"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        theirs, self.state = self.state, mine
+        most = 0.0
+        for i, group in enumerate(self.param_groups):
+            lr = own_lr[i]
+            if not isinstance(lr, Tensor):
+                lr = float(group["lr"])
+            elif lr.numel() == 1:
+                lr.fill_(float(group["lr"]))
+            group["lr"] = lr
+            self._make_moments(i)
+            # Parameters of a group that have taken as many steps share their counter.
+            counters: dict[float, Tensor] = {}
+            for p in group["params"]:
+                state, saved = self.state[p], theirs.get(p, {})
+                for name, value in state.items():
+                    if name in saved and name != "step":
+                        value.copy_(saved[name])
+                    elif name.startswith("exp_avg"):
+                        value.zero_()
+                taken = float(saved.get("step", 0.0))
+                if taken not in counters:
+                    used = any(state["step"] is counter for counter in counters.values())
+                    counters[taken] = (state["step"].clone() if used else state["step"]).fill_(taken)
+                state["step"] = counters[taken]
+            most = max(most, *counters)
+        self.counts.copy_(state_dict.get("counts", torch.tensor([int(most), 0])))
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _room(self, name: str, index: int, rows: int | None = None) -> list[Tensor]:
+        """Memory for the parameters of a group, laid out like them; ``(rows, ...)`` for every one with ``rows``."""
+        flat, params = self.flat_storage[index], self.param_groups[index]["params"]
+        if flat is not None:
+            self._buffers[index][name] = flat.buffer(rows)
+            return flat.views(self._buffers[index][name])
+        if rows is None:
+            return [torch.zeros_like(p) for p in params]
+        room = []
+        for p in params:
+            size = _padded(p.numel())
+            memory = torch.zeros(rows * size, dtype=p.dtype, device=p.device)
+            room.append(memory.as_strided((rows, *p.shape), (size, *p.stride())))
+        return room
+
+    def _make_moments(self, index: int) -> None:
+        """Give a group the moments its betas need, and drop those they do not."""
+        group = self.param_groups[index]
+        for name, wanted in (("exp_avg", group["betas"][0] > 0), ("exp_avg_sq", True)):
+            there = name in self.state[group["params"][0]]
+            if wanted and not there:
+                for p, moment in zip(group["params"], self._room(name, index), strict=True):
+                    self.state[p][name] = moment
+            elif there and not wanted:
+                self._buffers[index].pop(name, None)
+                for p in group["params"]:
+                    del self.state[p][name]
+
+    def _rate(self, index: int) -> Tensor:
+        lr = self.param_groups[index]["lr"]
+        if isinstance(lr, Tensor):
+            return lr
+        if self._written[index] != lr:
+            self._rates[index].fill_(lr)
+            self._written[index] = lr
+        return self._rates[index]
+
+    def _parts(self, index: int) -> Iterator[_Part]:
+        """What of a group has gradients, by the number of steps taken: a flat group whose parameters all do is one."""
+        params = self.param_groups[index]["params"]
+        states = [self.state[p] for p in params]
+        flat = self.flat_storage[index]
+        if flat is not None and len({id(state["step"]) for state in states}) == 1 and flat.gather():
+            buffers = self._buffers[index]
+            lists = [[buffers[name]] if name in buffers else [] for name in ("exp_avg", "exp_avg_sq", "ema")]
+            yield _Part(states[0]["step"], [flat.data], [flat.grad], *lists)
+            return
+        together: dict[int, list[tuple[nn.Parameter, dict[str, Tensor]]]] = {}
+        idle: list[dict[str, Tensor]] = []
+        for p, state in zip(params, states, strict=True):
+            if p.grad is None:
+                idle.append(state)
+            else:
+                together.setdefault(id(state["step"]), []).append((p, state))
+        # Who has no gradient takes no step: its count parts from the others'.
+        stay: dict[int, Tensor] = {}
+        for state in idle:
+            counter = id(state["step"])
+            if counter in together:
+                if counter not in stay:
+                    stay[counter] = state["step"].clone()
+                state["step"] = stay[counter]
+        for members in together.values():
+            first = members[0][1]
+            lists = [
+                [s[name] for _, s in members] if name in first else [] for name in ("exp_avg", "exp_avg_sq", "ema")
+            ]
+            yield _Part(first["step"], [p for p, _ in members], [_like(p) for p, _ in members], *lists)
 
 
 class Optimiser:
-    """Adam on the parameters of ``net`` with clip, schedule and moving averages; nothing in it waits for the device.
+    """:class:`FusedAdam` on the parameters of ``net`` with a learning-rate schedule and averages by name.
 
-    One :meth:`step` does, with ``g`` all gradients as one vector and ``n`` the number of steps taken so far::
+    One :meth:`step` does, with ``g`` all gradients as one vector and ``n`` the number of steps so far::
 
         g <- g min(1, clip / ||g||)                     clip to a global norm; clip = 0 leaves g alone
         lr_n = lr min(1, (n + 1) / warmup) fall(n / total)
@@ -29,8 +416,13 @@ class Optimiser:
     gradient with a norm that is not finite changes neither parameters nor averages: the step is skipped, counted in
     :attr:`skipped`, and the schedule goes on. Parameters without a gradient stay as they are.
 
+    The schedule is a table on the device, one float64 for each of its steps, and the step count is there too: no rate
+    is computed or sent while training, and a replayed CUDA graph of :meth:`step` advances through it.
+
+    On a GPU the parameters are laid into one buffer (:class:`FlatParameters`): make frozen views of ``net`` afterwards.
+
     Args:
-        net: its parameters that require gradients are trained; all parameters are averaged, buffers copied.
+        net: its parameters that require gradients are trained and averaged, other parameters and buffers copied.
         lr: peak learning rate, positive.
         betas: Adam's decay rates, in [0, 1).
         clip: largest global gradient norm, 0 for none.
@@ -42,9 +434,8 @@ class Optimiser:
         eps: Adam's epsilon.
 
     Attributes:
+        adam: the :class:`FusedAdam`.
         ema: for every decay, a state dict of ``net`` with the averaged parameters.
-        norm: the last gradient norm before clipping, a tensor ``()``.
-        skipped: steps skipped so far, a float32 tensor ``()``.
 
     Raises:
         UserError: a setting outside its range.
@@ -65,94 +456,151 @@ class Optimiser:
     ) -> None:
         if not lr > 0:
             raise UserError(f"lr must be positive, got {lr:g}")
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise UserError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
-        if clip < 0 or warmup < 0 or total < 0:
-            raise UserError(f"clip, warmup and total must not be negative, got {clip:g}, {warmup} and {total}")
+        if warmup < 0 or total < 0:
+            raise UserError(f"warmup and total must not be negative, got {warmup} and {total}")
         if not 0 <= floor <= 1:
             raise UserError(f"floor must lie in [0, 1], got {floor:g}")
         if decay not in DECAYS:
             raise UserError(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}")
         if decay != "constant" and total < 1:
             raise UserError(f"total must be positive for a {decay} decay of the learning rate")
-        if len(set(ema_decays)) != len(ema_decays) or not all(0 < d < 1 for d in ema_decays):
-            raise UserError(f"ema_decays must be different numbers in (0, 1), got {list(ema_decays)}")
-        self.base_lr, self.clip, self.floor = float(lr), float(clip), float(floor)
-        self.warmup, self.total, self.decay = warmup, total, decay
-        self.steps = 0
-        self._params = [p for p in net.parameters() if p.requires_grad]
-        if not self._params:
+        params = [p for p in net.parameters() if p.requires_grad]
+        if not params:
             raise UserError("net has no parameters that require gradients")
-        device = self._params[0].device
-        self._lr = torch.tensor(self.base_lr, device=device)
-        self.norm = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)
-        # The fused loop is the fast one on CPU (foreach: 3 times slower), and the only one that can skip by itself.
-        self.adam = torch.optim.Adam(
-            self._params, lr=self._lr, betas=(float(betas[0]), float(betas[1])), eps=eps, fused=True
+        self._rates = _schedule(float(lr), warmup, total, decay, floor)
+        device = params[0].device
+        self.adam = FusedAdam(
+            params,
+            self._rates.to(device, copy=True),
+            betas,
+            eps,
+            clip=clip,
+            ema_decays=ema_decays,
+            ema_warmup=True,
+            flat=device.type == "cuda",
         )
-        self._source = {name: tensor.detach() for name, tensor in net.state_dict(keep_vars=True).items()}
-        averaged = {name for name, _ in net.named_parameters()}
-        self._averaged = [name for name in self._source if name in averaged]
-        self._copied = [name for name in self._source if name not in averaged]
-        self.ema: dict[float, dict[str, Tensor]] = {
-            float(d): {name: tensor.clone() for name, tensor in self._source.items()} for d in ema_decays
-        }
+        # After Adam has laid the parameters out, for good.
+        tensors = net.state_dict(keep_vars=True)
+        trained = set(params)
+        self._copied = [(name, tensor.detach()) for name, tensor in tensors.items() if tensor not in trained]
+        self.ema: dict[float, dict[str, Tensor]] = {}
+        for d in self.adam.ema_decays:
+            averages = self.adam.averages(d)
+            self.ema[d] = {
+                name: averages[tensor] if tensor in trained else tensor.detach().clone()
+                for name, tensor in tensors.items()
+            }
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, skipped ones too; reading it waits for the device."""
+        return int(self.adam.counts[0])
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self.adam.counts[0] = value
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
-        rate = self.base_lr
-        if self.warmup:
-            rate *= min(1.0, (self.steps + 1) / self.warmup)
-        if self.decay != "constant":
-            done = min(self.steps / self.total, 1.0)
-            left = 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-            rate *= self.floor + (1.0 - self.floor) * left
-        return rate
+        """Learning rate of the next step; reading it waits for the device."""
+        return float(self._rates[min(self.steps, len(self._rates) - 1)])
+
+    @property
+    def norm(self) -> Tensor:
+        """The last gradient norm before clipping, a tensor ``()``."""
+        return self.adam.norm
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps skipped so far, an int64 tensor ``()``."""
+        return self.adam.skipped
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters from their gradients, then the averages. Leaves the clipped gradients in place."""
-        grads = [p.grad for p in self._params if p.grad is not None]
-        if not grads:
-            raise UserError("step was called without gradients: run backward first")
-        self.norm = torch.nn.utils.get_total_norm(grads)
-        bad = torch.isfinite(self.norm).logical_not().to(torch.float32)
-        self.skipped += bad
-        self._lr.fill_(self.lr)
-        # Adam's kernel divides by grad_scale and does nothing where found_inf is 1: clip and skip without a pass or a
-        # comparison on the host.
-        scale = (self.norm / self.clip).clamp(min=1.0) if self.clip else torch.ones_like(self.norm)
-        self.adam.grad_scale, self.adam.found_inf = scale.to(torch.float32), bad  # type: ignore[attr-defined]
+        """Update the parameters from their gradients, then the averages. Leaves the gradients as they are."""
         self.adam.step()
-        source = [self._source[name] for name in self._averaged]
-        for d, average in self.ema.items():
-            rate = (1.0 - bad) * (1.0 - min(d, (1 + self.steps) / (10 + self.steps)))
-            torch._foreach_lerp_([average[name] for name in self._averaged], source, [rate] * len(source))
-            for name in self._copied:
-                average[name].copy_(self._source[name])
-        self.steps += 1
+        if self._copied:
+            sources = [source for _, source in self._copied]
+            for average in self.ema.values():
+                torch._foreach_copy_([average[name] for name, _ in self._copied], sources)
 
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward writes instead of adding."""
-        for p in self._params:
-            p.grad = None
+        self.adam.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's own state dict, step count and averages: tensors and plain values only."""
-        return {"adam": self.adam.state_dict(), "steps": self.steps, "skipped": self.skipped, "ema": self.ema}
+        adam = self.adam.state_dict()
+        # The averages are in ``ema``, by name.
+        adam["state"] = {k: {n: v for n, v in s.items() if n != "ema"} for k, s in adam["state"].items()}
+        return {"adam": adam, "steps": self.steps, "skipped": self.skipped, "ema": self.ema}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; raises :class:`UserError` when the averages' decays differ."""
         if set(state["ema"]) != set(self.ema):
             raise UserError(f"ema_decays are {sorted(self.ema)}, the saved state has {sorted(state['ema'])}")
         self.adam.load_state_dict(state["adam"])
-        for group in self.adam.param_groups:
-            # Loading replaced the tensor that step() writes the rate into.
-            group["lr"] = self._lr
-        self.steps = int(state["steps"])
-        self.skipped.copy_(state["skipped"])
+        # The schedule is this run's, also where it is a single rate.
+        self.adam.param_groups[0]["lr"].copy_(self._rates)
+        self.adam.counts.copy_(torch.tensor([int(state["steps"]), int(state["skipped"])]))
         for d, average in self.ema.items():
             for name, tensor in average.items():
                 tensor.copy_(state["ema"][d][name])
+
+
+def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float) -> Tensor:
+    """Learning rates of steps 0, 1, ... up to where they stay the same, float64."""
+    falls = decay != "constant"
+    n = torch.arange(max(warmup, total + 1 if falls else 1), dtype=torch.float64)
+    rate = lr * ((n + 1) / max(warmup, 1)).clamp(max=1.0)
+    if falls:
+        done = (n / total).clamp(max=1.0)
+        left = 1.0 - done if decay == "linear" else 0.5 * (1.0 + torch.cos(torch.pi * done))
+        rate = rate * (floor + (1.0 - floor) * left)
+    return rate
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _check(params: Sequence[Tensor]) -> None:
+    if not params:
+        raise UserError("params must have at least one parameter")
+    first = params[0]
+    if first.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"params must be float32 or float64, got {first.dtype}")
+    for p in params:
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise UserError(f"params must be alike, got {first.dtype} on {first.device} and {p.dtype} on {p.device}")
+        if torch.empty_like(p, device="meta").stride() != p.stride():
+            raise UserError(f"params must have no gaps in memory, got one of shape {tuple(p.shape)} with {p.stride()}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor):
+        device = group["params"][0].device if group["params"] else lr.device
+        if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
+            raise UserError(f"lr as a tensor must be float32 or float64 on {device}, got {lr.dtype} on {lr.device}")
+        if not lr.numel() or not lr.is_contiguous():
+            raise UserError(f"lr as a tensor must be contiguous with at least one element, got shape {tuple(lr.shape)}")
+    elif not lr >= 0:
+        raise UserError(f"lr must not be negative, got {lr:g}")
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise UserError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
+    if not group["eps"] > 0:
+        raise UserError(f"eps must be positive, got {group['eps']:g}")
+    if not group["weight_decay"] >= 0:
+        raise UserError(f"weight_decay must not be negative, got {group['weight_decay']:g}")
+
+
+def _like(p: nn.Parameter) -> Tensor:
+    """The gradient of ``p``, element for element where ``p`` has them in memory."""
+    grad = p.grad
+    assert grad is not None
+    if (here := grad.stride()) == (there := p.stride()):
+        return grad
+    # The stride of a dimension of size 1 says nothing.
+    same = all(a == b or size < 2 for a, b, size in zip(here, there, p.shape, strict=True))
+    return grad if same else torch.empty_like(p).copy_(grad)

@@ -31,12 +31,19 @@ def interpolate(x: Tensor, coef: Tensor, noise: Tensor, endpoint: Tensor | None,
     mixed = c.a * _up(x) + c.c * _noise_for(x, noise, noise_rows)
     if endpoint is not None:
         mixed = mixed + c.b * _up(endpoint)
+    else:
+        _check_left_out("endpoint", c.b, "b")
     return _like(mixed, x)
 
 
 def interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, Tensor]:
     c = _Columns(coef, grad)
     return _if(want_x, lambda: c.a * _up(grad), grad), _if(want_endpoint, lambda: c.b * _up(grad), grad)
+
+
+def mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+    error = (_up(x) - _prediction(_Columns(coef, x), teacher_out, x_t)).abs()
+    return (_row_sums(error) * (x.shape[0] / max(x.numel(), 1))).to(coef.dtype)
 
 
 def matching(
@@ -147,6 +154,96 @@ def scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
             grad.mul_(scale if scale.numel() == 1 else scale.view(-1, *[1] * (grad.dim() - 1)))
 
 
+def begin_step_(grads: list[Tensor], steps: list[Tensor], counts: Tensor) -> Tensor:
+    """The global norm of ``grads``; counts the update, and for every parameter's ``step`` where the norm is finite.
+
+    ``counts`` is int64 ``(2,)``: updates begun, and those among them whose norm was not finite.
+    """
+    norm = torch.nn.utils.get_total_norm(grads)
+    finite = torch.isfinite(norm)
+    for step in steps:
+        step += finite
+    counts += torch.stack((torch.ones_like(finite), ~finite))
+    return norm
+
+
+def adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    emas: list[Tensor],
+    norm: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    counts: Tensor,
+    ema_decays: Tensor,
+    clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    ema_warmup: bool,
+) -> None:
+    """Adam on ``params`` after :func:`begin_step_`, then the averages; nothing changes where ``norm`` is not finite.
+
+    ``lr`` holds the rates of updates 0, 1, ...; its last entry stays. ``exp_avgs`` may be empty where ``beta1`` is 0.
+    Each of ``emas`` is ``(E, ...)``, a row for each of ``ema_decays`` ``(E,)``.
+    """
+    finite, dtype = torch.isfinite(norm), params[0].dtype
+
+    def number(value: Tensor) -> Tensor:
+        return value.to(dtype)
+
+    def kept(decay: float) -> Tensor:
+        return number(1 - (1 - decay) * finite.double())
+
+    factor = (clip / norm.double()).clamp(max=1.0) if clip else torch.ones_like(norm)
+    scaled = list(torch._foreach_mul(grads, number(-factor if maximize else factor)))
+    if weight_decay:
+        torch._foreach_add_(scaled, params, alpha=weight_decay)
+    # From here on a step that is skipped is one with gradient, rates and weights of 0. The gradient is replaced, not
+    # multiplied: 0 times NaN is NaN.
+    for grad in scaled:
+        grad.masked_fill_(~finite, 0.0)
+    torch._foreach_mul_(exp_avg_sqs, kept(beta2))
+    torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, value=1 - beta2)
+    moments: list[Tensor] = scaled
+    if exp_avgs:
+        torch._foreach_mul_(exp_avgs, kept(beta1))
+        torch._foreach_add_(exp_avgs, scaled, alpha=1 - beta1)
+        moments = exp_avgs
+
+    # A step skipped before the first one taken would divide by 0.
+    taken = step.double().clamp(min=1.0)
+    rate = torch.take(lr, (counts[0] - 1).clamp(0, lr.numel() - 1)).double() / (1 - beta1**taken)
+    divisors = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(divisors, number((1 - beta2**taken).sqrt()))
+    torch._foreach_add_(divisors, eps)
+    changes = torch._foreach_div(moments, divisors)
+    torch._foreach_mul_(changes, number(torch.where(finite, -rate, 0.0)))
+    torch._foreach_add_(params, changes)
+    if ema_decays.numel():
+        average_(params, emas, norm, counts, ema_decays, ema_warmup)
+
+
+def average_(
+    params: list[Tensor], emas: list[Tensor], norm: Tensor, counts: Tensor, ema_decays: Tensor, ema_warmup: bool
+) -> None:
+    """Move every row of ``emas[i]`` by one minus its decay towards ``params[i]``, unless ``norm`` is not finite."""
+    decays = ema_decays.double()
+    if ema_warmup:
+        updates = counts[0].double()
+        decays = torch.minimum(decays, updates / (updates + 9.0))
+    weights = torch.where(torch.isfinite(norm), 1 - decays, 0.0).to(params[0].dtype)
+    for k, weight in enumerate(weights):
+        rows = [ema[k] for ema in emas]
+        gaps = torch._foreach_sub(params, rows)
+        torch._foreach_mul_(gaps, weight)
+        torch._foreach_add_(rows, gaps)
+
+
 class _Columns:
     """The nine coefficients, each shaped ``(R, 1, ...)`` to broadcast over a batch like ``x``."""
 
@@ -178,16 +275,24 @@ def _noise_for(x: Tensor, noise: Tensor, noise_rows: int) -> Tensor:
 
 def _target(c: _Columns, x: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
     tgt = c.p * _up(x) + c.s * _noise_for(x, noise, noise_rows)
-    return tgt if endpoint is None else tgt + c.q * _up(endpoint)
+    if endpoint is None:
+        _check_left_out("endpoint", c.q, "q")
+        return tgt
+    return tgt + c.q * _up(endpoint)
 
 
 def _prediction(c: _Columns, out: Tensor, x_t: Tensor | None) -> Tensor:
     f = c.k_out * _up(out)
     if x_t is not None:
         return f + torch.where(c.k_x != 0, c.k_x * _up(x_t), torch.zeros_like(f))
-    if host_checks_allowed(c.k_x) and bool((c.k_x != 0).any()):
-        raise UserError("x_t is needed: coef has rows with k_x different from 0")
+    _check_left_out("x_t", c.k_x, "k_x")
     return f
+
+
+def _check_left_out(name: str, column: Tensor, column_name: str) -> None:
+    """A tensor may be left out where its column of coefficients is zero in every row."""
+    if host_checks_allowed(column) and bool((column != 0).any()):
+        raise UserError(f"{name} is needed: coef has rows with {column_name} different from 0")
 
 
 def _row_sums(values: Tensor) -> Tensor:

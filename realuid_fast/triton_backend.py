@@ -1,6 +1,7 @@
 """Registers the Triton kernels for CUDA (and ROCm) tensors; they are imported with the first call that needs them.
 
-float64 has no kernels: it runs on the plain torch reference, on the same device.
+float64 has no kernels: it runs on the plain torch reference, on the same device. So does an optimiser step over many
+separate tensors, whose reference is torch's foreach functions.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _HOMES = {
     "normal_like": ("noise", 1),
     "interpolate": ("interpolate", 0),
     "interpolate_grads": ("interpolate", 0),
+    "mean_abs_error": ("error", 1),
     "matching": ("matching", 0),
     "fake": ("fake", 0),
     "generator": ("generator", 0),
@@ -40,8 +42,8 @@ def launcher(op: str) -> Callable[..., Any]:
 
     It takes CPU tensors too where ``TRITON_INTERPRET=1`` was set before triton was imported.
     """
-    if op == "scale_grads_":
-        return _scale_grads_
+    if op in _IN_PLACE:
+        return _IN_PLACE[op]
     module, leading = _HOMES[op]
 
     def launch(*arguments: Any) -> Any:
@@ -67,11 +69,40 @@ def _scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
             call.run()
 
 
+def _launchable(tensors: list[Tensor]) -> bool:
+    """Whether the optimiser's kernels take them: few tensors, of which flat storage is one, in float32."""
+    return len(tensors) <= _kernels("optimiser").LAUNCHES and all(t.dtype == torch.float32 for t in tensors)
+
+
+def _begin_step_(grads: list[Tensor], steps: list[Tensor], counts: Tensor) -> Tensor:
+    if not steps or not _launchable(grads):
+        return reference.begin_step_(grads, steps, counts)
+    calls, norm = _kernels("optimiser").begin_step_(grads, steps[0], counts)
+    with _kernels("tiles").on_device_of(counts):
+        for call in calls:
+            call.run()
+    for step in steps[1:]:
+        step += torch.isfinite(norm)
+    return norm
+
+
+def _adam_(params: list[Tensor], *rest: Any) -> None:
+    if not _launchable(params):
+        reference.adam_(params, *rest)
+        return
+    with _kernels("tiles").on_device_of(params[0]):
+        for call in _kernels("optimiser").adam_(params, *rest):
+            call.run()
+
+
+_IN_PLACE: dict[str, Callable[..., Any]] = {"scale_grads_": _scale_grads_, "begin_step_": _begin_step_, "adam_": _adam_}
+
+
 def load() -> None:
     """Register every operator for CUDA tensors; their schemas must be defined by then. A second call does nothing."""
     if _libraries:
         return
     library = torch.library.Library("realuid_fast", "IMPL")
-    for op in (*_HOMES, "scale_grads_"):
+    for op in (*_HOMES, *_IN_PLACE):
         library.impl(op, launcher(op), "CUDA")
     _libraries.append(library)

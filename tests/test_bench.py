@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import sys
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ if importlib.util.find_spec("bench") is None:
     pytest.skip("the benchmarks lie in the source checkout only", allow_module_level=True)
 
 import realuid_fast as rf
-from bench import compare_results, growth, micro, peers, plots, published, readme, report, step, timing
+from bench import compare_results, growth, micro, optimiser, peers, plots, published, readme, report, step, timing
 from realuid_fast import cli
 from realuid_fast.errors import UserError
 from realuid_fast.noise import NoiseStream, normal
@@ -143,18 +140,13 @@ def test_share_is_of_the_faster_copy():
     assert report.share_of_copy({micro.OURS: {"GBps": 12.0}}) is None
 
 
-def test_the_optimisers_rows_join_where_its_benchmark_is(tmp_path, monkeypatch, capsys):
-    module = ModuleType("bench.optimiser")
-    module.__spec__ = ModuleSpec("bench.optimiser", None)
-    module.rows = lambda: [
-        row("optimiser step", 2.0, dtype="float32", layout="contiguous", ratio=1.0, GBps=8.0),
-        row("optimiser step", 6.0, "Adam, loop", dtype="float32", layout="contiguous", ratio=3.0, GBps=2.7),
-    ]
-    monkeypatch.setitem(sys.modules, "bench.optimiser", module)
-    monkeypatch.setattr(micro, "run", lambda *_: [])
-    assert micro.main(["--quick", "--out", str(tmp_path)]) == 0
-    assert "**optimiser step**" in capsys.readouterr().out
-    assert {row["way"] for row in report.read(tmp_path / "micro.json").rows} == {"realuid_fast", "Adam, loop"}
+def test_the_optimisers_benchmark_writes_what_the_tools_read(tmp_path, capsys):
+    assert optimiser.bytes_moved(10, 3) == 4 * (10 + 60 + 50)
+    assert optimiser.main(["--quick", "--only", "0 averages", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    results = report.read(tmp_path / "optimiser.json")
+    assert {row["case"] for row in results.rows} == {optimiser.name(0)}
+    assert {row["way"] for row in results.rows} >= set(optimiser.WAYS)
+    assert f"**{optimiser.name(0)}**" in capsys.readouterr().out
 
 
 def row(case, ms, way="realuid_fast", **more):
@@ -250,7 +242,7 @@ def test_comparison_on_the_command_line(tmp_path, capsys):
 def test_bench_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert run("bench", "--help") == 0
     assert "compare" in capsys.readouterr().out
-    for which in ("micro", "step", "growth"):
+    for which in ("micro", "optimiser", "step", "growth"):
         assert run("bench", which, "--help") == 0
         assert f"python -m bench.{which}" in capsys.readouterr().out
         assert run("bench", which, "--threads", "0", "--out", tmp_path) == 2
@@ -265,10 +257,10 @@ def test_bench_on_the_command_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     seen = []
-    for which in ("micro", "step", "growth"):
+    for which in ("micro", "optimiser", "step", "growth"):
         monkeypatch.setattr(f"bench.{which}.main", lambda options, name=which: seen.append((name, *options)))
     assert run("bench") == 0
-    assert seen == [(name, "--out", "runs/bench") for name in ("micro", "step", "growth")]
+    assert seen == [(name, "--out", "runs/bench") for name in ("micro", "optimiser", "step", "growth")]
     seen.clear()
     assert run("bench", "step", "--quick", "--out", "here") == 0
     assert seen == [("step", "--quick", "--out", "here")]

@@ -1,9 +1,10 @@
 """Facts of the theory, computed through the fused calls: pi/4, the inner optimum, the generator's gradient.
 
-Data and generator are Gaussian, so every field is known; expectations over time, latent and noise are Gauss quadrature
-whose weights travel in the coefficients' w column, so nothing here is a Monte Carlo estimate.
+Data, generator and second endpoint are Gaussian, so every field is known; expectations over time, latent and noise are
+Gauss quadrature whose weights travel in the coefficients' w column, so nothing here is a Monte Carlo estimate.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,46 +12,127 @@ import pytest
 import torch
 
 import realuid_fast as rf
+from realuid_fast.paths import (
+    COLUMNS,
+    DDBMVP,
+    VE,
+    VP,
+    BrownianBridge,
+    Linear,
+    Path,
+    StochasticInterpolant,
+    Trigonometric,
+    VPCosine,
+)
 
-PATH = rf.paths.Linear()
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A path, the match space of the distance, and the interval that times are uniform on."""
+
+    path: Path
+    match: str = "velocity"
+    low: float = 0.0
+    high: float = 1.0
+
+    def columns(self, t):
+        coef = self.path.coefficients(t.reshape(-1), self.match, self.match)
+        return {name: v.reshape(t.shape) for name, v in zip(COLUMNS, coef.unbind(1), strict=True)}
 
 
-def field(x_t, t, mean, std):
-    """E[x - n | x_t] on the linear path for data N(mean, std^2)."""
-    variance = (t * std) ** 2 + (1 - t) ** 2
-    return mean + (t * std**2 - (1 - t)) / variance * (x_t - t * mean)
+SETTINGS = {
+    "linear": Setting(Linear()),
+    "linear-reversed-x0": Setting(Linear(data_at=0), "x0"),
+    "vp-velocity": Setting(VP(), low=0.05),
+    "vp-noise": Setting(VPCosine(), "noise", low=0.05),
+    "edm": Setting(VE(), "x0", 0.3, 2.5),
+    "brownian-bridge": Setting(BrownianBridge(eps=0.5), "x0", 0.05, 0.95),
+    "ddbm-vp": Setting(DDBMVP(), "x0", 0.05, 0.95),
+    "interpolant": Setting(StochasticInterpolant(gamma="sin2"), "velocity"),
+    "interpolant-root": Setting(StochasticInterpolant(mix="trigonometric"), "velocity", 0.05, 0.95),
+}
+every_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+LINEAR = SETTINGS["linear"]
+
+ENDPOINT = (0.3, 0.9)  # mean and standard deviation of y, independent of x; it has no part where b = 0
 
 
-def density(x_t, t, mean, std):
-    variance = (t * std) ** 2 + (1 - t) ** 2
-    return torch.exp(-0.5 * (x_t - t * mean) ** 2 / variance) / torch.sqrt(2 * math.pi * variance)
+def moments(setting, t, mean, std):
+    """Mean and variance of x_t at times t for data N(mean, std^2)."""
+    k = setting.columns(t)
+    return k["a"] * mean + k["b"] * ENDPOINT[0], (k["a"] * std) ** 2 + (k["b"] * ENDPOINT[1]) ** 2 + k["c"] ** 2
 
 
-def quadrature(n_t, n_z, n_noise):
-    """Nodes (t, z, n) of a product rule over uniform t and normal z, n, with weights that sum to one; all (R,)."""
-    t, w_t = np.polynomial.legendre.leggauss(n_t)
+def field(setting, x_t, t, mean, std):
+    """E[tgt | x_t] for data N(mean, std^2)."""
+    k = setting.columns(t)
+    centre, variance = moments(setting, t, mean, std)
+    covariance = k["p"] * k["a"] * std**2 + k["q"] * k["b"] * ENDPOINT[1] ** 2 + k["s"] * k["c"]
+    return k["p"] * mean + k["q"] * ENDPOINT[0] + covariance / variance * (x_t - centre)
+
+
+def density(setting, x_t, t, mean, std):
+    centre, variance = moments(setting, t, mean, std)
+    return torch.exp(-0.5 * (x_t - centre) ** 2 / variance) / torch.sqrt(2 * math.pi * variance)
+
+
+def legendre(setting, n):
+    """Nodes and weights of the mean over the setting's times."""
+    t, w = np.polynomial.legendre.leggauss(n)
+    return torch.from_numpy(setting.low + (setting.high - setting.low) * (t + 1) / 2), torch.from_numpy(w / 2)
+
+
+def quadrature(setting, n_t, n_z, n_noise):
+    """Nodes (t, z, e) of a product rule over uniform t and normal z, e, with weights that sum to one; all (R,)."""
+    t, w_t = legendre(setting, n_t)
     z, w_z = np.polynomial.hermite_e.hermegauss(n_z)
-    n, w_n = np.polynomial.hermite_e.hermegauss(n_noise)
-    grid = np.meshgrid((t + 1) / 2, z, n, indexing="ij")
-    weights = np.einsum("i,j,k->ijk", w_t / 2, w_z / w_z.sum(), w_n / w_n.sum())
+    e, w_e = np.polynomial.hermite_e.hermegauss(n_noise)
+    grid = np.meshgrid(t.numpy(), z, e, indexing="ij")
+    weights = np.einsum("i,j,k->ijk", w_t.numpy(), w_z / w_z.sum(), w_e / w_e.sum())
     return (*(torch.from_numpy(g.ravel()) for g in grid), torch.from_numpy(weights.ravel()))
 
 
-def weighted_coefficients(t, weights):
-    """Rows whose mean loss is the weighted sum: w carries weight times the number of rows."""
-    return PATH.coefficients(t, weight=lambda t: weights * len(t))
+def draws(setting, t, e, weights):
+    """Coefficients whose mean loss is the weighted sum, endpoints and noise for a normal e; all with R rows.
+
+    x_t holds y and n only as b y + c n; what is left of them is independent of it with mean zero and the losses are
+    linear in it, so given b (y - E[y]) + c n = spread e both may be put at their conditional means.
+    """
+    coef = setting.path.coefficients(t, setting.match, setting.match, weight=lambda t: weights * len(t))
+    k = setting.columns(t)
+    mean, std = ENDPOINT
+    spread = torch.sqrt((k["b"] * std) ** 2 + k["c"] ** 2)
+    return coef, (mean + k["b"] * std**2 / spread * e)[:, None], (k["c"] / spread * e)[:, None]
 
 
-@pytest.mark.parametrize("gap", [0.3, 1.0, -2.5])
-def test_inner_maximum_of_uid_is_pi_over_4_times_the_squared_distance(gap):
+INNER_MAXIMA = {
+    # The integral of (c W / (a^2 + c^2))^2 over time for one-sided paths in velocity space.
+    "linear": (LINEAR, math.pi / 4),
+    "trigonometric": (Setting(Trigonometric()), math.pi**2 / 8),
+    # In x0 space of (c^2 / (1 + c^2))^2.
+    "edm": (
+        Setting(VE(), "x0", 0.1, 3.0),
+        sum(s * (v - 1.5 * math.atan(v) + v / (2 * (1 + v**2))) for s, v in ((1, 3.0), (-1, 0.1))) / 2.9,
+    ),
+    # With y ~ N(0, 1), var x_t = 1 - t + t^2 on both: of (t / var)^2 in x0, of ((1 - t/2) / var)^2 in velocity space.
+    "brownian-bridge": (Setting(BrownianBridge(), "x0"), 4 * math.pi / (9 * math.sqrt(3)) - 1 / 3),
+    "interpolant": (Setting(StochasticInterpolant()), 1 / 4 + math.pi / (3 * math.sqrt(3))),
+}
+
+
+@pytest.mark.parametrize(("setting", "distance"), INNER_MAXIMA.values(), ids=INNER_MAXIMA.keys())
+@pytest.mark.parametrize("gap", [0.3, -2.5])
+def test_inner_maximum_of_uid_is_a_known_multiple_of_the_squared_distance(setting, distance, gap, monkeypatch):
+    """pi/4 for the linear path; unit variances throughout."""
+    monkeypatch.setitem(globals(), "ENDPOINT", (0.0, 1.0))
     teacher_mean, mean = 0.7 + gap, 0.7
-    t, z, n, weights = quadrature(64, 12, 12)
-    coef, x, noise = weighted_coefficients(t, weights), (mean + z)[:, None], n[:, None]
-    x_t = rf.interpolate(x, coef, noise)
-    teacher, fake = (field(x_t, t[:, None], m, 1.0) for m in (teacher_mean, mean))
-    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, rf.objectives.UID())
-    # 64 Legendre nodes integrate 1 / (2 t^2 - 2 t + 1) to rounding; the rest is polynomial, hence exact.
-    assert float(loss) == pytest.approx(math.pi / 4 * gap**2, rel=1e-9)
+    t, z, e, weights = quadrature(setting, 64, 12, 12)
+    (coef, endpoint, noise), x = draws(setting, t, e, weights), (mean + z)[:, None]
+    x_t = rf.interpolate(x, coef, noise, endpoint)
+    teacher, fake = (field(setting, x_t, t[:, None], m, 1.0) for m in (teacher_mean, mean))
+    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, rf.objectives.UID(), endpoint)
+    # 64 Legendre nodes integrate these rational functions of t to rounding; the rest is polynomial, hence exact.
+    assert float(loss) == pytest.approx(distance * gap**2, rel=1e-9)
 
 
 OBJECTIVES = [
@@ -61,89 +143,102 @@ OBJECTIVES = [
     rf.objectives.GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95),
 ]
 IDS = ["UID", "RealUID-up", "RealUID-down", "general", "general-kappa"]
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
 
 DATA, GENERATED = (0.4, 0.8), (-0.5, 1.1)  # mean and standard deviation
 
 
-def delta(x_t, t, objective, data, generated):
+def delta(setting, x_t, t, objective, data, generated):
     """The inner optimum's numerator and denominator, m and N of delta = m / N, at x_t."""
-    p_d, p_g = density(x_t, t, *data), density(x_t, t, *generated)
-    f_d, f_g = field(x_t, t, *data), field(x_t, t, *generated)
+    p_d, p_g = density(setting, x_t, t, *data), density(setting, x_t, t, *generated)
+    f_d, f_g = field(setting, x_t, t, *data), field(setting, x_t, t, *generated)
     alpha, beta, gamma = objective.alpha, objective.beta, objective.gamma
     numerator = (alpha * p_g + (beta - alpha) * p_d) * f_d - beta * p_g * f_g
     return numerator, gamma * p_g + (1 - gamma) * p_d
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
-@pytest.mark.parametrize("t", [0.15, 0.5, 0.85])
-def test_fake_loss_is_stationary_and_minimal_at_the_inner_optimum(objective, t):
+@every_setting
+@every_objective
+@pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
+def test_fake_loss_is_stationary_and_minimal_at_the_inner_optimum(setting, objective, share):
     """At one x_t the expected fake loss is a weighted sum of two rows, one drawn from each density.
 
     The loss is quadratic in f and linear in tgt given x_t up to a constant, so each density's conditional draw may be
-    replaced by its conditional mean.
+    replaced by one whose target is the conditional mean.
     """
     x_t = torch.linspace(-3, 3, 25, dtype=torch.float64)
-    time = torch.full_like(x_t, t)
-    m, n = delta(x_t, time, objective, DATA, GENERATED)
-    teacher = field(x_t, time, *DATA)
+    time = torch.full_like(x_t, setting.low + share * (setting.high - setting.low))
+    m, n = delta(setting, x_t, time, objective, DATA, GENERATED)
+    teacher = field(setting, x_t, time, *DATA)
     optimum = teacher - m / n / objective.kappa
 
     halves = [GENERATED, DATA] if objective.needs_real else [GENERATED]
     rows, n_real = len(x_t) * len(halves), len(x_t) * (len(halves) - 1)
-    fields = torch.cat([field(x_t, time, *half) for half in halves])
-    # x - n = f and t x + (1 - t) n = x_t give the pair whose target is the conditional mean.
-    noise = x_t.repeat(len(halves)) - t * fields
-    densities = torch.cat([density(x_t, time, *half) for half in halves])
-    coef = PATH.coefficients(time.repeat(len(halves)), weight=lambda _: densities)
+    fields = torch.cat([field(setting, x_t, time, *half) for half in halves])
+    k = setting.columns(time.repeat(len(halves)))
+    # Any x and n with p x + s n at the field's value will do: the larger of p and s carries it, y = 0 takes no part.
+    by_x = k["p"].abs() >= k["s"].abs()
+    value = fields / torch.where(by_x, k["p"], k["s"])
+    x, noise = value * by_x, value * ~by_x
+    densities = torch.cat([density(setting, x_t, time, *half) for half in halves])
+    coef = setting.path.coefficients(time.repeat(len(halves)), setting.match, setting.match, weight=lambda _: densities)
 
     def grads(f):
         return rf.fake_grads(
             f.repeat(len(halves))[:, None],
-            (fields + noise)[:, None],
+            x[:, None],
             None,
             coef,
             noise[:, None],
             objective,
             n_real=n_real,
             teacher_out=teacher.repeat(len(halves))[:, None] if objective.needs_teacher else None,
+            endpoint=torch.zeros_like(x)[:, None],
         )
 
     at_optimum = grads(optimum)
     assert at_optimum.fake_out.shape == (rows, 1)
     total = at_optimum.fake_out.view(len(halves), -1).sum(0)
-    torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-14)
+    # Rounding of the two halves' gradients, which scale with the fields.
+    torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-14 * float(1 + fields.abs().max()))
     for step in (0.1, -0.1):
         assert grads(optimum + step).loss > at_optimum.loss
 
 
-def inner_maximum(objective, generated, n_t=48):
-    """The value of the inner maximum, the integral of m^2 / N over x_t and t, on a grid."""
-    t, w_t = np.polynomial.legendre.leggauss(n_t)
-    t, w_t = torch.from_numpy((t + 1) / 2)[:, None], torch.from_numpy(w_t / 2)
-    x_t = torch.linspace(-9, 9, 2401, dtype=torch.float64)[None]
-    m, n = delta(x_t, t, objective, DATA, generated)
+def inner_maximum(setting, objective, generated, n_t=48):
+    """The value of the inner maximum, the integral of m^2 / N over x_t and t, on a grid of x_t at every time."""
+    t, w_t = legendre(setting, n_t)
+    t = t[:, None]
+    spans = [(centre, variance.sqrt()) for centre, variance in (moments(setting, t, *d) for d in (DATA, generated))]
+    low, high = (torch.stack([centre + s * 12 * deviation for centre, deviation in spans]) for s in (-1, 1))
+    low, high = low.min(0).values, high.max(0).values
+    x_t = low + (high - low) * torch.linspace(0, 1, 3001, dtype=torch.float64)[None]
+    m, n = delta(setting, x_t, t.expand_as(x_t), objective, DATA, generated)
     # Where both densities vanish so does m^2 / N, faster.
-    inner = torch.where(n > 1e-200, m**2 / n.clamp_min(1e-200), torch.zeros_like(n)).sum(1) * (x_t[0, 1] - x_t[0, 0])
+    inner = torch.where(n > 1e-200, m**2 / n.clamp_min(1e-200), torch.zeros_like(n)).sum(1) * (high - low)[:, 0] / 3000
     return float((w_t * inner).sum())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
-def test_generator_gradient_is_the_derivative_of_the_distance(objective):
+@every_setting
+@every_objective
+def test_generator_gradient_is_the_derivative_of_the_distance(setting, objective):
     """With the fake model at its inner optimum, autograd through both networks, x_t and x gives d max / d theta."""
     mean, std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in GENERATED)
-    t, z, n, weights = quadrature(48, 48, 48)
-    coef, x, noise = weighted_coefficients(t, weights), (mean + std * z)[:, None], n[:, None]
-    x_t = rf.interpolate(x, coef, noise)
+    t, z, e, weights = quadrature(setting, 48, 48, 48)
+    (coef, endpoint, noise), x = draws(setting, t, e, weights), (mean + std * z)[:, None]
+    x_t = rf.interpolate(x, coef, noise, endpoint)
     time = t[:, None]
-    teacher = field(x_t, time, *DATA)
-    m, normaliser = delta(x_t, time, objective, DATA, GENERATED)
+    teacher = field(setting, x_t, time, *DATA)
+    m, normaliser = delta(setting, x_t, time, objective, DATA, GENERATED)
     fake = teacher - m / normaliser / objective.kappa
-    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, objective)
+    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, objective, endpoint)
+    if not objective.needs_real:  # else the real rows of the fake turn hold a part of the value, none of the gradient
+        assert float(loss.detach()) == pytest.approx(inner_maximum(setting, objective, GENERATED), rel=1e-5)
     found = torch.autograd.grad(loss, (mean, std))
 
     h = 1e-4
     for index, gradient in enumerate(found):
         low, high = ([v + s * h * (i == index) for i, v in enumerate(GENERATED)] for s in (-1, 1))
-        numerical = (inner_maximum(objective, high) - inner_maximum(objective, low)) / (2 * h)
+        numerical = (inner_maximum(setting, objective, high) - inner_maximum(setting, objective, low)) / (2 * h)
         # 1e-5: the central difference's h^2 error and the quadrature of the posterior tails.
         assert float(gradient) == pytest.approx(numerical, rel=1e-5, abs=1e-6)

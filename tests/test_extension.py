@@ -92,7 +92,7 @@ class Case:
         real = torch.float64 if dtype is torch.float64 else torch.float32
         self.coef = torch.randn((shape[0], 9), generator=g).to(real)
         if not extra:
-            self.coef[:, 7] = 0
+            self.coef[:, [1, 4, 7]] = 0
         self.noise = draw((self.noise_rows, *shape[1:])) if shape[0] else draw()
         n = self.noise.double()
         if keyed:
@@ -150,6 +150,16 @@ def test_interpolate_agrees(shape, layout, keyed, extra, dtype):
         check(g_y, case.c64(1) * case.fake.double(), dtype, case.x)
     else:
         assert g_y.shape == (0,)
+
+
+@EVERY_DTYPE
+@CASES
+def test_mean_abs_error_agrees(shape, layout, keyed, extra, dtype):
+    case = Case(shape, layout, dtype, keyed, extra)
+    found = ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef)
+    wanted = row_sum((case.x.double() - case.native(case.teacher)).abs()) / (case.x.numel() / case.rows)
+    assert found.dtype == case.coef.dtype
+    check(found, wanted, torch.float32 if dtype is not torch.float64 else dtype)
 
 
 @EVERY_DTYPE
@@ -332,6 +342,7 @@ def test_empty_tensors(shape, dtype):
     n = case.noise_rows
     assert ops.interpolate(case.x, case.coef, case.noise, None, n).shape == shape
     assert ops.normal_like(case.noise, case.x, n).shape == shape
+    assert ops.mean_abs_error(case.teacher, case.x, None, case.coef).tolist() == [0.0] * shape[0]
     results = [
         ops.matching(case.fake, case.x, None, case.coef, case.noise, None, n, True, True),
         ops.fake(
@@ -354,6 +365,7 @@ def run_all(case, noise_rows):
     halves = (*HALVES[1][0], *HALVES[1][1])
     n_real = case.rows - noise_rows
     out = [ops.interpolate(case.x, case.coef, case.noise, case.y, noise_rows)]
+    out += [ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef)]
     out += ops.matching(case.fake, case.x, case.x_t, case.coef, case.noise, case.y, noise_rows, True, True)
     out += ops.fake(
         case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, noise_rows, n_real, *halves,
@@ -484,6 +496,78 @@ def test_every_16_bit_value_survives(dtype):
     torch.testing.assert_close(small, (every.float() * 3.3e-5).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+# A piece is 4096 elements, a thread's share 32768: below, at, across and far beyond them, and no multiple of a vector.
+SIZES = {"67": (67,), "9001": (9001,), "many": (1, 0, 4096, 33, 70001, 16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("beta1", "rows", "warmup"), [(0.0, 3, True), (0.9, 1, False), (0.9, 0, False)])
+@pytest.mark.parametrize("sizes", list(SIZES))
+def test_optimiser_step_agrees(sizes, beta1, rows, warmup, dtype):
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*lead):
+        return [torch.randn((*lead, n), generator=g).to(dtype) for n in SIZES[sizes]]
+
+    params, grads, squares = draw(), draw(), [t.square() for t in draw()]
+    moments, emas = draw() if beta1 else [], draw(rows) if rows else []
+    step, counts, decays = torch.tensor(6.0), torch.tensor([4, 0]), torch.tensor([0.9, 0.1, 0.9999])[:rows].double()
+    rates, clip, beta2, eps, decay = torch.tensor([0.1, 0.2]), 3.0, 0.999, 1e-4, 0.05
+
+    norm = ops.begin_step_(grads, [step], counts)
+    assert (step, *counts) == (7, 5, 0)
+    wide = [t.double() for t in grads]
+    length = torch.cat(wide).norm()
+    torch.testing.assert_close(norm.double(), length, rtol=1e-6, atol=0)
+    expected = []
+    for i, (p, d, v) in enumerate(zip(params, wide, squares, strict=True)):
+        d = -min(1.0, clip / float(length)) * d + decay * p.double()
+        v = beta2 * v.double() + (1 - beta2) * d**2
+        m = beta1 * moments[i].double() + (1 - beta1) * d if beta1 else d
+        p = p.double() - rates[1].double() * m / (1 - beta1**7) / ((v / (1 - beta2**7)).sqrt() + eps)
+        share = [min(float(q), 5 / 14) if warmup else float(q) for q in decays]
+        average = [q * e.double() + (1 - q) * p for q, e in zip(share, emas[i], strict=True)] if rows else []
+        expected.append((p, v, m, average))
+    numbers = clip, beta1, beta2, eps, decay, True, warmup
+    before = [t.clone() for t in grads]
+    ops.adam_(params, grads, moments, squares, emas, norm, step, rates, counts, decays, *numbers)
+    for i, (p, v, m, average) in enumerate(expected):
+        check(params[i], p, dtype)
+        check(squares[i], v, dtype)
+        if beta1:
+            check(moments[i], m, dtype)
+        for mine, theirs in zip(emas[i] if rows else [], average, strict=True):
+            check(mine, theirs, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+
+
+def test_optimiser_arguments_get_a_sentence_with_their_name():
+    one, step, counts, rate = torch.ones(4, 3), torch.tensor(1.0), torch.tensor([1, 0]), torch.tensor([0.1])
+    none = torch.zeros(0, dtype=torch.float64)
+
+    def adam(
+        params=one, grad=one, avgs=(), square=one, emas=(), norm=step, lr=rate, counts=counts, decays=none, beta=0.0
+    ):
+        lists = [params.clone()], [grad], list(avgs), [square.clone()], list(emas)
+        ops.adam_(*lists, norm, step, lr, counts, decays, 1.0, beta, 0.9, 1e-8, 0.0, False, False)
+
+    bad("grads must have at least one tensor", lambda: ops.begin_step_([], [step], counts))
+    bad("grads must be float32 or float64", lambda: ops.begin_step_([one.half()], [step], counts))
+    bad("grads must have no gaps", lambda: ops.begin_step_([one[:, ::2]], [step], counts))
+    bad("grads must all be on the CPU and of one dtype", lambda: ops.begin_step_([one, one.double()], [step], counts))
+    bad("steps must be float32", lambda: ops.begin_step_([one], [counts[0]], counts))
+    bad("counts must be a contiguous int64", lambda: ops.begin_step_([one], [step], step))
+    bad(r"grads\[0\] must have .*the shape", lambda: adam(grad=torch.ones(4)))
+    bad(r"grads\[0\] must have the shape and the memory layout", lambda: adam(grad=torch.ones(3, 4).T))
+    bad("exp_avg_sqs must be on the CPU with the dtype", lambda: adam(square=one.double()))
+    bad("exp_avgs are needed unless beta1 is 0", lambda: adam(beta=0.5))
+    bad("exp_avgs must have 1 tensors like params, got 2", lambda: adam(avgs=[one, one], beta=0.5))
+    bad("emas must have 1 tensors like params, got 0", lambda: adam(decays=torch.tensor([0.9])))
+    bad(r"emas\[0\] must have a row for each average", lambda: adam(emas=[one], decays=torch.tensor([0.9])))
+    bad("lr must be a contiguous CPU tensor with 1 or more", lambda: adam(lr=torch.zeros(0)))
+    bad("lr must be float32 or float64", lambda: adam(lr=torch.tensor([1])))
+
+
 def bad(sentence, call):
     with pytest.raises(RuntimeError, match=sentence):
         call()
@@ -520,6 +604,9 @@ def test_wrong_arguments_get_a_sentence_with_their_name():
     bad("noise must have size 4 in dimension 0", lambda: generator(noise=torch.randn(3, 6)))
     bad("endpoint must have size 6 in dimension 1", lambda: generator(y=torch.randn(4, 7)))
     bad("x_t is needed: row 2 of coef has k_x", lambda: generator(coef=shifted))
+    with_endpoint = coef.clone()
+    with_endpoint[1, 4] = 0.5
+    bad("endpoint is needed: row 1 of coef has q", lambda: generator(coef=with_endpoint))
     bad("x_t is needed where its gradient is asked for", lambda: generator(want_x_t=True))
     bad("teacher_out is needed", lambda: fake(d=0.5))
     bad("n_real must be between 0 and the 4 rows, got 5", lambda: fake(n_real=5))

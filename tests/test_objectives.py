@@ -1,11 +1,28 @@
-"""Objectives: the scalars of each preset, and what is refused or warned about."""
+"""Objectives: scalars, each preset against its paper's loss in plain torch, match spaces, refusals and warnings."""
 
+import dataclasses
 import warnings
 
 import pytest
+import torch
 
 import realuid_fast as rf
-from realuid_fast.objectives import UID, GeneralRealUID, RealUID
+from realuid_fast.objectives import (
+    DMD,
+    FGM,
+    IBMD,
+    PRESETS,
+    UID,
+    DiffInstruct,
+    GeneralRealUID,
+    MomentMatching,
+    Objective,
+    RealBridge,
+    RealSiD,
+    RealUID,
+    SiD,
+)
+from realuid_fast.paths import DDBMVP, VE, VP, BrownianBridge, Linear
 
 
 def test_uid_has_no_real_half_and_needs_no_teacher_in_the_fake_turn():
@@ -60,6 +77,15 @@ def test_general_realuid_rows(gamma, kappa):
         (lambda: GeneralRealUID(0.9, 0.95, 1.0), "gamma = 1 requires alpha = beta = 1"),
         (lambda: GeneralRealUID(0.9, 0.95, 0.0), r"gamma must lie in \(0, 1\]"),
         (lambda: GeneralRealUID(0.9, 0.95, 0.9, kappa=0.5), "kappa must be 1 or beta"),
+        (lambda: FGM(1.0, 0.0), "l2 must be positive, got 0: the loss is divided by it"),
+        (lambda: FGM(float("inf"), 1.0), "l1 must be a finite number"),
+        (lambda: DMD(1.5), "alpha must lie in"),
+        (lambda: Objective("", 1.0, 1.0, 1.0, 1.0, flows="y"), "flows must be 'all' or 'x', not 'y'"),
+        (lambda: Objective("", 1.0, 1.0, 1.0, 1.0, sample_scale=-1.0), "sample_scale must not be negative, got -1"),
+        (lambda: SiD(0.0), "alpha_sid must be positive, got 0"),
+        (lambda: SiD("1"), "alpha_sid must be a finite number, not '1'"),
+        (lambda: RealSiD(0.9, 0.95, -1.0), "alpha_sid must be positive"),
+        (lambda: RealBridge(1.0, 0.9), "alpha = 1 requires beta = 1"),
     ],
 )
 def test_unbounded_or_meaningless_choices_are_refused(build, sentence):
@@ -74,3 +100,330 @@ def test_ratio_one_warns_that_real_data_is_idle():
         warnings.simplefilter("error")
         UID()
         RealUID(0.92, 0.94)
+
+
+def test_strong_sid_with_real_data_warns():
+    with pytest.warns(UserWarning, match=r"alpha_sid = 1.2 with beta = 0.94 is reported unstable"):
+        RealSiD(0.92, 0.94, alpha_sid=1.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SiD(1.2)
+        RealSiD(0.92, 0.94)
+
+
+def scalars(objective):
+    return dataclasses.replace(objective, name="")
+
+
+def test_presets_that_are_the_same_numbers():
+    plain_sid = SiD(0.5, scaled=False)
+    assert scalars(UID()) == scalars(FGM(1, 1)) == scalars(FGM(0.3, 0.3)) == scalars(plain_sid) == scalars(IBMD())
+    assert scalars(FGM(0, 1)) == scalars(SiD(1.0, scaled=False))
+    plain_real = RealSiD(0.92, 0.94, 0.5, scaled=False)
+    assert scalars(RealUID(0.92, 0.94)) == scalars(plain_real) == scalars(RealBridge(0.92, 0.94))
+    assert scalars(RealSiD(1, 1, 0.8)) == scalars(SiD(0.8))
+    assert scalars(GeneralRealUID(0.92, 0.94, 0.92)) == scalars(RealUID(0.92, 0.94))
+
+
+def test_named_presets_carry_their_names():
+    built = {PRESETS[name](*(0.92, 0.94, 0.9)[:count]).name for name, count in
+             (("uid", 0), ("realuid", 2), ("general", 3), ("fgm", 0), ("sid", 0), ("realsid", 2), ("ibmd", 0),
+              ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0))}  # fmt: skip
+    assert len(built) == len(PRESETS)
+
+
+# Literal transcriptions. Networks are fixed smooth functions; x is the generator's output and the leaf.
+B, D = 4, 3
+
+
+def network(seed):
+    weight = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return lambda time, seen: torch.tanh(seen @ weight + torch.sin(time)[:, None])
+
+
+TEACHER, FAKE = network(1), network(2)
+
+
+def draw(path, rows):
+    generator = torch.Generator().manual_seed(5)
+    x, y, n = torch.randn(3, rows, D, dtype=torch.float64, generator=generator)
+    low, high = path.t_range
+    share = 0.1 + 0.8 * torch.rand(rows, dtype=torch.float64, generator=generator)
+    t = low + (min(high, 5.0) - low) * share
+    return t, x.requires_grad_(), y, n
+
+
+def fused_generator(path, match, predict, objective, weight=None):
+    """Value and gradient in x through the package."""
+    t, x, y, n = draw(path, B)
+    coef = path.coefficients(t, match, predict, weight)
+    x_t = rf.interpolate(x, coef, n, y)
+    seen, time = path.network_input(x_t, t, predict), path.network_time(t, predict)
+    loss = rf.generator_loss(TEACHER(time, seen), FAKE(time, seen), x, x_t, coef, n, objective, y)
+    return loss, torch.autograd.grad(loss, x)[0]
+
+
+def fused_fake(path, match, predict, objective, n_real, weight=None):
+    """Value and gradient in the fake model's output through the package."""
+    t, x, y, n = draw(path, B + n_real)
+    x = x.detach()
+    coef = path.coefficients(t, match, predict, weight)
+    x_t = rf.interpolate(x, coef, n, y)
+    out = FAKE(path.network_time(t, predict), path.network_input(x_t, t, predict)).requires_grad_()
+    loss = rf.fake_loss(out, x, x_t, coef, n, objective, n_real, endpoint=y)
+    return loss, torch.autograd.grad(loss, out)[0]
+
+
+def square(v):
+    return (v * v).sum(1)
+
+
+def inner(u, v):
+    return (u * v).sum(1)
+
+
+def agree(found, loss, leaf):
+    expected = loss, torch.autograd.grad(loss, leaf)[0]
+    for one, other in zip(found, expected, strict=True):
+        # 1e-12: rounding of a hundred float64 operations.
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(1.0, 1.0), (0.0, 1.0), (0.5, 2.0)])
+def test_fgm_is_its_paper_on_the_linear_path(l1, l2):
+    """Huang et al. (2410.19310) put data at t = 0: u_t(x_t | x_0) = x_1 - x_0 with noise x_1."""
+    path = Linear(data_at=0, time_scale=1.0)
+    t, x0, _, x1 = draw(path, B)
+    x_t = (1 - t)[:, None] * x0 + t[:, None] * x1
+    u, v, u_cond = TEACHER(t, x_t), FAKE(t, x_t), x1 - x0
+    loss = (l1 * square(u - v) + l2 * 2 * inner(u - v, v - u_cond)).mean() / l2
+    agree(fused_generator(path, "velocity", "velocity", FGM(l1, l2)), loss, x0)
+
+    v = v.detach().requires_grad_()
+    agree(fused_fake(path, "velocity", "velocity", FGM(l1, l2), 0), square(v - u_cond.detach()).mean(), v)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_sid_is_its_paper_in_edm_form(alpha, scaled):
+    """Zhou et al. (2404.04057), with EDM's denoisers; without the division by mean |x - f*| ours is twice theirs."""
+    sigma_data = 0.5
+    path = VE(sigma_data=sigma_data)
+    sigma, x, _, n = draw(path, B)
+    s = sigma[:, None]
+    x_t = x + s * n
+
+    def denoise(network):
+        total = s**2 + sigma_data**2
+        out = network(sigma.log() / 4, x_t / total.sqrt())
+        return sigma_data**2 / total * x_t + s * sigma_data / total.sqrt() * out
+
+    f_phi, f_psi = denoise(TEACHER), denoise(FAKE)
+    scale = 1 / (x - f_phi).abs().mean(1).detach() if scaled else 2
+    loss = (scale * (-alpha * square(f_phi - f_psi) + inner(f_phi - f_psi, f_phi - x))).mean()
+    agree(fused_generator(path, "x0", "edm", SiD(alpha, scaled)), loss, x)
+
+    # The fake model is trained by EDM's own weighted denoising loss, in its raw output.
+    total, weight = s**2 + sigma_data**2, (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    out = FAKE(sigma.log() / 4, (x_t / total.sqrt()).detach()).requires_grad_()
+    f_psi = (sigma_data**2 / total * x_t).detach() + s * sigma_data / total.sqrt() * out
+    loss = (weight * square(f_psi - x.detach())).mean()
+    agree(fused_fake(path, "x0", "edm", SiD(alpha), 0, path.edm_weight), loss, out)
+
+
+def test_realuid_is_its_two_squared_distances():
+    path, alpha, beta = Linear(), 0.92, 0.94
+    t, x, _, n = draw(path, B)
+    x_t = t[:, None] * x + (1 - t)[:, None] * n
+    gap = [alpha * square(net(t, x_t) - beta / alpha * (x - n)) for net in (TEACHER, FAKE)]
+    agree(fused_generator(path, "velocity", "velocity", RealUID(alpha, beta)), (gap[0] - gap[1]).mean(), x)
+
+    t, x, _, n = draw(path, 2 * B)
+    x = x.detach()
+    v = FAKE(t, t[:, None] * x + (1 - t)[:, None] * n).requires_grad_()
+    target = x - n
+    loss = alpha * square(v[:B] - beta / alpha * target[:B]).sum() / B
+    loss = loss + (1 - alpha) * square(v[B:] - (1 - beta) / (1 - alpha) * target[B:]).sum() / B
+    agree(fused_fake(path, "velocity", "velocity", RealUID(alpha, beta), B), loss, v)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.95])
+def test_general_realuid_is_its_max_over_delta(kappa):
+    """``-gamma ||delta||^2 + 2 <delta, alpha f* - beta tgt>`` with ``delta = kappa (f* - f)``: what the fake model
+    maximises over both halves, and the generator minimises over its own.
+    """
+    path, alpha, beta, gamma = Linear(), 0.9, 0.95, 0.7
+    objective = GeneralRealUID(alpha, beta, gamma, kappa)
+
+    def value(alpha, beta, gamma, teacher, fake, target):
+        delta = kappa * (teacher - fake)
+        return -gamma * square(delta) + 2 * inner(delta, alpha * teacher - beta * target)
+
+    t, x, _, n = draw(path, B)
+    x_t = t[:, None] * x + (1 - t)[:, None] * n
+    loss = value(alpha, beta, gamma, TEACHER(t, x_t), FAKE(t, x_t), x - n).mean()
+    agree(fused_generator(path, "velocity", "velocity", objective), loss, x)
+
+    t, x, _, n = draw(path, 2 * B)
+    x, target = x.detach(), (x - n).detach()
+    coef = path.coefficients(t)
+    x_t = rf.interpolate(x, coef, n)
+    teacher, fake = TEACHER(t, x_t), FAKE(t, x_t).requires_grad_()
+    of_each = (alpha, beta, gamma), (1 - alpha, 1 - beta, 1 - gamma)
+    maximised = sum(
+        value(*numbers, teacher[half], fake[half], target[half]).sum() / B
+        for numbers, half in zip(of_each, (slice(B), slice(B, None)), strict=True)
+    )
+    fused = rf.fake_loss(fake, x, None, coef, n, objective, B, teacher)
+    # The values differ by what does not depend on the fake model.
+    for one, other in zip(*(torch.autograd.grad(v, fake) for v in (fused, -maximised)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_realsid_changes_the_square_alone():
+    """RealUID's loss with its weight on ||f* - f||^2 taken from alpha to 2 alpha_sid alpha."""
+    path, alpha, beta, alpha_sid = VE(), 0.9, 0.95, 0.8
+    sigma, x, _, n = draw(path, B)
+    x_t = x + sigma[:, None] * n
+    teacher, fake = TEACHER(sigma, x_t), FAKE(sigma, x_t)
+    loss = alpha * (square(teacher - beta / alpha * x) - square(fake - beta / alpha * x))
+    loss = (loss - (2 * alpha_sid - 1) * alpha * square(teacher - fake)).mean()
+    agree(fused_generator(path, "x0", "x0", RealSiD(alpha, beta, alpha_sid, scaled=False)), loss, x)
+
+    plain = RealUID(alpha, beta)
+    halved = fused_generator(path, "x0", "x0", RealSiD(alpha, beta, 0.5))
+    scale = 0.5 / (x - teacher).abs().mean(1).detach()
+    whole = fused_generator(path, "x0", "x0", plain, weight=lambda _: scale)
+    for one, other in zip(halved, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("objective", "alpha", "scaled"),
+    [(DiffInstruct(), 1.0, False), (DMD(), 1.0, True), (DMD(0.8), 0.8, True), (MomentMatching(), 1.0, False)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+@pytest.mark.parametrize("predict", ["x0", "noise"])
+def test_x_alone_moves_by_the_difference_of_the_fields(objective, alpha, scaled, predict):
+    """dl/dx = w alpha (f - f*), DMD's divided by mean |x - f*|; x enters the networks, but nothing flows back there."""
+    path = VE()
+    sigma, x, _, n = draw(path, B)
+    s, fixed = sigma[:, None], x.detach()
+    x_t = fixed + s * n
+    seen, time = path.network_input(x_t, sigma, predict), path.network_time(sigma, predict)
+    outs = TEACHER(time, seen), FAKE(time, seen)
+    teacher, fake = outs if predict == "x0" else (x_t - s * out for out in outs)
+    weight = 1 / s[:, 0]
+    scale = 1 / (fixed - teacher).abs().mean(1) if scaled else 1
+    loss = (weight * scale * alpha * inner(fake - teacher, x)).mean()
+    (expected,) = torch.autograd.grad(loss, x)
+    value, gradient = fused_generator(path, "x0", predict, objective, lambda sigma: 1 / sigma)
+    torch.testing.assert_close(value, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+    coef = path.coefficients(sigma, "x0", predict, lambda sigma: 1 / sigma)
+    grads = rf.generator_grads(*outs, fixed, x_t, coef, n, objective)
+    assert grads.teacher_out is grads.fake_out is grads.x_t is None
+    torch.testing.assert_close(grads.x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_fake_model_of_dmd_tracks_the_mixture():
+    """Denoising with weight alpha on generated and 1 - alpha on real rows, over the number of generated ones."""
+    path, alpha = VE(), 0.8
+    sigma, x, _, n = draw(path, 2 * B)
+    x_t = (x + sigma[:, None] * n).detach()
+    out = FAKE(sigma, x_t).requires_grad_()
+    weight = torch.tensor([alpha] * B + [1 - alpha] * B, dtype=torch.float64)
+    loss = (weight * square(out - x.detach())).sum() / B
+    agree(fused_fake(path, "x0", "x0", DMD(alpha), B), loss, out)
+
+
+def test_the_fake_model_of_moment_matching_is_drawn_to_the_teacher():
+    """Salimans et al. (2406.04103), alternating algorithm: ||f - x||^2 + ||f - f*||^2."""
+    path, objective = VE(), MomentMatching()
+    sigma, x, _, n = draw(path, B)
+    x = x.detach()
+    x_t = x + sigma[:, None] * n
+    teacher, fake = TEACHER(sigma, x_t), FAKE(sigma, x_t).requires_grad_()
+    assert objective.needs_teacher
+    assert not objective.needs_real
+    fused = rf.fake_loss(fake, x, x_t, path.coefficients(sigma, "x0", "x0"), n, objective, teacher_out=teacher)
+    literal = (square(fake - x) + square(fake - teacher)).mean()
+    # The values differ by ||f*||^2, which does not depend on the fake model.
+    expected = torch.autograd.grad(literal, fake)[0]
+    torch.testing.assert_close(torch.autograd.grad(fused, fake)[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused, literal - square(teacher).mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_ibmd_is_its_paper_on_the_brownian_bridge():
+    """Gushchin et al. (2502.01362): both regress x on x_t; their difference is what the generator minimises."""
+    eps, path = 0.7, BrownianBridge(eps=0.7)
+    t, x0, x1, n = draw(path, B)
+    s = t[:, None]
+    x_t = (1 - s) * x0 + s * x1 + torch.sqrt(eps * s * (1 - s)) * n
+    weight = 1 / t**2  # their drift (x_t - x0) / t
+    drifts = [(x_t - net(t, x_t)) / s for net in (TEACHER, FAKE)]
+    loss = square(drifts[0] - (x_t - x0) / s) - square(drifts[1] - (x_t - x0) / s)
+    agree(fused_generator(path, "x0", "x0", IBMD(), lambda t: t**-2), loss.mean(), x0)
+
+    estimate = FAKE(t, x_t.detach()).requires_grad_()
+    loss = (weight * square(estimate - x0.detach())).mean()
+    agree(fused_fake(path, "x0", "x0", IBMD(), 0, lambda t: t**-2), loss, estimate)
+
+
+def test_real_bridge_takes_pairs_as_real_rows():
+    path, alpha, beta = DDBMVP(), 0.9, 0.95
+    t, x, y, n = draw(path, 2 * B)
+    x = x.detach()
+    a, b, c = (v[:, None] for v in path.scales(t))
+    edm = [v[:, None] for v in path.preconditioning(t)]
+    x_t = a * x + b * y + c * n
+    out = FAKE(250 * t.log(), edm[2] * x_t).requires_grad_()
+    f = edm[0] * x_t + edm[1] * out
+    loss = alpha * square(f[:B] - beta / alpha * x[:B]).sum() / B
+    loss = loss + (1 - alpha) * square(f[B:] - (1 - beta) / (1 - alpha) * x[B:]).sum() / B
+    agree(fused_fake(path, "x0", "edm", RealBridge(alpha, beta), B), loss, out)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        UID(),
+        SiD(0.8, scaled=False),
+        RealUID(0.92, 0.94),
+        GeneralRealUID(0.9, 0.95, 0.8),
+        GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95),
+    ],
+    ids=lambda o: o.name,
+)
+@pytest.mark.parametrize("path", [Linear(), VP(), VE()], ids=lambda p: type(p).__name__)
+def test_match_spaces_differ_by_what_the_theory_gives(path, objective):
+    """With f = k f0 + m x_t between the spaces and k^2 in the weight, the velocity loss is the x0 loss plus
+
+    ``2 kappa k m (alpha - beta) <f0* - f0, x_t>``: nothing where alpha = beta. The fake model's gradient differs by
+    ``2 k m kappa (alpha - beta) x_t`` in generated rows and by its opposite in real ones.
+    """
+    n_real = B if objective.needs_real else 0
+    t, x, _, n = draw(path, B + n_real)
+    x = x.detach()
+    x_t = path._scales(t)[0][:, None] * x + path._scales(t)[2][:, None] * n
+    teacher, fake = TEACHER(t, x_t), FAKE(t, x_t)
+    velocity = path.coefficients(t, "velocity", "x0")
+    k, m = velocity[:, 6], velocity[:, 7]
+    data = path.coefficients(t, "x0", "x0", weight=lambda _: k**2)
+
+    def generator(coef):
+        return rf.generator_grads(teacher[:B], fake[:B], x[:B], x_t[:B], coef[:B], n[:B], objective).rows
+
+    shift = objective.kappa * (objective.alpha - objective.beta) * 2 * k * m
+    expected = shift[:B] * inner(teacher - fake, x_t)[:B]
+    torch.testing.assert_close(generator(velocity) - generator(data), expected, rtol=1e-9, atol=1e-12)
+    if objective.alpha != objective.beta:
+        assert expected.abs().min() > 1e-6
+
+    def gradient(coef):
+        return rf.fake_grads(fake, x, x_t, coef, n, objective, n_real, teacher).fake_out * B
+
+    sign = torch.cat([torch.ones(B), -torch.ones(n_real)]).double()
+    expected = (sign * shift)[:, None] * x_t
+    torch.testing.assert_close(gradient(velocity) - gradient(data), expected, rtol=1e-9, atol=1e-12)

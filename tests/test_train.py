@@ -261,7 +261,7 @@ def test_the_step_reads_no_tensor_on_the_host(monkeypatch):
     trainer.update()
 
     # On CPU, where it costs nothing, the path checks its times; on a device it does not.
-    monkeypatch.setattr(paths, "host_checks_allowed", lambda _: False)
+    monkeypatch.setattr(paths.checks, "host_checks_allowed", lambda _: False)
 
     def refuse(self, *_):
         raise AssertionError("a tensor was read on the host inside the step")
@@ -437,7 +437,11 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path):
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (out / "log.csv").exists() and process.poll() is None:
+    log = out / "log.csv"
+    # The file is there before the handlers are; its first row comes after.
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) > 1:
+            break
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]

@@ -36,6 +36,12 @@ struct InterpolateArgs {
   bool stream;
 };
 
+struct ErrorArgs {
+  Shape shape;
+  const void *teacher, *x, *x_t, *coef;  // x_t may be null
+  double* partial;                       // of sum |x - f*| / dim
+};
+
 struct FakeHalf {
   double a, b, d, c;  // l = w (a f^2 - 2 f (b tgt + d f*) + c tgt^2)
 };
@@ -83,6 +89,7 @@ struct NormalArgs {
 
 struct Kernels {
   void (*interpolate)(const InterpolateArgs&, int64_t begin, int64_t end);
+  void (*error)(const ErrorArgs&, int64_t begin, int64_t end);
   void (*fake)(const FakeArgs&, int64_t begin, int64_t end);
   void (*generator)(const GeneratorArgs&, int64_t begin, int64_t end);
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);

@@ -2,20 +2,15 @@
 // so that arithmetic and memory overlap; where rows and groups do not line up, it is drawn into a buffer in the L1 cache.
 #pragma once
 
+#include "access.h"
 #include "fused.h"
 #include "noise_vector.h"
-#include "simd.h"
 
 namespace realuid_fast {
 namespace {
 namespace REALUID_ISA {
 
 constexpr int64_t BUFFER = 1024;  // elements of noise drawn ahead at most
-
-template <class T>
-using ArithmeticOf = typename Arithmetic<T>::type;
-template <class T>
-using VectorFor = typename VectorOf<ArithmeticOf<T>>::type;
 
 // A block of one row: its unit, where it lies in the row and in memory, how long it is.
 struct Span {
@@ -87,43 +82,6 @@ class Noise {
   alignas(64) Real buffer_[BUFFER + 64];
 };
 
-// Access to a span's vectors: whole ones, and the rest behind them padded with zeros (which add nothing to any sum).
-struct Whole {
-  bool streams;
-  template <class T>
-  REALUID_INLINE auto in(const T* from, int64_t i) const {
-    return load(from + i);
-  }
-  template <class T, class V>
-  REALUID_INLINE void out(T* to, int64_t i, V v) const {
-    if (streams)
-      stream(to + i, v);
-    else
-      store(to + i, v);
-  }
-};
-
-struct Rest {
-  int n;
-  template <class T>
-  REALUID_INLINE auto in(const T* from, int64_t i) const {
-    return load_first(from + i, n);
-  }
-  template <class T, class V>
-  REALUID_INLINE void out(T* to, int64_t i, V v) const {
-    store_first(to + i, v, n);
-  }
-};
-
-// body(access, i) for every vector of `count` elements.
-template <class T, class F>
-REALUID_INLINE void for_vectors(bool streams, int64_t count, F&& body) {
-  constexpr int WIDE = VectorOf<ArithmeticOf<T>>::width;
-  int64_t i = 0;
-  for (; i + WIDE <= count; i += WIDE) body(Whole{streams}, i);
-  if (i < count) body(Rest{int(count - i)}, i);
-}
-
 // body(access, i, n) for every vector of a span, n its noise; zeros where none is wanted.
 template <class T, class F>
 REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span& span, bool wanted, F&& body) {
@@ -147,22 +105,6 @@ REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span&
     for_vectors<T>(streams, count, [&](auto access, int64_t i) { body(access, done + i, access.in(n, i)); });
     done += count;
   }
-}
-
-// Streaming needs every vector of the span aligned, in every output.
-template <class T, class... P>
-REALUID_INLINE bool aligned(const P*... outputs) {
-  const uintptr_t mask = sizeof(VectorFor<T>) * sizeof(T) / sizeof(ArithmeticOf<T>) - 1;
-  return (((reinterpret_cast<uintptr_t>(outputs)) & mask) | ... | 0) == 0;
-}
-
-template <class T>
-REALUID_INLINE const T* at(const void* base, int64_t offset) {
-  return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
-}
-template <class T>
-REALUID_INLINE T* at(void* base, int64_t offset) {
-  return base == nullptr ? nullptr : static_cast<T*>(base) + offset;
 }
 
 template <class T>
@@ -219,6 +161,26 @@ void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
                    [&](auto access, int64_t i) { access.out(out, i, factor * access.in(in, i)); });
   });
   if (args.stream) stream_fence();
+}
+
+// --- mean |x - f*| ------------------------------------------------------------------------------------------------------
+
+template <class T>
+void error(const ErrorArgs& args, int64_t begin, int64_t end) {
+  using V = VectorFor<T>;
+  for_spans(args.shape, begin, end, [&](const Span& span) {
+    const auto* coef = coefficient_row<T>(args.coef, span.row);
+    const T *teacher = at<T>(args.teacher, span.offset), *x = at<T>(args.x, span.offset);
+    const T* x_t = coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset);
+    const auto k_out = coef[K_OUT], k_x = coef[K_X];
+    V sum = {};
+    for_vectors<T>(false, span.count, [&](auto access, int64_t i) {
+      V e = access.in(x, i) - k_out * access.in(teacher, i);
+      if (x_t != nullptr) e -= k_x * access.in(x_t, i);
+      sum += e < 0 ? -e : e;
+    });
+    args.partial[span.unit] = sum_lanes(sum) / double(args.shape.dim);
+  });
 }
 
 // --- fake: l = w (A f^2 - 2 f (B tgt + D f*) + C tgt^2), g = dl/dF = 2 w k_out (A f - B tgt - D f*) --------------------
@@ -400,7 +362,7 @@ void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
 
 template <class T>
 constexpr Kernels kernels_for() {
-  return {interpolate<T>, fake<T>, generator<T>, scale<T>, normal<T>};
+  return {interpolate<T>, error<T>, fake<T>, generator<T>, scale<T>, normal<T>};
 }
 
 }  // namespace REALUID_ISA

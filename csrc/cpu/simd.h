@@ -150,18 +150,22 @@ REALUID_INLINE void stream_fence() {
 
 REALUID_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
 
-template <class V>
-REALUID_INLINE V square_root(V v) {
+REALUID_INLINE vf square_root(vf v) {
 #if REALUID_LEVEL == 2
-  return (V)_mm512_sqrt_ps((__m512)v);
+  return (vf)_mm512_sqrt_ps((__m512)v);
 #elif REALUID_LEVEL == 1
-  return (V)_mm256_sqrt_ps((__m256)v);
+  return (vf)_mm256_sqrt_ps((__m256)v);
 #elif REALUID_X86
-  return (V)_mm_sqrt_ps((__m128)v);
+  return (vf)_mm_sqrt_ps((__m128)v);
 #else
   for (int i = 0; i < WIDTH; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 #endif
+}
+
+REALUID_INLINE vd square_root(vd v) {
+  for (int i = 0; i < VectorOf<double>::width; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
 }
 
 // Fixed order, in double.

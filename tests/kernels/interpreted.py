@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -16,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from realuid_fast import reference, triton_backend
+from realuid_fast import ops, reference, triton_backend
 from realuid_fast.kernels import tiles
 from realuid_fast.kernels.noise import _philox
+from realuid_fast.optim import FusedAdam
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Relative L2 error against float64 on the same rounded inputs. float32: roundings of 6e-8 and the interpreter's own
@@ -59,6 +61,8 @@ class Case:
         self.endpoint = memory_like(shape, layout, dtype) if endpoint else None
         self.x_t = memory_like(shape, layout, dtype) if x_t else None
         self.coef = torch.randn(rows, 9)
+        if self.endpoint is None:
+            self.coef[:, [1, 4]] = 0
         if self.x_t is None:
             self.coef[:, 7] = 0
         else:
@@ -143,6 +147,13 @@ def check_matching(case: Case, name: str, dtype: torch.dtype, want: bool, mean: 
         return c.out, c.x, c.x_t, c.coef, c.noise, c.endpoint, c.noise_rows, mean, want
 
     compare(name, dtype, run("matching", *arguments(case)), reference.matching(*arguments(case.double())))
+
+
+def check_error(case: Case, name: str, dtype: torch.dtype) -> None:
+    def arguments(c: Case) -> tuple[object, ...]:
+        return c.out, c.x, c.x_t, c.coef
+
+    compare(name, dtype, run("mean_abs_error", *arguments(case)), reference.mean_abs_error(*arguments(case.double())))
 
 
 def check_interpolate(case: Case, name: str, dtype: torch.dtype) -> None:
@@ -234,6 +245,107 @@ def check_second_grid_axis() -> None:
         tiles.GRID_ROWS, tiles._GRID_ROWS = before
 
 
+def adam_arguments(tensors: dict[str, object], norm: torch.Tensor, settings: tuple[object, ...]) -> tuple[object, ...]:
+    lists = (tensors[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas"))
+    return *lists, norm, *(tensors[name] for name in ("step", "lr", "counts", "decays")), *settings
+
+
+def check_optimiser(sizes: tuple[int, ...], emas: int, beta1: float, maximize: bool, warmup: bool, clip: float) -> None:
+    """Three steps, the second with a gradient that is not finite, on the kernels and in float64."""
+    tensors: dict[str, object] = {
+        "params": [torch.randn(n) for n in sizes],
+        "exp_avgs": [torch.zeros(n) for n in sizes] if beta1 else [],
+        "exp_avg_sqs": [torch.zeros(n) for n in sizes],
+        # Rows as the optimiser lays them: each from a multiple of 64 elements on.
+        "emas": [torch.randn(emas, -(-n // 64) * 64)[:, :n] for n in sizes] if emas else [],
+        "step": torch.tensor(0.0),
+        "lr": torch.tensor([0.1, 0.2, 0.05], dtype=torch.float64),
+        "counts": torch.zeros(2, dtype=torch.int64),
+        "decays": torch.tensor([0.9, 0.9999, 0.5][:emas], dtype=torch.float64),
+    }
+
+    def double(value: object) -> object:
+        if isinstance(value, list):
+            return [double(v) for v in value]
+        if not value.is_floating_point():
+            return value.clone()
+        return torch.empty_strided(value.shape, value.stride(), dtype=torch.float64).copy_(value)
+
+    twin = {name: double(value) for name, value in tensors.items()}
+    settings = clip, beta1, 0.999, 1e-8, 0.01, maximize, warmup
+    state = ("params", "exp_avgs", "exp_avg_sqs", "emas")
+    name = f"{'x'.join(map(str, sizes))}/{emas}/{beta1:g}/{maximize:d}{warmup:d}/{clip:g}"
+    for update in range(3):
+        grads = [torch.randn(n) for n in sizes]
+        if update == 1:
+            grads[-1][-1] = (float("nan"), float("inf"))[emas % 2]
+        before = [t.clone() for key in state for t in tensors[key]]
+        for mine, op in ((tensors, triton_backend.launcher), (twin, lambda op: getattr(reference, op))):
+            mine["grads"] = grads if mine is tensors else double(grads)
+            norm = op("begin_step_")(mine["grads"], [mine["step"]], mine["counts"])
+            mine["norm"] = norm
+            op("adam_")(*adam_arguments(mine, norm, settings))
+        after = [t for key in state for t in tensors[key]]
+        if update == 1:
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), name
+        else:
+            compare(f"begin_step_/{name}/{update}", F32, (tensors["norm"],), twin["norm"])
+    assert torch.equal(tensors["counts"], torch.tensor([3, 1])), name
+    assert torch.equal(tensors["counts"], twin["counts"]), name
+    assert tensors["step"] == 2, name
+    for key in state:
+        compare(f"adam_/{name}/{key}", F32, tuple(tensors[key]), tuple(twin[key]))
+
+
+def check_optimiser_corrections() -> None:
+    """The bias corrections late in a run and for extreme decays, where ``1 - beta^step`` cancels or is 1."""
+    for taken, beta1, beta2 in ((1.0, 0.5, 0.999999), (399.0, 0.999, 0.9), (1e6, 0.9, 0.999), (7.0, 0.0, 0.0)):
+        p, g, v = torch.zeros(5), torch.randn(5), torch.rand(5)
+        tensors = {"params": [p], "grads": [g], "exp_avgs": [torch.randn(5)], "exp_avg_sqs": [v], "emas": []}
+        shared = {"step": torch.tensor(taken), "lr": torch.tensor([0.1]), "counts": torch.tensor([1, 0])}
+        shared["decays"] = torch.zeros(0, dtype=torch.float64)
+        twin = {name: [t.double() for t in value] for name, value in tensors.items()}
+        settings = 0.0, beta1, beta2, 1e-8, 0.0, False, False
+        norm = torch.linalg.vector_norm(g)
+        triton_backend.launcher("adam_")(*adam_arguments({**tensors, **shared}, norm, settings))
+        reference.adam_(*adam_arguments({**twin, **shared}, norm, settings))
+        compare(f"adam_/corrections/{taken:g}", F32, (p,), (twin["params"][0],))
+
+
+def check_optimiser_of_many() -> None:
+    """More tensors than are launched one by one go to the foreach functions; further counters are counted too."""
+    grads = [torch.randn(3) for _ in range(6)]
+    steps, counts = [torch.tensor(0.0), torch.tensor(4.0)], torch.zeros(2, dtype=torch.int64)
+    for some in (grads, grads[:2]):
+        norm = triton_backend.launcher("begin_step_")(some, steps, counts)
+        compare(f"begin_step_/{len(some)} tensors", F32, (norm,), torch.cat(some).double().norm())
+    assert [float(step) for step in steps] == [2.0, 6.0]
+    assert counts.tolist() == [2, 0]
+
+
+def check_optimiser_class() -> None:
+    """Flat storage end to end: what a GPU runs, beside the same optimiser on separate tensors in float64."""
+    kernels = SimpleNamespace(**{op: triton_backend.launcher(op) for op in ("begin_step_", "adam_")})
+    select, results = ops.current, []
+    for dtype, namespace in ((F32, kernels), (torch.float64, torch.ops.realuid_fast_reference)):
+        generator = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in (5, 130, 1)]
+        rates = torch.tensor([0.1, 0.05, 0.2], dtype=torch.float64)
+        settings = {"weight_decay": 0.1, "clip": 5.0, "ema_decays": (0.9, 0.5), "ema_warmup": True}
+        optimiser = FusedAdam(params, rates, (0.5, 0.9), flat=dtype == F32, **settings)
+        ops.current = lambda device, namespace=namespace: namespace
+        try:
+            for _ in range(4):
+                for p in params:
+                    p.grad = torch.randn(len(p), generator=generator).to(dtype)
+                optimiser.step()
+        finally:
+            ops.current = select
+        averages = [t for d in (0.9, 0.5) for t in optimiser.averages(d).values()]
+        results.append((*(p.detach() for p in params), *averages))
+    compare("adam_/flat storage", F32, *results)
+
+
 def main() -> None:
     torch.manual_seed(0)
     check_normals()
@@ -247,12 +359,20 @@ def main() -> None:
             case = Case(shape_name, dtype, keyed, shared=i % 3 == 0, endpoint=i % 2 == 0, x_t=i % 4 < 2)
             tag = f"{shape_name}/{dtype}/{'key' if keyed else 'tensor'}"
             check_interpolate(case, f"interpolate/{tag}", dtype)
+            check_error(case, f"mean_abs_error/{tag}", dtype)
             check_matching(case, f"matching/{tag}", dtype, True, True)
             check_fake(case, f"fake/{tag}", dtype, i % 2 == 0, True, True)
             alone = Case(shape_name, dtype, keyed, shared=False, endpoint=i % 2 == 1, x_t=i % 4 < 2)
             check_generator(alone, f"generator/{tag}", dtype, (True, True, True, alone.x_t is not None), True)
         check_scale(shape_name, F32)
     check_scale("short", F16)
+    check_optimiser_class()
+    check_optimiser_of_many()
+    check_optimiser_corrections()
+    check_optimiser((6400,), 3, 0.0, False, True, 1.0)
+    check_optimiser((35000,), 1, 0.9, True, False, 0.0)
+    check_optimiser((1, 4099, 0, 17), 2, 0.9, False, True, 1e3)
+    check_optimiser((64,), 0, 0.0, True, False, 1e-3)
     for bits in range(32):
         teacher, fake, x, x_t, mean = (bool(bits >> b & 1) for b in range(5))
         dtype = (F32, BF16, F16)[bits % 3]

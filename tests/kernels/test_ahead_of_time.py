@@ -15,10 +15,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if importlib.util.find_spec("bench") is None:
     pytest.skip("bench/ is not importable: run python -m pytest from the source tree", allow_module_level=True)
 
+import torch
 import triton
 
 from bench import kernels_report as report
-from bench.ahead_of_time import TARGETS
+from bench.ahead_of_time import TARGETS, compile_call
 
 BUDGET = json.loads(report.BUDGET.read_text())
 SAME_COMPILER = triton.__version__ == BUDGET["triton"]
@@ -47,6 +48,19 @@ def test_keyed_generator_is_below_fifty_instructions_an_element(name: str) -> No
 
 def test_budget_and_variants_name_the_same_kernels() -> None:
     assert set(BUDGET["variants"]) == set(report.VARIANTS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_single_program_launches_compile(target: str) -> None:
+    """What adds partial sums up has no figure an element, but must compile too, without spills."""
+    from realuid_fast.kernels import optimiser, reduce
+
+    number, counts = torch.empty((), device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    norm = optimiser.begin_step_([torch.empty(1 << 20, device="meta")], number, counts)[0][-1]
+    loss = reduce.finish(torch.empty(256, 2, device="meta"), torch.empty(256, device="meta"), number, 256)
+    for call in (norm, loss):
+        assert call.grid == (1,)
+        assert compile_call(call, target).local == 0
 
 
 def test_gate_sees_narrow_access() -> None:

@@ -22,7 +22,19 @@ def cases() -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    "op", ["normals", "interpolate", "matching", "fake", "generator", "scale", "second_grid_axis", "philox"]
+    "op",
+    [
+        "normals",
+        "interpolate",
+        "matching",
+        "fake",
+        "generator",
+        "scale",
+        "second_grid_axis",
+        "philox",
+        "begin_step_",
+        "adam_",
+    ],
 )
 def test_agrees_with_float64(cases: dict[str, tuple[float, float]], op: str) -> None:
     mine = {name: pair for name, pair in cases.items() if name.startswith(f"{op}/")}

@@ -1,0 +1,58 @@
+"""The teacher's error on the generator's samples, ``mean |x - f*|`` for every row: what SiD and DMD divide by."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reduce import finish, loss_outputs
+from .tiles import Call, column, place, read, read_where, tiling, write_sum
+
+
+@triton.jit
+def _error_kernel(
+    teacher_ptr,
+    x_ptr,
+    x_t_ptr,
+    coef_ptr,
+    partial_ptr,
+    n_rows,
+    units,
+    inverse_dim,
+    HAS_X_T: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    row, start, offsets, inside, fresh, _ = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    k_out = column(coef_ptr, row, n_rows, 6, ROWS, EVEN)
+    gap = read(x_ptr, start, offsets, inside, ROWS, EVEN) - k_out * read(
+        teacher_ptr, start, offsets, inside, ROWS, EVEN
+    )
+    if HAS_X_T:
+        k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
+        gap -= k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
+    write_sum(partial_ptr, row, n_rows, fresh, tl.abs(gap), inverse_dim, ROWS, EVEN)
+
+
+def mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> tuple[list[Call], Tensor]:
+    """The launches of the operator ``mean_abs_error`` and its rows ``(R,)``."""
+    if x.numel() == 0:
+        return [], coef.new_zeros(x.shape[0])
+    rows, dim = x.shape[0], x.numel() // x.shape[0]
+    cut = tiling(rows, dim)
+    partial, errors, total = loss_outputs(x, cut.blocks)
+    arguments = {
+        "teacher_ptr": teacher_out,
+        "x_ptr": x,
+        "x_t_ptr": x if x_t is None else x_t,
+        "coef_ptr": coef,
+        "partial_ptr": partial,
+        "n_rows": rows,
+        "units": dim // cut.constants["ALIGN"],
+        "inverse_dim": 1.0 / dim,
+    }
+    main = Call(_error_kernel, cut.grid, arguments, {"HAS_X_T": x_t is not None, **cut.constants}, cut.warps)
+    return [main, finish(partial, errors, total, rows)], errors

@@ -1,0 +1,217 @@
+"""What every path shares: rows of nine coefficients, native predictions and how a network is called for them.
+
+A path is a handful of scalar functions of time. Everything else, the conditional target in any match space and the
+conversion of any native prediction into it, follows from them, so a new path is one small class and no kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .checks import check_choice, check_number, check_times
+from .samplers import Sampler, named
+
+COLUMNS = ("a", "b", "c", "p", "q", "s", "k_out", "k_x", "w")
+MATCH_SPACES = ("velocity", "x0", "noise")
+PREDICTIONS = ("velocity", "x0", "noise", "score", "v", "edm", "vp", "ve", "residual")
+# Their networks see a scaled x_t and a function of the noise level in place of the time.
+PRECONDITIONED = ("edm", "vp", "ve")
+
+# How far an end of time is moved in, as a share of the range, where a conversion or a derivative diverges at it.
+CLIP = 1e-4
+
+Weight = Callable[[Tensor], Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Preconditioning(NamedTuple):
+    """``x0 = c_skip x_t + c_out F(c_in x_t, c_noise)``, each ``(R,)``."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+@dataclass(frozen=True)
+class Path(ABC):
+    """``x_t = a(t) x + b(t) y + c(t) n``: data ``x``, perhaps a second endpoint ``y``, noise ``n ~ N(0, I)``.
+
+    What a network may predict (its raw output ``F``), beside ``x0``, ``noise`` and the conditional ``velocity``
+    ``v = a' x + b' y + c' n``:
+
+    ============  =================================================  ================================================
+    ``score``     ``-n / c``                                         Song et al., 2011.13456
+    ``v``         ``a n - c x``                                      Salimans and Ho, 2202.00512, section 4
+    ``edm``       ``x0 = c_skip x_t + c_out F(c_in x_t, c_noise)``   Karras et al., 2206.00364, table 1; with a second
+                                                                     endpoint Zhou et al. (DDBM), 2309.16948, section 4
+    ``vp``        ``n = F(c_in x_t, c_noise)``, column "VP"          Karras et al., 2206.00364, table 1
+    ``ve``        ``-n = F(c_in x_t, c_noise)``, column "VE"         Karras et al., 2206.00364, table 1
+    ``residual``  ``(x_t - x) / r(t)`` with a bridge's scale ``r``   Liu et al. (I2SB), 2302.05872, equation 12
+    ============  =================================================  ================================================
+
+    A conversion is ``f = k_out F + k_x x_t``: it knows the network's output and ``x_t`` and nothing else. A pair of
+    match space and prediction that would need more is refused; :class:`OneSidedPath` and :class:`TwoSidedPath` say
+    which exist.
+
+    Args:
+        sampler: the law of :meth:`sample_time`, a :class:`~realuid_fast.paths.samplers.Sampler` or the name of one.
+        time_scale: what the time is multiplied with on its way to the network; the path's own convention when None.
+        sigma_data: the data's standard deviation that the ``edm`` preconditioning assumes.
+
+    Raises:
+        UserError: a sampler or a number that cannot be used, named.
+    """
+
+    sampler: str | Sampler = "uniform"
+    time_scale: float | None = field(default=None, kw_only=True)
+    sigma_data: float = field(default=0.5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, str):
+            named(self.sampler)
+        elif not isinstance(self.sampler, Sampler):
+            raise UserError(f"sampler must be a name or a Sampler, not {self.sampler!r}")
+        if self.time_scale is not None:
+            check_number("time_scale", self.time_scale, above=0)
+        check_number("sigma_data", self.sigma_data, above=0)
+
+    @property
+    def t_range(self) -> tuple[float, float]:
+        """The permitted times: every coefficient of a pair without division is finite on it, ends included."""
+        return 0.0, 1.0
+
+    @property
+    def own_time_scale(self) -> float:
+        """``time_scale`` where none is given."""
+        return 1.0
+
+    def time_range(self, match: str = "velocity", predict: str = "velocity") -> tuple[float, float]:
+        """The times that :meth:`coefficients` clips to: ``t_range``, moved in where this pair diverges at an end.
+
+        Moved by :data:`CLIP` (1e-4) of the range: a row for a time closer to that end is the row of the clipped time.
+        """
+        self._check_pair(match, predict)
+        low, high = self.t_range
+        singular = self._singular_times(match, predict)
+        inward = CLIP * (high - low)
+        return low + inward * (low in singular), high - inward * (high in singular)
+
+    def reads_x_t(self, match: str = "velocity", predict: str = "velocity") -> bool:
+        """Whether ``k_x`` differs from zero, that is, whether the losses need ``x_t``."""
+        return _reads_x_t(self, match, predict)
+
+    def coefficients(
+        self, t: Tensor, match: str = "velocity", predict: str = "velocity", weight: Weight | None = None
+    ) -> Tensor:
+        """The nine coefficients of every row.
+
+        Args:
+            t: path times, shape ``(R,)``, floating, inside ``t_range``; clipped to ``time_range(match, predict)``.
+            match: match space of the distance: ``"velocity"``, ``"x0"`` or ``"noise"``.
+            predict: the network's native prediction, one of ``PREDICTIONS``.
+            weight: the time weight ``w(t)``, a function from ``(R,)`` to ``(R,)``; one when not given.
+
+        Returns:
+            ``(R, 9)`` float32 (float64 for float64 ``t``) on ``t``'s device, columns ``a b c p q s k_out k_x w`` of
+            ``x_t = a x + b y + c n``, ``tgt = p x + q y + s n`` and ``f = k_out F + k_x x_t``.
+
+        Raises:
+            UserError: an unknown ``match`` or ``predict``, a pair that has no conversion on this path, a ``t`` of the
+                wrong shape or dtype, or (on CPU; elsewhere with ``REALUID_FAST_CONTRACTS=1``, since reading ``t``
+                stalls the device) a ``t`` outside ``t_range``.
+        """
+        self._check_pair(match, predict)
+        check_times(t, self.t_range)
+        t = (t if t.dtype == torch.float64 else t.float()).clamp(*self.time_range(match, predict))
+        scales, rates = self._scales(t), self._rates(t)
+        zero, one = torch.zeros_like(t), torch.ones_like(t)
+        p, q, s = {"velocity": rates, "x0": (one, zero, zero), "noise": (zero, zero, one)}[match]
+        k_out, k_x = (one, zero) if match == predict else self._conversion(match, predict, t, scales, rates)
+        w = one if weight is None else weight(t).to(t.dtype)
+        if w.shape != t.shape:
+            raise UserError(f"weight must return one value a row, shape {tuple(t.shape)}, not {tuple(w.shape)}")
+        return torch.stack((*scales, p, q, s, k_out, k_x, w), dim=-1)
+
+    def sample_time(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Draw ``n`` path times in ``t_range``, float32, on ``device``, without reading anything back."""
+        sampler = named(self.sampler) if isinstance(self.sampler, str) else self.sampler
+        return sampler.draw(n, self, generator, device)
+
+    def network_time(self, t: Tensor, predict: str = "velocity") -> Tensor:
+        """What a network is called with at path time ``t``: ``time_scale t``, or ``c_noise`` where preconditioned."""
+        check_choice("predict", predict, PREDICTIONS)
+        if predict in PRECONDITIONED:
+            return self._precondition(t, predict)[1]
+        scale = self.own_time_scale if self.time_scale is None else self.time_scale
+        return t if scale == 1 else scale * t
+
+    def network_input(self, x_t: Tensor, t: Tensor, predict: str = "velocity") -> Tensor:
+        """What a network is called on at ``x_t``, ``(R, ...)``: itself, or ``c_in x_t`` where preconditioned."""
+        check_choice("predict", predict, PREDICTIONS)
+        if predict not in PRECONDITIONED:
+            return x_t
+        c_in = self._precondition(t, predict)[0].view(-1, *[1] * (x_t.dim() - 1))
+        return (c_in * x_t).to(x_t.dtype)
+
+    @abstractmethod
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        """``c_skip, c_out, c_in, c_noise`` of the ``edm`` prediction at path times ``t``, ``(R,)``.
+
+        They make the network's input and target unit variance for data (and endpoint) of the assumed second moments.
+        """
+
+    def edm_weight(self, t: Tensor) -> Tensor:
+        """``1 / c_out^2``: with it every time weighs alike on an ``edm`` network's raw output, in ``x0`` space.
+
+        ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the path :class:`VE`. Source: Karras et al. (2206.00364),
+        table 1.
+        """
+        return self.preconditioning(t).c_out ** -2
+
+    def time_at_sigma(self, sigma: Tensor) -> Tensor:
+        """The path time of noise level ``sigma``, for samplers that are laws of the noise level."""
+        raise UserError(
+            f"{type(self).__name__} has no noise level that a time could be found for: choose a sampler of times"
+        )
+
+    @abstractmethod
+    def _scales(self, t: Tensor) -> Triple:
+        """``(a, b, c)`` at ``t``."""
+
+    @abstractmethod
+    def _rates(self, t: Tensor) -> Triple:
+        """``(a', b', c')`` at ``t``."""
+
+    @abstractmethod
+    def _conversion(self, match: str, predict: str, t: Tensor, scales: Triple, rates: Triple) -> tuple[Tensor, Tensor]:
+        """``(k_out, k_x)`` of a permitted pair that is not the same quantity twice."""
+
+    @abstractmethod
+    def _precondition(self, t: Tensor, predict: str) -> tuple[Tensor, Tensor]:
+        """``(c_in, c_noise)`` of a preconditioned prediction."""
+
+    def _check_pair(self, match: str, predict: str) -> None:
+        check_choice("match", match, MATCH_SPACES)
+        check_choice("predict", predict, PREDICTIONS)
+
+    def _singular_times(self, match: str, predict: str) -> tuple[float | None, ...]:
+        """Times at which this pair's conversion, or its preconditioning, diverges."""
+        return ()
+
+
+@functools.lru_cache(maxsize=256)
+def _reads_x_t(path: Path, match: str, predict: str) -> bool:
+    low, high = path.t_range
+    inside = low + (high - low) * torch.linspace(0.1, 0.9, 65, dtype=torch.float64)
+    return bool((path.coefficients(inside, match, predict)[:, COLUMNS.index("k_x")] != 0).any())

@@ -1,0 +1,48 @@
+"""What paths and samplers refuse, each in a sentence that names the argument."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ..contracts import host_checks_allowed
+from ..errors import UserError
+
+
+def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
+    """Refuse times of the wrong shape or dtype and, where reading them is free, times outside ``t_range``."""
+    if t.dim() != 1 or not t.is_floating_point():
+        raise UserError(f"t must be a floating tensor of shape (R,), not {t.dtype} of shape {tuple(t.shape)}")
+    if not host_checks_allowed(t) or t.numel() == 0:
+        return
+    low, high = t_range
+    first, last = _rounded(t_range, t.dtype)
+    smallest, largest = (float(v) for v in torch.aminmax(t))
+    # Written so that NaN fails it too.
+    if not (first <= smallest and largest <= last):
+        found = "NaN" if math.isnan(smallest) else f"values from {smallest:g} to {largest:g}"
+        raise UserError(f"t must lie inside the path's range [{low:g}, {high:g}], got {found}")
+
+
+@functools.lru_cache(maxsize=256)
+def _rounded(t_range: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """The range as times of ``dtype`` can express it, so that its own ends lie inside."""
+    low, high = torch.tensor(t_range, dtype=dtype).tolist()
+    return low, high
+
+
+def check_number(name: str, value: float, above: float = -math.inf, below: float = math.inf) -> None:
+    """Refuse what is not a finite number strictly between ``above`` and ``below``."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value!r}")
+    if not above < value < below:
+        bound = f"above {above:g}" if math.isinf(below) else f"between {above:g} and {below:g}"
+        raise UserError(f"{name} must lie {bound}, got {value:g}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")

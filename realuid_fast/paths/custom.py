@@ -1,0 +1,113 @@
+"""A path of your own from its scales as functions of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .base import Path, Triple
+from .one_sided import OneSidedPath, Pair
+from .two_sided import TwoSidedPath
+
+Scalar = Callable[[Tensor], Tensor]
+
+
+def custom(
+    a: Scalar,
+    c: Scalar,
+    b: Scalar | None = None,
+    *,
+    da: Scalar | None = None,
+    dc: Scalar | None = None,
+    db: Scalar | None = None,
+    t_range: tuple[float, float] = (0.0, 1.0),
+    **settings: Any,
+) -> Path:
+    """The path ``x_t = a(t) x + b(t) y + c(t) n``; one-sided, with all its conversions, without ``b``.
+
+    Args:
+        a, b, c: elementwise functions from times ``(R,)`` to scales ``(R,)``, in torch operations.
+        da, db, dc: their derivatives; automatic differentiation where not given.
+        t_range: the permitted times. Every scale and derivative must be finite on it, and every quantity that a
+            conversion in use divides by must not vanish: ``a`` for predictions of noise or score, ``c`` for
+            predictions of ``x0``, both for preconditioned networks. Clip the ends off where one does.
+        settings: ``sampler``, ``time_scale`` and so on, as for :class:`~realuid_fast.paths.Path` or
+            :class:`~realuid_fast.paths.TwoSidedPath`.
+
+    Raises:
+        UserError: an empty ``t_range``, or a scale or derivative that is not finite or not shaped like its times,
+            tried at the ends and the middle of the range.
+    """
+    functions = {"a": (a, da), "c": (c, dc)} | ({} if b is None else {"b": (b, db)})
+    if len(t_range) != 2 or not t_range[0] < t_range[1]:
+        raise UserError(f"t_range must hold a lower and an upper time, got {t_range!r}")
+    low, high = t_range
+    times = torch.tensor([low, (low + high) / 2, high], dtype=torch.float64)
+    for name, (scale, rate) in functions.items():
+        _check(name, scale(times), times)
+        _check(f"d{name}", _derivative(scale, rate, times), times)
+    if b is None:
+        return CustomOneSided(functions=((a, da), (c, dc)), times=(low, high), **settings)
+    return CustomTwoSided(functions=((a, da), (b, db), (c, dc)), times=(low, high), **settings)
+
+
+def _check(name: str, value: object, t: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != t.shape:
+        raise UserError(f"{name} must return one value a time, as a tensor shaped like its times")
+    if not torch.isfinite(value).all():
+        raise UserError(f"{name} must be finite on t_range [{t[0]:g}, {t[-1]:g}]: clip its ends off")
+
+
+def _derivative(scale: Scalar, rate: Scalar | None, t: Tensor) -> Tensor:
+    if rate is not None:
+        return rate(t)
+    # Elementwise, so the gradient of the sum holds every row's own derivative.
+    return torch.func.grad(lambda t: scale(t).sum())(t)
+
+
+Functions = tuple[tuple[Scalar, Scalar | None], ...]
+
+
+@dataclass(frozen=True)
+class CustomOneSided(OneSidedPath):
+    """What :func:`custom` builds without ``b``: ``functions`` holds ``(a, a'), (c, c')``, ``times`` the range."""
+
+    functions: Functions = field(kw_only=True)
+    times: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)
+
+    @property
+    def t_range(self) -> tuple[float, float]:
+        return self.times
+
+    def scales(self, t: Tensor) -> Pair:
+        a, c = (scale(t) for scale, _ in self.functions)
+        return a, c
+
+    def rates(self, t: Tensor) -> Pair:
+        da, dc = (_derivative(scale, rate, t) for scale, rate in self.functions)
+        return da, dc
+
+
+@dataclass(frozen=True)
+class CustomTwoSided(TwoSidedPath):
+    """What :func:`custom` builds with ``b``: ``functions`` holds ``(a, a'), (b, b'), (c, c')``."""
+
+    functions: Functions = field(kw_only=True)
+    times: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)
+
+    @property
+    def t_range(self) -> tuple[float, float]:
+        return self.times
+
+    def scales(self, t: Tensor) -> Triple:
+        a, b, c = (scale(t) for scale, _ in self.functions)
+        return a, b, c
+
+    def rates(self, t: Tensor) -> Triple:
+        da, db, dc = (_derivative(scale, rate, t) for scale, rate in self.functions)
+        return da, db, dc
