@@ -174,10 +174,13 @@ def summary(content: dict[str, Any]) -> str:
     if content["dry"]:
         lines += ["A dry run on the CPU: no figures.", ""]
     lines += [f"- {name}: {state}" for name, state in content["sections"].items()]
-    header = ["case", "shape", "type", "way", "ms", "GB/s", "of the copy", "times realuid_fast", "call, ms"]
+    header = ["case", "shape", "type", "way", "ms", "GB/s", "of the copy", "times realuid_fast", "call, ms", "left out"]
     keys = ("median_ms", "GBps", "share_of_copy", "ratio", "call_ms")
     plain = [row for row in content["rows"] if not row["section"].startswith("cycle")]
-    cells = [[row["case"], report.shape(row), row["dtype"], row["way"], *_figures(row, keys)] for row in plain]
+    cells = [
+        [row["case"], report.shape(row), row["dtype"], row["way"], *_figures(row, keys), row.get("left_out", "")]
+        for row in plain
+    ]
     lines += ["", report.markdown(header, cells, words=4)]
     names = ["ms", "fake turn", "generator turn", "launches", "kernels", "idle share", "peak MB", "published / this"]
     turns = ("median_ms", "fake_turn_ms", "generator_turn_ms", "launches", "kernels", "idle_share", "peak_MB")

@@ -164,7 +164,13 @@ def measure(device: Device, deadline: Deadline, write: Callable[[Row], None]) ->
                     if deadline.left < 0 or (way.name != compiled if way.compiles else compiled is not None):
                         continue
                     size = math.prod(shape) * dtype.itemsize
-                    times = device.time(way.run)
+                    left_out = None
+                    try:
+                        times = device.time(way.run)
+                    except Exception as error:
+                        # One way that does not run must not cost the others.
+                        left_out = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                        times = Times(None, None, None)
                     if way.name == OURS:
                         ours[call.name, shape, dtype] = times.device_ms
                     row = _row(
@@ -172,6 +178,8 @@ def measure(device: Device, deadline: Deadline, write: Callable[[Row], None]) ->
                     )
                     mine = ours.get((call.name, shape, dtype))
                     row["ratio"] = times.device_ms / mine if times.device_ms and mine else None
+                    if left_out is not None:
+                        row["left_out"] = left_out
                     if row["GBps"] and copied["GBps"]:
                         row["share_of_copy"] = row["GBps"] / copied["GBps"]
                     write(row)

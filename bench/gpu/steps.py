@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from realuid_fast.errors import UserError
 from realuid_fast.optim import Optimiser
 from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
@@ -113,18 +112,15 @@ def updates(device: Device, deadline: Deadline, write: Callable[[Row], None], ba
         row: Row = {"case": f"update, batch {batch}", "shape": [batch], "dtype": "float32", "way": way.name}
         row |= {"ours": way.distill is not None, "median_ms": None}
         try:
-            trainer, context = _trainer(device, way, batch)
-        except UserError as error:
-            write(row | {"left_out": str(error)})
-            continue
-        with context:
-            row |= _measure(device, trainer)
+            row |= _measure(device, way, batch)
+        except Exception as error:
+            # One way that does not run, out of memory say, must not cost the others.
+            row["left_out"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if way is WAYS[0]:
             first = row["median_ms"]
         row["published_over_this"] = first / row["median_ms"] if first and row["median_ms"] else None
         row["peak_MB"] = device.peak_MB()
         write(row)
-        del trainer
         gc.collect()
         torch.compiler.reset()
 
@@ -152,7 +148,13 @@ def _trainer(
     return distiller, contextlib.nullcontext()
 
 
-def _measure(device: Device, trainer: Distiller | Published) -> Row:
+def _measure(device: Device, way: Way, batch: int) -> Row:
+    trainer, context = _trainer(device, way, batch)
+    with context:
+        return _figures(device, trainer)
+
+
+def _figures(device: Device, trainer: Distiller | Published) -> Row:
     """Figures of one trainer, warmed up until its turns are captured where they are to be."""
     for _ in range(1 if device.dry else 5):
         trainer.update()
