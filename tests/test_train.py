@@ -563,6 +563,16 @@ def test_meters_give_means_and_start_afresh():
     assert math.isnan(meters.read()["a"])
 
 
+def test_a_run_says_once_when_a_precision_is_too_coarse(tmp_path, capsys):
+    """A fake model that starts as the teacher is nearer to it than bfloat16 can tell."""
+    teacher = save_teacher(tmp_path / "teacher.safetensors", LABELLED, {"name": "digits"})
+    config = settings(teacher, data={"name": "digits"}, distill={"generator_precision": "bf16"}, run={"log_every": 1})
+    run_in(tmp_path / "run", config)
+    said = capsys.readouterr().err
+    assert said.count("update 1: distill.generator_precision bf16 is too coarse") == 1
+    assert said.count("too coarse") == 1
+
+
 def test_phases_time_on_request_only():
     silent, timed = Phases(), Phases(timings=True)
     for phases in (silent, timed):

@@ -6,7 +6,7 @@ that one leaves over goes to the next. ``--only`` with a longer ``--seconds`` gi
 
 ========= ==========================================================================================
 build     the C++ extension, where it is missing
-tests     tests/gpu, then its smallest tests under compute-sanitizer where that is installed
+tests     those marked gpu, then the kernels' smallest under compute-sanitizer where that is installed
 kernels   copy bandwidth; each fused call against it, the plain formulas and torch.compile of them
 optimiser the optimiser step against torch's fused pieces
 cycle-256 the CIFAR-10 recipe at batch 256: turns and cycles in every mode
@@ -53,7 +53,7 @@ SECTIONS: dict[str, Callable[[Device, Deadline, Write], None]] = {
 }
 # Seconds of a full run; what is left over moves on.
 SHARES = {"build": 70, "tests": 110, "kernels": 110, "optimiser": 30, "cycle-256": 130, "cycle-8": 80}
-SANITIZED = "tests/gpu/test_kernels.py"
+TESTS, SANITIZED = ("tests/gpu", "tests/test_optim.py"), "tests/gpu/test_kernels.py"
 
 
 def describe(device: Device, revision: str | None) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def build(seconds: float) -> str:
 def tests(dry: bool, seconds: float) -> dict[str, str]:
     """Run tests/gpu, and its kernel tests on small tensors under compute-sanitizer."""
     end = time.monotonic() + seconds
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    ended = {"tests": _ended([*command, "--collect-only" if dry else "-x", "tests/gpu"], seconds)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    ended = {"tests": _ended([*command, "--collect-only" if dry else "-x", *TESTS], seconds)}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if dry or sanitizer is None:
         return ended | {"compute-sanitizer": "left out: a dry run" if dry else "left out: it is not installed"}

@@ -40,6 +40,7 @@ class Precision:
         if self.device.type != "cuda":
             yield
             return
+        # The older switches: torch.compile reads them, and refuses to where the newer ones were used.
         matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
         before = matmul.allow_tf32, conv.allow_tf32
         matmul.allow_tf32 = conv.allow_tf32 = self.name == "tf32"
