@@ -178,17 +178,21 @@ struct Frame {
     return Tensor(handle);
   }
 
-  // Runs body(begin, end) over the units on torch's threads.
+  // Runs body(begin, end) over the groups of units on torch's threads.
+  template <class F>
+  void run(int64_t noise_rows, const F& body) const {
+    if (elements() == 0) return;
+    const int64_t groups = shape.groups(noise_rows);
+    const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD * groups / elements());
+    if (groups <= grain)
+      body(int64_t(0), groups);
+    else
+      torch::stable::parallel_for(0, groups, grain, body);
+  }
+
   template <class F>
   void run(const F& body) const {
-    const int64_t units = elements() == 0 ? 0 : shape.units();
-    if (units == 0) return;
-    const int64_t per_unit = std::min(shape.dim, rf::BLOCK);
-    const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD / per_unit);
-    if (units <= grain)
-      body(int64_t(0), units);
-    else
-      torch::stable::parallel_for(0, units, grain, body);
+    run(shape.rows, body);
   }
 
   // Adds the units' sums in their fixed order: (sum over rows / count, rows).
@@ -236,7 +240,7 @@ Tensor normal_like(const Tensor& key, const Tensor& like, int64_t noise_rows) {
   Tensor out = frame.like();
   const rf::NormalArgs args{frame.shape, frame.noise(key, noise_rows, "key"), out.mutable_data_ptr(), frame.stream()};
   const auto& k = rf::kernels(frame.dtype);
-  frame.run([&](int64_t begin, int64_t end) { k.normal(args, begin, end); });
+  frame.run(args.noise.rows, [&](int64_t begin, int64_t end) { k.normal(args, begin, end); });
   return out;
 }
 
@@ -252,7 +256,7 @@ Tensor interpolate(const Tensor& x, const Tensor& coef, const Tensor& noise, con
                                  frame.stream()};
   frame.check_left_out(endpoint, "endpoint", args.coef, rf::B, "b");
   const auto& k = rf::kernels(frame.dtype);
-  frame.run([&](int64_t begin, int64_t end) { k.interpolate(args, begin, end); });
+  frame.run(args.noise.rows, [&](int64_t begin, int64_t end) { k.interpolate(args, begin, end); });
   return out;
 }
 
@@ -314,7 +318,7 @@ Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake,
   frame.check_x_t(x_t, args.coef);
   frame.check_left_out(endpoint, "endpoint", args.coef, rf::Q, "q");
   const auto& k = rf::kernels(frame.dtype);
-  frame.run([&](int64_t begin, int64_t end) { k.fake(args, begin, end); });
+  frame.run(args.noise.rows, [&](int64_t begin, int64_t end) { k.fake(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, count);
   return {loss, rows, g};
 }

@@ -1,8 +1,8 @@
 // The fused calls on raw pointers. Tensors are flat [rows, dim] in memory order; kernels know coefficient rows and scalars only.
 //
-// A call's work is a list of units, `unit_count(shape)` of them: BLOCK elements of one row each (the last of a row shorter).
-// Any range of units can run on any thread; a unit's sum is left in `partial[unit]`, so adding those in order gives the same
-// bits for every number of threads.
+// A call's work is cut into units: BLOCK elements of one row each (the last of a row shorter). A unit's sum is left in
+// `partial[unit]`, so adding those in order gives the same bits for every number of threads. Units whose rows share their
+// noise form a group, which is run together, so that the noise is drawn once; any range of groups can run on any thread.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,8 @@ struct Shape {
   int64_t rows = 0, dim = 0;
   int64_t blocks() const { return dim > BLOCK ? (dim + BLOCK - 1) / BLOCK : 1; }
   int64_t units() const { return rows * blocks(); }
+  // Where row i uses the noise of row i % noise_rows.
+  int64_t groups(int64_t noise_rows) const { return (noise_rows < rows ? noise_rows : rows) * blocks(); }
 };
 
 struct NoiseSource {

@@ -10,21 +10,23 @@ namespace realuid_fast {
 namespace {
 namespace REALUID_ISA {
 
-constexpr int64_t BUFFER = 1024;  // elements of noise drawn ahead at most
+constexpr int64_t BUFFER = BLOCK;  // elements of noise drawn ahead at most: a whole unit's, for the rows that share it
+constexpr int64_t SHORT = 256;     // elements of a row below which drawing ahead beats drawing between loads and stores
 
 // A block of one row: its unit, where it lies in the row and in memory, how long it is.
 struct Span {
   int64_t unit, row, first, count, offset;
 };
 
-// Calls body(span) for the units [begin, end), in order.
+// Calls body(span) for the units of the groups [begin, end): all rows that share a group's noise, then the next group.
 template <class F>
-REALUID_INLINE void for_spans(const Shape& shape, int64_t begin, int64_t end, F&& body) {
+REALUID_INLINE void for_spans(const Shape& shape, int64_t noise_rows, int64_t begin, int64_t end, F&& body) {
   const int64_t blocks = shape.blocks();
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / blocks, first = (unit % blocks) * BLOCK;
-    const int64_t left = shape.dim - first;
-    body(Span{unit, row, first, left < BLOCK ? left : BLOCK, row * shape.dim + first});
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t block = group % blocks, first = block * BLOCK;
+    const int64_t left = shape.dim - first, count = left < BLOCK ? left : BLOCK;
+    for (int64_t row = group / blocks; row < shape.rows; row += noise_rows)
+      body(Span{row * blocks + block, row, first, count, row * shape.dim + first});
   }
 }
 
@@ -34,9 +36,26 @@ class Noise {
   using Real = ArithmeticOf<T>;
 
  public:
-  // `begin` and `end` are the units this object will serve.
-  Noise(const NoiseSource& source, const Shape& shape, int64_t begin, int64_t end)
-      : source_(source), dim_(shape.dim), end_row_(end == begin ? 0 : (end - 1) / shape.blocks() + 1) {}
+  // `end` is the end of the groups this object will serve.
+  Noise(const NoiseSource& source, const Shape& shape, int64_t end)
+      : source_(source), dim_(shape.dim), shared_(source.rows < shape.rows), end_((end - 1) / shape.blocks() * dim_ + dim_) {}
+
+  // Whether a span's noise is best drawn where it is used, in registers; otherwise get() it.
+  REALUID_INLINE bool in_registers(const Span& span) const {
+    const int64_t from = start(span);
+    return drawn() && span.count >= SHORT && from % 4 == 0 && !(from >= have_ && from + span.count <= have_ + held_);
+  }
+
+  // Where the caller leaves a span's normals as it draws them, all but the last `count % step`, for the other rows that use
+  // them; null where no others do.
+  REALUID_INLINE Real* keep(const Span& span, int64_t step) {
+    if (!shared_) return nullptr;
+    have_ = start(span);
+    held_ = (span.count + 3) & ~int64_t(3);
+    const int64_t whole = span.count - span.count % step;
+    if (whole < span.count) fill_normals(source_.key, uint64_t(have_ + whole) / 4, (held_ - whole) / 4, buffer_ + whole);
+    return buffer_;
+  }
 
   REALUID_INLINE bool drawn() const { return source_.tensor == nullptr; }
   REALUID_INLINE NoiseKey key() const { return source_.key; }
@@ -47,7 +66,7 @@ class Noise {
   // Pointer to the `count` <= BUFFER values from the span's i-th on.
   REALUID_INLINE const Real* get(const Span& span, int64_t i, int64_t count) {
     const int64_t from = start(span) + i;
-    if (drawn()) return draw(from, count, span.row - span.row % source_.rows);
+    if (drawn()) return draw(from, count);
     const T* stored = static_cast<const T*>(source_.tensor) + from;
     if constexpr (sizeof(T) == sizeof(Real)) {
       return stored;
@@ -61,13 +80,11 @@ class Noise {
   }
 
  private:
-  REALUID_INLINE const Real* draw(int64_t from, int64_t count, int64_t rows_before) {
+  REALUID_INLINE const Real* draw(int64_t from, int64_t count) {
     if (from < have_ || from + count > have_ + held_) {
-      // Ahead as far as this object's rows go in this round through the noise.
-      int64_t rows = end_row_ - rows_before;
-      if (rows > source_.rows) rows = source_.rows;
+      // Ahead as far as this object's rows go.
       have_ = from & ~int64_t(3);
-      int64_t stop = rows * dim_;
+      int64_t stop = end_;
       if (stop > have_ + BUFFER) stop = have_ + BUFFER;
       if (stop < from + count) stop = from + count;
       held_ = (stop - have_ + 3) & ~int64_t(3);
@@ -77,26 +94,31 @@ class Noise {
   }
 
   const NoiseSource& source_;
-  const int64_t dim_, end_row_;
+  const int64_t dim_;
+  const bool shared_;
+  const int64_t end_;
   int64_t have_ = 0, held_ = 0;
   alignas(64) Real buffer_[BUFFER + 64];
 };
 
-// body(access, i, n) for every vector of a span, n its noise; zeros where none is wanted.
-template <class T, class F>
+// body(access, i, n) for every vector of a span, n its noise; zeros where none is wanted. SHARED: rows may share their noise.
+template <class T, bool SHARED, class F>
 REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span& span, bool wanted, F&& body) {
   using V = VectorFor<T>;
   if (!wanted) return for_vectors<T>(streams, span.count, [&](auto access, int64_t i) { body(access, i, V{}); });
   int64_t done = 0;
   if constexpr (sizeof(ArithmeticOf<T>) == sizeof(float)) {
-    const int64_t start = noise.start(span);
-    if (noise.drawn() && start % 4 == 0) {
-      const int64_t steps = span.count / (4 * WIDTH);
-      for_normals(noise.key(), uint64_t(start) / 4, steps, [&](int64_t i, const Normals& normals) {
+    if (noise.in_registers(span)) {
+      constexpr int STEP = 4 * WIDTH;
+      float* const kept = SHARED ? noise.keep(span, STEP) : nullptr;
+      for_normals(noise.key(), uint64_t(noise.start(span)) / 4, span.count / STEP, [&](int64_t i, const Normals& normals) {
 #pragma GCC unroll 1
-        for (int j = 0; j < 4; ++j) body(Whole{streams}, i + j * WIDTH, normals.v[j]);
+        for (int j = 0; j < 4; ++j) {
+          body(Whole{streams}, i + j * WIDTH, normals.v[j]);
+          if (SHARED && kept != nullptr) store(kept + i + j * WIDTH, normals.v[j]);
+        }
       });
-      done = steps * 4 * WIDTH;
+      done = span.count - span.count % STEP;
     }
   }
   while (done < span.count) {
@@ -116,13 +138,13 @@ REALUID_INLINE const ArithmeticOf<T>* coefficient_row(const void* coef, int64_t 
 
 template <class T>
 void interpolate(const InterpolateArgs& args, int64_t begin, int64_t end) {
-  Noise<T> noise(args.noise, args.shape, begin, end);
-  for_spans(args.shape, begin, end, [&](const Span& span) {
+  Noise<T> noise(args.noise, args.shape, end);
+  for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     const auto* coef = coefficient_row<T>(args.coef, span.row);
     const T *x = at<T>(args.x, span.offset), *y = at<T>(args.y, span.offset);
     T* out = at<T>(args.out, span.offset);
     const auto a = coef[A], b = coef[B], c = coef[C];
-    for_noisy_vectors<T>(args.stream && aligned<T>(out), noise, span, c != 0, [&](auto access, int64_t i, auto n) {
+    for_noisy_vectors<T, true>(args.stream && aligned<T>(out), noise, span, c != 0, [&](auto access, int64_t i, auto n) {
       auto v = a * access.in(x, i) + c * n;
       if (y != nullptr) v += b * access.in(y, i);
       access.out(out, i, v);
@@ -135,10 +157,10 @@ void interpolate(const InterpolateArgs& args, int64_t begin, int64_t end) {
 
 template <class T>
 void normal(const NormalArgs& args, int64_t begin, int64_t end) {
-  Noise<T> noise(args.noise, args.shape, begin, end);
-  for_spans(args.shape, begin, end, [&](const Span& span) {
+  Noise<T> noise(args.noise, args.shape, end);
+  for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     T* out = at<T>(args.out, span.offset);
-    for_noisy_vectors<T>(args.stream && aligned<T>(out), noise, span, true,
+    for_noisy_vectors<T, true>(args.stream && aligned<T>(out), noise, span, true,
                          [&](auto access, int64_t i, auto n) { access.out(out, i, n); });
   });
   if (args.stream) stream_fence();
@@ -149,7 +171,7 @@ void normal(const NormalArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
-  for_spans(args.shape, begin, end, [&](const Span& span) {
+  for_spans(args.shape, args.shape.rows, begin, end, [&](const Span& span) {
     const int64_t at_factor = span.row * args.stride;
     const double wide = args.wide ? static_cast<const double*>(args.factors)[at_factor]
                                   : static_cast<const float*>(args.factors)[at_factor];
@@ -168,7 +190,7 @@ void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void error(const ErrorArgs& args, int64_t begin, int64_t end) {
   using V = VectorFor<T>;
-  for_spans(args.shape, begin, end, [&](const Span& span) {
+  for_spans(args.shape, args.shape.rows, begin, end, [&](const Span& span) {
     const auto* coef = coefficient_row<T>(args.coef, span.row);
     const T *teacher = at<T>(args.teacher, span.offset), *x = at<T>(args.x, span.offset);
     const T* x_t = coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset);
@@ -226,7 +248,7 @@ REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span,
                                 const FakeRow<ArithmeticOf<T>>& k, const FakeInputs<T>& in) {
   using V = VectorFor<T>;
   V sum = {}, rest = {};
-  for_noisy_vectors<T>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
+  for_noisy_vectors<T, true>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
     V target = k.p * access.in(in.x, i) + k.s * n;
     V f = k.k_out * access.in(in.fake, i);
     V shift = {};
@@ -254,8 +276,8 @@ REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span,
 template <class T>
 void fake(const FakeArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
-  Noise<T> noise(args.noise, args.shape, begin, end);
-  for_spans(args.shape, begin, end, [&](const Span& span) {
+  Noise<T> noise(args.noise, args.shape, end);
+  for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     const Real* coef = coefficient_row<T>(args.coef, span.row);
     const FakeHalf& half = args.half[span.row < args.generated ? 0 : 1];
     const FakeRow<Real> k(coef, half, args.scale);
@@ -317,7 +339,7 @@ REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& 
                                      const GeneratorRow<ArithmeticOf<T>>& k, const GeneratorInputs<T>& in) {
   using V = VectorFor<T>;
   V sum = {};
-  for_noisy_vectors<T>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
+  for_noisy_vectors<T, false>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
     const V t = access.in(in.teacher, i);
     const V d = k.k_out * (t - access.in(in.fake, i));
     V u = k.alpha * t - k.p * access.in(in.x, i) - k.s * n - k.d_in_u * d;
@@ -338,8 +360,8 @@ REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& 
 template <class T>
 void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
-  Noise<T> noise(args.noise, args.shape, begin, end);
-  for_spans(args.shape, begin, end, [&](const Span& span) {
+  Noise<T> noise(args.noise, args.shape, end);
+  for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     const Real* coef = coefficient_row<T>(args.coef, span.row);
     const GeneratorRow<Real> k(coef, args);
     const GeneratorInputs<T> in{at<T>(args.teacher, span.offset),
