@@ -112,10 +112,10 @@ class RunConfig:
     """What a run does besides training: seeds, device, threads, logs, checkpoints. Intervals are updates, 0 for never.
 
     ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
-    (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to leave it; ``channels_last`` is the image
-    networks' memory layout; ``teacher_steps`` is the teacher's number of Euler steps for the line in the convergence
-    plot, 0 for no line; ``keep`` is how many checkpoints stay on disk; ``timings`` logs the time of every phase of an
-    update.
+    (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
+    leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
+    steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
+    ``timings`` logs the time of every phase of an update.
     """
 
     seed: int = 0
