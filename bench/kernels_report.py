@@ -3,8 +3,12 @@
 Prints registers, local memory, access widths and instructions an element of every variant on every target, and the
 time that bytes and instructions allow on three GPUs. ``--update`` rewrites the budget that the tests hold kernels to.
 
-The predicted time is a lower bound, at peak rates from the makers' data sheets: bytes by memory bandwidth, instructions
-by four warps a clock and multiprocessor, special functions by 16 lanes, integer multiplies by 64. No GPU was asked.
+Times are predicted from counts, not measured: a lower bound, the longest of bytes by memory bandwidth, instructions by
+four warps a clock and multiprocessor, special functions by 16 lanes and integer multiplies by 64. The rates are peaks
+from NVIDIA's publications, named at :class:`Gpu`. No GPU was asked.
+
+The last table is the rule for noise: a turn needs the same normals for the interpolant and for the loss, and can either
+draw them from a key in both calls or write them once and read them twice. ``realuid_fast/noise.py`` states the outcome.
 """
 
 from __future__ import annotations
@@ -51,7 +55,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a device: bytes and clocks a second, multiprocessors, and the target compiled for it."""
+    """Peak rates of a device: bytes and clocks a second, multiprocessors, and the target compiled for it.
+
+    Sources: data sheets of the H200 SXM (4.8 TB/s), the A100 80GB SXM (2,039 GB/s) and the B200 (8 TB/s); for the first
+    two, multiprocessors and boost clocks from the white papers of Hopper (132, 1.98 GHz) and Ampere (108, 1.41 GHz);
+    the B200's (148, 1.965 GHz) are in no data sheet, but what its driver is known to report.
+    """
 
     target: str
     bandwidth: float
@@ -74,15 +83,17 @@ def _noise(shape: tuple[int, ...], dtype: torch.dtype, keyed: bool) -> torch.Ten
     return _meta((2,), torch.int64) if keyed else _meta(shape, dtype)
 
 
-def _interpolate(dtype: torch.dtype, keyed: bool = True, endpoint: bool = False) -> Variant:
+def _interpolate(
+    dtype: torch.dtype, keyed: bool = True, endpoint: bool = False, shape: tuple[int, ...] = IMAGES
+) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import interpolate
 
-        x, coef = _meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32)
-        noise = _noise(IMAGES, dtype, keyed)
-        return interpolate.interpolate(x, coef, noise, x if endpoint else None, IMAGES[0], ptx)[0][0]
+        x, coef = _meta(shape, dtype), _meta((shape[0], 9), F32)
+        noise = _noise(shape, dtype, keyed)
+        return interpolate.interpolate(x, coef, noise, x if endpoint else None, shape[0], ptx)[0][0]
 
-    return Variant(plan, dtype, IMAGES, 1 + (not keyed) + endpoint, 1)
+    return Variant(plan, dtype, shape, 1 + (not keyed) + endpoint, 1)
 
 
 def _interpolate_grads(dtype: torch.dtype, endpoint: bool) -> Variant:
@@ -94,13 +105,13 @@ def _interpolate_grads(dtype: torch.dtype, endpoint: bool) -> Variant:
     return Variant(plan, dtype, IMAGES, 1, 1 + endpoint)
 
 
-def _normal(dtype: torch.dtype) -> Variant:
+def _normal(dtype: torch.dtype, shape: tuple[int, ...] = IMAGES) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import noise
 
-        return noise.normal_like(_meta((2,), torch.int64), _meta(IMAGES, dtype), IMAGES[0], ptx)[0][0]
+        return noise.normal_like(_meta((2,), torch.int64), _meta(shape, dtype), shape[0], ptx)[0][0]
 
-    return Variant(plan, dtype, IMAGES, 0, 1)
+    return Variant(plan, dtype, shape, 0, 1)
 
 
 def _error(dtype: torch.dtype, x_t: bool = False) -> Variant:
@@ -230,6 +241,22 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+# The two calls of a generator turn that need noise, keyed and given, and what writes it, over alignments of a row.
+ROWS = {"divisible by 4": IMAGES, "odd": (256, 3, 15, 15), "2": (256, 2)}
+TURNS: dict[str, Variant] = {
+    f"{call}/{dtype}/{rows}": variant
+    for dtype in (F32, BF16)
+    for rows, shape in ROWS.items()
+    for call, variant in {
+        "interpolate": _interpolate(dtype, shape=shape),
+        "interpolate given": _interpolate(dtype, keyed=False, shape=shape),
+        "generator": _generator(dtype, shape, wide=False),
+        "generator given": _generator(dtype, shape, keyed=False, wide=False),
+        "write": _normal(dtype, shape),
+    }.items()
+}
+
+
 @dataclass(frozen=True)
 class Figures:
     """One variant on one target, in the units of the budget."""
@@ -243,8 +270,8 @@ class Figures:
 
 
 def measure(name: str, target: str) -> Figures:
-    """Compile a variant of :data:`VARIANTS` and reduce it to the budget's figures."""
-    variant = VARIANTS[name]
+    """Compile a variant of :data:`VARIANTS` or :data:`TURNS` and reduce it to the budget's figures."""
+    variant = (VARIANTS | TURNS)[name]
     call = variant.plan(not target.startswith("gfx"))
     code = compile_call(call, target)
     lanes = TARGETS[target].warp_size * call.warps
@@ -265,8 +292,8 @@ def measure(name: str, target: str) -> Figures:
 
 
 def predict(name: str, figures: Figures, gpu: Gpu, numel: int) -> tuple[float, str]:
-    """Least seconds for ``numel`` elements, and the resource that sets them."""
-    variant = VARIANTS[name]
+    """Least seconds for ``numel`` elements, and the resource that sets them; predicted from counts, not measured."""
+    variant = (VARIANTS | TURNS)[name]
     elements = figures.code.instructions / figures.instructions
     lane_clocks = gpu.clock * gpu.processors * elements
     limits = {
@@ -286,7 +313,7 @@ def _print_table(figures: dict[str, dict[str, Figures]]) -> None:
         cells = [f"{f.instructions:.1f} / {f.registers} / {f.local}" for f in row.values()]
         print(f"{name:38}" + "".join(f"{cell:>20}" for cell in cells))
     numel = 1 << 26
-    print(f"\npredicted least time for {numel >> 20} M elements, and what limits it (data sheets, not measured)")
+    print(f"\nleast time for {numel >> 20} M elements, and what limits it: predicted from counts, not measured")
     print(f"{'variant':38}" + "".join(f"{gpu:>32}" for gpu in GPUS))
     for name, row in figures.items():
         cells = []
@@ -296,12 +323,35 @@ def _print_table(figures: dict[str, dict[str, Figures]]) -> None:
         print(f"{name:38}" + "".join(f"{cell:>32}" for cell in cells))
 
 
+def noise_of_a_turn(gpu: Gpu, dtype: torch.dtype, rows: str, numel: int) -> tuple[float, float]:
+    """Least seconds of interpolant and generator loss with noise drawn in both, and with noise written and read."""
+
+    def seconds(*names: str) -> float:
+        full = [f"{name}/{dtype}/{rows}" for name in names]
+        return sum(predict(name, measure(name, gpu.target), gpu, numel)[0] for name in full)
+
+    drawn = seconds("interpolate", "generator")
+    return drawn, seconds("write", "interpolate given", "generator given")
+
+
+def _print_noise() -> None:
+    numel = 1 << 26
+    print(f"\na turn's noise drawn twice / written and read twice, {numel >> 20} M elements: predicted, not measured")
+    print(f"{'type, elements a row':38}" + "".join(f"{gpu:>32}" for gpu in GPUS))
+    for dtype in (F32, BF16):
+        for rows in ROWS:
+            pairs = [noise_of_a_turn(gpu, dtype, rows, numel) for gpu in GPUS.values()]
+            cells = [f"{drawn * 1e6:.0f} / {given * 1e6:.0f} us" for drawn, given in pairs]
+            print(f"{str(dtype)[6:] + ', ' + rows:38}" + "".join(f"{cell:>32}" for cell in cells))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGET.name} with these figures")
     arguments = parser.parse_args()
     figures = {name: {target: measure(name, target) for target in TARGETS} for name in VARIANTS}
     _print_table(figures)
+    _print_noise()
     if arguments.update:
         budget = {
             name: {target: [f.instructions, f.registers, f.local] for target, f in row.items()}

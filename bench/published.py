@@ -35,15 +35,16 @@ class Published:
         self.alpha, self.beta = settings.objective.alpha, settings.objective.beta
         self.batch, self.turns, self.t_start = settings.batch, settings.fake_turns, settings.t_start
         self.shape = dataset.shape
-        self.teacher = teacher.net.eval().requires_grad_(False)
+        self.device = torch.device(config.run.device)
+        self.teacher = teacher.net.to(self.device).eval().requires_grad_(False)
         self.fake = copy.deepcopy(teacher.net).train().requires_grad_(True)
         self.generator = copy.deepcopy(self.fake)
         self.fake_adam = _adam(self.fake, settings.fake)
         self.generator_adam = _adam(self.generator, settings.generator)
         self.fake_clip, self.generator_clip = settings.fake.clip, settings.generator.clip
         self.averages = {decay: copy.deepcopy(self.generator.state_dict()) for decay in settings.ema}
-        self.batches = Batches(dataset, self.batch, 2 * config.run.seed, torch.device("cpu"))
-        self.labels = labels_to_draw(self.generator, dataset, torch.device("cpu"))
+        self.batches = Batches(dataset, self.batch, 2 * config.run.seed, self.device)
+        self.labels = labels_to_draw(self.generator, dataset, self.device)
         self.steps = 0
         self.phases = Stopwatch()
 
@@ -116,9 +117,11 @@ class Published:
 
     def _draws(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Generator noise, labels, times, and the interpolants' noise."""
-        y = None if self.labels is None else self.labels[torch.randint(len(self.labels), (self.batch,))]
-        z, n = torch.randn(2, self.batch, *self.shape)
-        return z, y, torch.rand(self.batch), n
+        y = None
+        if self.labels is not None:
+            y = self.labels[torch.randint(len(self.labels), (self.batch,), device=self.device)]
+        z, n = torch.randn(2, self.batch, *self.shape, device=self.device)
+        return z, y, torch.rand(self.batch, device=self.device), n
 
 
 def _adam(net: nn.Module, settings: OptimiserConfig) -> torch.optim.Adam:

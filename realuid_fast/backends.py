@@ -35,19 +35,20 @@ _checked: set[str] = set()
 
 @dataclass(frozen=True)
 class Backend:
-    """One line of ``realuid-fast info``: a backend, where it runs and, if it cannot run here, why not."""
+    """One line of ``realuid-fast info``: a backend, where it runs and what, and why not if it cannot run here."""
 
     name: str
     devices: str
     why_not: str | None
+    runs: str = ""
 
 
 def report() -> list[Backend]:
     """Every backend with the devices it serves and what keeps it from running here."""
     return [
-        Backend("torch", "any", None),
-        Backend("cpp", "cpu", _why_no_cpp()),
-        Backend("triton", "cuda", _why_no_triton()),
+        Backend("torch", "any", None, "every call, every type; the plain reference"),
+        Backend("cpp", "cpu", _why_no_cpp(), "every call, every type"),
+        Backend("triton", "cuda", _why_no_triton(), "every call in float32, bfloat16, float16; float64 by torch"),
     ]
 
 

@@ -25,6 +25,7 @@ from .sampling import SOLVERS
 from .teachers import SHIPPED, Model
 from .train import config as configs
 from .train import evaluate as evaluation
+from .train import modes, precision
 from .train.compare import compare
 from .train.jobs import free_cores, resolve, train
 from .train.logging import picture, read_csv, save_png
@@ -335,6 +336,10 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _state(why_not: str | None, runs: str) -> str:
+    return runs if why_not is None else f"cannot run: {why_not}"
+
+
 def _info(arguments: argparse.Namespace) -> None:
     import importlib.metadata
 
@@ -348,7 +353,12 @@ def _info(arguments: argparse.Namespace) -> None:
     print(", ".join(f"{name} {version(name)}" for name in ("triton", "numpy", "safetensors", "scikit-learn")))
     print("\nbackend  devices  state")
     for row in backends.report():
-        print(f"{row.name:8} {row.devices:8} {'runs' if row.why_not is None else f'cannot run: {row.why_not}'}")
+        print(f"{row.name:8} {row.devices:8} {_state(row.why_not, f'runs {row.runs}')}")
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        print(f"\nrun.mode and distill.*_precision with run.device {device}")
+        for choices, why_not in ((modes.MODES, modes.why_not), (precision.PRECISIONS, precision.why_not)):
+            for name in choices:
+                print(f"{name:17} {_state(why_not(name, device), 'runs')}")
     print(f"\nprocessor     {_processor()}")
     try:
         print(f"vector code   {extension.isa() or 'unknown: the native module was not built'}")

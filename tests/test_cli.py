@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -272,6 +273,13 @@ def test_info(capsys):
     assert "cannot run: " in said
     for word in ("torch", "cpp", "triton", "processor", "vector code", "threads"):
         assert word in said
+    for line in (
+        r"eager +runs",
+        r"graphs +cannot run: it needs a CUDA device",
+        r"bf16 +runs",
+        r"tf32 +cannot run: it is",
+    ):
+        assert re.search(line, said), line
 
 
 def test_demo_leaves_what_the_readme_promises(place, capsys):

@@ -181,7 +181,7 @@ def test_generator_turn_equals_plain_autograd(objective, match):
     trainer = distiller(path={"match": match}, distill={"objective": objective})
     trainer.update()
     noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
-    loss = trainer.generator_backward()
+    loss, _ = trainer.generator_backward()
     explicit = [p.grad.clone() for p in trainer.generator.parameters()]
 
     # The same draws once more, and one graph through everything.
@@ -563,6 +563,16 @@ def test_meters_give_means_and_start_afresh():
     assert math.isnan(meters.read()["a"])
 
 
+def test_a_run_says_once_when_a_precision_is_too_coarse(tmp_path, capsys):
+    """A fake model that starts as the teacher is nearer to it than bfloat16 can tell."""
+    teacher = save_teacher(tmp_path / "teacher.safetensors", LABELLED, {"name": "digits"})
+    config = settings(teacher, data={"name": "digits"}, distill={"generator_precision": "bf16"}, run={"log_every": 1})
+    run_in(tmp_path / "run", config)
+    said = capsys.readouterr().err
+    assert said.count("update 1: distill.generator_precision bf16 is too coarse") == 1
+    assert said.count("too coarse") == 1
+
+
 def test_phases_time_on_request_only():
     silent, timed = Phases(), Phases(timings=True)
     for phases in (silent, timed):
@@ -570,6 +580,14 @@ def test_phases_time_on_request_only():
             time.sleep(0.01)
     assert silent.seconds == {}
     assert timed.seconds["work"] > 0.009
+
+
+def test_phases_need_no_nvtx(monkeypatch):
+    monkeypatch.setattr("realuid_fast.train.phases.nvtx", None)
+    phases = Phases(timings=True)
+    with phases("work"):
+        pass
+    assert phases.seconds["work"] >= 0
 
 
 def test_csv_is_cut_back(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .unet import timestep_embedding
+from .unet import in_full, timestep_embedding
 
 
 class MLP(nn.Module):
@@ -83,4 +83,4 @@ class MLP(nn.Module):
             scale, shift = modulation[2 * i], modulation[2 * i + 1]
             inner = torch.addcmul(shift, F.layer_norm(h, (width,)), 1.0 + scale)
             h = h + shrink(F.silu(grow(inner)))
-        return self.last(F.silu(h)).view_as(x)
+        return in_full(self.last, F.silu(h), self.last.weight).view_as(x)

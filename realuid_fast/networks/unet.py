@@ -322,7 +322,16 @@ class UNet(nn.Module):
         x = self.middle_block(x, embedding)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return self.out(x)
+        return in_full(self.out, x, next(self.out[-1].parameters()))
+
+
+def in_full(layers: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """``layers(x)`` in the storage type of their ``weight``, also under autocast.
+
+    A network's last layer sets the rounding of its output, which losses take differences of, and costs next to nothing.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return layers(x.to(weight.dtype))
 
 
 def _zeroed(layer: ConvT) -> ConvT:

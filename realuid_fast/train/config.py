@@ -15,6 +15,8 @@ import yaml
 from ..errors import UserError
 from ..objectives import UID, GeneralRealUID, Objective, RealUID
 from ..paths import Linear
+from .modes import MODES
+from .precision import PRECISIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PATHS = {"linear": Linear}
@@ -84,7 +86,9 @@ class DistillConfig:
 
     ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
     ``t_start`` is the generator's start time; ``export`` the average that is evaluated and saved, 0 for the last
-    weights.
+    weights. The precisions are the networks' in either turn: ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
+    On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
+    coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.train.precision`).
     """
 
     teacher: str = "digits"
@@ -94,6 +98,8 @@ class DistillConfig:
     batch: int = 64
     updates: int = 1000
     fake_turns: int = 5
+    fake_precision: str = "float32"
+    generator_precision: str = "float32"
     t_start: float = 0.28
     generator: OptimiserConfig = field(default_factory=OptimiserConfig)
     fake: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -105,13 +111,16 @@ class DistillConfig:
 class RunConfig:
     """What a run does besides training: seeds, device, threads, logs, checkpoints. Intervals are updates, 0 for never.
 
-    ``threads`` is torch's CPU thread count, 0 to leave it; ``channels_last`` is the image networks' memory layout;
-    ``teacher_steps`` is the teacher's number of Euler steps for the line in the convergence plot, 0
-    for no line; ``keep`` is how many checkpoints stay on disk; ``timings`` logs the time of every phase of an update.
+    ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
+    (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
+    leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
+    steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
+    ``timings`` logs the time of every phase of an update.
     """
 
     seed: int = 0
     device: str = "cpu"
+    mode: str = "eager"
     threads: int = 1
     channels_last: bool = True
     log_every: int = 10
@@ -287,6 +296,14 @@ def _check(config: Config) -> None:
     for name in ("seed", "threads", "sample_every", "evaluate_every", "teacher_steps", "checkpoint_every"):
         if getattr(run, name) < 0:
             raise UserError(f"run.{name} must not be negative, got {getattr(run, name)}")
+    one_of = {
+        "run.mode": (run.mode, MODES),
+        "distill.fake_precision": (distill.fake_precision, PRECISIONS),
+        "distill.generator_precision": (distill.generator_precision, PRECISIONS),
+    }
+    for name, (word, words) in one_of.items():
+        if word not in words:
+            raise UserError(f"{name} must be one of {', '.join(words)}; got {word!r}")
     for section, part in (("teacher", teacher), ("distill", distill)):
         if part.export and part.export not in part.ema:
             raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(part.ema)}, got {part.export:g}")

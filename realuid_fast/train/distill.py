@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,18 @@ from ..data import Dataset
 from ..errors import UserError
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
+from ..paths import COLUMNS
 from ..teachers import Description, Model
+from . import modes, precision
 from .batches import Batches, labels_to_draw
 from .config import Config
 from .generator import Generator, frozen_view
 from .meters import Meters
+from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases
+from .precision import Precision
+
+WEIGHT = COLUMNS.index("w")
 
 
 class Distiller:
@@ -27,6 +34,14 @@ class Distiller:
     An update is ``fake_turns`` steps of the fake model and one of the generator. The generator does not change before
     its own step, so its samples for all fake turns come from one forward without gradient. Nothing here reads a tensor
     on the host: losses stay on the device until :attr:`meters` are read.
+
+    An update is three turns in the sense of :mod:`.modes`: making samples, one fake turn ``fake_turns`` times, and the
+    generator's. Each works on tensors that stay where they are, so that ``run.mode`` decides how it runs and no number
+    depends on it beyond rounding, except through dropout, whose masks torch.compile draws its own way. What comes from
+    the host, the real samples, is copied in between turns.
+
+    Raises:
+        UserError: a teacher that fits neither path nor data, or a mode or precision that the device does not have.
     """
 
     def __init__(self, config: Config, dataset: Dataset, teacher: Model, command: str = "") -> None:
@@ -44,6 +59,10 @@ class Distiller:
         self.objective = settings.objective.build()
         self.path = config.path.build()
         self.device = torch.device(config.run.device)
+        self.mode = config.run.mode
+        self._fake_precision = Precision(settings.fake_precision, self.device)
+        self._generator_precision = Precision(settings.generator_precision, self.device)
+        self._check_device()
         self.batch, self.turns, self.updates = settings.batch, settings.fake_turns, settings.updates
         self.step = 0
         self._match, self._predict = config.path.match, described.predict
@@ -73,8 +92,22 @@ class Distiller:
         self.noise = NoiseStream(seed, self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
         self._like_cycle = self._laid_out(torch.empty(self.turns * self.batch, *dataset.shape, device=self.device))
-        self.meters = Meters(("fake loss", "generator loss", "fake gradient", "generator gradient"), self.device)
+        # What a fake turn reads: generated rows and, below them, real ones, with their labels.
+        self._n_real = 0 if self.batches is None else self.batch
+        rows = self.batch + self._n_real
+        self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
+        self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
+        self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
+        self.meters = Meters(("fake loss", "generator loss", "fake gradient", "generator gradient", "gap"), self.device)
         self.phases = Phases(config.run.timings, self.device)
+        compiled = modes.compiled if self.mode != "eager" else lambda net: net
+        self._run_generator, self._run_fake = compiled(self.generator), compiled(self.fake)
+        self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
+        self._generate: Turn = self._generate_rows
+        self._fake_step: Turn = self._fake_step_plain
+        self._generator_step: Turn = self._generator_step_plain
+        if self.mode == "graphs":
+            self.capture()
         self.description = Description(
             network=described.network,
             role="student",
@@ -103,88 +136,136 @@ class Distiller:
 
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
-        with self.phases("generate"), torch.no_grad():
-            y = self._draw_labels(self.turns * self.batch)
-            made = self.generator(normal(self.noise.next_key(), self._like_cycle), y)
-        labels = [None] * self.turns if y is None else y.split(self.batch)
-        for rows, row_labels in zip(made.split(self.batch), labels, strict=True):
+        made = self._run("generate", self._generate)
+        labels = made["labels"].split(self.batch) if "labels" in made else [None] * self.turns
+        for rows, row_labels in zip(made["x"].split(self.batch), labels, strict=True):
             self.fake_turn(rows, row_labels)
         self.generator_turn()
         self.step += 1
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None) -> None:
         """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones."""
-        n_real, y = 0, labels
         with self.phases("data"):
-            x = self._laid_out(generated)
+            parts: list[tuple[Tensor, Tensor | None]] = [(generated, labels)]
             if self.batches is not None:
-                real, real_labels = self.batches.next()
-                x, n_real = self._laid_out(torch.cat((generated, real))), self.batch
-                if labels is not None and real_labels is not None:
-                    y = torch.cat((labels, real_labels))
-            time, coef = self._draw_times()
-            if n_real:
-                time, coef = time.repeat(2), coef.repeat(2, 1)
-            key = self.noise.next_key()
-            x_t = rf.interpolate(x, coef, key, noise_rows=self.batch)
-        with self.phases("fake forward"):
-            out = self._laid_out(self.fake(time, x_t, y))
-        teacher_out = None
-        if self.objective.needs_teacher:
-            with self.phases("teacher forward"), torch.no_grad():
-                teacher_out = self._laid_out(self.teacher(time, x_t, y))
-        with self.phases("fake loss"):
-            at = x_t if self._reads_x_t else None
-            grads = rf.fake_grads(
-                out.detach(), x, at, coef, key, self.objective, n_real, teacher_out, noise_rows=self.batch
-            )
-        with self.phases("fake backward"):
-            out.backward(grads.fake_out)
-        with self.phases("fake optimiser"):
-            self.fake_optimiser.step()
-            self.fake_optimiser.zero_grad()
-        self.meters.add("fake loss", grads.loss)
-        self.meters.add("fake gradient", self.fake_optimiser.norm)
+                parts.append(self.batches.next())
+            for i, (x, y) in enumerate(parts):
+                place = slice(i * self.batch, (i + 1) * self.batch)
+                self._rows[place].copy_(x)
+                if self._row_labels is not None and y is not None:
+                    self._row_labels[place].copy_(y)
+        self._add(self._run("fake turn", self._fake_step))
 
     def generator_turn(self) -> None:
         """One step of the generator; teacher and fake model are frozen."""
-        loss = self.generator_backward()
+        self._add(self._run("generator turn", self._generator_step))
+
+    def _generate_rows(self) -> dict[str, Tensor]:
+        """Samples, and their labels, for all fake turns of an update."""
+        with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
+            y = self._draw_labels(self.turns * self.batch)
+            z = normal(self.noise.next_key(), self._like_cycle)
+            with self._fake_precision.networks():
+                x = self._run_generator(z, y)
+            made = {"x": self._float(x)}
+            return made if y is None else {**made, "labels": y}
+
+    def _fake_step_plain(self) -> dict[str, Tensor]:
+        """The fake turn on :attr:`_rows`."""
+        x, y = self._rows, self._row_labels
+        with self._fake_precision.turn():
+            with self.phases("interpolate"):
+                time, coef = self._draw_times()
+                if self._n_real:
+                    time, coef = time.repeat(2), coef.repeat(2, 1)
+                key = self.noise.next_key()
+                x_t = rf.interpolate(x, coef, key, noise_rows=self.batch)
+            with self.phases("fake forward"), self._fake_precision.networks():
+                out = self._float(self._run_fake(time, x_t, y))
+            teacher_out = None
+            if self.objective.needs_teacher:
+                with self.phases("teacher forward"), torch.no_grad(), self._fake_precision.networks():
+                    teacher_out = self._float(self._run_teacher(time, x_t, y))
+            with self.phases("fake loss"):
+                at = x_t if self._reads_x_t else None
+                grads = rf.fake_grads(
+                    out.detach(), x, at, coef, key, self.objective, self._n_real, teacher_out, noise_rows=self.batch
+                )
+            with self.phases("fake backward"):
+                out.backward(grads.fake_out)
+        with self.phases("fake optimiser"):
+            self.fake_optimiser.step()
+            self.fake_optimiser.zero_grad()
+        return {"fake loss": grads.loss, "fake gradient": self.fake_optimiser.norm}
+
+    def _generator_step_plain(self) -> dict[str, Tensor]:
+        loss, gap = self.generator_backward()
         with self.phases("generator optimiser"):
             self.generator_optimiser.step()
             self.generator_optimiser.zero_grad()
-        self.meters.add("generator loss", loss)
-        self.meters.add("generator gradient", self.generator_optimiser.norm)
+        return {"generator loss": loss, "generator gradient": self.generator_optimiser.norm, "gap": gap}
 
-    def generator_backward(self) -> Tensor:
-        """Add the generator loss' gradient to the generator's parameters; the loss ``()``.
+    def generator_backward(self) -> tuple[Tensor, Tensor]:
+        """Add the generator loss' gradient to the generator's parameters; the loss and the gap, each ``()``.
 
         With ``g = dl/dx_t`` through both networks and ``x_t = a x + c n``, the generator's backward starts from
-        ``dl/dx = a g + (dl/dx through the target)``.
+        ``dl/dx = a g + (dl/dx through the target)``. In fp16 every gradient up to the parameters' carries a power of
+        two, which enters as the loss' weight and is divided out in float32. The gap is ``||F - F*|| / ||F*||`` of the
+        networks' outputs over the batch: what their rounding is amplified by.
         """
-        with self.phases("generator forward"):
-            y = self._draw_labels(self.batch)
-            x = self._laid_out(self.generator(normal(self.noise.next_key(), self._like), y))
-        with self.phases("interpolate"):
-            time, coef = self._draw_times()
-            key = self.noise.next_key()
-            x_t = rf.interpolate(x.detach(), coef, key).requires_grad_()
-        with self.phases("frozen forward"):
-            teacher_out = self._laid_out(self.teacher(time, x_t, y))
-            fake_out = self._laid_out(self.frozen_fake(time, x_t, y))
-        with self.phases("generator loss"):
-            at = x_t.detach() if self._reads_x_t else None
-            grads = rf.generator_grads(
-                teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective
-            )
-        with self.phases("frozen backward"):
-            seeds = (grads.teacher_out, grads.fake_out)
-            (g_x_t,) = torch.autograd.grad((teacher_out, fake_out), x_t, seeds)
-            if grads.x_t is not None:
-                g_x_t = g_x_t + grads.x_t
-        with self.phases("generator backward"):
-            a = coef[:, 0].view(-1, *[1] * (x.dim() - 1))
-            x.backward(torch.addcmul(grads.x, a, g_x_t))
-        return grads.loss
+        with self._generator_precision.turn():
+            with self.phases("generator forward"):
+                y = self._draw_labels(self.batch)
+                z = normal(self.noise.next_key(), self._like)
+                with self._generator_precision.networks():
+                    x = self._run_generator(z, y)
+                x = self._float(x)
+            with self.phases("interpolate"):
+                time, coef = self._draw_times()
+                if self._seed_scale != 1.0:
+                    coef[:, WEIGHT] *= self._seed_scale
+                key = self.noise.next_key()
+                x_t = rf.interpolate(x.detach(), coef, key).requires_grad_()
+            with self.phases("frozen forward"), self._generator_precision.networks():
+                teacher_out = self._float(self._run_teacher(time, x_t, y))
+                fake_out = self._float(self._run_frozen_fake(time, x_t, y))
+            with self.phases("generator loss"), torch.no_grad():
+                at = x_t.detach() if self._reads_x_t else None
+                grads = rf.generator_grads(
+                    teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective
+                )
+                gap = torch.linalg.vector_norm(fake_out - teacher_out) / torch.linalg.vector_norm(teacher_out)
+            with self.phases("frozen backward"):
+                seeds = (grads.teacher_out, grads.fake_out)
+                (g_x_t,) = torch.autograd.grad((teacher_out, fake_out), x_t, seeds)
+                if grads.x_t is not None:
+                    g_x_t = g_x_t + grads.x_t
+            with self.phases("generator backward"):
+                a = coef[:, 0].view(-1, *[1] * (x.dim() - 1))
+                x.backward(torch.addcmul(grads.x, a, g_x_t))
+                if self._seed_scale == 1.0:
+                    return grads.loss, gap
+                gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
+                torch._foreach_mul_(gradients, 1 / self._seed_scale)
+                return grads.loss / self._seed_scale, gap
+
+    def concern(self, row: Mapping[str, float]) -> str | None:
+        """What a row of the log says is wrong with the settings, in a sentence."""
+        error = self._generator_precision.gradient_error(row["gap"])
+        if not error > precision.TOO_COARSE:
+            return None
+        name = self._generator_precision.name
+        return (
+            f"distill.generator_precision {name} is too coarse: fake model and teacher differ by {row['gap']:.2%}, so "
+            f"that rounding puts the generator's gradient about {min(error, 1.0):.0%} off; use a finer one"
+        )
+
+    def capture(self, recorder: Recorder | None = None) -> None:
+        """Run the turns as CUDA graphs from now on, whatever the mode was; ``recorder`` replaces CUDA's."""
+        recorder = recorder or CudaRecorder(self.device, [self.draws])
+        self._generate = Captured(self._generate_rows, recorder)
+        self._fake_step = Captured(self._fake_step_plain, recorder)
+        self._generator_step = Captured(self._generator_step_plain, recorder)
 
     def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``."""
@@ -220,6 +301,9 @@ class Distiller:
         self.draws.set_state(state["draws"])
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
+        for turn in (self._generate, self._fake_step, self._generator_step):
+            if isinstance(turn, Captured):
+                turn.reset()
         self.meters.load_state_dict(state["meters"])
 
     def _draw_labels(self, count: int) -> Tensor | None:
@@ -232,6 +316,34 @@ class Distiller:
         """Network times ``(B,)`` and coefficient rows ``(B, 9)``."""
         t = self.path.sample_time(self.batch, self.draws, self.device)
         return self.path.network_time(t), self.path.coefficients(t, self._match, self._predict)
+
+    def _check_device(self) -> None:
+        """Refuse a mode or a precision that the device does not have."""
+        asked = (
+            ("run.mode", self.mode, modes.why_not(self.mode, self.device)),
+            *(
+                (f"distill.{turn}_precision", chosen.name, precision.why_not(chosen.name, self.device))
+                for turn, chosen in (("fake", self._fake_precision), ("generator", self._generator_precision))
+            ),
+        )
+        for key, value, reason in asked:
+            if reason is not None:
+                raise UserError(f"{key} {value} cannot be had on {self.device}: {reason}")
+
+    def _run(self, name: str, turn: Turn) -> dict[str, Tensor]:
+        if isinstance(turn, Captured) and turn.captured:
+            # The phases inside are not seen any more.
+            with self.phases(name):
+                return turn()
+        return turn()
+
+    def _add(self, results: Mapping[str, Tensor]) -> None:
+        for name, value in results.items():
+            self.meters.add(name, value)
+
+    def _float(self, tensor: Tensor) -> Tensor:
+        # Losses are computed from float32, whatever a network returns under autocast.
+        return self._laid_out(tensor.float())
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         # The fused calls want one layout; a tensor that has it already is passed on as it is.

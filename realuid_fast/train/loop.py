@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -65,6 +65,8 @@ class Trainer(Protocol):
     def optimisers(self) -> dict[str, Optimiser]: ...
 
     def update(self) -> None: ...
+
+    def concern(self, row: Mapping[str, float]) -> str | None: ...
 
     def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
 
@@ -165,6 +167,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         dynamic_ncols=True,
     )
     shown: dict[str, str] = {}
+    concerned = False
     with _signals() as received, contextlib.closing(progress), contextlib.closing(events):
         if saved is None and settings.evaluate_every:
             shown["distance"] = f"{evaluate():.4g}"
@@ -176,6 +179,9 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                 row = watch.read()
                 log.write({"update": step, **row})
                 events.scalars(row, step)
+                if not concerned and (concern := trainer.concern(row)) is not None:
+                    concerned = True
+                    tqdm.write(f"update {step}: {concern}", file=sys.stderr)
                 shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
                 shown["images/s"] = f"{row['images_per_second']:.0f}"
                 progress.set_postfix(shown, refresh=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ class TeacherTrainer:
         self.meters.add("loss", grads.loss)
         self.meters.add("gradient", self.optimiser.norm)
         self.step += 1
+
+    def concern(self, row: Mapping[str, float]) -> str | None:
+        """Nothing in a row of the log says that settings are wrong."""
+        return None
 
     def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Samples of the exported network by Euler's method, for noise ``z``."""

@@ -1,0 +1,260 @@
+"""Measures the GPU path in nine minutes: ``python -m bench.gpu``; writes gpu.json and gpu.md, prints a summary last.
+
+Sections run in order, each in a process of its own with a time limit, and what each row says is on disk when it is
+measured: a section that hangs, fails or runs out of time loses only what it had not done, and the summary says so. Time
+that one leaves over goes to the next. ``--only`` with a longer ``--seconds`` gives the long ones room.
+
+========= ==========================================================================================
+build     the C++ extension, where it is missing
+tests     those marked gpu, then the kernels' smallest under compute-sanitizer where that is installed
+kernels   copy bandwidth; each fused call against it, the plain formulas and torch.compile of them
+optimiser the optimiser step against torch's fused pieces
+cycle-256 the CIFAR-10 recipe at batch 256: turns and cycles in every mode
+cycle-8   the same at batch 8
+tune      kernels over tile sizes; only when asked for
+========= ==========================================================================================
+
+``--dry`` runs the same code on the CPU with tiny shapes and no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from realuid_fast import extension
+from realuid_fast.train import modes
+
+from .. import machine, report
+from ..report import Row
+from . import kernels, steps
+from .device import Cuda, Deadline, Device, Dry
+
+Write = Callable[[Row], None]
+SECTIONS: dict[str, Callable[[Device, Deadline, Write], None]] = {
+    "kernels": kernels.measure,
+    "optimiser": steps.optimiser,
+    "cycle-256": functools.partial(steps.updates, batch=256),
+    "cycle-8": functools.partial(steps.updates, batch=8),
+    "tune": kernels.tune,
+}
+# Seconds of a full run; what is left over moves on.
+SHARES = {"build": 70, "tests": 110, "kernels": 110, "optimiser": 30, "cycle-256": 130, "cycle-8": 80}
+TESTS, SANITIZED = ("tests/gpu", "tests/test_optim.py"), "tests/gpu/test_kernels.py"
+
+
+def describe(device: Device, revision: str | None) -> dict[str, Any]:
+    """Machine, driver and versions."""
+    described = machine.describe() | {"clock": "CUDA events", "command": "python -m bench.gpu"}
+    described["revision"] = revision or described["revision"]
+    if isinstance(device, Cuda):
+        properties = torch.cuda.get_device_properties(device.device)
+        described |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_GB": round(properties.total_memory / 1e9, 1),
+            "l2_MB": round(properties.L2_cache_size / 1e6, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        }
+    try:
+        import triton
+
+        described["triton"] = triton.__version__
+    except ImportError:
+        described["triton"] = None
+    return described
+
+
+def _answer(command: Sequence[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def run_section(name: str, device: Device, seconds: float, part: Path) -> None:
+    """Measure one section in this process; every row is a line of ``part`` as soon as it is there."""
+    with part.open("a") as lines:
+
+        def write(row: Row) -> None:
+            lines.write(json.dumps({"section": name, **row}) + "\n")
+            lines.flush()
+            print(_line(row), flush=True)
+
+        if not device.dry:
+            SECTIONS[name](device, Deadline(seconds), write)
+            return
+        # Trace, but generate no code: that takes minutes on a CPU and is not what a GPU would run.
+        compiled = functools.partial(modes.compiled, backend="eager")
+        with mock.patch.object(modes, "compiled", compiled), mock.patch.object(kernels, "BACKEND", "eager"):
+            SECTIONS[name](device, Deadline(seconds), write)
+
+
+def _line(row: Row) -> str:
+    words = [row["case"], report.shape(row), row["dtype"], row["way"]]
+    if "left_out" in row:
+        return " | ".join([*words, f"left out: {row['left_out']}"])
+    named = (("median_ms", "ms"), ("GBps", "GB/s"), ("share_of_copy", "of the copy"), ("ratio", "times realuid_fast"))
+    steps_named = (
+        ("published_over_this", "times as fast as published"),
+        ("idle_share", "idle"),
+        ("launches", "launches"),
+    )
+    figures = [f"{report.number(row[key])} {unit}" for key, unit in (*named, *steps_named) if row.get(key) is not None]
+    return " | ".join([*words, *figures])
+
+
+def _in_a_process(name: str, dry: bool, seconds: float, part: Path) -> str:
+    """Run a section apart from this process; how it ended."""
+    command = [sys.executable, "-m", "bench.gpu", "--section", name, "--seconds", f"{seconds:.0f}", "--part", str(part)]
+    # A moment longer than the section gives itself, which looks at its clock between measurements.
+    return _ended([*command, *(["--dry"] if dry else [])], seconds + 15)
+
+
+def _ended(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> str:
+    """Run a command with a limit, its output on ours; how it ended, with the last lines where it failed."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(
+                command, cwd=machine.ROOT, env=environment, stderr=errors, timeout=max(seconds, 1.0), check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        if code == 0:
+            return "done"
+        errors.seek(0)
+        return f"failed with {code}: " + " / ".join(errors.read().strip().splitlines()[-6:])
+
+
+def build(seconds: float) -> str:
+    """Build the C++ extension in place, where it is missing."""
+    if extension.why_missing() is None:
+        return "done: it was there"
+    return _ended([sys.executable, "setup.py", "build_ext", "--inplace"], seconds)
+
+
+def tests(dry: bool, seconds: float) -> dict[str, str]:
+    """Run tests/gpu, and its kernel tests on small tensors under compute-sanitizer."""
+    end = time.monotonic() + seconds
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    ended = {"tests": _ended([*command, "--collect-only" if dry else "-x", *TESTS], seconds)}
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if dry or sanitizer is None:
+        return ended | {"compute-sanitizer": "left out: a dry run" if dry else "left out: it is not installed"}
+    left = end - time.monotonic()
+    if left < 20:
+        return ended | {"compute-sanitizer": "left out: no time"}
+    # Without torch's caching allocator every tensor is an allocation whose bounds are watched.
+    small = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *command, "-x", SANITIZED, "-k", "small"]
+    return ended | {"compute-sanitizer": _ended(small, left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})}
+
+
+def summary(content: dict[str, Any]) -> str:
+    """What is printed last and written to gpu.md."""
+    described = content["machine"]
+    head = f"{described.get('gpu', 'no GPU')}, driver {described.get('driver')}, torch {described['torch']}"
+    lines = [f"{head}, triton {described['triton']}, revision {described['revision']}", ""]
+    if content["dry"]:
+        lines += ["A dry run on the CPU: no figures.", ""]
+    lines += [f"- {name}: {state}" for name, state in content["sections"].items()]
+    header = ["case", "shape", "type", "way", "ms", "GB/s", "of the copy", "times realuid_fast", "call, ms", "left out"]
+    keys = ("median_ms", "GBps", "share_of_copy", "ratio", "call_ms")
+    plain = [row for row in content["rows"] if not row["section"].startswith("cycle")]
+    cells = [
+        [row["case"], report.shape(row), row["dtype"], row["way"], *_figures(row, keys), row.get("left_out", "")]
+        for row in plain
+    ]
+    lines += ["", report.markdown(header, cells, words=4)]
+    names = ["ms", "fake turn", "generator turn", "launches", "kernels", "idle share", "peak MB", "published / this"]
+    turns = ("median_ms", "fake_turn_ms", "generator_turn_ms", "launches", "kernels", "idle_share", "peak_MB")
+    cells = [
+        [row["case"], row["way"], *_figures(row, (*turns, "published_over_this")), row.get("left_out", "")]
+        for row in content["rows"]
+        if row["section"].startswith("cycle")
+    ]
+    return "\n".join([*lines, report.markdown(["case", "way", *names, "left out"], cells, words=2)])
+
+
+def _figures(row: Row, keys: Sequence[str]) -> list[str]:
+    return [report.number(row.get(key)) for key in keys]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(os.environ.get("OUT") or report.RESULTS)
+    parser.add_argument("--out", type=Path, default=default, help="folder (default $OUT, or bench/results)")
+    parser.add_argument("--only", nargs="+", choices=[*SHARES, "tune"], default=list(SHARES), help="sections to run")
+    parser.add_argument("--seconds", type=float, default=530.0, help="for everything (default 530)")
+    parser.add_argument("--name", default="gpu", help="name of the files (default gpu)")
+    parser.add_argument("--revision", help="what is measured, where there is no git repository")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, no figures")
+    parser.add_argument("--section", choices=list(SECTIONS), help="run one section in this process")
+    parser.add_argument("--part", type=Path, help="where --section writes its rows")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not args.dry and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --dry runs the suite without one")
+    if args.section:
+        if args.part is None:
+            parser.error("--section needs --part")
+        run_section(args.section, Dry() if args.dry else Cuda(), args.seconds, args.part)
+        return 0
+    start = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"format": report.FORMAT, "benchmark": "gpu", "dry": args.dry, "sections": {}, "rows": []}
+    content["machine"] = describe(Dry() if args.dry else Cuda(), args.revision)
+    if not args.dry:
+        torch.cuda.empty_cache()
+    chosen = [name for name in (*SHARES, "tune") if name in args.only]
+    for i, name in enumerate(chosen):
+        left = args.seconds - (time.monotonic() - start)
+        seconds = left - sum(SHARES.get(later, 60) for later in chosen[i + 1 :])
+        seconds = min(left, max(seconds, SHARES.get(name, 60)))
+        if seconds < 5:
+            content["sections"][name] = "left out: no time"
+        elif name == "build":
+            content["sections"][name] = build(seconds)
+        elif name == "tests":
+            content["sections"] |= tests(args.dry, seconds)
+        else:
+            _section(content, name, args.dry, seconds)
+        (args.out / f"{args.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    text = summary(content)
+    (args.out / f"{args.name}.md").write_text(text)
+    print("\n" + text)
+    return 0
+
+
+def _section(content: dict[str, Any], name: str, dry: bool, seconds: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "rows"
+        content["sections"][name] = _in_a_process(name, dry, seconds, part)
+        if part.exists():
+            content["rows"] += [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

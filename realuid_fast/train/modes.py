@@ -1,0 +1,130 @@
+"""How a turn runs: as it is written (eager), with compiled networks, or captured whole as a CUDA graph on top of that.
+
+A turn is a function without arguments over tensors that stay where they are. It reads nothing on the host, draws its
+noise from a key stream whose state is on the device and its times and labels from generators that the graph advances;
+so a replay continues the very sequence that the plain function would have drawn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+MODES = ("eager", "compiled", "graphs")
+# Plain calls before a capture: they compile kernels, choose algorithms and settle the optimiser's state.
+WARM_UP = 3
+
+Turn = Callable[[], dict[str, Tensor]]
+
+
+def why_not(mode: str, device: torch.device | str) -> str | None:
+    """Why a mode cannot run on ``device``, in a clause, or None where it can."""
+    device = torch.device(device)
+    if mode == "eager":
+        return None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
+        if importlib.util.find_spec("triton") is None:
+            return "torch.compile needs the triton package for it"
+        return None
+    if mode == "graphs":
+        return "it needs a CUDA device"
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    if not any(map(shutil.which, (compiler.split()[0], "g++", "clang++"))):
+        return "torch.compile needs a C++ compiler"
+    return None
+
+
+def compiled(net: nn.Module, backend: str = "inductor") -> Callable[..., Tensor]:
+    """``net`` through torch.compile, as one graph, for the fixed shapes of a turn."""
+
+    def call(*arguments: Tensor | None) -> Tensor:
+        return net(*arguments)
+
+    # torch.compile counts its variants by code object and refuses the ninth. Turns need one or two of each network, but
+    # all networks of a process share their class' code: give each one its own.
+    call.__code__ = call.__code__.replace(co_name=f"call_{id(net)}")
+    return torch.compile(call, fullgraph=True, dynamic=False, backend=backend)
+
+
+class Recorder(Protocol):
+    """What :class:`Captured` needs of a device."""
+
+    def run(self, turn: Turn) -> dict[str, Tensor]: ...
+
+    def capture(self, turn: Turn) -> tuple[Callable[[], Any], dict[str, Tensor]]: ...
+
+
+class CudaRecorder:
+    """Captures turns as CUDA graphs on one stream and in one memory pool.
+
+    Sharing the pool lets a turn use what another has freed. It asks that captured turns never run at the same time,
+    and that what one hands to a later one stays referenced; :class:`Captured` keeps its results.
+
+    Args:
+        device: a CUDA device.
+        generators: of torch, that the turns draw from; torch's default generator of the device is known anyway.
+    """
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+        self._device, self._generators = device, tuple(generators)
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, turn: Turn) -> dict[str, Tensor]:
+        """Call ``turn`` as it is, on the stream that captures it later, in order with the current stream."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            results = turn()
+        current.wait_stream(self._stream)
+        return results
+
+    def capture(self, turn: Turn) -> tuple[Callable[[], Any], dict[str, Tensor]]:
+        """Record ``turn`` without running it; what replays it, and the tensors that every replay writes."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            results = turn()
+        return graph.replay, results
+
+
+class Captured:
+    """A turn that runs as it is for a few calls, which are its warm-up, and is captured and replayed from then on.
+
+    The warm-up calls are steps of the training like all others, so capturing changes no number.
+    """
+
+    def __init__(self, turn: Turn, recorder: Recorder, warm_up: int = WARM_UP) -> None:
+        self._turn, self._recorder, self._warm_up = turn, recorder, warm_up
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the graph, as after state was loaded: the next calls warm up and capture again."""
+        self._calls = 0
+        self._replay: Callable[[], Any] | None = None
+        self._results: dict[str, Tensor] = {}
+
+    @property
+    def captured(self) -> bool:
+        """Whether the next call is a replay."""
+        return self._replay is not None
+
+    def __call__(self) -> dict[str, Tensor]:
+        """The turn's results; those of a replay are overwritten by the next."""
+        if self._calls < self._warm_up:
+            self._calls += 1
+            return self._recorder.run(self._turn)
+        if self._replay is None:
+            self._replay, self._results = self._recorder.capture(self._turn)
+        self._replay()
+        return self._results

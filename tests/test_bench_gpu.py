@@ -1,0 +1,82 @@
+"""The GPU suite without a GPU: its dry run goes everywhere, and what fails or hangs costs only itself."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+if importlib.util.find_spec("bench") is None:
+    pytest.skip("bench/ is not importable: run python -m pytest from the source tree", allow_module_level=True)
+
+from bench.gpu import __main__ as suite
+from bench.gpu import kernels, steps
+from bench.report import OURS
+
+
+def test_dry_run_goes_everywhere_and_has_no_figures(tmp_path, capfd):
+    only = ["build", "tests", "kernels", "optimiser", "cycle-8"]
+    assert suite.main(["--dry", "--out", str(tmp_path), "--only", *only]) == 0
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["dry"] is True
+    assert content["machine"]["torch"]
+    states = content["sections"]
+    assert set(states) == {*only, "compute-sanitizer"}
+    assert states.pop("compute-sanitizer") == "left out: a dry run"
+    # Without a compiler there is no extension, and the suite goes on.
+    states.pop("build")
+    assert set(states.values()) == {"done"}, states
+
+    rows = content["rows"]
+    assert not [row for row in rows if "left_out" in row]
+    assert all(row[key] is None for row in rows for key in ("median_ms", "GBps", "busy_ms", "idle_share") if key in row)
+    by_section = {name: {row["way"] for row in rows if row["section"] == name} for name in only[2:]}
+    assert by_section["kernels"] >= {OURS, kernels.GIVEN, kernels.EAGER, kernels.COMPILED, kernels.BY_HAND}
+    assert by_section["cycle-8"] == {way.name for way in steps.WAYS}
+    assert len(by_section["optimiser"]) == 2
+    cases = {row["case"] for row in rows if row["section"] == "kernels"}
+    assert cases == {
+        "copy",
+        "generator loss and gradients",
+        "fake loss and gradients",
+        "matching loss and gradients",
+        "interpolate",
+        "normals",
+    }
+    # The summary is printed last and written.
+    said = capfd.readouterr().out
+    assert said.rstrip().endswith((tmp_path / "gpu.md").read_text().rstrip())
+    assert "A dry run on the CPU: no figures." in said
+
+
+def test_a_section_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch):
+    states = [
+        suite._ended([sys.executable, "-c", "raise SystemExit('out of memory')"], 60),
+        suite._ended([sys.executable, "-c", "import time; time.sleep(60)"], 1),
+    ]
+    assert states == ["failed with 1: out of memory", "stopped after 1 s"]
+
+    def half_done(name, dry, seconds, part):
+        part.write_text('{"section": "kernels", "case": "copy"}\n{"section": "ker')
+        return "stopped after 9 s"
+
+    monkeypatch.setattr(suite, "_in_a_process", half_done)
+    content = {"sections": {}, "rows": []}
+    suite._section(content, "kernels", dry=True, seconds=9)
+    assert content == {
+        "sections": {"kernels": "stopped after 9 s"},
+        "rows": [{"section": "kernels", "case": "copy"}],
+    }
+
+
+def test_no_time_leaves_sections_out(tmp_path):
+    assert suite.main(["--dry", "--out", str(tmp_path), "--only", "kernels", "--seconds", "1", "--name", "short"]) == 0
+    content = json.loads((tmp_path / "short.json").read_text())
+    assert content["sections"] == {"kernels": "left out: no time"}
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        suite.main(["--out", str(tmp_path)])
+    assert "torch finds no GPU; --dry runs the suite without one" in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""Modes of a turn: compiled and captured turns follow the eager trajectory; when a capture is made and forgotten.
+
+CUDA graphs are emulated: a tape of the operators that a turn dispatched, replayed on the same tensors. As in a graph,
+whatever the turn did on the host is frozen at what it was.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from realuid_fast import data, teachers
+from realuid_fast.errors import UserError
+from realuid_fast.networks import build
+from realuid_fast.train import config as configs
+from realuid_fast.train import modes
+from realuid_fast.train.distill import Distiller
+from realuid_fast.train.modes import WARM_UP, Captured
+
+POINTS = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
+IMAGES = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
+SETS = {"points": ("eight_gaussians", POINTS), "labelled": ("digits", LABELLED), "images": ("digits", IMAGES)}
+
+
+class Tape(TorchDispatchMode):
+    """Every operator that ran, with the tensors it ran on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, before in self.calls:
+            now = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class TapeRecorder:
+    """A capture runs nothing on a device; here it does, and the first replay is left out instead."""
+
+    def __init__(self):
+        self.runs = self.captures = 0
+
+    def run(self, turn):
+        self.runs += 1
+        return turn()
+
+    def capture(self, turn):
+        self.captures += 1
+        with Tape() as tape:
+            results = turn()
+        replays = itertools.count()
+        return lambda: tape.replay() if next(replays) else None, results
+
+
+def distiller(kind="points", mode="eager", **settings):
+    name, network = SETS[kind]
+    dataset = data.load(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build(network)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    # Rates and averages that change from step to step: a graph that froze them would show.
+    rates = {"warmup": 4, "decay": "cosine"}
+    distill = {"batch": 8, "updates": 20, "fake_turns": 2, "ema": [0.9], "export": 0.9, "generator": rates, **settings}
+    config = configs.from_mapping({"data": dataset.config, "distill": distill, "run": {"mode": mode}})
+    return Distiller(config, dataset, teachers.Model(net, teachers.Description(network, data=dataset.config)))
+
+
+def captured(kind="points", **settings):
+    """A trainer whose turns are taped, and the recorder."""
+    trainer, recorder = distiller(kind, **settings), TapeRecorder()
+    trainer.capture(recorder)
+    return trainer, recorder
+
+
+def trajectory(trainer, updates):
+    rows = []
+    for _ in range(updates):
+        trainer.update()
+        rows.append(trainer.meters.read())
+    averages = trainer.generator_optimiser.ema[0.9].values()
+    return rows, [p.detach().clone() for p in (*trainer.generator.parameters(), *averages)]
+
+
+@pytest.mark.parametrize("kind", SETS)
+def test_replays_follow_the_eager_trajectory_to_the_bit(kind):
+    trainer, recorder = captured(kind)
+    rows, parameters = trajectory(trainer, WARM_UP + 3)
+    expected, expected_parameters = trajectory(distiller(kind), WARM_UP + 3)
+    assert rows == expected
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected_parameters, strict=True))
+    # Two fake turns an update warm up sooner than the other two turns.
+    assert (recorder.runs, recorder.captures) == (3 * WARM_UP, 3)
+
+
+def test_two_replays_draw_different_noise_times_and_labels():
+    trainer, _ = captured("labelled")
+    for _ in range(WARM_UP + 1):
+        trainer.update()
+    assert trainer._generate.captured
+    first = {name: value.clone() for name, value in trainer._generate().items()}
+    second = trainer._generate()
+    assert not torch.equal(first["x"], second["x"])
+    assert not torch.equal(first["labels"], second["labels"])
+    # The fake turn on the same rows once more: its loss changes by its times and noise, and by one small step.
+    losses = {float(trainer._fake_step()["fake loss"]) for _ in range(4)}
+    assert len(losses) == 4
+
+
+def test_a_frozen_host_number_would_be_seen():
+    """The tape does what a graph does: a seed that lives on the host repeats itself."""
+    count = itertools.count()
+    turn = Captured(lambda: {"draw": torch.full((), float(next(count)))}, TapeRecorder(), warm_up=1)
+    assert [float(turn()["draw"]) for _ in range(4)] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_loading_state_forgets_the_graphs():
+    trainer, recorder = captured()
+    trajectory(trainer, WARM_UP + 1)
+    state = trainer.state_dict()
+    state["generator"] = {name: tensor.clone() for name, tensor in state["generator"].items()}
+    trainer.load_state_dict(state)
+    assert not trainer._generator_step.captured
+    trajectory(trainer, WARM_UP + 1)
+    assert recorder.captures == 6
+
+
+def test_only_captured_turns_are_phases_of_their_own():
+    trainer, _ = captured()
+    trainer.phases.timings = True
+    trajectory(trainer, WARM_UP)
+    assert "generator turn" not in trainer.phases.seconds
+    assert "generator forward" in trainer.phases.seconds
+    trajectory(trainer, 2)
+    assert {"generate", "data", "fake turn", "generator turn"} <= set(trainer.phases.seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(modes.why_not("compiled", "cpu") is not None, reason="torch.compile has no compiler here")
+def test_compiled_follows_the_eager_trajectory():
+    """Compiled kernels order sums differently: a few roundings of 6e-8 a step, amplified by the difference f* - f."""
+    rows, parameters = trajectory(distiller(mode="compiled"), 4)
+    expected, expected_parameters = trajectory(distiller(), 4)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4)
+    for a, b in zip(parameters, expected_parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_many_compiled_networks_of_one_class():
+    """torch.compile counts its variants by code, of which it allows eight."""
+    nets = [torch.nn.Linear(size, 1) for size in range(1, 12)]
+    for net in nets:
+        x = torch.randn(2, net.in_features)
+        torch.testing.assert_close(modes.compiled(net, "eager")(x), net(x))
+
+
+def test_modes_that_cannot_be_had_are_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"run.mode graphs cannot be had on cpu: it needs a CUDA device"):
+        distiller(mode="graphs")
+    with pytest.raises(UserError, match=r"run\.mode must be one of eager, compiled, graphs; got 'fast'"):
+        distiller(mode="fast")
+    monkeypatch.setattr(modes.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"run.mode compiled cannot be had on cpu: torch.compile needs a C\+\+ comp"):
+        distiller(mode="compiled")
