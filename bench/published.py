@@ -32,7 +32,8 @@ class Published:
 
     def __init__(self, config: Config, dataset: Dataset, teacher: Model) -> None:
         settings = config.distill
-        self.alpha, self.beta = settings.objective.alpha, settings.objective.beta
+        objective = settings.objective.build()
+        self.alpha, self.beta = objective.alpha, objective.beta
         self.batch, self.turns, self.t_start = settings.batch, settings.fake_turns, settings.t_start
         self.shape = dataset.shape
         self.device = torch.device(config.run.device)

@@ -379,9 +379,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     config = resolve("demo", arguments.set, folder, arguments.resume)
     config = replace(config, run=replace(config.run, threads=threads))
     settings = config.distill
+    objective = settings.objective.build()
     print(
-        f"Distilling the teacher '{settings.teacher}' into one step with {settings.objective.name} "
-        f"(alpha {settings.objective.alpha:g}, beta {settings.objective.beta:g}): {settings.updates} updates of batch "
+        f"Distilling the teacher '{settings.teacher}' into one step with {objective.name} "
+        f"(alpha {objective.alpha:g}, beta {objective.beta:g}): {settings.updates} updates of batch "
         f"{settings.batch} on {threads} thread{'s' if threads > 1 else ''}.",
         flush=True,
     )

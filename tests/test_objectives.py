@@ -23,6 +23,7 @@ from realuid_fast.objectives import (
     SiD,
 )
 from realuid_fast.paths import DDBMVP, VE, VP, BrownianBridge, Linear
+from realuid_fast.train.config import ObjectiveConfig
 
 
 def test_uid_has_no_real_half_and_needs_no_teacher_in_the_fake_turn():
@@ -427,3 +428,14 @@ def test_match_spaces_differ_by_what_the_theory_gives(path, objective):
     sign = torch.cat([torch.ones(B), -torch.ones(n_real)]).double()
     expected = (sign * shift)[:, None] * x_t
     torch.testing.assert_close(gradient(velocity) - gradient(data), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_presets_by_name_take_their_own_settings():
+    config = ObjectiveConfig
+    assert config().build() == RealUID(0.92, 0.94)
+    assert config("realuid", alpha=0.9, beta=0.88).build() == RealUID(0.9, 0.88)
+    assert config("sid").build() == SiD()
+    assert config("realsid", alpha_sid=0.8).build() == RealSiD(0.92, 0.94, 0.8)
+    assert config("fgm", l1=0.5).build() == FGM(0.5)
+    assert config("dmd").build() == DMD()
+    assert len({config(name).build().name for name in PRESETS}) == len(PRESETS)

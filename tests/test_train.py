@@ -157,7 +157,7 @@ def test_bad_configuration_files(tmp_path):
     ("objective", "sentence"),
     [
         ({"name": "realuid", "alpha": 1.0, "beta": 0.9}, "alpha = 1 requires beta = 1"),
-        ({"name": "gan"}, "must be uid, realuid or general"),
+        ({"name": "gan"}, "must be one of uid, realuid, general"),
     ],
 )
 def test_objectives_that_cannot_be_are_refused(objective, sentence):
@@ -173,6 +173,9 @@ def test_objectives_that_cannot_be_are_refused(objective, sentence):
     "objective",
     [
         {"name": "uid"},
+        {"name": "sid"},
+        {"name": "dmd", "alpha": 0.9},
+        {"name": "moment-matching"},
         {"name": "realuid", "alpha": 0.9, "beta": 0.95},
         {"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8, "kappa": 0.95},
     ],

@@ -175,10 +175,11 @@ def _reached(run: list[dict[str, float]], target: float) -> int | None:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    objective = content["config"]["distill"]["objective"]
+    settings = configs.ObjectiveConfig(**{**content["config"]["distill"]["objective"], "name": METHODS["RealUID"]})
+    objective = settings.build()
     labels = {
         "UID": "UID (alpha = beta = 1)",
-        "RealUID": f"RealUID (alpha = {objective['alpha']:g}, beta = {objective['beta']:g})",
+        "RealUID": f"RealUID (alpha = {objective.alpha:g}, beta = {objective.beta:g})",
     }
     lines = [
         f"| {content['updates']:,} updates, {len(content['seeds'])} seeds | {content['metric']}: mean ± standard "

@@ -226,7 +226,13 @@ class Distiller:
                     coef[:, WEIGHT] *= self._seed_scale
                 key = self.noise.next_key()
                 x_t = rf.interpolate(x.detach(), coef, key).requires_grad_()
-            with self.phases("frozen forward"), self._generator_precision.networks():
+            # Where the gradient flows through x alone, no network here needs a backward pass.
+            backward = self.objective.flows == "all"
+            with (
+                self.phases("frozen forward"),
+                torch.set_grad_enabled(backward),
+                self._generator_precision.networks(),
+            ):
                 teacher_out = self._float(self._run_teacher(time, x_t, y))
                 fake_out = self._float(self._run_frozen_fake(time, x_t, y))
             with self.phases("generator loss"), torch.no_grad():
@@ -235,14 +241,16 @@ class Distiller:
                     teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective
                 )
                 gap = torch.linalg.vector_norm(fake_out - teacher_out) / torch.linalg.vector_norm(teacher_out)
-            with self.phases("frozen backward"):
-                seeds = (grads.teacher_out, grads.fake_out)
-                (g_x_t,) = torch.autograd.grad((teacher_out, fake_out), x_t, seeds)
-                if grads.x_t is not None:
-                    g_x_t = g_x_t + grads.x_t
+            g_x = grads.x
+            if grads.teacher_out is not None:
+                with self.phases("frozen backward"):
+                    seeds = (grads.teacher_out, grads.fake_out)
+                    (g_x_t,) = torch.autograd.grad((teacher_out, fake_out), x_t, seeds)
+                    if grads.x_t is not None:
+                        g_x_t = g_x_t + grads.x_t
+                    g_x = torch.addcmul(g_x, coef[:, 0].view(-1, *[1] * (x.dim() - 1)), g_x_t)
             with self.phases("generator backward"):
-                a = coef[:, 0].view(-1, *[1] * (x.dim() - 1))
-                x.backward(torch.addcmul(grads.x, a, g_x_t))
+                x.backward(g_x)
                 if self._seed_scale == 1.0:
                     return grads.loss, gap
                 gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
