@@ -12,6 +12,7 @@ C = beta^2 / alpha``; its real rows the same with ``1 - gamma, 1 - beta, 1 - alp
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -84,7 +85,7 @@ class Objective:
                 stacklevel=4,
             )
 
-    @property
+    @functools.cached_property
     def generator_scalars(self) -> tuple[float, float, float, float]:
         """``alpha, beta, Q, kappa`` of the generator's kernel.
 
@@ -94,24 +95,24 @@ class Objective:
             return 0.0, self.beta / 2, 0.0, 1.0
         return self.alpha, self.beta, self.Q, self.kappa
 
-    @property
+    @functools.cached_property
     def generated(self) -> FakeRow:
         """The fake loss' scalars for generated rows."""
         return _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
 
-    @property
+    @functools.cached_property
     def real(self) -> FakeRow:
         """The fake loss' scalars for real rows; all zero when real data plays no part."""
         if not self.needs_real:
             return FakeRow(0.0, 0.0, 0.0, 0.0)
         return _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
 
-    @property
+    @functools.cached_property
     def needs_real(self) -> bool:
         """Whether the fake turn wants real rows."""
         return self.alpha < 1
 
-    @property
+    @functools.cached_property
     def needs_teacher(self) -> bool:
         """Whether the fake turn wants the teacher's output (``D != 0`` in some half)."""
         return self.generated.D != 0 or self.real.D != 0
