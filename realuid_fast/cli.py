@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: the free cores)")
+    command.add_argument("--then", metavar="CONFIG", help="a second stage from every student, e.g. digits_tune")
+    command.add_argument(
+        "--samples", type=int, default=0, help="samples of the table's distances (default: the curve's)"
+    )
     _add_settings(command)
     _add_folder(command)
 
@@ -404,7 +408,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     jobs = free_cores() if arguments.jobs is None else arguments.jobs
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
-    text = compare(config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume)
+    if arguments.samples < 0:
+        raise UserError(f"--samples must not be negative, got {arguments.samples}")
+    second = configs.load(arguments.then, arguments.set) if arguments.then else None
+    text = compare(
+        config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume, second, arguments.samples
+    )
     print("\n" + text)
     print(f"written to {arguments.out}: compare.json, compare.md, compare.png")
 

@@ -432,6 +432,7 @@ class Optimiser:
         decay: ``"constant"``, ``"linear"`` or ``"cosine"``.
         floor: share of ``lr`` that is left at the end, in [0, 1].
         eps: Adam's epsilon.
+        ema_warmup: ``False`` keeps ``d_n = d`` from the first step on, for a network whose start is worth remembering.
 
     Attributes:
         adam: the :class:`FusedAdam`.
@@ -453,6 +454,7 @@ class Optimiser:
         decay: str = "constant",
         floor: float = 0.0,
         eps: float = 1e-8,
+        ema_warmup: bool = True,
     ) -> None:
         if not lr > 0:
             raise UserError(f"lr must be positive, got {lr:g}")
@@ -476,7 +478,7 @@ class Optimiser:
             eps,
             clip=clip,
             ema_decays=ema_decays,
-            ema_warmup=True,
+            ema_warmup=ema_warmup,
             flat=device.type == "cuda",
         )
         # After Adam has laid the parameters out, for good.

@@ -311,10 +311,12 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
     result = json.loads((place / "c/compare.json").read_text())
     assert set(result["curves"]) == {"UID", "RealUID"}
     assert [len(runs) for runs in result["curves"].values()] == [2, 2]
-    finals = {name: s["final"] for name, s in result["summary"].items()}
-    assert all(value > 0 for values in finals.values() for value in values)
+    assert [(row["method"], row["updates"]) for row in result["rows"]] == [("UID", 2), ("RealUID", 2)]
+    for row in result["rows"]:
+        # Samples of the saved students are what the curves end with.
+        assert row["distance"] == pytest.approx(row["curve_end"], rel=1e-6)
     table = (place / "c/compare.md").read_text()
-    assert "UID (alpha = beta = 1)" in table
+    assert "UID (alpha = 1, beta = 1)" in table
     assert "never" in table
     assert (place / "c/compare.png").stat().st_size > 1000
     assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"
@@ -330,6 +332,25 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
     assert json.loads((place / "c/compare.json").read_text())["curves"] == result["curves"]
 
 
+def test_compare_in_two_stages(place, monkeypatch):
+    monkeypatch.setattr(comparison, "_run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
+    (place / "tune.yaml").write_text(
+        "base: tiny.yaml\ndistill: {objective: {alpha: 0.5, beta: 1.5}, ema: [0.9], export: 0.9}"
+    )
+    words = ["--config", "tiny.yaml", "--then", "tune.yaml", "--samples", 80]
+    words += ["--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
+    assert run("compare", *words, "--seeds", 0, "--jobs", 1, "--out", "two") == 0
+    result = json.loads((place / "two/compare.json").read_text())
+    rows = [(row["method"], row["alpha"], row["beta"], row["updates"]) for row in result["rows"]]
+    assert rows == [("UID", 1, 1, 2), ("RealUID", 0.92, 0.94, 2), ("UID", 1, 1, 4), ("RealUID", 0.5, 1.5, 4)]
+    assert result["samples"] == 80
+    assert all(
+        [p["update"] for p in run[0]] == sorted({p["update"] for p in run[0]}) for run in result["curves"].values()
+    )
+    tuned = yaml.safe_load((place / "two/runs/realuid-seed0-tuned/config.yaml").read_text())["distill"]
+    assert tuned["start"].endswith("realuid-seed0")
+
+
 def test_compare_refuses(place, capsys):
     words = ["compare", "--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors"]
     assert "seeds must be different" in refused(capsys, *words, "--out", "c", "--seeds", 1, 1)
@@ -342,11 +363,7 @@ def test_compare_refuses(place, capsys):
     )
 
 
-def test_summary_of_curves():
-    def curve(*distances):
-        return [{"update": 10 * i, "distance": d, "precision": 0.5, "recall": 0.5} for i, d in enumerate(distances)]
-
-    summary = comparison._summary([curve(9, 4, 5), curve(9, 8, 7)], teacher=4.5)
-    assert summary["final"] == [5, 7]
-    assert summary["best"] == [4, 7]
-    assert summary["updates_to_teacher"] == [10, None]
+def test_update_that_reached_a_distance():
+    curve = [{"update": 10 * i, "distance": d} for i, d in enumerate((9.0, 4.0, 5.0))]
+    assert comparison._reached(curve, 4.5) == 10
+    assert comparison._reached(curve, 3.0) is None

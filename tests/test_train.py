@@ -299,6 +299,34 @@ def test_teachers_that_do_not_fit_are_refused():
         distiller(labelled)
 
 
+def test_second_stage_goes_on_from_a_student(tmp_path):
+    first = distiller(distill={"t_start": 0.28})
+    for _ in range(3):
+        first.update()
+    file = tmp_path / "student.safetensors"
+    teachers.save(file, *first.exported())
+    for source in (file, tmp_path):
+        second = distiller(distill={"t_start": 0.28, "start": str(source)})
+        for name, tensor in first.student.net.state_dict().items():
+            assert torch.equal(second.generator.net.state_dict()[name], tensor)
+            assert torch.equal(second.student.net.state_dict()[name], tensor)
+        # The fake model begins at the teacher.
+        for ours, theirs in zip(second.fake.parameters(), second.teacher.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    # The average remembers its start: one step moves it by 1 - 0.9 of the way, where a fresh one would follow.
+    start = {name: tensor.clone() for name, tensor in second.student.net.named_parameters()}
+    second.update()
+    for name, now in second.generator.net.named_parameters():
+        torch.testing.assert_close(second.student.net.state_dict()[name], torch.lerp(start[name], now.detach(), 0.1))
+
+    with pytest.raises(UserError, match=r"is a student of t_start = 0.28, distill.t_start is 0"):
+        distiller(distill={"t_start": 0.0, "start": str(file)})
+    with pytest.raises(UserError, match="has another network than the teacher"):
+        distiller(LABELLED, distill={"t_start": 0.28, "start": str(file)})
+    with pytest.raises(UserError, match="there is no file"):
+        distiller(distill={"start": str(tmp_path / "gone")})
+
+
 def test_distillation_moves_the_student_to_the_data():
     """Two Gaussian clouds: an untrained student far from the data comes near in some hundred updates."""
     held = data.load({"name": "eight_gaussians", "n": 2000, "n_heldout": 500})

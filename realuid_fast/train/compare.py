@@ -18,21 +18,34 @@ from typing import Any
 
 from .. import data, teachers
 from ..errors import UserError
+from ..teachers import Model
 from . import config as configs
 from .config import Config
 from .evaluate import sampler
 from .logging import convergence_plot, read_csv
 from .loop import Interrupted
-from .measure import Measure, evaluation_noise, generate
+from .measure import Distances, Measure, evaluation_noise, generate
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
 RESULTS = ("compare.json", "compare.md", "compare.png")
 
 
-def compare(config: Config, folder: Path, seeds: Sequence[int], jobs: int, overwrite: bool, resume: bool) -> str:
+def compare(
+    config: Config,
+    folder: Path,
+    seeds: Sequence[int],
+    jobs: int,
+    overwrite: bool,
+    resume: bool,
+    second: Config | None = None,
+    samples: int = 0,
+) -> str:
     """Train every method with every seed in ``folder/runs``, then write JSON, Markdown and plot; the Markdown.
 
-    Finished runs are kept with ``resume``, unfinished ones continued.
+    With ``second`` every run goes on from its student in a second stage, with the same method and this configuration.
+    Finished runs are kept with ``resume``, unfinished ones continued. Curves have ``run.evaluate_samples`` samples a
+    point, the table's distances ``samples`` (0: as many), because at a few thousand samples one draw of the noise moves
+    a distance by more than the methods differ.
 
     Raises:
         UserError: no seeds, a folder with results that nobody asked to replace, or a run that failed.
@@ -40,11 +53,13 @@ def compare(config: Config, folder: Path, seeds: Sequence[int], jobs: int, overw
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, got {list(seeds)}")
-    if config.run.evaluate_every < 1:
-        raise UserError("run.evaluate_every must be at least 1 to compare curves")
-    for objective in METHODS.values():
-        replace(config.distill.objective, name=objective).build()
-    judge = _Judge(config)
+    stages = [config] if second is None else [config, second]
+    for stage in stages:
+        if stage.run.evaluate_every < 1:
+            raise UserError("run.evaluate_every must be at least 1 to compare curves")
+        for objective in METHODS.values():
+            replace(stage.distill.objective, name=objective).build()
+    judge = _Judge(config, samples or config.run.evaluate_samples)
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,27 +68,33 @@ def compare(config: Config, folder: Path, seeds: Sequence[int], jobs: int, overw
     existing += [file.name for file in (folder / "runs").iterdir()]
     if existing and not (overwrite or resume):
         raise UserError(f"{folder} holds {existing[0]} already: give --resume, --overwrite or another folder")
-    plan = {
-        f"{objective}-seed{seed}": [f"distill.objective.name={objective}", f"run.seed={seed}"]
-        for seed in seeds
-        for objective in METHODS.values()
-    }
-    common = folder / "runs" / "common.yaml"
-    configs.save(config, common)
-    settings = ["run.threads=1", "run.progress=false", "run.tensorboard=false"]
-    commands: dict[str, list[str]] = {}
-    for name, own in plan.items():
-        out = folder / "runs" / name
-        if resume and (out / "student.safetensors").is_file():
-            continue
-        command = [sys.executable, "-m", "realuid_fast.cli", "distill", "--config", str(common), "--out", str(out)]
-        if resume and list((out / "checkpoints").glob("update-*.pt")):
-            command.append("--resume")
-        elif (out / "config.yaml").is_file():
-            command.append("--overwrite")
-        commands[name] = [*command, "--set", *settings, *own]
-    _run_all(commands, jobs, folder)
-    return summarise(judge, config, folder, seeds)
+    for number, stage in enumerate(stages):
+        common = folder / "runs" / f"stage{number + 1}.yaml"
+        configs.save(stage, common)
+        commands: dict[str, list[str]] = {}
+        for seed in seeds:
+            for objective in METHODS.values():
+                out = _folder(folder, objective, seed, number)
+                own = [f"distill.objective.name={objective}", f"run.seed={seed}"]
+                if number:
+                    own.append(f"distill.start={_folder(folder, objective, seed, number - 1)}")
+                if not (resume and (out / "student.safetensors").is_file()):
+                    commands[out.name] = _command(common, out, own, resume)
+        _run_all(commands, jobs, folder)
+    return summarise(judge, stages, folder, seeds)
+
+
+def _folder(folder: Path, objective: str, seed: int, stage: int) -> Path:
+    return folder / "runs" / (f"{objective}-seed{seed}" + ("-tuned" if stage else ""))
+
+
+def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]:
+    command = [sys.executable, "-m", "realuid_fast.cli", "distill", "--config", str(common), "--out", str(out)]
+    if resume and list((out / "checkpoints").glob("update-*.pt")):
+        command.append("--resume")
+    elif (out / "config.yaml").is_file():
+        command.append("--overwrite")
+    return [*command, "--set", "run.threads=1", "run.progress=false", "run.tensorboard=false", *own]
 
 
 def _run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
@@ -117,56 +138,76 @@ def _run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
 class _Judge:
     """Data, measure and teacher of a comparison; loaded first, so that what cannot be used is refused at once."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, samples: int) -> None:
         settings = config.distill
+        self.samples = samples
         self.dataset = data.load(config.data)
         self.measure = Measure(self.dataset)
         self.teacher = teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
 
-    def teacher_distance(self, steps: int, count: int) -> float:
-        noise, labels = evaluation_noise(self.dataset.shape, count), self.measure.labels(self.teacher.net, count)
-        return self.measure(generate(sampler(self.teacher, steps), noise, labels)[0]).distance
+    def __call__(self, model: Model, steps: int = 1, count: int = 0) -> Distances:
+        count = count or self.samples
+        noise, labels = evaluation_noise(self.dataset.shape, count), self.measure.labels(model.net, count)
+        return self.measure(generate(sampler(model, steps), noise, labels)[0])
 
 
-def summarise(judge: _Judge, config: Config, folder: Path, seeds: Sequence[int]) -> str:
+def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequence[int]) -> str:
     """Results of finished runs in ``folder/runs``: writes JSON, Markdown and plot, returns the Markdown."""
-    measure = judge.measure
-    teacher_distance = judge.teacher_distance(100, config.run.evaluate_samples)
-    floor = measure.floor().distance
-    curves = {
-        name: [read_csv(folder / "runs" / f"{objective}-seed{seed}" / "distances.csv") for seed in seeds]
-        for name, objective in METHODS.items()
-    }
-    summary = {name: _summary(runs, teacher_distance) for name, runs in curves.items()}
-    target = statistics.mean(summary["UID"]["final"])
-    for name, runs in curves.items():
-        summary[name]["updates_to_uid_final"] = [_reached(run, target) for run in runs]
-    content = {
-        "metric": measure.name,
-        "samples": config.run.evaluate_samples,
-        "updates": config.distill.updates,
+    count = stages[0].run.evaluate_samples
+    teacher_curve = judge(judge.teacher, 100, count).distance
+    teacher_distance = teacher_curve if judge.samples == count else judge(judge.teacher, 100).distance
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[list[dict[str, float]]]] = {name: [[] for _ in seeds] for name in METHODS}
+    before = 0
+    for number, stage in enumerate(stages):
+        for name, objective in METHODS.items():
+            folders = [_folder(folder, objective, seed, number) for seed in seeds]
+            for curve, run in zip(curves[name], folders, strict=True):
+                points = read_csv(run / "distances.csv")
+                # A second stage's first point is the first stage's last.
+                curve += [
+                    {**point, "update": before + point["update"]} for point in points if not before or point["update"]
+                ]
+            ends = [judge(teachers.load(run / "student.safetensors", role="student")) for run in folders]
+            setting = replace(stage.distill.objective, name=objective).build()
+            rows.append(
+                {
+                    "method": name,
+                    "alpha": setting.alpha,
+                    "beta": setting.beta,
+                    "updates": before + stage.distill.updates,
+                    "distance": [end.distance for end in ends],
+                    "precision": [end.precision for end in ends],
+                    "recall": [end.recall for end in ends],
+                    "curve_end": [curve[-1]["distance"] for curve in curves[name]],
+                }
+            )
+        before += stage.distill.updates
+    target = statistics.mean(next(row for row in reversed(rows) if row["method"] == "UID")["curve_end"])
+    content: dict[str, Any] = {
+        "metric": judge.measure.name,
+        "samples": judge.samples,
+        "curve_samples": count,
         "seeds": list(seeds),
         "teacher_100_steps": teacher_distance,
-        "floor": floor,
-        "summary": summary,
+        "teacher_100_steps_curve": teacher_curve,
+        "floor": judge.measure.floor().distance,
+        "rows": rows,
+        "updates_to": {
+            name: {
+                "teacher": [_reached(run, teacher_curve) for run in runs],
+                "uid_end": [_reached(run, target) for run in runs],
+            }
+            for name, runs in curves.items()
+        },
         "curves": curves,
-        "config": configs.to_mapping(config),
+        "config": [configs.to_mapping(stage) for stage in stages],
     }
     (folder / "compare.json").write_text(json.dumps(content, indent=1) + "\n")
     text = _markdown(content)
     (folder / "compare.md").write_text(text)
-    _plot(curves, teacher_distance, floor, measure.name, folder / "compare.png")
+    _plot(curves, teacher_curve, content["floor"], judge.measure.name, folder / "compare.png")
     return text
-
-
-def _summary(runs: list[list[dict[str, float]]], teacher: float) -> dict[str, Any]:
-    return {
-        "final": [run[-1]["distance"] for run in runs],
-        "best": [min(row["distance"] for row in run) for run in runs],
-        "recall": [run[-1]["recall"] for run in runs],
-        "precision": [run[-1]["precision"] for run in runs],
-        "updates_to_teacher": [_reached(run, teacher) for run in runs],
-    }
 
 
 def _reached(run: list[dict[str, float]], target: float) -> int | None:
@@ -175,27 +216,27 @@ def _reached(run: list[dict[str, float]], target: float) -> int | None:
 
 
 def _markdown(content: dict[str, Any]) -> str:
-    settings = configs.ObjectiveConfig(**{**content["config"]["distill"]["objective"], "name": METHODS["RealUID"]})
-    objective = settings.build()
-    labels = {
-        "UID": "UID (alpha = beta = 1)",
-        "RealUID": f"RealUID (alpha = {objective.alpha:g}, beta = {objective.beta:g})",
-    }
     lines = [
-        f"| {content['updates']:,} updates, {len(content['seeds'])} seeds | {content['metric']}: mean ± standard "
-        "deviation (each seed) | best on the way | updates to the teacher's distance | updates to UID's final distance "
-        "| precision | recall |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| {len(content['seeds'])} seeds, {content['samples']:,} samples | updates | {content['metric']}: mean ± "
+        "standard deviation (each seed) | precision | recall |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for name, label in labels.items():
-        s = content["summary"][name]
+    for row in content["rows"]:
         lines.append(
-            f"| {label} | {_spread(s['final'])} | {_spread(s['best'])} | {_updates(s['updates_to_teacher'])} "
-            f"| {_updates(s['updates_to_uid_final'])} | {statistics.mean(s['precision']):.3f} "
-            f"| {statistics.mean(s['recall']):.3f} |"
+            f"| {row['method']} (alpha = {row['alpha']:g}, beta = {row['beta']:g}) | {row['updates']:,} "
+            f"| {_spread(row['distance'])} | {statistics.mean(row['precision']):.3f} "
+            f"| {statistics.mean(row['recall']):.3f} |"
         )
-    lines.append(f"| teacher, 100 Euler steps | {content['teacher_100_steps']:.3g} | | | | | |")
-    lines.append(f"| real training data | {content['floor']:.3g} | | | | | |")
+    lines.append(f"| teacher, 100 Euler steps | | {content['teacher_100_steps']:.3g} | | |")
+    lines.append(f"| real training data | | {content['floor']:.3g} | | |")
+    lines += [
+        "",
+        f"| on the curve ({content['curve_samples']:,} samples a point) | updates to the teacher's distance "
+        f"({content['teacher_100_steps_curve']:.3g} at as many) | updates to UID's final distance |",
+        "|---|---:|---:|",
+    ]
+    for name, reached in content["updates_to"].items():
+        lines.append(f"| {name} | {_updates(reached['teacher'])} | {_updates(reached['uid_end'])} |")
     return "\n".join(lines) + "\n"
 
 

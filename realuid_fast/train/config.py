@@ -99,6 +99,8 @@ class DistillConfig:
     """What ``distill`` does. One update is ``fake_turns`` steps of the fake model and one of the generator.
 
     ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
+    ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
+    averages then remember that start; empty for the teacher's weights. The fake model starts at the teacher either way.
     ``t_start`` is the generator's start time; ``export`` the average that is evaluated and saved, 0 for the last
     weights. The precisions are the networks' in either turn: ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
     On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
@@ -108,6 +110,7 @@ class DistillConfig:
     teacher: str = "digits"
     teacher_network: dict[str, Any] = field(default_factory=dict)
     teacher_decay: float | None = None
+    start: str = ""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: int = 64
     updates: int = 1000

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
+from .. import teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..noise import NoiseStream, normal
@@ -76,9 +78,15 @@ class Distiller:
         self.teacher = frozen_view(net).eval()
         self.fake = copy.deepcopy(net).train().requires_grad_(True)
         self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), settings.t_start)
+        if settings.start:
+            self.generator.net.load_state_dict(_student(settings.start, described, settings.t_start).state_dict())
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
-            self.generator.net, **vars(generator), ema_decays=settings.ema, total=self.updates
+            self.generator.net,
+            **vars(generator),
+            ema_decays=settings.ema,
+            total=self.updates,
+            ema_warmup=not settings.start,
         )
         self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * self.turns)
         # Views come after the optimisers, which may move the parameters into one buffer.
@@ -356,3 +364,17 @@ class Distiller:
     def _laid_out(self, tensor: Tensor) -> Tensor:
         # The fused calls want one layout; a tensor that has it already is passed on as it is.
         return tensor.contiguous(memory_format=self._layout)
+
+
+def _student(source: str, teacher: Description, t_start: float) -> nn.Module:
+    """The network of the student in ``source`` to go on from; refuses one that this teacher or start does not fit."""
+    file = Path(source)
+    student = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
+    described = student.description
+    if described.network != teacher.network:
+        raise UserError(f"distill.start {source} has another network than the teacher")
+    if described.t_start != t_start:
+        raise UserError(
+            f"distill.start {source} is a student of t_start = {described.t_start:g}, distill.t_start is {t_start:g}"
+        )
+    return student.net
