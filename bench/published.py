@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from realuid_fast.data import Dataset
-from realuid_fast.sampling import one_step
+from realuid_fast.sampling import LINEAR, default_start, one_step
 from realuid_fast.teachers import Model
 from realuid_fast.train.batches import Batches, labels_to_draw
 from realuid_fast.train.config import Config, OptimiserConfig
@@ -34,7 +34,8 @@ class Published:
         settings = config.distill
         objective = settings.objective.build()
         self.alpha, self.beta = objective.alpha, objective.beta
-        self.batch, self.turns, self.t_start = settings.batch, settings.fake_turns, settings.t_start
+        self.batch, self.turns = settings.batch, settings.fake_turns
+        self.t_start = default_start(LINEAR) if settings.t_start is None else settings.t_start
         self.shape = dataset.shape
         self.device = torch.device(config.run.device)
         self.teacher = teacher.net.to(self.device).eval().requires_grad_(False)

@@ -1,15 +1,76 @@
-"""Sampling: Euler and Heun integration of a multi-step teacher on the linear path, and the one-step
-generator.
-"""
+"""Sampling: a multi-step teacher on any path, by an ordinary or a stochastic equation, and the one-step generator."""
 
 from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .noise import NoiseStream, normal
+from .paths import DDBMVE, VE, Linear, OneSidedPath, Path
 
 SOLVERS = ("euler", "heun")
+RHO = 7.0  # of the noise levels' grid: Karras et al. (2206.00364), equation 5
+START_SIGMA = 2.5  # noise level that a generator starts from: Zhou et al., SiD (2404.04057)
+START_SHARE = 0.1  # of the range that a generator on a noisy two-sided path starts away from the endpoint
+LINEAR = Linear()
+
+
+class Ends(NamedTuple):
+    """The end of ``path.t_range`` where samples start, in noise or at the endpoint, and the one where they are data."""
+
+    start: float
+    data: float
+
+
+@functools.lru_cache(maxsize=256)
+def ends(path: Path) -> Ends:
+    """The data's end of time is the one with less of noise and endpoint in ``x_t``."""
+    low, high = path.t_range
+    (_, b_low, c_low), (_, b_high, c_high) = _scales(path, low), _scales(path, high)
+    return Ends(high, low) if b_low**2 + c_low**2 < b_high**2 + c_high**2 else Ends(low, high)
+
+
+class Start(NamedTuple):
+    """Numbers of the one-step generator: ``x = noise z + endpoint y`` and ``G = k_out net(t, c_in x) + k_x x``."""
+
+    t: float
+    c_in: float
+    noise: float
+    endpoint: float
+    k_out: float
+    k_x: float
+
+
+def takes_endpoint(net: nn.Module) -> bool:
+    """Whether a network is called with the endpoint too, as ``net(t, x, labels, endpoint)``."""
+    return bool(getattr(net, "endpoint", False))
+
+
+def arguments(
+    net: nn.Module, t: Tensor, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What ``net`` is called with."""
+    return (t, x, labels, endpoint) if takes_endpoint(net) else (t, x, labels)
+
+
+def call(
+    net: nn.Module,
+    t: Tensor,
+    x_t: Tensor,
+    labels: Tensor | None = None,
+    path: Path = LINEAR,
+    predict: str = "velocity",
+    endpoint: Tensor | None = None,
+) -> Tensor:
+    """``F``: a network's raw output at ``x_t`` and path time ``t``, called as the path says for its prediction."""
+    time, x = path.network_time(t, predict), path.network_input(x_t, t, predict)
+    return net(*arguments(net, time, x, labels, endpoint))
 
 
 @torch.no_grad()
@@ -19,65 +80,263 @@ def integrate(
     steps: int,
     solver: str = "euler",
     labels: Tensor | None = None,
-    t_start: float = 0.0,
+    t_start: float | None = None,
+    path: Path = LINEAR,
+    predict: str = "velocity",
+    endpoint: Tensor | None = None,
+    stream: NoiseStream | None = None,
 ) -> Tensor:
-    """Solve ``dx/dt = net(t, x)`` from noise at ``t_start`` to data at ``t = 1`` in ``steps`` equal steps.
+    """Samples of a teacher on ``path`` in ``steps`` steps from noise, or from the endpoint, to data.
 
-    ``net`` predicts the velocity ``x - n`` of the linear path ``x_t = t x + (1 - t) n``.  Euler takes one
-    evaluation a step; Heun (trapezoid, second order) takes two.
+    On a one-sided path, and for a velocity on any, the probability flow ``dx/dt = v``, where ``v = k_out F + k_x x`` is
+    the network's output taken into the velocity space. Euler takes one evaluation a step. Heun (trapezoid, second
+    order) takes two, and one in its last step where the velocity divides by the vanishing noise or endpoint at the
+    data's end. Steps are equal in time; on :class:`~realuid_fast.paths.VE` those of Karras et al. (2206.00364),
+    equation 5 with ``rho = 7``; quadratically shorter towards an end at which ``c'`` diverges.
+
+    From a data prediction on a two-sided path the endpoint's share of the velocity is not known, but the law of ``x_s``
+    between ``x0`` and ``x_t`` is: ``x_s = A x0 + B x_t + C n`` with ``B = b_s / b_t, A = a_s - B a_t, C^2 = c_s^2 - B^2
+    c_t^2``, fresh noise in every step and the prediction itself in the last. On a bridge that is its own stochastic
+    equation, exactly integrated between steps. Source: Liu et al., I2SB (2302.05872), equation 4; Gushchin et al.
+    (2502.01362), section 2.
 
     Args:
-        net: called as ``net(t, x, y)`` with ``t`` of shape (B,).
-        noise: the state at ``t_start``, (B, ...); standard normal for ``t_start = 0``.
+        net: called as the path says, see :func:`call`; on the linear path as ``net(t, x, y)``, ``t`` ``(B,)``.
+        noise: standard normal ``(B, ...)``; with ``t_start`` the state ``x_t`` there.
         steps: number of steps, at least 1.
-        solver: ``"euler"`` or ``"heun"``.
-        labels: (B,) int64 for class-conditional networks.
-        t_start: time to start from, in [0, 1).
+        solver: ``"euler"`` or ``"heun"``; from a two-sided path's data prediction only ``"euler"``.
+        labels: ``(B,)`` int64 for class-conditional networks.
+        t_start: time to start from; the path's own end when None.
+        path, predict: what the network was trained on.
+        endpoint: ``y`` like ``noise``, on a two-sided path.
+        stream: of the fresh noise; one of seed 0 when None.
 
     Returns:
-        Samples like ``noise``.  Raises :class:`UserError` for an unknown solver or bad numbers.
+        Samples like ``noise``.
+
+    Raises:
+        UserError: an unknown solver, numbers out of range, an endpoint too many or missing, or a prediction that gives
+            neither a velocity nor the data.
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     if solver not in SOLVERS:
         raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
-    if not 0.0 <= t_start < 1.0:
-        raise UserError(f"t_start must lie in [0, 1), got {t_start}")
-    h = (1.0 - t_start) / steps
-    x = noise
-    for i in range(steps):
-        t = x.new_full((len(x),), t_start + i * h, dtype=torch.float32)
-        slope = net(t, x, labels)
-        if solver == "euler":
+    _check_endpoint(net, path, endpoint)
+    ordinary = follows_flow(path, predict)
+    start, data = ends(path)
+    low, high = path.time_range("velocity" if ordinary else "x0", predict)
+    if t_start is None:
+        t_start = min(max(start, low), high)
+        _, b, c = _scales(path, t_start)
+        x = noise if c == 1 else noise * c
+        x = x if endpoint is None or b == 0 else torch.add(x, endpoint, alpha=b)
+    else:
+        _check_start(path, t_start)
+        x = noise
+    times = _grid(path, t_start, data, steps)
+    if not ordinary:
+        if solver != "euler":
+            raise UserError(f"solver must be euler for {predict} on {type(path).__name__}: its steps are random")
+        return _walk(net, x, times, labels, path, predict, endpoint, stream)
+    convert = predict != "velocity"
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        t = t.clamp(low, high) if convert else t
+        out = call(net, t, x, labels, path, predict, endpoint)
+        return _converted(path, "velocity", predict, t, out, x) if convert else out
+
+    for i, (time, h) in enumerate(times):
+        t = x.new_full((len(x),), time, dtype=torch.float32)
+        slope = velocity(t, x)
+        if solver == "euler" or (i == steps - 1 and not _trapezoid_to_data(path, predict)):
             x = torch.add(x, slope, alpha=h)
         else:
-            ahead = net(t + h, torch.add(x, slope, alpha=h), labels)
+            ahead = velocity(t + h, torch.add(x, slope, alpha=h))
             x = torch.add(x, slope + ahead, alpha=h / 2)
     return x
 
 
-def evaluations(steps: int, solver: str = "euler") -> int:
+def evaluations(steps: int, solver: str = "euler", path: Path = LINEAR, predict: str = "velocity") -> int:
     """Network evaluations per sample of :func:`integrate`."""
-    return steps * (2 if solver == "heun" else 1)
+    return steps if solver == "euler" else 2 * steps - (not _trapezoid_to_data(path, predict))
 
 
-def one_step(net: nn.Module, z: Tensor, t_start: float = 0.0, labels: Tensor | None = None) -> Tensor:
-    """The generator ``G(z) = x + (1 - t0) net(t0, x)`` with ``x = (1 - t0) z``: one evaluation,
-    differentiable.
+def one_step(
+    net: nn.Module,
+    z: Tensor,
+    t_start: float = 0.0,
+    labels: Tensor | None = None,
+    path: Path = LINEAR,
+    predict: str = "velocity",
+    endpoint: Tensor | None = None,
+) -> Tensor:
+    """The generator ``G(z)``: the path's data prediction at ``t0 = t_start`` from noise alone, one evaluation.
 
-    This is one Euler step of the linear path from ``t0 = t_start`` to 1.  Started at ``t0 = 0`` a velocity
-    network returns the mean of the data whatever ``z``; at ``t0`` near 0.28 (noise level ``(1 - t0)/t0 =
-    2.5``, the choice of SiD, Zhou et al., 2024, arXiv:2404.04057) a teacher already gives a blurred, varied
-    sample to start the distillation from.
+    On a one-sided path ``G(z) = k_out F + k_x x`` with ``x = c(t0) z`` and the coefficients of the x0 space: on the
+    linear path ``x + (1 - t0) net(t0, x)`` with ``x = (1 - t0) z``, an Euler step from ``t0`` to 1. On a two-sided path
+    ``G(y, z)``, where the endpoint stands in for the data, ``x = (a(t0) + b(t0)) y + c(t0) z``; a network that predicts
+    a velocity makes an Euler step from there to the data. Differentiable.
 
     Args:
-        net: called as ``net(t, x, y)``.
-        z: standard normal noise (B, ...).
-        t_start: ``t0`` in [0, 1).
-        labels: (B,) int64 for class-conditional networks.
+        net: called as the path says, see :func:`call`.
+        z: standard normal noise ``(B, ...)``.
+        t_start: ``t0``, inside the path's range and not at the data's end; see :func:`default_start`.
+        labels: ``(B,)`` int64 for class-conditional networks.
+        path, predict: what the network was trained on.
+        endpoint: ``y`` like ``z``, on a two-sided path.
+
+    Raises:
+        UserError: a ``t_start`` out of range, an endpoint too many or missing, or a prediction that gives neither a
+            velocity nor the data.
     """
-    if not 0.0 <= t_start < 1.0:
-        raise UserError(f"t_start must lie in [0, 1), got {t_start}")
-    x = z * (1.0 - t_start) if t_start else z
-    t = z.new_full((len(z),), t_start, dtype=torch.float32)
-    return torch.add(x, net(t, x, labels), alpha=1.0 - t_start)
+    return step_from(starting(path, predict, float(t_start)), net, z, labels, path, endpoint)
+
+
+def step_from(
+    start: Start, net: nn.Module, z: Tensor, labels: Tensor | None, path: Path, endpoint: Tensor | None
+) -> Tensor:
+    """:func:`one_step` from its numbers."""
+    _check_endpoint(net, path, endpoint)
+    x = z if start.noise == 1 else z * start.noise
+    if endpoint is not None and start.endpoint:
+        x = torch.add(x, endpoint, alpha=start.endpoint)
+    t = z.new_full((len(z),), start.t, dtype=torch.float32)
+    out = net(*arguments(net, t, x if start.c_in == 1 else x * start.c_in, labels, endpoint))
+    return torch.add(x if start.k_x == 1 else x * start.k_x, out, alpha=start.k_out)
+
+
+@functools.lru_cache(maxsize=256)
+def starting(path: Path, predict: str, t_start: float) -> Start:
+    """The numbers of :func:`one_step`, whose errors it raises."""
+    _check_start(path, t_start)
+    a, b, c = _scales(path, t_start)
+    t = torch.tensor([t_start], dtype=torch.float64)
+    euler = not isinstance(path, OneSidedPath) and follows_flow(path, predict)
+    k_out, k_x = path.coefficients(t, "velocity" if euler else "x0", predict)[0, 6:8].tolist()
+    if euler:
+        h = ends(path).data - t_start
+        k_out, k_x = h * k_out, 1 + h * k_x
+    time, scale = path.network_time(t, predict), path.network_input(torch.ones_like(t), t, predict)
+    stand_in = 0.0 if isinstance(path, OneSidedPath) else a + b
+    return Start(float(time), float(scale), c, stand_in, k_out, k_x)
+
+
+def default_start(path: Path) -> float:
+    """The time that a generator starts from where none is given.
+
+    Started in pure noise a network predicts the data's mean whatever ``z``; at a noise level ``c / a`` of 2.5, the
+    choice of SiD (Zhou et al., 2404.04057), a teacher already gives a blurred, varied sample. On the linear path that
+    is ``t0 = 0.29``. A path without a noise level, and a two-sided one whose noise vanishes at the endpoint, starts a
+    tenth of its range away from there; a two-sided one without noise, or with some at the endpoint, starts there.
+    """
+    start, data = ends(path)
+    low, high = path.t_range
+    if isinstance(path, OneSidedPath):
+        try:
+            time = float(path.time_at_sigma(torch.tensor(START_SIGMA, dtype=torch.float64)))
+            if low < time < high:
+                return time
+        except UserError:
+            pass
+    elif not (path.steep[low != start] or _scales(path, (low + high) / 2)[2] > _scales(path, start)[2]):
+        return start
+    return start + START_SHARE * (data - start)
+
+
+def follows_flow(path: Path, predict: str) -> bool:
+    """Whether samples follow the probability flow, the network's output giving a velocity; else the data prediction.
+
+    Raises:
+        UserError: a prediction that gives neither without the endpoint.
+    """
+    for match in ("velocity", "x0"):
+        try:
+            path.time_range(match, predict)
+        except UserError as error:
+            if match == "x0":
+                raise UserError(f"{predict} gives neither velocity nor data: {error}") from None
+        else:
+            return match == "velocity"
+    raise AssertionError
+
+
+def _scales(path: Path, t: float) -> tuple[float, float, float]:
+    a, b, c = path.coefficients(torch.tensor([t], dtype=torch.float64), "x0", "x0")[0, :3].tolist()
+    return a, b, c
+
+
+def _check_start(path: Path, t_start: float) -> None:
+    low, high = path.t_range
+    data = ends(path).data
+    if not low <= t_start <= high or t_start == data:
+        kept, left = ("(", "]") if data == low else ("[", ")")
+        raise UserError(f"t_start must lie in {kept}{low:g}, {high:g}{left}, got {t_start}")
+
+
+def _check_endpoint(net: nn.Module, path: Path, endpoint: Tensor | None) -> None:
+    name, wanted = type(path).__name__, takes_endpoint(net)
+    if isinstance(path, OneSidedPath) and endpoint is not None and not wanted:
+        raise UserError(f"endpoint must not be given on {name}: neither the path nor the network has one")
+    if endpoint is None and (wanted or not isinstance(path, OneSidedPath)):
+        why = "the network takes it" if wanted else "samples start there"
+        raise UserError(f"endpoint must be given on {name}: {why}")
+
+
+def _trapezoid_to_data(path: Path, predict: str) -> bool:
+    """Whether the velocity at the data's end can be evaluated on an estimate of the state there."""
+    return predict == "velocity" and not path.steep[ends(path).data == path.t_range[1]]
+
+
+@functools.lru_cache(maxsize=256)
+def _grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float, float], ...]:
+    """Every step's time and its length, signed."""
+    if isinstance(path, (VE, DDBMVE)):
+        high, low = start ** (1 / RHO), data ** (1 / RHO)
+        times = [(high + i / steps * (low - high)) ** RHO for i in range(steps + 1)]
+    else:
+        upwards = data > start
+        at_start, at_data = path.steep[not upwards], path.steep[upwards]
+        if not (at_start or at_data):
+            h = (data - start) / steps
+            return tuple((start + i * h, h) for i in range(steps))
+        shares = [i / steps for i in range(steps + 1)]
+        if at_start and at_data:
+            shares = [(1 - math.cos(math.pi * u)) / 2 for u in shares]
+        else:
+            shares = [u**2 if at_start else 1 - (1 - u) ** 2 for u in shares]
+        times = [start + u * (data - start) for u in shares]
+    return tuple((now, then - now) for now, then in itertools.pairwise(times))
+
+
+def _converted(path: Path, match: str, predict: str, t: Tensor, out: Tensor, x_t: Tensor) -> Tensor:
+    """``k_out F + k_x x_t``."""
+    coef = path.coefficients(t, match, predict).to(x_t.dtype)
+    k_out, k_x = (coef[:, i].view(-1, *[1] * (x_t.dim() - 1)) for i in (6, 7))
+    return torch.addcmul(k_out * out, k_x, x_t)
+
+
+def _walk(
+    net: nn.Module,
+    x: Tensor,
+    times: tuple[tuple[float, float], ...],
+    labels: Tensor | None,
+    path: Path,
+    predict: str,
+    endpoint: Tensor | None,
+    stream: NoiseStream | None,
+) -> Tensor:
+    """From an endpoint to data through the law of ``x_s`` between ``x0`` and ``x_t``."""
+    stream = NoiseStream(0, x.device) if stream is None else stream
+    low, high = path.time_range("x0", predict)
+    for i, (time, h) in enumerate(times):
+        t = x.new_full((len(x),), min(max(time, low), high), dtype=torch.float32)
+        x0 = _converted(path, "x0", predict, t, call(net, t, x, labels, path, predict, endpoint), x)
+        if i == len(times) - 1:
+            return x0
+        (a, b, c), (a_s, b_s, c_s) = _scales(path, time), _scales(path, time + h)
+        kept = b_s / b
+        spread = math.sqrt(max(c_s**2 - kept**2 * c**2, 0.0))
+        fresh = normal(stream.next_key(), x)
+        x = (a_s - kept * a) * x0 + kept * x + spread * fresh
+    return x

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import paths
 from .errors import UserError
 from .networks import build
 
-FORMAT = 1
+FORMAT = 2  # 2 knows a path's settings
 KEY = "realuid_fast"
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
@@ -28,6 +29,7 @@ class Description:
     """What a network file says about itself, stored as JSON under the metadata key ``realuid_fast``.
 
     ``network`` is what :func:`realuid_fast.networks.build` takes; ``data`` what :func:`realuid_fast.data.load` takes.
+    ``path`` and ``path_settings`` are what :func:`realuid_fast.paths.build` takes, ``predict`` one of its predictions.
     ``t_start`` is a student's start time (see :class:`realuid_fast.train.generator.Generator`), ``teacher`` what it was
     distilled from.
     """
@@ -41,7 +43,12 @@ class Description:
     command: str = ""
     t_start: float = 0.0
     teacher: str = ""
+    path_settings: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+    def interpolant(self) -> paths.Path:
+        """The path; raises :class:`UserError` where this version does not have it."""
+        return paths.build(self.path, self.path_settings)
 
 
 @dataclass(frozen=True)

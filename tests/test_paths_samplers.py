@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 
 import realuid_fast as rf
+from realuid_fast.errors import UserError
 from realuid_fast.paths import DDBMVE, VE, VP, Linear, StochasticInterpolant, Trigonometric
 from realuid_fast.paths.samplers import (
     SAMPLERS,
@@ -15,6 +16,7 @@ from realuid_fast.paths.samplers import (
     LogNormal,
     Shifted,
     Uniform,
+    build,
 )
 
 N = 8192
@@ -150,3 +152,14 @@ def test_a_bridge_in_its_diffusions_time_takes_laws_of_the_noise_level():
 def test_bad_numbers_get_a_sentence(call, sentence):
     with pytest.raises(rf.errors.UserError, match=sentence):
         call()
+
+
+def test_samplers_by_name_and_numbers():
+    assert build("stratified") == Uniform(stratified=True)
+    assert build("log-normal", {"mean": 0.5, "stratified": True}) == LogNormal(0.5, 1.2, stratified=True)
+    assert build("beta", {"a": 2.0}) == Beta(2.0, 1.0)
+    assert build("discrete", {"times": [0.1, 0.2]}) == Discrete((0.1, 0.2))
+    with pytest.raises(UserError, match="the sampler 'karras' has no setting 'mean'; it takes stratified, sigma_min"):
+        build("karras", {"mean": 1.0})
+    with pytest.raises(UserError, match="rho must lie above 0"):
+        build("karras", {"rho": -1.0})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from realuid_fast import sampling
+from realuid_fast import paths, sampling
 from realuid_fast.errors import UserError
 
 
@@ -68,6 +68,165 @@ def test_one_step_carries_gradients_and_labels():
     assert torch.equal(sampling.integrate(net, torch.randn(2, 2), 1, labels=y), torch.zeros(2, 2))
 
 
+MEAN, STD = 0.4, 0.6
+FIRST_MEAN, FIRST_STD = -0.7, 1.1  # of the endpoint, where the path has one
+
+
+class Posterior(nn.Module):
+    """A perfect network: the expectation of its native prediction for Gaussian data (and endpoint), called as such."""
+
+    def __init__(self, path, predict):
+        super().__init__()
+        self.path, self.predict, self.calls = path, predict, 0
+
+    def time(self, called_with):
+        if self.predict not in paths.base.PRECONDITIONED or not isinstance(self.path, paths.OneSidedPath):
+            return called_with / self.path.network_time(torch.ones(1, dtype=torch.float64), "x0")
+        if self.predict == "vp":
+            t = called_with / 999
+            sigma = torch.sqrt(torch.expm1(0.1 * t + 9.95 * t**2))
+        else:
+            sigma = torch.exp(4 * called_with) if self.predict == "edm" else 2 * torch.exp(called_with)
+        return self.path.time_at_sigma(sigma)
+
+    def forward(self, time, x_in, y=None):
+        self.calls += 1
+        assert time.shape == (len(x_in),)
+        low, high = self.path.t_range
+        t = self.time(time[:1].double()).clamp(low, high)
+        x_t = x_in.double() / self.path.network_input(torch.ones(1, 1).double(), t, self.predict)
+        match = "velocity" if sampling.follows_flow(self.path, self.predict) else "x0"
+        a, b, c, p, q, s, k_out, k_x, _ = self.path.coefficients(t, match, self.predict)[0]
+        mean, variance = a * MEAN + b * FIRST_MEAN, (a * STD) ** 2 + (b * FIRST_STD) ** 2 + c**2
+        covariance = p * a * STD**2 + q * b * FIRST_STD**2 + s * c
+        target = p * MEAN + q * FIRST_MEAN + covariance / variance * (x_t - mean)
+        return ((target - k_x * x_t) / k_out).to(x_in.dtype)
+
+
+PATHS = {
+    "linear": paths.Linear(),
+    "linear, data at 0": paths.Linear(data_at=0),
+    "flow matching": paths.FlowMatching(sigma=0.1),
+    "trigonometric": paths.Trigonometric(),
+    "vp": paths.VP(),
+    "vp cosine": paths.VPCosine(),
+    "ve": paths.VE(),
+}
+TWO_SIDED_FLOWS = {
+    "i-cfm": paths.ICFM(sigma=0.3),
+    "i-cfm without noise": paths.ICFM(),
+    "bridge": paths.BrownianBridge(eps=0.5),
+    "interpolant": paths.StochasticInterpolant(),
+    "interpolant, sin2": paths.StochasticInterpolant(gamma="sin2", mix="trigonometric"),
+}
+
+
+def transported(path, start):
+    """Where the exact flow of Gaussians takes a state from the start of the path to its data end."""
+    times = sampling.ends(path)
+    where = []
+    for t in times:
+        a, b, c = path.coefficients(torch.tensor([t], dtype=torch.float64), "x0", "x0")[0, :3].tolist()
+        mean = a * MEAN + b * FIRST_MEAN
+        where.append((mean, math.sqrt((a * STD) ** 2 + (b * FIRST_STD) ** 2 + c**2)))
+    (m0, s0), (m1, s1) = where
+    return m1 + s1 / s0 * (start - m0)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_prediction_follows_the_exact_flow_of_gaussians(name):
+    """From noise to data in closed form, up to 3.5 deviations of noise out.
+
+    At 80 steps Heun's error is below 2 % of the data's deviation everywhere; Euler's, of first order, below 15 %.
+    """
+    path, noise = PATHS[name], torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = sampling.ends(path).start
+    c = path.coefficients(torch.tensor([start], dtype=torch.float64), "x0", "x0")[0, 2]
+    for predict in [p for p in paths.PREDICTIONS if p != "residual"]:
+        net = Posterior(path, predict)
+        for solver, most in (("euler", 0.15), ("heun", 0.02))[predict != "velocity" :]:
+            net.calls = 0
+            made = sampling.integrate(net, noise, 80, solver, path=path, predict=predict)
+            assert net.calls == sampling.evaluations(80, solver, path, predict)
+            assert (made - transported(path, c * noise)).abs().max() < most * STD, (predict, solver)
+
+
+@pytest.mark.parametrize("name", TWO_SIDED_FLOWS)
+def test_velocities_between_two_gaussians_follow_the_exact_flow(name):
+    path, generator = TWO_SIDED_FLOWS[name], torch.Generator().manual_seed(0)
+    noise, y = torch.randn(2, 20, 3, generator=generator, dtype=torch.float64)
+    y = FIRST_MEAN + FIRST_STD * y
+    start = torch.tensor([sampling.ends(path).start], dtype=torch.float64)
+    _, b, c = path.coefficients(start, "x0", "x0")[0, :3]
+    made = sampling.integrate(Posterior(path, "velocity"), noise, 80, "heun", path=path, endpoint=y)
+    assert (made - transported(path, b * y + c * noise)).abs().max() < 0.02 * STD
+
+
+@pytest.mark.parametrize(
+    "path", [paths.BrownianBridge(eps=0.5), paths.I2SB(), paths.DDBMVP(), paths.DDBMVE(sigma_max=1.0)], ids=str
+)
+def test_bridges_walk_from_endpoints_to_the_law_of_the_data(path):
+    """Independent Gaussian ends: the stochastic walk arrives at the data's mean and deviation.
+
+    8000 x 3 samples have a standard error of 0.004; 60 steps leave a few per cent.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise, y = torch.randn(2, 8000, 3, generator=generator)
+    y = FIRST_MEAN + FIRST_STD * y
+    for predict in ("x0", "residual") if isinstance(path, paths.Bridge) else ("x0",):
+        made = sampling.integrate(Posterior(path, predict), noise, 60, path=path, predict=predict, endpoint=y)
+        assert float(made.mean()) == pytest.approx(MEAN, abs=0.03)
+        assert float(made.std()) == pytest.approx(STD, rel=0.06)
+
+
+def test_one_step_is_the_data_prediction():
+    z = torch.randn(6, 3, dtype=torch.float64)
+    for path in PATHS.values():
+        t0 = sampling.default_start(path)
+        a, _, c = path.coefficients(torch.tensor([t0], dtype=torch.float64), "x0", "x0")[0, :3]
+        if path != paths.FlowMatching(sigma=0.1):
+            assert float(c / a) == pytest.approx(2.5)
+        x_t = c * z
+        expected = MEAN + a * STD**2 / (a**2 * STD**2 + c**2) * (x_t - a * MEAN)
+        for predict in [p for p in paths.PREDICTIONS if p != "residual"]:
+            made = sampling.one_step(Posterior(path, predict), z, t0, path=path, predict=predict)
+            torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_step_on_two_sided_paths():
+    z, y = torch.randn(2, 6, 3)
+    net = nn.Module()
+    net.forward = lambda t, x, labels: 0.5 * x
+    bridge = paths.BrownianBridge()
+    t0 = sampling.default_start(bridge)
+    assert t0 == pytest.approx(0.9, abs=1e-4)
+    x = y + math.sqrt(t0 * (1 - t0)) * z
+    torch.testing.assert_close(sampling.one_step(net, z, t0, None, bridge, "x0", y), 0.5 * x)
+    residual = x - math.sqrt(t0) * 0.5 * x
+    torch.testing.assert_close(sampling.one_step(net, z, t0, None, bridge, "residual", y), residual)
+    # A velocity: one Euler step, from the endpoint itself where there is no noise.
+    assert sampling.default_start(paths.ICFM()) == 0
+    torch.testing.assert_close(sampling.one_step(net, z, 0.0, None, paths.ICFM(), "velocity", y), 1.5 * y)
+
+
+def test_the_linear_path_is_computed_as_ever():
+    """Every number of the first version, to the bit: Euler, Heun and the generator on the linear path."""
+    net, z = GaussianVelocity(), torch.randn(7, 3)
+    x = y = z
+    for i in range(6):
+        t = torch.full((7,), i * (1 / 6))
+        x = torch.add(x, net(t, x), alpha=1 / 6)
+        slope = net(t, y)
+        ahead = net(t + 1 / 6, torch.add(y, slope, alpha=1 / 6))
+        y = torch.add(y, slope + ahead, alpha=1 / 12)
+    assert torch.equal(sampling.integrate(net, z, 6), x)
+    assert torch.equal(sampling.integrate(net, z, 6, "heun"), y)
+    for t0 in (0.0, 0.28, 0.3, 0.57, 0.9):
+        x = z * (1.0 - t0) if t0 else z
+        expected = torch.add(x, net(torch.full((7,), t0), x), alpha=1.0 - t0)
+        assert torch.equal(sampling.one_step(net, z, t0), expected)
+
+
 def test_errors_name_the_argument():
     net, noise = GaussianVelocity(), torch.zeros(2, 2)
     with pytest.raises(UserError, match="steps must be at least 1"):
@@ -78,3 +237,14 @@ def test_errors_name_the_argument():
         sampling.integrate(net, noise, 3, t_start=1.0)
     with pytest.raises(UserError, match="t_start"):
         sampling.one_step(net, noise, -0.1)
+    bridge, y = paths.BrownianBridge(), torch.zeros(2, 2)
+    with pytest.raises(UserError, match="endpoint must be given on BrownianBridge"):
+        sampling.integrate(net, noise, 3, path=bridge)
+    with pytest.raises(UserError, match="endpoint must not be given on Linear"):
+        sampling.one_step(net, noise, 0.5, endpoint=y)
+    with pytest.raises(UserError, match="solver must be euler for x0 on BrownianBridge"):
+        sampling.integrate(net, noise, 3, "heun", path=bridge, predict="x0", endpoint=y)
+    with pytest.raises(UserError, match="score gives neither velocity nor data"):
+        sampling.integrate(net, noise, 3, path=bridge, predict="score", endpoint=y)
+    with pytest.raises(UserError, match=r"t_start must lie in \(0.002, 80\]"):
+        sampling.one_step(net, noise, 0.002, path=paths.VE(), predict="edm")

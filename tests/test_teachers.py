@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realuid_fast import teachers
+from realuid_fast import paths, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 
@@ -40,6 +40,23 @@ def test_round_trip(net, saved):
     assert model.description.path == "linear"
     assert not model.net.training
     assert [f.name for f in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_description_says_path_settings_and_prediction(net, tmp_path):
+    file = tmp_path / "teacher.safetensors"
+    described = teachers.Description(NETWORK, path="vp", path_settings={"beta_max": 12.0}, predict="v")
+    teachers.save(file, net.state_dict(), described)
+    read = teachers.load(file).description
+    assert read == described
+    assert read.interpolant() == paths.VP(beta_max=12.0)
+    with pytest.raises(UserError, match=r"path\.name must be one of"):
+        teachers.Description(NETWORK, path="mine").interpolant()
+
+
+def test_files_from_before_paths_had_settings_load():
+    described = teachers.load_teacher("digits").description
+    assert described.format == 1
+    assert described.interpolant() == paths.Linear()
 
 
 def test_shipped_digits_teacher_draws_digits():

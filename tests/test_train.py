@@ -1,5 +1,6 @@
 """Training: configuration, the step against plain autograd, repeatability, interruption and resumption, folders."""
 
+import contextlib
 import copy
 import math
 import os
@@ -285,13 +286,17 @@ def test_generator_starts_as_the_teachers_prediction():
 
 def test_teachers_that_do_not_fit_are_refused():
     held = data.load("digits")
-    config = configs.from_mapping(settings("x", data={"name": "digits"}))
     net = random_network(MLP)
-    for description, sentence in (
-        (teachers.Description(MLP), r"samples of shape \(2,\), data set 'digits' has \(1, 8, 8\)"),
-        (teachers.Description(UNET, predict="noise"), "needs a velocity"),
-        (teachers.Description(UNET, path="vp"), "trained on the path 'vp'"),
+    vp = teachers.Description(UNET, path="vp", path_settings={"beta_max": 12.0}, predict="noise")
+    for description, path, sentence in (
+        (teachers.Description(MLP), {}, r"samples of shape \(2,\), data set 'digits' has \(1, 8, 8\)"),
+        (vp, {"predict": "velocity"}, "the teacher predicts noise, not path.predict velocity"),
+        (vp, {"name": "linear"}, "trained on the path 'vp', not on path.name 'linear'"),
+        (vp, {"name": "vp", "settings": {"beta_max": 20.0}}, r"'beta_max': 12.0}, not with path.settings .*20.0"),
+        (vp, {"predict": "residual"}, "the teacher predicts noise, not path.predict residual"),
+        (teachers.Description(UNET, path="none"), {}, "path.name must be one of linear"),
     ):
+        config = configs.from_mapping(settings("x", data={"name": "digits"}, path=path))
         with pytest.raises(UserError, match=sentence):
             Distiller(config, held, teachers.Model(net, description))
     labelled = {**LABELLED, "num_classes": 5}
@@ -319,12 +324,111 @@ def test_second_stage_goes_on_from_a_student(tmp_path):
     for name, now in second.generator.net.named_parameters():
         torch.testing.assert_close(second.student.net.state_dict()[name], torch.lerp(start[name], now.detach(), 0.1))
 
-    with pytest.raises(UserError, match=r"is a student of t_start = 0.28, distill.t_start is 0"):
+    with pytest.raises(UserError, match=r"is a student of t_start = 0.28, this run is one of 0"):
         distiller(distill={"t_start": 0.0, "start": str(file)})
     with pytest.raises(UserError, match="has another network than the teacher"):
         distiller(LABELLED, distill={"t_start": 0.28, "start": str(file)})
     with pytest.raises(UserError, match="there is no file"):
         distiller(distill={"start": str(tmp_path / "gone")})
+
+
+def predictions(path):
+    """The predictions that a path has samples for, with a match space each."""
+    found = {}
+    for predict in paths.PREDICTIONS:
+        for match in paths.MATCH_SPACES[:2]:
+            with contextlib.suppress(UserError):
+                path.time_range(match, predict)
+                found[predict] = match
+    return found
+
+
+ONE_SIDED = [name for name, kind in paths.PATHS.items() if issubclass(kind, paths.OneSidedPath)]
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_every_prediction_on_every_path_trains_and_samples(name):
+    held = data.load(POINTS)
+    found = predictions(paths.build(name))
+    assert set(found) == set(paths.PREDICTIONS) - {"residual"}
+    for predict, match in found.items():
+        path = {"name": name, "predict": predict, "match": match, "sampler": "log-normal"}
+        content = settings("x", path=path, network=MLP, distill={"objective": {"name": "realuid"}})
+        trainer = TeacherTrainer(configs.from_mapping(content), held)
+        for _ in range(2):
+            trainer.update()
+        z = torch.randn(5, 2)
+        assert torch.isfinite(trainer.sample(z)).all()
+        state, description = trainer.exported()
+        assert (description.path, description.predict) == (name, predict)
+
+        # The configuration is silent: the teacher says what it was trained on.
+        content["path"] = {"match": match, "sampler": "log-normal"}
+        net = build(description.network)
+        net.load_state_dict(state)
+        student = Distiller(configs.from_mapping(content), held, teachers.Model(net, description))
+        for _ in range(2):
+            student.update()
+        row = student.meters.read()
+        assert all(math.isfinite(value) for value in row.values()), (predict, row)
+        assert torch.isfinite(student.sample(z)).all()
+
+
+@pytest.mark.parametrize(("name", "predict"), [("vp", "noise"), ("ve", "edm"), ("trigonometric", "v")])
+def test_generator_turn_equals_plain_autograd_on_other_paths(name, predict):
+    held, objective = data.load(POINTS), {"name": "realsid", "alpha": 0.9, "beta": 0.95}
+    model = teachers.Model(random_network(MLP), teachers.Description(MLP, path=name, predict=predict))
+    path = {"match": "x0", "weight": "edm", "sampler": "log-normal"}
+    trainer = Distiller(configs.from_mapping(settings("x", path=path, distill={"objective": objective})), held, model)
+    trainer.update()
+    noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+    loss, _ = trainer.generator_backward()
+    explicit = [p.grad.clone() for p in trainer.generator.parameters()]
+
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(draws)
+    trainer.generator_optimiser.zero_grad()
+    x = trainer.generator(normal(trainer.noise.next_key(), torch.empty(8, 2)))
+    own = paths.PATHS[name](sampler="log-normal")
+    t = own.sample_time(8, trainer.draws)
+    coef, key = own.coefficients(t, "x0", predict, own.edm_weight), trainer.noise.next_key()
+    x_t = rf.interpolate(x, coef, key)
+    seen = own.network_time(t, predict), own.network_input(x_t, t, predict)
+    teacher_out, fake_out = (net.requires_grad_(False)(*seen) for net in (trainer.teacher, trainer.fake))
+    plain = rf.generator_loss(teacher_out, fake_out, x, x_t, coef, key, trainer.objective)
+    plain.backward()
+    torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
+    for mine, p in zip(explicit, trainer.generator.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
+
+
+def test_the_teachers_own_times_and_distance():
+    path = {"name": "ve", "predict": "edm", "match": "x0", "sampler": "karras"}
+    own = {"sampler": "log-normal", "sampler_settings": {"mean": -0.4}, "weight": "edm"}
+    content = settings("x", path=path, teacher=own, network=MLP)
+    trainer = TeacherTrainer(configs.from_mapping(content), data.load(POINTS))
+    assert trainer.path.sampler == paths.samplers.LogNormal(-0.4, 1.2)
+    t = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(trainer.interpolant.coefficients(t)[:, 8], (t**2 + 0.25) / (t * 0.5) ** 2)
+    assert configs.from_mapping(content).path.build().path.sampler == paths.samplers.Karras()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("path.name=mine", "path.name must be one of linear, .*; got 'mine'"),
+        ("path.settings.sigma=1", "path.settings has no key 'sigma' on the path 'linear'; it takes time_scale"),
+        ("path.settings.data_at=3", "path.settings: data_at must be 0 or 1"),
+        ("path.sampler=mine", "path.sampler: sampler must be"),
+        ("path.sampler_settings.mean=1", "path.sampler: the sampler 'stratified' has no setting 'mean'"),
+        ("path.weight=mine", "path.weight: a weight must be one of one, edm, scale; got 'mine'"),
+        ("path.match=mine", "path.match and path.predict: match must be one of velocity"),
+        ("path.predict=residual", "path.match and path.predict: predict must not be residual on Linear"),
+    ],
+)
+def test_a_path_that_cannot_be_is_named(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        configs.load("digits", [override]).path.build()
 
 
 def test_distillation_moves_the_student_to_the_data():

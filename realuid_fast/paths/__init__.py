@@ -1,5 +1,12 @@
 """Interpolant paths: how a sample, an endpoint and noise mix at time t, as rows of nine coefficients."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import UserError
 from . import samplers
 from .base import COLUMNS, MATCH_SPACES, PREDICTIONS, Path, Preconditioning, Weight
 from .custom import CustomOneSided, CustomTwoSided, custom
@@ -22,6 +29,46 @@ PATHS: dict[str, type[Path]] = {
     "stochastic-interpolant": StochasticInterpolant,
 }
 
+# The time weights a configuration can name.
+WEIGHTS: dict[str, Callable[[Path], Weight | None]] = {
+    "one": lambda path: None,
+    "edm": lambda path: path.edm_weight,
+    "scale": lambda path: path.data_scale,
+}
+
+
+def build(name: str, settings: Mapping[str, Any] | None = None, sampler: str | samplers.Sampler = "uniform") -> Path:
+    """The path of a name in :data:`PATHS` with its own ``settings``, such as ``{"beta_max": 12.0}`` of ``"vp"``.
+
+    Raises:
+        UserError: an unknown name, a setting that the path does not have, or a value that it refuses, each named.
+    """
+    if name not in PATHS:
+        raise UserError(f"path.name must be one of {', '.join(PATHS)}; got {name!r}")
+    settings = dict(settings or {})
+    known = [f.name for f in fields(PATHS[name]) if f.name != "sampler"]
+    if unknown := [key for key in settings if key not in known]:
+        raise UserError(f"path.settings has no key {unknown[0]!r} on the path '{name}'; it takes {', '.join(known)}")
+    try:
+        return PATHS[name](sampler=sampler, **settings)
+    except UserError as error:
+        raise UserError(f"path.settings: {error}") from None
+
+
+def weight(name: str, path: Path) -> Weight | None:
+    """The time weight of a name: ``one``; ``edm``, :meth:`Path.edm_weight`; ``scale``, the data's scale ``a(t)``.
+
+    In x0 space ``edm`` is that of Karras et al. (2206.00364, table 1), and ``scale`` turns
+    :func:`~realuid_fast.objectives.DMD` into Yin et al. (2311.18828, equations 7 and 8) on paths that scale the data.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in WEIGHTS:
+        raise UserError(f"a weight must be one of {', '.join(WEIGHTS)}; got {name!r}")
+    return WEIGHTS[name](path)
+
+
 __all__ = [
     "COLUMNS",
     "DDBMVE",
@@ -33,6 +80,7 @@ __all__ = [
     "PREDICTIONS",
     "VE",
     "VP",
+    "WEIGHTS",
     "Bridge",
     "BrownianBridge",
     "CustomOneSided",
@@ -47,6 +95,8 @@ __all__ = [
     "TwoSidedPath",
     "VPCosine",
     "Weight",
+    "build",
     "custom",
     "samplers",
+    "weight",
 ]

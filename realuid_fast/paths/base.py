@@ -94,6 +94,11 @@ class Path(ABC):
         """``time_scale`` where none is given."""
         return 1.0
 
+    @property
+    def steep(self) -> tuple[bool, bool]:
+        """Whether ``c'`` diverges just outside the lower and the upper end of ``t_range``, as a root's does."""
+        return False, False
+
     def time_range(self, match: str = "velocity", predict: str = "velocity") -> tuple[float, float]:
         """The times that :meth:`coefficients` clips to: ``t_range``, moved in where this pair diverges at an end.
 
@@ -178,6 +183,10 @@ class Path(ABC):
         table 1.
         """
         return self.preconditioning(t).c_out ** -2
+
+    def data_scale(self, t: Tensor) -> Tensor:
+        """``a(t)`` as a time weight."""
+        return self._scales(t)[0]
 
     def time_at_sigma(self, sigma: Tensor) -> Tensor:
         """The path time of noise level ``sigma``, for samplers that are laws of the noise level."""

@@ -269,6 +269,10 @@ class VP(OneSidedPath):
         return 1e-5, 1.0
 
     @property
+    def steep(self) -> tuple[bool, bool]:
+        return True, False
+
+    @property
     def own_time_scale(self) -> float:
         return 999.0
 
@@ -313,6 +317,10 @@ class VPCosine(OneSidedPath):
     @property
     def t_range(self) -> tuple[float, float]:
         return 1e-5, 1.0
+
+    @property
+    def steep(self) -> tuple[bool, bool]:
+        return True, False
 
     @property
     def own_time_scale(self) -> float:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -199,6 +200,22 @@ SAMPLERS: dict[str, Sampler] = {
     "karras": Karras(),
     "shifted": Shifted(),
 }
+
+
+def build(name: str, settings: Mapping[str, Any] | None = None) -> Sampler:
+    """The sampler of a name with numbers of its own in place of the default ones, such as ``{"mean": -0.4}``.
+
+    Raises:
+        UserError: an unknown name, or a number that the sampler does not have or refuses.
+    """
+    # Those without numbers that would do for everything.
+    bare: dict[str, type[Beta | Discrete]] = {"beta": Beta, "discrete": Discrete}
+    default = {} if name in bare else vars(named(name))
+    kind: Any = bare[name] if name in bare else type(named(name))
+    known = [f.name for f in fields(kind)]
+    if unknown := [key for key in settings or {} if key not in known]:
+        raise UserError(f"the sampler '{name}' has no setting {unknown[0]!r}; it takes {', '.join(known)}")
+    return kind(**{**default, **(settings or {})})
 
 
 def named(name: str) -> Sampler:

@@ -187,6 +187,10 @@ class Bridge(TwoSidedPath):
     def t_range(self) -> tuple[float, float]:
         return CLIP, 1 - CLIP
 
+    @property
+    def steep(self) -> tuple[bool, bool]:
+        return True, True
+
     def _conversion(self, match: str, predict: str, t: Tensor, scales: Triple, rates: Triple) -> Pair:
         if predict == "residual":
             return -torch.sqrt(self.variances(t)[0]), torch.ones_like(t)
@@ -290,6 +294,10 @@ class DDBMVE(TwoSidedPath):
     def t_range(self) -> tuple[float, float]:
         return self.sigma_min, (1 - CLIP) * self.sigma_max
 
+    @property
+    def steep(self) -> tuple[bool, bool]:
+        return False, True
+
     def scales(self, t: Tensor) -> Triple:
         share = (t / self.sigma_max) ** 2
         left = (self.sigma_max - t) * (self.sigma_max + t) / self.sigma_max**2
@@ -329,6 +337,10 @@ class DDBMVP(TwoSidedPath):
     @property
     def t_range(self) -> tuple[float, float]:
         return CLIP, 1 - CLIP
+
+    @property
+    def steep(self) -> tuple[bool, bool]:
+        return True, True
 
     def _halves(self, t: Tensor) -> tuple[Tensor, Tensor, float]:
         """``H/2``, ``(H(1) - H)/2`` and ``sinh(H(1)/2)``."""
@@ -402,6 +414,10 @@ class StochasticInterpolant(TwoSidedPath):
     @property
     def t_range(self) -> tuple[float, float]:
         return (CLIP, 1 - CLIP) if self.gamma == "root" else (0.0, 1.0)
+
+    @property
+    def steep(self) -> tuple[bool, bool]:
+        return self.gamma == "root", self.gamma == "root"
 
     @property
     def noiseless(self) -> bool:

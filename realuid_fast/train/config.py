@@ -7,35 +7,93 @@ import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, NamedTuple, TypeVar, Union
 
 import yaml
+from torch import Tensor
 
+from .. import paths
 from ..errors import UserError
 from ..objectives import PRESETS, Objective
-from ..paths import Linear
+from ..teachers import Description
 from .modes import MODES
 from .precision import PRECISIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PATHS = {"linear": Linear}
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PathConfig:
-    """The interpolant: its name, the sampler of its times, and the match space of the distance."""
+    """The interpolant, what networks predict on it, and the law of times and the distance that they are trained with.
 
-    name: str = "linear"
+    ``name`` is one of :data:`realuid_fast.paths.PATHS` and ``settings`` its own; ``predict`` one of
+    :data:`realuid_fast.paths.PREDICTIONS`. ``distill`` takes from its teacher which of these are not given;
+    ``train-teacher`` then trains a velocity on the linear path. ``sampler`` is one of
+    :data:`realuid_fast.paths.samplers.SAMPLERS`, ``beta`` or ``discrete``, with ``sampler_settings``; ``match`` the
+    match space of the distance and ``weight`` one of :data:`realuid_fast.paths.WEIGHTS`.
+    """
+
+    name: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    predict: str | None = None
     sampler: str = "stratified"
+    sampler_settings: dict[str, Any] = field(default_factory=dict)
     match: str = "velocity"
+    weight: str = "one"
 
-    def build(self) -> Linear:
-        if self.name not in PATHS:
-            raise UserError(f"path.name must be one of {', '.join(PATHS)}; got {self.name!r}")
-        return PATHS[self.name](sampler=self.sampler)
+    def build(self, teacher: Description | None = None) -> Interpolant:
+        """The path with its sampler, prediction and weight; ``teacher`` fills in what is not given.
+
+        Raises:
+            UserError: an unknown name, settings or numbers that the path or the sampler refuses, a pair of match space
+                and prediction without a conversion, or a path or prediction other than the teacher's.
+        """
+        try:
+            sampler = paths.samplers.build(self.sampler, self.sampler_settings)
+        except UserError as error:
+            raise UserError(f"path.sampler: {error}") from None
+        name, settings, predict = self.name or "linear", self.settings, self.predict or "velocity"
+        if teacher is not None:
+            name, predict = self.name or teacher.path, self.predict or teacher.predict
+            settings = self.settings or (teacher.path_settings if name == teacher.path else {})
+        path = paths.build(name, settings, sampler)
+        if teacher is not None:
+            if name != teacher.path:
+                raise UserError(f"the teacher was trained on the path '{teacher.path}', not on path.name '{name}'")
+            if paths.build(name, settings) != teacher.interpolant():
+                raise UserError(
+                    f"the teacher was trained on the path '{name}' with the settings {teacher.path_settings}, not with "
+                    f"path.settings {settings}"
+                )
+            if predict != teacher.predict:
+                raise UserError(f"the teacher predicts {teacher.predict}, not path.predict {predict}")
+        try:
+            path.time_range(self.match, predict)
+        except UserError as error:
+            raise UserError(f"path.match and path.predict: {error}") from None
+        try:
+            weight = paths.weight(self.weight, path)
+        except UserError as error:
+            raise UserError(f"path.weight: {error}") from None
+        return Interpolant(path, name, dict(settings), predict, self.match, weight)
+
+
+class Interpolant(NamedTuple):
+    """A path as :class:`PathConfig` resolves it."""
+
+    path: paths.Path
+    name: str
+    settings: dict[str, Any]
+    predict: str
+    match: str
+    weight: paths.Weight | None
+
+    def coefficients(self, t: Tensor) -> Tensor:
+        """Rows ``(R, 9)`` of the losses."""
+        return self.path.coefficients(t, self.match, self.predict, self.weight)
 
 
 @dataclass(frozen=True)
@@ -52,8 +110,15 @@ class OptimiserConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """What ``train-teacher`` does, one batch an update; ``export`` is the average saved, 0 for the last weights."""
+    """What ``train-teacher`` does, one batch an update; ``export`` is the average saved, 0 for the last weights.
 
+    ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given.
+    """
+
+    sampler: str | None = None
+    sampler_settings: dict[str, Any] = field(default_factory=dict)
+    match: str | None = None
+    weight: str | None = None
     batch: int = 64
     updates: int = 10_000
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(betas=(0.9, 0.999)))
@@ -101,8 +166,9 @@ class DistillConfig:
     ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
     ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
     averages then remember that start; empty for the teacher's weights. The fake model starts at the teacher either way.
-    ``t_start`` is the generator's start time; ``export`` the average that is evaluated and saved, 0 for the last
-    weights. The precisions are the networks' in either turn: ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
+    ``t_start`` is the generator's start time, by default :func:`realuid_fast.sampling.default_start`; ``export`` the
+    average that is evaluated and saved, 0 for the last weights. The precisions are the networks' in either turn:
+    ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
     On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
     coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.train.precision`).
     """
@@ -117,7 +183,7 @@ class DistillConfig:
     fake_turns: int = 5
     fake_precision: str = "float32"
     generator_precision: str = "float32"
-    t_start: float = 0.28
+    t_start: float | None = None
     generator: OptimiserConfig = field(default_factory=OptimiserConfig)
     fake: OptimiserConfig = field(default_factory=OptimiserConfig)
     ema: tuple[float, ...] = (0.99,)
@@ -165,6 +231,14 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def teachers_path(self) -> PathConfig:
+        """The section ``path`` with what ``teacher`` sets apart."""
+        own = self.teacher
+        apart: dict[str, Any] = {k: v for k in ("match", "weight") if (v := getattr(own, k)) is not None}
+        if own.sampler is not None:
+            apart |= {"sampler": own.sampler, "sampler_settings": own.sampler_settings}
+        return replace(self.path, **apart)
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:

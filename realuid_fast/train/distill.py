@@ -49,17 +49,14 @@ class Distiller:
     def __init__(self, config: Config, dataset: Dataset, teacher: Model, command: str = "") -> None:
         settings, seed = config.distill, config.run.seed
         described = teacher.description
-        if described.predict != "velocity":
-            raise UserError(f"the teacher predicts {described.predict}, the one-step generator needs a velocity")
-        if described.path != config.path.name:
-            raise UserError(f"the teacher was trained on the path '{described.path}', not on '{config.path.name}'")
+        self.interpolant = config.path.build(described)
+        self.path, self._predict = self.interpolant.path, self.interpolant.predict
         sample = described.network.get("dim", described.network.get("shape"))
         if sample is not None and tuple(sample) != dataset.shape:
             raise UserError(
                 f"the teacher makes samples of shape {tuple(sample)}, data set '{dataset.name}' has {dataset.shape}"
             )
         self.objective = settings.objective.build()
-        self.path = config.path.build()
         self.device = torch.device(config.run.device)
         self.mode = config.run.mode
         self._fake_precision = Precision(settings.fake_precision, self.device)
@@ -67,8 +64,7 @@ class Distiller:
         self._check_device()
         self.batch, self.turns, self.updates = settings.batch, settings.fake_turns, settings.updates
         self.step = 0
-        self._match, self._predict = config.path.match, described.predict
-        self._reads_x_t = self.path.reads_x_t(self._match, self._predict)
+        self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
         images = len(dataset.shape) == 3
         self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
 
@@ -77,9 +73,11 @@ class Distiller:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.teacher = frozen_view(net).eval()
         self.fake = copy.deepcopy(net).train().requires_grad_(True)
-        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), settings.t_start)
+        start = (settings.t_start, self.path, self._predict)
+        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)
         if settings.start:
-            self.generator.net.load_state_dict(_student(settings.start, described, settings.t_start).state_dict())
+            student = _student(settings.start, described, self.generator.t_start)
+            self.generator.net.load_state_dict(student.state_dict())
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
             self.generator.net,
@@ -92,7 +90,7 @@ class Distiller:
         # Views come after the optimisers, which may move the parameters into one buffer.
         self.frozen_fake = frozen_view(self.fake)
         average = self.generator_optimiser.ema.get(settings.export)
-        self.student = Generator(frozen_view(self.generator.net, average).eval(), settings.t_start)
+        self.student = Generator(frozen_view(self.generator.net, average).eval(), *start)
 
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self.objective.needs_real else None
         self.labels = labels_to_draw(net, dataset, self.device)
@@ -120,10 +118,12 @@ class Distiller:
             network=described.network,
             role="student",
             path=described.path,
+            path_settings=described.path_settings,
+            predict=described.predict,
             data=dataset.config,
             preprocessing=dataset.preprocessing,
             command=command,
-            t_start=settings.t_start,
+            t_start=self.generator.t_start,
             teacher=settings.teacher,
         )
 
@@ -183,17 +183,18 @@ class Distiller:
         x, y = self._rows, self._row_labels
         with self._fake_precision.turn():
             with self.phases("interpolate"):
-                time, coef = self._draw_times()
+                t, coef = self._draw_times()
                 if self._n_real:
-                    time, coef = time.repeat(2), coef.repeat(2, 1)
+                    t, coef = t.repeat(2), coef.repeat(2, 1)
                 key = self.noise.next_key()
                 x_t = rf.interpolate(x, coef, key, noise_rows=self.batch)
+                seen = self._seen(t, x_t, y)
             with self.phases("fake forward"), self._fake_precision.networks():
-                out = self._float(self._run_fake(time, x_t, y))
+                out = self._float(self._run_fake(*seen))
             teacher_out = None
             if self.objective.needs_teacher:
                 with self.phases("teacher forward"), torch.no_grad(), self._fake_precision.networks():
-                    teacher_out = self._float(self._run_teacher(time, x_t, y))
+                    teacher_out = self._float(self._run_teacher(*seen))
             with self.phases("fake loss"):
                 at = x_t if self._reads_x_t else None
                 grads = rf.fake_grads(
@@ -229,7 +230,7 @@ class Distiller:
                     x = self._run_generator(z, y)
                 x = self._float(x)
             with self.phases("interpolate"):
-                time, coef = self._draw_times()
+                t, coef = self._draw_times()
                 if self._seed_scale != 1.0:
                     coef[:, WEIGHT] *= self._seed_scale
                 key = self.noise.next_key()
@@ -241,8 +242,9 @@ class Distiller:
                 torch.set_grad_enabled(backward),
                 self._generator_precision.networks(),
             ):
-                teacher_out = self._float(self._run_teacher(time, x_t, y))
-                fake_out = self._float(self._run_frozen_fake(time, x_t, y))
+                seen = self._seen(t, x_t, y)
+                teacher_out = self._float(self._run_teacher(*seen))
+                fake_out = self._float(self._run_frozen_fake(*seen))
             with self.phases("generator loss"), torch.no_grad():
                 at = x_t.detach() if self._reads_x_t else None
                 grads = rf.generator_grads(
@@ -329,9 +331,13 @@ class Distiller:
         return self.labels[torch.randint(len(self.labels), (count,), generator=self.draws, device=self.device)]
 
     def _draw_times(self) -> tuple[Tensor, Tensor]:
-        """Network times ``(B,)`` and coefficient rows ``(B, 9)``."""
+        """Path times ``(B,)`` and coefficient rows ``(B, 9)``."""
         t = self.path.sample_time(self.batch, self.draws, self.device)
-        return self.path.network_time(t), self.path.coefficients(t, self._match, self._predict)
+        return t, self.interpolant.coefficients(t)
+
+    def _seen(self, t: Tensor, x_t: Tensor, labels: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What teacher and fake model are called with at ``x_t``."""
+        return self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict), labels
 
     def _check_device(self) -> None:
         """Refuse a mode or a precision that the device does not have."""
@@ -375,6 +381,6 @@ def _student(source: str, teacher: Description, t_start: float) -> nn.Module:
         raise UserError(f"distill.start {source} has another network than the teacher")
     if described.t_start != t_start:
         raise UserError(
-            f"distill.start {source} is a student of t_start = {described.t_start:g}, distill.t_start is {t_start:g}"
+            f"distill.start {source} is a student of t_start = {described.t_start:g}, this run is one of {t_start:g}"
         )
     return student.net

@@ -27,10 +27,11 @@ class Row:
 
 def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Sampler:
     """What turns noise and labels into samples: one step for a student, ``steps`` of ``solver`` for a teacher."""
-    net = model.net.requires_grad_(False)
-    if model.description.role == "student":
-        return lambda z, y: one_step(net, z, model.description.t_start, y)
-    return lambda z, y: integrate(net, z, steps, solver, y)
+    net, described = model.net.requires_grad_(False), model.description
+    path, predict = described.interpolant(), described.predict
+    if described.role == "student":
+        return lambda z, y: one_step(net, z, described.t_start, y, path, predict)
+    return lambda z, y: integrate(net, z, steps, solver, y, path=path, predict=predict)
 
 
 def rows(

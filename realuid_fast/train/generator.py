@@ -1,4 +1,4 @@
-"""The one-step generator: a velocity network called once, from a start time on the linear path."""
+"""The one-step generator: a network called once, from noise at a start time of its path."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..sampling import one_step
+from ..paths import Path
+from ..sampling import LINEAR, default_start, starting, step_from
 
 
 class Generator(nn.Module):
-    """``G(z) = x + (1 - t0) net(t0, x)`` with ``x = (1 - t0) z``: the path's data prediction at ``t0`` from noise.
+    """``G(z)``, on a two-sided path ``G(y, z)``: the path's data prediction at ``t0`` from noise, see
+    :func:`realuid_fast.sampling.one_step`.
 
     Args:
-        net: a velocity network, called as ``net(t, x, y)``.
-        t_start: ``t0`` in [0, 1). See :func:`realuid_fast.sampling.one_step` for the choice.
+        net: a network, called as the path says for its prediction; on the linear path as ``net(t, x, y)``.
+        t_start: ``t0``; :func:`realuid_fast.sampling.default_start` when None.
+        path, predict: what the network was trained on.
     """
 
-    def __init__(self, net: nn.Module, t_start: float = 0.0) -> None:
+    def __init__(
+        self, net: nn.Module, t_start: float | None = None, path: Path = LINEAR, predict: str = "velocity"
+    ) -> None:
         super().__init__()
-        if not 0.0 <= t_start < 1.0:
-            raise UserError(f"t_start must lie in [0, 1), got {t_start}")
-        self.net = net
-        self.t_start = float(t_start)
+        self.net, self.path = net, path
+        self.t_start = float(default_start(path) if t_start is None else t_start)
+        self._start = starting(path, predict, self.t_start)
 
-    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Samples like ``z``, standard normal ``(B, ...)``; ``labels`` ``(B,)`` for a class-conditional network."""
-        return one_step(self.net, z, self.t_start, labels)
+        return step_from(self._start, self.net, z, labels, self.path, endpoint)
 
 
 def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | None = None) -> nn.Module:

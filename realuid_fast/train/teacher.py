@@ -13,7 +13,7 @@ from ..data import Dataset
 from ..networks import build
 from ..noise import NoiseStream
 from ..optim import Optimiser
-from ..sampling import integrate
+from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
 from .batches import Batches, labels_to_draw
 from .config import Config
@@ -25,11 +25,18 @@ SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows whil
 
 
 class TeacherTrainer:
-    """Trains a fresh velocity network on the path's conditional target, ``w ||F - tgt||^2``; one batch an update."""
+    """Trains a fresh network on the path's conditional target, ``w ||f - tgt||^2``; one batch an update.
+
+    Raises:
+        UserError: a prediction that no sample can be drawn from, or that the path does not take into the match space.
+    """
 
     def __init__(self, config: Config, dataset: Dataset, command: str = "") -> None:
         settings, seed = config.teacher, config.run.seed
-        self.path = config.path.build()
+        self.interpolant = config.teachers_path().build()
+        self.path, self._predict = self.interpolant.path, self.interpolant.predict
+        follows_flow(self.path, self._predict)
+        self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
         self.device = torch.device(config.run.device)
         self.batch, self.updates, self.step = settings.batch, settings.updates, 0
         images = len(dataset.shape) == 3
@@ -51,7 +58,9 @@ class TeacherTrainer:
         self.phases = Phases(config.run.timings, self.device)
         self.description = Description(
             network=network,
-            path=config.path.name,
+            path=self.interpolant.name,
+            path_settings=self.interpolant.settings,
+            predict=self._predict,
             data=dataset.config,
             preprocessing=dataset.preprocessing,
             command=command,
@@ -76,14 +85,14 @@ class TeacherTrainer:
             x, labels = self.batches.next()
             x = x.contiguous(memory_format=self._layout)
             t = self.path.sample_time(self.batch, self.draws, self.device)
-            coef = self.path.coefficients(t)
+            coef = self.interpolant.coefficients(t)
             key = self.noise.next_key()
             x_t = rf.interpolate(x, coef, key)
         with self.phases("forward"):
             y = None if self.labels is None else labels
-            out = self.net(self.path.network_time(t), x_t, y).contiguous(memory_format=self._layout)
+            out = call(self.net, t, x_t, y, self.path, self._predict).contiguous(memory_format=self._layout)
         with self.phases("loss"):
-            grads = rf.matching_grads(out.detach(), x, None, coef, key)
+            grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, key)
         with self.phases("backward"):
             out.backward(grads.out)
         with self.phases("optimiser"):
@@ -99,7 +108,7 @@ class TeacherTrainer:
 
     def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Samples of the exported network by Euler's method, for noise ``z``."""
-        return integrate(self.averaged, z, SAMPLING_STEPS, labels=labels)
+        return integrate(self.averaged, z, SAMPLING_STEPS, labels=labels, path=self.path, predict=self._predict)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the exported weights and their description."""
