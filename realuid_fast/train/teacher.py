@@ -67,6 +67,10 @@ class TeacherTrainer:
         return self.batch
 
     @property
+    def rows(self) -> int:
+        return 1
+
+    @property
     def optimisers(self) -> dict[str, Optimiser]:
         return {"network": self.optimiser}
 
