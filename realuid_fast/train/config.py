@@ -198,6 +198,7 @@ class RunConfig:
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
     leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
+    ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
     ``timings`` logs the time of every phase of an update.
     """
 
@@ -213,6 +214,7 @@ class RunConfig:
     teacher_steps: int = 0
     checkpoint_every: int = 0
     keep: int = 2
+    stop_after_skips: int = 100
     tensorboard: bool = True
     progress: bool = True
     timings: bool = False
@@ -384,7 +386,15 @@ def _check(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
-    for name in ("seed", "threads", "sample_every", "evaluate_every", "teacher_steps", "checkpoint_every"):
+    for name in (
+        "seed",
+        "threads",
+        "sample_every",
+        "evaluate_every",
+        "teacher_steps",
+        "checkpoint_every",
+        "stop_after_skips",
+    ):
         if getattr(run, name) < 0:
             raise UserError(f"run.{name} must not be negative, got {getattr(run, name)}")
     one_of = {

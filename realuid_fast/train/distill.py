@@ -139,6 +139,11 @@ class Distiller:
         return self.batch * (self.turns * rows + 1)
 
     @property
+    def rows(self) -> int:
+        """Rows for every sample of the batch that a turn holds activations of at once, at most."""
+        return max(2 if self.objective.needs_real else 1, 3 if self.objective.flows == "all" else 1)
+
+    @property
     def optimisers(self) -> dict[str, Optimiser]:
         return {"fake": self.fake_optimiser, "generator": self.generator_optimiser}
 

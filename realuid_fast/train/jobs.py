@@ -13,6 +13,7 @@ from ..errors import UserError
 from . import config as configs
 from .config import Config
 from .distill import Distiller
+from .lock import held
 from .loop import Trainer, open_folder, run
 from .measure import Measure
 from .teacher import TeacherTrainer
@@ -72,8 +73,9 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     else:
         trainer = TeacherTrainer(config, dataset, command)
     measure = Measure(dataset)
-    open_folder(folder, resume, overwrite)
-    return run(config, trainer, folder, measure, dataset.shape, resume), measure
+    with held(folder):
+        open_folder(folder, resume, overwrite)
+        return run(config, trainer, folder, measure, dataset.shape, resume), measure
 
 
 def free_cores() -> int:

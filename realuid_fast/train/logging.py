@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,12 @@ class CsvLog:
 
     def __init__(self, file: Path, columns: Sequence[str]) -> None:
         self.file, self._columns = file, list(columns)
-        if not file.exists():
-            with file.open("w", newline="") as stream:
-                csv.writer(stream).writerow(self._columns)
+        head = io.StringIO()
+        csv.writer(head).writerow(self._columns)
+        #: Where the rows begin.
+        self.start = len(head.getvalue().encode())
+        if not file.exists() or file.stat().st_size < self.start:
+            file.write_text(head.getvalue(), newline="")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; columns that ``row`` lacks stay empty."""
@@ -34,12 +40,17 @@ class CsvLog:
 
     @property
     def position(self) -> int:
-        """Length of the file in bytes."""
-        return self.file.stat().st_size
+        """Length of the file in bytes, all of which outlive a power cut from now on."""
+        with self.file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            return stream.seek(0, os.SEEK_END)
 
     def cut(self, position: int) -> None:
         """Forget everything after ``position``; rows written after the checkpoint that a run resumes from."""
-        if position < self.position:
+        size = self.file.stat().st_size
+        if size < position:
+            warnings.warn(f"{self.file} has lost rows that were written before the checkpoint", stacklevel=2)
+        elif position < size:
             with self.file.open("r+b") as stream:
                 stream.truncate(position)
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,8 +26,10 @@ from .. import teachers
 from ..errors import UserError
 from ..optim import Optimiser
 from . import config as configs
-from .checkpoint import Checkpoints
+from . import memory
+from .checkpoint import Checkpoints, replacing
 from .config import Config
+from .lock import LOCK
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
 from .measure import Measure, class_by_class, evaluation_noise, generate
 from .meters import Meters
@@ -42,6 +47,7 @@ RUN_FILES = (
     "table.md",
     "student.safetensors",
     "teacher.safetensors",
+    "best.safetensors",
 )
 RUN_FOLDERS = ("checkpoints", "samples", "events")
 
@@ -51,6 +57,7 @@ class Trainer(Protocol):
 
     step: int
     updates: int
+    batch: int
     device: torch.device
     meters: Meters
     phases: Phases
@@ -60,6 +67,9 @@ class Trainer(Protocol):
 
     @property
     def images_per_update(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
 
     @property
     def optimisers(self) -> dict[str, Optimiser]: ...
@@ -97,7 +107,7 @@ def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> 
         if resume and not (folder / "config.yaml").is_file():
             raise UserError(f"there is no run to resume in {folder}: it has no config.yaml")
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not resume:
+        if any(file.name != LOCK for file in folder.iterdir()) and not resume:
             if not overwrite:
                 raise UserError(
                     f"the folder {folder} is not empty: give --resume to go on with its run, --overwrite to start "
@@ -119,29 +129,40 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     """Train to the last update and save the result; the file of the exported network.
 
     ``folder`` comes from :func:`open_folder`. SIGINT and SIGTERM finish the update at hand, save and raise
-    :class:`Interrupted`; a second signal ends the process at once.
+    :class:`Interrupted`; a second signal ends the process at once. Where distances are evaluated, the network with the
+    smallest one so far is in ``best.safetensors``.
+
+    A run that is resumed goes on from its newest sound checkpoint, from the beginning where it died before the first,
+    and ends as it would have without the interruption, bit for bit on one thread.
 
     Raises:
-        UserError: a checkpoint that cannot be resumed from, or a folder that stops being writable.
+        UserError: a checkpoint that cannot be resumed from, a folder that stops being writable, memory that does not
+            suffice, or ``stop_after_skips`` updates in a row without a finite gradient.
         Interrupted: after a signal.
     """
     settings = config.run
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
-    saved = checkpoints.load() if resume else None
+    saved = checkpoints.load() if resume and (checkpoints.files() or checkpoints.lost) else None
     if saved is not None:
-        trainer.load_state_dict(saved["trainer"])
-    configs.save(config, folder / "config.yaml")
+        _restore(trainer, saved)
+    _write_config(config, folder)
 
     log, distances = _logs(trainer, folder)
-    if saved is not None:
-        log.cut(saved["log"])
-        distances.cut(saved["distances"])
+    log.cut(log.start if saved is None else saved["log"])
+    distances.cut(distances.start if saved is None else saved["distances"])
     events = Events(folder / "events" if settings.tensorboard else None, trainer.step)
-    watch, first = _Watch(trainer), trainer.step
+    best = _Best(folder, trainer, None if saved is None else saved["best"])
+    observed: int | None = None if saved is None else saved["observed"]
+    watch, skips, first = _Watch(trainer), _Skips(trainer, settings.stop_after_skips), trainer.step
 
-    def save() -> None:
-        state = {"trainer": trainer.state_dict(), "log": log.position, "distances": distances.position}
-        checkpoints.save(trainer.step, state)
+    def state() -> dict[str, Any]:
+        return {
+            "trainer": trainer.state_dict(),
+            "log": log.position,
+            "distances": distances.position,
+            "best": best.state,
+            "observed": observed,
+        }
 
     def show() -> None:
         count = 100 if len(shape) == 3 else 2000
@@ -156,7 +177,20 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         values = measure(generate(trainer.sample, noise, labels)[0]).as_dict()
         distances.write({"update": trainer.step, **values})
         events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
+        best.consider(values["distance"])
         return values["distance"]
+
+    def observe() -> None:
+        """The evaluation and the picture that are due after this update, unless they were made before a restart."""
+        nonlocal observed
+        step, last = trainer.step, trainer.step == trainer.updates
+        if observed == step:
+            return
+        if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
+            shown["distance"] = f"{evaluate():.4g}"
+        if settings.sample_every and step and (step % settings.sample_every == 0 or last):
+            show()
+        observed = step
 
     progress = tqdm(
         total=trainer.updates,
@@ -168,41 +202,54 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     )
     shown: dict[str, str] = {}
     concerned = False
-    with _signals() as received, contextlib.closing(progress), contextlib.closing(events):
-        if saved is None and settings.evaluate_every:
-            shown["distance"] = f"{evaluate():.4g}"
-        watch.start()
-        while trainer.step < trainer.updates and not received:
-            trainer.update()
-            step, last = trainer.step, trainer.step == trainer.updates
-            if step % settings.log_every == 0 or last:
-                row = watch.read()
-                log.write({"update": step, **row})
-                events.scalars(row, step)
-                if not concerned and (concern := trainer.concern(row)) is not None:
-                    concerned = True
-                    tqdm.write(f"update {step}: {concern}", file=sys.stderr)
-                shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
-                shown["images/s"] = f"{row['images_per_second']:.0f}"
-                progress.set_postfix(shown, refresh=False)
-            progress.update(1)
-            with watch.paused():
-                if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
-                    shown["distance"] = f"{evaluate():.4g}"
-                if settings.sample_every and (step % settings.sample_every == 0 or last):
-                    show()
-                if settings.checkpoint_every and step % settings.checkpoint_every == 0 and not last:
-                    save()
-        save()
-        if trainer.step < trainer.updates:
+    with (
+        _signals() as received,
+        contextlib.closing(progress),
+        contextlib.closing(events),
+        contextlib.closing(checkpoints),
+        _explained(trainer, checkpoints, shape),
+    ):
+        try:
+            observe()
+            watch.start()
+            while trainer.step < trainer.updates and not received:
+                trainer.update()
+                checkpoints.check()
+                step, last = trainer.step, trainer.step == trainer.updates
+                if step % settings.log_every == 0 or last:
+                    row = watch.read()
+                    log.write({"update": step, **row})
+                    events.scalars(row, step)
+                    if not concerned and (concern := trainer.concern(row)) is not None:
+                        concerned = True
+                        tqdm.write(f"update {step}: {concern}", file=sys.stderr)
+                    shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
+                    shown["images/s"] = f"{row['images_per_second']:.0f}"
+                    progress.set_postfix(shown, refresh=False)
+                    skips.check(row)
+                progress.update(1)
+                # Whoever sends a signal may not wait for an evaluation: a resumed run makes up for it.
+                if received:
+                    break
+                with watch.paused():
+                    observe()
+                    due = settings.checkpoint_every and step % settings.checkpoint_every == 0
+                    # While no update changes anything, older checkpoints are worth more than a newer one.
+                    if due and not last and not skips.running:
+                        checkpoints.save_soon(step, state())
+        except OSError:
+            _rescue(config, trainer, folder, checkpoints, state)
+            raise
+        checkpoints.save(trainer.step, state())
+        if trainer.step < trainer.updates or observed != trainer.step:
             raise Interrupted(received[0], folder)
     if settings.timings:
         done = trainer.step - first
         timings = {name: 1e3 * seconds / max(done, 1) for name, seconds in trainer.phases.seconds.items()}
         (folder / "timings.json").write_text(json.dumps({"unit": "ms per update", **timings}, indent=1) + "\n")
-    state, description = trainer.exported()
+    exported, description = trainer.exported()
     file = folder / f"{description.role}.safetensors"
-    teachers.save(file, state, description)
+    teachers.save(file, exported, description)
     return file
 
 
@@ -221,6 +268,111 @@ def _logs(trainer: Trainer, folder: Path) -> tuple[CsvLog, CsvLog]:
     log = CsvLog(folder / "log.csv", ["update", *names, "images_per_second", "seconds"])
     distances = CsvLog(folder / "distances.csv", ["update", "distance", "sliced_wasserstein", "precision", "recall"])
     return log, distances
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    with replacing(folder / "config.yaml") as stream:
+        stream.write(yaml.safe_dump(configs.to_mapping(config), sort_keys=False).encode())
+
+
+def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+    try:
+        trainer.load_state_dict(saved["trainer"])
+        for name in ("log", "distances", "best", "observed"):
+            saved[name]
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint does not fit the run: {str(error) or type(error).__name__}") from None
+
+
+def _rescue(
+    config: Config, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Callable[[], dict[str, Any]]
+) -> None:
+    """Save to a folder that somebody has removed: with its checkpoints gone, memory holds all there is of the run."""
+    if (folder / "config.yaml").exists():
+        return
+    with contextlib.suppress(OSError, UserError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_config(config, folder)
+        _logs(trainer, folder)
+        checkpoints.save(trainer.step, state())
+
+
+@contextlib.contextmanager
+def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...]) -> Iterator[None]:
+    """Errors of the machine around a run in a sentence, with what is left to go on from."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        # The turn that failed holds on to its tensors through its frames.
+        traceback.clear_frames(error.__traceback__)
+        what = memory.advice(trainer.network, trainer.batch, trainer.rows, shape, trainer.device)
+    else:
+        return
+    checkpoints.close()
+    files = checkpoints.files()
+    left = f"--resume goes on from {files[-1].name}" if files else "no checkpoint was written yet"
+    raise UserError(f"stopped after update {trainer.step}: {what}; {left}") from None
+
+
+class _Best:
+    """The exported network at the smallest distance so far, in ``best.safetensors`` and in every checkpoint."""
+
+    def __init__(self, folder: Path, trainer: Trainer, state: dict[str, Any] | None) -> None:
+        self._file, self._trainer, self.state = folder / "best.safetensors", trainer, state
+        if state is not None:
+            # The file may be from after the checkpoint.
+            teachers.save(self._file, state["network"], trainer.exported()[1])
+
+    def consider(self, distance: float) -> None:
+        """Keep the network as it is now if it is better than all before; an infinite distance never is."""
+        if not distance < (math.inf if self.state is None else self.state["distance"]):
+            return
+        network, description = self._trainer.exported()
+        network = {name: tensor.to("cpu", copy=True) for name, tensor in network.items()}
+        self.state = {"update": self._trainer.step, "distance": distance, "network": network}
+        teachers.save(self._file, network, description)
+
+
+class _Skips:
+    """Counts updates in a row whose gradient was not finite, by the log's rows: none where one row saw a step.
+
+    ``running`` says that the last row saw none.
+    """
+
+    def __init__(self, trainer: Trainer, limit: int) -> None:
+        self._trainer, self._limit = trainer, limit
+        self._names = list(trainer.optimisers)
+        self._before = {name: (o.steps, int(o.skipped)) for name, o in trainer.optimisers.items()}
+        self._rows = dict.fromkeys(self._names, 0)
+
+    @property
+    def running(self) -> bool:
+        return any(self._rows.values())
+
+    def check(self, row: Mapping[str, float]) -> None:
+        """Take a row of the log in.
+
+        Raises:
+            UserError: the limit is reached.
+        """
+        for name, optimiser in self._trainer.optimisers.items():
+            calls, skipped = optimiser.steps, int(row[f"{name} skipped"])
+            done, missed = calls - self._before[name][0], skipped - self._before[name][1]
+            self._before[name] = calls, skipped
+            self._rows[name] = self._rows[name] + missed if done and missed == done else 0
+            if self._limit and self._rows[name] >= self._limit:
+                last = ", ".join(f"{key} {row[key]:.4g}" for key in row if key.endswith(("loss", "gradient")))
+                raise UserError(
+                    f"the {name}'s gradient was not finite in {self._rows[name]} steps in a row, all of them skipped: "
+                    f"stopped at update {self._trainer.step} ({last}). The checkpoints from before are kept; lower the "
+                    "learning rate or use a finer precision"
+                )
 
 
 class _Watch:

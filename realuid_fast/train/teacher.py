@@ -76,6 +76,10 @@ class TeacherTrainer:
         return self.batch
 
     @property
+    def rows(self) -> int:
+        return 1
+
+    @property
     def optimisers(self) -> dict[str, Optimiser]:
         return {"network": self.optimiser}
 

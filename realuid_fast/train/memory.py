@@ -1,0 +1,75 @@
+"""What to do about memory that does not suffice: how much a sample takes, measured, and how many would fit."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error is an allocation that failed, on whatever device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # The CPU's allocator has no class of its own.
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+
+
+def bytes_per_sample(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
+    """Bytes that one sample's forward pass keeps for the backward pass, the parameters aside: counted in one pass.
+
+    Every piece of memory counts once, however many operations keep it.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    labels = torch.zeros(1, dtype=torch.int64, device=device) if getattr(net, "num_classes", 0) else None
+    # What is kept stays alive until the output goes, so that no address is counted for two.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = net(torch.zeros(1, device=device), torch.zeros(1, *shape, device=device), labels)
+    del out
+    return sum(kept.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that ``device`` could still give; None where nobody knows."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        pages = Path("/proc/meminfo").read_text()
+        free = next(int(line.split()[1]) * 1024 for line in pages.splitlines() if line.startswith("MemAvailable"))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            free = min(free, max(limit - used, 0))
+        return free
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def advice(net: nn.Module, batch: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
+    """What an update with ``batch`` samples, ``rows`` passes through the network each, asks for, and what would fit."""
+    asked = f"the memory of {device} does not suffice for a batch of {batch}"
+    free = free_bytes(device)
+    try:
+        size = rows * bytes_per_sample(net, shape, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+        return f"{asked}, nor for a batch of 1"
+    if free is None or not size:
+        return asked
+    fits = min(free // size, batch - 1)
+    return (
+        f"{asked}: a sample's activations take {size / 1e6:,.1f} MB (counted with one sample, in {rows} passes through "
+        f"a network), {free / 1e6:,.0f} MB are free now, so that about {fits} would fit"
+    )

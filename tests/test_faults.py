@@ -1,0 +1,493 @@
+"""What can go wrong around a run, done to one: nothing is lost, and the sentence says what to do (docs/faults.md)."""
+
+import functools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from realuid_fast import functional, teachers
+from realuid_fast.errors import UserError
+from realuid_fast.networks import build
+from realuid_fast.train import checkpoint, loop, memory
+from realuid_fast.train import config as configs
+from realuid_fast.train.checkpoint import Checkpoints, replacing
+from realuid_fast.train.distill import Distiller
+from realuid_fast.train.jobs import train
+from realuid_fast.train.lock import LOCK, held
+from realuid_fast.train.logging import CsvLog, read_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Distils in a folder by name; keywords are settings of ``run``. The folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build(NETWORK)
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.3)
+    teachers.save(tmp_path / "teacher.safetensors", net.state_dict(), teachers.Description(NETWORK, data=POINTS))
+
+    def start(name, resume=False, data=POINTS, teacher="teacher.safetensors", **settings):
+        config = {
+            "data": data,
+            "distill": {
+                "teacher": str(tmp_path / teacher),
+                "batch": 8,
+                "updates": 12,
+                "fake_turns": 1,
+                "ema": [0.9],
+                "export": 0.9,
+            },
+            "run": {
+                "log_every": 1,
+                "evaluate_every": 4,
+                "evaluate_samples": 20,
+                "checkpoint_every": 5,
+                "tensorboard": False,
+                "progress": False,
+                **settings,
+            },
+        }
+        torch.manual_seed(0)
+        train("distill", configs.from_mapping(config), tmp_path / name, resume, False, "")
+        return tmp_path / name
+
+    return start
+
+
+def end_of(folder):
+    """What a run leaves and must repeat."""
+    clocks = {"images_per_second": 0.0, "seconds": 0.0}
+    log = [{**row, **clocks} for row in read_csv(folder / "log.csv")]
+    files = [(folder / name).read_bytes() for name in ("student.safetensors", "best.safetensors", "distances.csv")]
+    return files, log
+
+
+def steps(folder):
+    return [int(file.stem.removeprefix("update-")) for file in Checkpoints(folder / "checkpoints").files()]
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """Call something after the chosen update, once."""
+
+    def prepare(step, act):
+        update = Distiller.update
+
+        def acting(self):
+            update(self)
+            if self.step == step:
+                monkeypatch.setattr(Distiller, "update", update)
+                act()
+
+        monkeypatch.setattr(Distiller, "update", acting)
+
+    return prepare
+
+
+# -- checkpoints
+
+
+def test_a_checkpoint_is_a_snapshot_written_behind_the_updates(tmp_path, monkeypatch):
+    checkpoints, go = Checkpoints(tmp_path), threading.Event()
+    write = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda *given: (go.wait(10), write(*given))[1])
+    state = {"weights": torch.arange(4.0), "nested": [{0.9: torch.ones(2)}], "step": 1}
+    checkpoints.save_soon(1, state)
+    state["weights"].add_(1)
+    state["nested"][0][0.9].zero_()
+    assert not checkpoints.files()
+    checkpoints.check()
+    go.set()
+    checkpoints.wait()
+    loaded = checkpoints.load()
+    assert torch.equal(loaded["weights"], torch.arange(4.0))
+    assert torch.equal(loaded["nested"][0][0.9], torch.ones(2))
+    checkpoints.close()
+
+
+def test_the_newest_checkpoints_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        checkpoints.load()
+    torch.manual_seed(5)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"step": step})
+    expected = torch.randn(3)
+    assert [file.name for file in checkpoints.files()] == ["update-00000002.pt", "update-00000003.pt"]
+    assert checkpoints.load()["step"] == 3
+    assert torch.equal(torch.randn(3), expected)
+
+
+def cut_short(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def cut_by_a_byte(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def other_content(file):
+    file.write_bytes(b"something else " * 100)
+
+
+@pytest.mark.parametrize("damage", [cut_short, cut_by_a_byte, flip_a_bit, empty, other_content])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step, "weights": torch.randn(50)})
+    damage(checkpoints.files()[-1])
+    content = checkpoints.files()[-1].read_bytes()
+    with pytest.warns(UserWarning, match=r"update-00000002.pt is damaged .*: set aside as update-00000002.damaged"):
+        assert checkpoints.load()["step"] == 1
+    assert (tmp_path / "update-00000002.damaged").read_bytes() == content
+    damage(checkpoints.files()[-1])
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(UserError, match="every one was damaged and is set aside there"),
+    ):
+        checkpoints.load()
+
+
+def test_a_checkpoint_of_another_version_is_left_alone(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    file = checkpoints.save(1, {"step": 1})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no checkpoint of this version"):
+        checkpoints.load()
+    assert file.exists()
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(run, after):
+    straight = run("straight")
+    after(11, lambda: (_ for _ in ()).throw(RuntimeError("power cut")))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("broken")
+    flip_a_bit(Checkpoints(straight.parent / "broken/checkpoints").files()[-1])
+    with pytest.warns(UserWarning, match="update-00000010.pt is damaged"):
+        broken = run("broken", resume=True)
+    assert end_of(straight) == end_of(broken)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(run, after):
+    after(3, lambda: (_ for _ in ()).throw(RuntimeError("power cut")))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run("broken")
+    assert end_of(run("broken", resume=True)) == end_of(run("straight"))
+
+
+def test_a_checkpoint_that_does_not_fit_is_a_sentence(run, after):
+    after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted) as stop:
+        run("run")
+    Checkpoints(stop.value.folder / "checkpoints").save(7, {"trainer": {"step": 7}})
+    with pytest.raises(UserError, match="the checkpoint does not fit the run"):
+        run("run", resume=True)
+
+
+def test_a_run_killed_again_and_again_ends_as_if_left_alone(tmp_path):
+    out = tmp_path / "kills.json"
+    command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "14", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["same"] is True
+    assert result["checkpoints_lost"] == 0
+    assert len(result["kills"]) == 5
+
+
+# -- signals
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(run, after):
+    straight = run("straight")
+    after(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+        run("broken")
+    broken = straight.parent / "broken"
+    assert [row["update"] for row in read_csv(broken / "distances.csv")] == [0, 4]
+    run("broken", resume=True)
+    assert end_of(straight) == end_of(broken)
+
+
+def test_a_signal_in_the_last_update_leaves_the_evaluation_to_the_resumed_run(run, after):
+    after(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+        run("broken")
+    assert end_of(run("broken", resume=True)) == end_of(run("straight"))
+
+
+# -- files
+
+
+@pytest.fixture
+def file_limit():
+    """Files cannot grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run, after, file_limit):
+    after(9, functools.partial(file_limit, 4000))
+    with pytest.raises(UserError, match=r"the checkpoint .*update-00000010.pt cannot be written: File too large"):
+        run("full")
+    file_limit(resource.RLIM_INFINITY)
+    straight = run("straight")
+    full = straight.parent / "full"
+    assert steps(full) == [5]
+    assert not list(full.rglob("*.part"))
+    run("full", resume=True)
+    assert end_of(straight) == end_of(full)
+
+
+def test_a_full_disk_under_the_log_is_a_sentence(run, monkeypatch):
+    write = CsvLog.write
+
+    def full(self, row):
+        if row["update"] == 8:
+            raise OSError(28, "No space left on device", str(self.file))
+        write(self, row)
+
+    monkeypatch.setattr(CsvLog, "write", full)
+    with pytest.raises(
+        UserError,
+        match=r"stopped after update 8: .*log.csv: No space left on device; --resume goes on from update-0+5.pt",
+    ):
+        run("full")
+    monkeypatch.undo()
+    assert end_of(run("full", resume=True)) == end_of(run("straight"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+    with (
+        pytest.raises(UserError, match="the folder /proc/nothing/run cannot be written"),
+        held(Path("/proc/nothing/run")),
+    ):
+        pass
+
+
+def test_a_folder_that_vanishes_is_made_again(run, after, tmp_path):
+    after(7, lambda: shutil.rmtree(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"stopped after update \d+: .*; --resume goes on from update-"):
+        run("gone")
+    gone, straight = run("gone", resume=True), run("straight")
+    assert end_of(gone)[0][0] == end_of(straight)[0][0]
+
+
+def test_a_replaced_file_is_old_or_new(tmp_path):
+    file = tmp_path / "f"
+    with replacing(file) as stream:
+        stream.write(b"old")
+
+    def fail():
+        with replacing(file) as stream:
+            stream.write(b"ne")
+            stream.flush()
+            assert file.read_bytes() == b"old"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [f.name for f in tmp_path.iterdir()] == ["f"]
+    assert file.read_bytes() == b"old"
+
+
+def test_a_log_that_lost_rows_is_a_warning(tmp_path):
+    log = CsvLog(tmp_path / "log.csv", ["a"])
+    log.write({"a": 1})
+    with pytest.warns(UserWarning, match="has lost rows"):
+        log.cut(log.position + 5)
+
+
+def test_data_deleted_in_a_run(run, after, tmp_path):
+    rows = torch.randint(0, 256, (12, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, pixels in enumerate(rows):
+        Image.fromarray(pixels).save(images / f"{i}.png")
+    data = {"name": "folder", "path": str(images), "size": 8, "heldout_every": 4}
+    network = {"kind": "mlp", "shape": [3, 8, 8], "width": 8, "depth": 1}
+    teachers.save(
+        tmp_path / "images.safetensors", build(network).state_dict(), teachers.Description(network, data=data)
+    )
+    straight = run("straight", data=data, teacher="images.safetensors")
+    after(3, lambda: shutil.rmtree(images))
+    broken = run("broken", data=data, teacher="images.safetensors")
+    assert end_of(straight) == end_of(broken)
+    with pytest.raises(UserError, match="path: there is no folder"):
+        run("broken", resume=True, data=data, teacher="images.safetensors")
+
+
+# -- two at once
+
+
+def test_a_second_run_in_a_folder_is_refused(run, tmp_path):
+    folder = run("run")
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    with held(folder):
+        with pytest.raises(UserError, match=rf"the folder .* is in use by process {os.getpid()} on "):
+            run("run", resume=True)
+        assert {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file() and f.name != LOCK} == before
+    assert not (folder / LOCK).exists()
+    run("run", resume=True)
+
+
+def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with held(tmp_path):
+            os.write(send, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(receive, 4) == b"held"
+    try:
+        with pytest.raises(UserError, match=f"process {child} on"), held(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(receive)
+        os.close(send)
+    assert (tmp_path / LOCK).exists()
+    with held(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
+
+
+# -- numbers, memory, clocks
+
+
+def test_gradients_that_stay_without_a_number_stop_the_run(run, monkeypatch):
+    straight, calls = run("straight", checkpoint_every=1), 0
+    grads = functional.generator_grads
+
+    def poisoned(*given, **named):
+        nonlocal calls
+        calls += 1
+        found = grads(*given, **named)
+        return found._replace(x=found.x * math.nan) if calls > 6 else found
+
+    monkeypatch.setattr(functional, "generator_grads", poisoned)
+    with pytest.raises(UserError, match=r"the generator's gradient was not finite in 4 steps in a row.*at update 10"):
+        run("broken", checkpoint_every=1, stop_after_skips=4)
+    broken = straight.parent / "broken"
+    assert steps(broken) == [5, 6]
+    assert [row["generator skipped"] for row in read_csv(broken / "log.csv")[-5:]] == [0, 1, 2, 3, 4]
+    monkeypatch.undo()
+    assert end_of(run("broken", resume=True)) == end_of(straight)
+
+
+def test_a_skip_now_and_then_does_not_stop_a_run(run, monkeypatch):
+    calls, grads = 0, functional.generator_grads
+
+    def poisoned(*given, **named):
+        nonlocal calls
+        calls += 1
+        found = grads(*given, **named)
+        return found._replace(x=found.x * math.nan) if calls % 2 else found
+
+    monkeypatch.setattr(functional, "generator_grads", poisoned)
+    folder = run("run", stop_after_skips=2)
+    assert read_csv(folder / "log.csv")[-1]["generator skipped"] == 6
+
+
+def test_memory_that_does_not_suffice_says_what_would_fit(run, after):
+    after(7, lambda: torch.empty(2**58))
+    with pytest.raises(
+        UserError,
+        match=r"stopped after update 7: the memory of cpu does not suffice for a batch of 8: a sample's activations "
+        r"take .* MB .*, [\d,]+ MB are free now, so that about 7 would fit; --resume goes on from update-00000005.pt",
+    ):
+        run("large")
+    assert end_of(run("large", resume=True)) == end_of(run("straight"))
+
+
+def test_activations_are_counted_once_and_without_the_parameters():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Linear(2, 8)
+
+        def forward(self, t, x, y=None):
+            return self.inside(x).relu()
+
+    # The linear layer keeps its two inputs, the rectifier its eight results.
+    assert memory.bytes_per_sample(Net(), (2,), torch.device("cpu")) == 4 * (2 + 8)
+    assert memory.is_exhausted(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not memory.is_exhausted(RuntimeError("shapes do not match"))
+
+
+def test_a_clock_that_is_set_back_changes_nothing(run, monkeypatch):
+    straight = run("straight")
+    now = 2e9
+
+    def backwards():
+        nonlocal now
+        now -= 3600
+        return now
+
+    monkeypatch.setattr(time, "time", backwards)
+    jumped = run("jumped")
+    assert end_of(straight) == end_of(jumped)
+    rows = read_csv(jumped / "log.csv")
+    assert all(0 < row["seconds"] < 60 and row["images_per_second"] > 0 for row in rows)
+
+
+# -- the best so far
+
+
+def test_the_best_network_is_kept(run, monkeypatch):
+    folder = run("run")
+    distances = {row["update"]: row["distance"] for row in read_csv(folder / "distances.csv")}
+    best = min(distances, key=distances.get)
+    saved = Checkpoints(folder / "checkpoints").load()["best"]
+    assert saved["update"] == best
+    assert saved["distance"] == distances[best]
+    kept = load_file(str(folder / "best.safetensors"))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in saved["network"].items())
+    assert teachers.load(folder / "best.safetensors").description.role == "student"
+
+
+# -- the page
+
+
+def test_every_fault_on_the_page_names_tests_that_exist():
+    rows = [line for line in (ROOT / "docs/faults.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row.split("|")[-2])
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / file).read_text(), (file, name)
