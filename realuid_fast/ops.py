@@ -11,13 +11,14 @@ incoming one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
+from .errors import UserError
 
 # One pass each: what backends implement. The switches say which gradients are wanted; others come back empty.
 KERNELS = (
@@ -109,6 +110,25 @@ def _fake_adam_(*_: Any) -> None:
     return None
 
 
+def _on_one_device(library: str, op: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """``shapes`` for tensors of one device: beside a meta tensor the others would get results that nobody computed."""
+
+    def checked(*inputs: Any) -> Any:
+        arguments = getattr(getattr(torch.ops, library), op).default._schema.arguments
+        tensors = [
+            (argument.name, tensor.device)
+            for argument, value in zip(arguments, inputs, strict=False)  # defaults are left off
+            for tensor in (value if isinstance(value, (list, tuple)) else (value,))
+            if isinstance(tensor, Tensor)
+        ]
+        for name, device in tensors:
+            if device != tensors[0][1]:
+                raise UserError(f"{name} must be on the device of {tensors[0][0]}, {tensors[0][1]}, not on {device}")
+        return shapes(*inputs)
+
+    return checked
+
+
 def _refuse_second_derivative(grad: Tensor, call: str) -> None:
     # A traced backward runs in grad mode too, so only plain tensors tell that create_graph was asked for.
     if type(grad) is Tensor and torch.is_grad_enabled():
@@ -179,7 +199,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
 
     library.impl(op, without_gradients, "CompositeExplicitAutograd")
     library.impl(op, with_gradients, "Autograd")
-    torch.library.register_fake(f"{name}::{op}", shapes, lib=library)
+    torch.library.register_fake(f"{name}::{op}", _on_one_device(name, op, shapes), lib=library)
     # Losses run in float32 under autocast, as torch's own do.
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(f"{name}::{op}", device, torch.float32, lib=library)
@@ -215,7 +235,7 @@ def _define(name: str) -> torch.library.Library:
         op = schema[: schema.index("(")]
         library.define(schema)
         library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{name}::{op}", globals()[f"_fake_{op}"], lib=library)
+        torch.library.register_fake(f"{name}::{op}", _on_one_device(name, op, globals()[f"_fake_{op}"]), lib=library)
     for loss in LOSSES:
         _define_loss(library, name, loss)
     torch.library.register_autograd(
