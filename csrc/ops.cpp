@@ -59,6 +59,18 @@ rf::Dtype storage(const Tensor& t, const char* name) {
   }
 }
 
+// Where `t` lies. A tensor whose storage was taken from it (as sharded training does) has a shape and no memory.
+const void* memory_of(const Tensor& t, const char* name) {
+  const void* memory = t.const_data_ptr();
+  REQUIRE(memory != nullptr || t.numel() == 0, name, " has no memory: its storage was freed");
+  return memory;
+}
+
+void* writable(const Tensor& t, const char* name) {
+  memory_of(t, name);
+  return t.mutable_data_ptr();
+}
+
 // The memory of `t` holds its elements once and without gaps, in whatever order.
 bool gapless(const Tensor& t) {
   if (t.is_contiguous() || t.numel() == 0) return true;
@@ -95,6 +107,7 @@ struct Frame {
     REQUIRE(dense(t), label, " must be dense in memory with samples outermost: contiguous or channels_last");
     shape.rows = t.size(0);
     shape.dim = shape.rows == 0 ? 0 : t.numel() / shape.rows;
+    memory_of(t, label);
   }
 
   int64_t elements() const { return shape.rows * shape.dim; }
@@ -115,11 +128,12 @@ struct Frame {
       REQUIRE(a[d] == wanted, label, " must have size ", wanted, " in dimension ", d, " like ", name, ", got ", a[d]);
     }
     if (t.numel() == 0) return t.const_data_ptr();
+    const void* memory = memory_of(t, label);
     const auto sa = t.strides(), sb = main.strides();
     // The stride of a dimension of size 1 says nothing.
     for (int64_t d = 0; d < dims; ++d)
       REQUIRE(a[d] == 1 || b[d] == 1 || sa[d] == sb[d], label, " must have the memory layout of ", name);
-    return t.const_data_ptr();
+    return memory;
   }
 
   const void* same(const Optional& t, const char* label) const { return t.has_value() ? same(*t, label) : nullptr; }
@@ -129,17 +143,18 @@ struct Frame {
                         coef.is_contiguous(),
                     "coef must be a contiguous CPU tensor of shape (", shape.rows, ", ", rf::COEFFICIENTS, ")");
     REQUIRE(coef.scalar_type() == real(), "coef must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
-    return coef.const_data_ptr();
+    return memory_of(coef, "coef");
   }
 
   rf::NoiseSource noise(const Tensor& noise, int64_t noise_rows, const char* label = "noise") const {
     rf::NoiseSource source;
     REQUIRE(noise_rows > 0 || shape.rows == 0, "noise_rows must be positive, got ", noise_rows);
-    source.rows = std::max<int64_t>(noise_rows, 1);
+    // More rows of noise than samples are never used; the kernels add this number to a row's.
+    source.rows = std::max<int64_t>(std::min(noise_rows, shape.rows), 1);
     if (noise.scalar_type() == ScalarType::Long) {
       REQUIRE(noise.is_cpu() && noise.dim() == 1 && noise.size(0) == 2, label,
                       " as a key must be an int64 CPU tensor of shape (2,)");
-      const auto* words = static_cast<const int64_t*>(noise.const_data_ptr());
+      const auto* words = static_cast<const int64_t*>(memory_of(noise, label));
       const int64_t step = noise.stride(0);
       source.key = {uint64_t(words[0]), uint64_t(words[step])};
       return source;
@@ -195,6 +210,12 @@ struct Frame {
     run(shape.rows, body);
   }
 
+  // A sum for every unit. Rows without elements take no memory, so their number means nothing until coef has been checked.
+  std::vector<double> sums(const Tensor& coef) const {
+    coefficients(coef);
+    return std::vector<double>(shape.units(), 0.0);
+  }
+
   // Adds the units' sums in their fixed order: (sum over rows / count, rows).
   std::pair<Tensor, Tensor> reduce(const std::vector<double>& partial, int64_t count) const {
     Tensor loss = scalar(), rows = vector(shape.rows);
@@ -213,7 +234,7 @@ struct Frame {
       out[row] = Real(sum);
       total += sum;
     }
-    *static_cast<Real*>(loss.mutable_data_ptr()) = count > 0 ? Real(total / double(count)) : Real(0);
+    *static_cast<Real*>(loss.mutable_data_ptr()) = Real(total / double(std::max<int64_t>(count, 1)));
     return {std::move(loss), std::move(rows)};
   }
 
@@ -283,7 +304,7 @@ Grads2 interpolate_grads(const Tensor& grad, const Tensor& coef, bool want_x, bo
 
 Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional& x_t, const Tensor& coef) {
   const Frame frame(x, "x");
-  std::vector<double> partial(frame.shape.units(), 0.0);
+  std::vector<double> partial = frame.sums(coef);
   const rf::ErrorArgs args{frame.shape, frame.same(teacher_out, "teacher_out"), x.const_data_ptr(),
                            frame.same(x_t, "x_t"), frame.coefficients(coef), partial.data()};
   frame.check_x_t(x_t, args.coef);
@@ -295,12 +316,12 @@ Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional
 Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake, const Tensor& x, const Optional& x_t,
                   const Tensor& coef, const Tensor& noise, const Optional& teacher, const Optional& endpoint,
                   int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
+  REQUIRE(n_real >= 0 && n_real <= frame.shape.rows, "n_real must be between 0 and the ", frame.shape.rows, " rows, got ", n_real);
   const int64_t count = frame.shape.rows - n_real;
-  REQUIRE(n_real >= 0 && count >= 0, "n_real must be between 0 and the ", frame.shape.rows, " rows, got ", n_real);
   const bool reads_teacher = (generated.d != 0 && count > 0) || (real.d != 0 && n_real > 0);
   REQUIRE(teacher.has_value() || !reads_teacher, "teacher_out is needed: this objective's d is different from 0");
   Tensor g = frame.like_if(want);
-  std::vector<double> partial(frame.shape.units(), 0.0);
+  std::vector<double> partial = frame.sums(coef);
   const rf::FakeArgs args{frame.shape,
                           frame.same(fake, fake_name),
                           frame.same(teacher, "teacher_out"),
@@ -345,7 +366,7 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
   REQUIRE(x_t.has_value() || !want_x_t, "x_t is needed where its gradient is asked for");
   Tensor g_teacher = frame.like_if(want_teacher), g_fake = frame.like_if(want_fake), g_x = frame.like_if(want_x),
          g_x_t = frame.like_if(want_x_t);
-  std::vector<double> partial(frame.shape.units(), 0.0);
+  std::vector<double> partial = frame.sums(coef);
   const rf::GeneratorArgs args{frame.shape,
                                frame.same(teacher_out, "teacher_out"),
                                frame.same(fake_out, "fake_out"),
@@ -379,13 +400,20 @@ void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
   const bool wide = scale.scalar_type() == ScalarType::Double;
   const int64_t factors = scale.numel();
   REQUIRE(factors == 1 || scale.is_contiguous(), "scale must be contiguous");
+  const char* const factor = static_cast<const char*>(memory_of(scale, "scale"));
+  std::vector<Frame> frames;
   for (const Tensor& grad : grads) {
     if (grad.numel() == 0) continue;
-    const Frame frame(grad, "grads");
+    const Frame& frame = frames.emplace_back(grad, "grads");
     REQUIRE(factors == 1 || factors == frame.shape.rows, "scale must have 1 or ", frame.shape.rows,
                     " elements, got ", factors);
-    void* memory = grad.mutable_data_ptr();
-    const rf::ScaleArgs args{frame.shape, memory, memory, scale.const_data_ptr(), wide, factors == 1 ? 0 : 1, true, false};
+    const char* const memory = static_cast<const char*>(grad.const_data_ptr());
+    REQUIRE(memory + frame.elements() * frame.item_size() <= factor || factor + factors * (wide ? 8 : 4) <= memory,
+            "scale must not share memory with grads");
+  }
+  for (const Frame& frame : frames) {
+    void* memory = frame.main.mutable_data_ptr();
+    const rf::ScaleArgs args{frame.shape, memory, memory, factor, wide, factors == 1 ? 0 : 1, true, false};
     const auto& k = rf::kernels(frame.dtype);
     frame.run([&](int64_t begin, int64_t end) { k.scale(args, begin, end); });
   }
@@ -440,15 +468,19 @@ bool wide_reals(const std::vector<Tensor>& tensors, const char* name) {
 double number(const Tensor& t, int64_t i, const char* name) {
   REQUIRE(t.is_cpu() && t.is_contiguous() && i < t.numel(), name, " must be a contiguous CPU tensor with ", i + 1,
           " or more elements");
-  if (t.scalar_type() == ScalarType::Double) return static_cast<const double*>(t.const_data_ptr())[i];
+  const void* const memory = memory_of(t, name);
+  if (t.scalar_type() == ScalarType::Double) return static_cast<const double*>(memory)[i];
   REQUIRE(t.scalar_type() == ScalarType::Float, name, " must be float32 or float64");
-  return static_cast<const float*>(t.const_data_ptr())[i];
+  return static_cast<const float*>(memory)[i];
 }
 
 int64_t* counters(const Tensor& counts) {
   REQUIRE(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.numel() == 2 && counts.is_contiguous(),
           "counts must be a contiguous int64 CPU tensor of shape (2,)");
-  return static_cast<int64_t*>(counts.mutable_data_ptr());
+  int64_t* const counted = static_cast<int64_t*>(writable(counts, "counts"));
+  REQUIRE(std::min(counted[0], counted[1]) >= 0 && std::max(counted[0], counted[1]) < int64_t(1) << 62,
+          "counts must hold two counts, got ", counted[0], " and ", counted[1]);
+  return counted;
 }
 
 Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& steps, const Tensor& counts) {
@@ -456,7 +488,14 @@ Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& 
   const Pieces pieces(grads);
   std::vector<double> partial(pieces.count(), 0.0);
   std::vector<const void*> memory;
-  for (const Tensor& grad : grads) memory.push_back(grad.const_data_ptr());
+  for (const Tensor& grad : grads) memory.push_back(memory_of(grad, "grads"));
+  int64_t* const counted = counters(counts);
+  std::vector<float*> taken;
+  for (const Tensor& step : steps) {
+    REQUIRE(step.is_cpu() && step.scalar_type() == ScalarType::Float && step.numel() == 1,
+            "steps must be float32 CPU tensors of one element");
+    taken.push_back(static_cast<float*>(writable(step, "steps")));
+  }
   const auto& k = rf::optimiser_kernels(wide);
   pieces.run([&](int64_t piece, size_t tensor, int64_t begin, int64_t end) {
     partial[piece] = k.sum_squares(memory[tensor], begin, end);
@@ -470,20 +509,43 @@ Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& 
     *static_cast<float*>(norm.mutable_data_ptr()) = float(std::sqrt(total));
 
   const bool finite = std::isfinite(number(norm, 0, "norm"));
-  int64_t* const counted = counters(counts);
   counted[0] += 1;
   counted[1] += !finite;
-  for (const Tensor& step : steps) {
-    REQUIRE(step.is_cpu() && step.scalar_type() == ScalarType::Float && step.numel() == 1,
-            "steps must be float32 CPU tensors of one element");
-    if (finite) *static_cast<float*>(step.mutable_data_ptr()) += 1;
-  }
+  for (float* step : taken) *step += finite;
   return norm;
 }
 
+// Memory that a call writes must not be anything else it writes or reads: the threads run in no order.
+class Apart {
+ public:
+  void add(const void* memory, int64_t bytes, const char* name, bool written) {
+    if (bytes > 0) spans_.push_back({static_cast<const char*>(memory), static_cast<const char*>(memory) + bytes, name, written});
+  }
+
+  void check() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    const Span* read = nullptr;     // the one that reaches furthest
+    const Span* written = nullptr;
+    for (const Span& span : spans_) {
+      for (const Span* before : {written, span.written ? read : nullptr})
+        REQUIRE(before == nullptr || before->end <= span.begin, span.name, " must not share memory with ",
+                before->name == span.name ? "each other" : before->name);
+      const Span*& last = span.written ? written : read;
+      if (last == nullptr || last->end < span.end) last = &span;
+    }
+  }
+
+ private:
+  struct Span {
+    const char *begin, *end, *name;
+    bool written;
+  };
+  std::vector<Span> spans_;
+};
+
 // The memory of list[i], which must be laid out like params[i].
-std::vector<char*> like_params(const std::vector<Tensor>& list, const std::vector<Tensor>& params, const char* name,
-                               int64_t rows = 0) {
+std::vector<char*> like_params(Apart& apart, const std::vector<Tensor>& list, const std::vector<Tensor>& params,
+                               const char* name, bool written = true, int64_t rows = 0) {
   REQUIRE(list.size() == params.size(), name, " must have ", params.size(), " tensors like params, got ", list.size());
   std::vector<char*> memory;
   for (size_t i = 0; i < list.size(); ++i) {
@@ -496,7 +558,11 @@ std::vector<char*> like_params(const std::vector<Tensor>& list, const std::vecto
     for (int64_t d = 0; d < dims; ++d)
       REQUIRE(a[d + extra] == b[d] && (b[d] < 2 || sa[d + extra] == sb[d]), name, "[", i,
               "] must have the shape and the memory layout of its parameter");
-    memory.push_back(static_cast<char*>(t.mutable_data_ptr()));
+    char* const start = static_cast<char*>(written ? writable(t, name) : const_cast<void*>(memory_of(t, name)));
+    const int64_t item = t.scalar_type() == ScalarType::Double ? 8 : 4;
+    for (int64_t row = 0; row < (extra ? rows : 1); ++row)
+      apart.add(start + (extra ? row * t.stride(0) * item : 0), p.numel() * item, name, written);
+    memory.push_back(start);
   }
   return memory;
 }
@@ -508,10 +574,13 @@ void adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
   const bool wide = wide_reals(params, "params");
   const int64_t rows = ema_decays.numel();
   REQUIRE(!exp_avgs.empty() || beta1 == 0, "exp_avgs are needed unless beta1 is 0");
-  const auto p = like_params(params, params, "params"), g = like_params(grads, params, "grads"),
-             v = like_params(exp_avg_sqs, params, "exp_avg_sqs");
-  const auto m = exp_avgs.empty() ? std::vector<char*>(p.size(), nullptr) : like_params(exp_avgs, params, "exp_avgs");
-  const auto e = rows == 0 ? std::vector<char*>(p.size(), nullptr) : like_params(emas, params, "emas", rows);
+  Apart apart;
+  const std::vector<char*> none(params.size(), nullptr);
+  const auto p = like_params(apart, params, params, "params"), g = like_params(apart, grads, params, "grads", false),
+             v = like_params(apart, exp_avg_sqs, params, "exp_avg_sqs");
+  const auto m = exp_avgs.empty() ? none : like_params(apart, exp_avgs, params, "exp_avgs");
+  const auto e = rows == 0 ? none : like_params(apart, emas, params, "emas", true, rows);
+  apart.check();
   std::vector<rf::AdamTensor> tensors;
   for (size_t i = 0; i < p.size(); ++i)
     tensors.push_back({p[i], g[i], m[i], v[i], e[i], rows == 0 ? 0 : emas[i].stride(0)});

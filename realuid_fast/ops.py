@@ -11,13 +11,14 @@ incoming one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
+from .errors import UserError
 
 # One pass each: what backends implement. The switches say which gradients are wanted; others come back empty.
 KERNELS = (
@@ -109,6 +110,31 @@ def _fake_adam_(*_: Any) -> None:
     return None
 
 
+def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for plain tensors of one device.
+
+    Dispatch is by the rarest kind among the arguments: a meta or a quantised tensor sends a call here whose other
+    tensors are ordinary, and would give those a result that nobody computed.
+    """
+
+    def checked(*inputs: Any) -> Any:
+        arguments = getattr(getattr(torch.ops, library), op).default._schema.arguments
+        first = None
+        # Trailing arguments at their defaults are left off.
+        for argument, value in zip(arguments, inputs, strict=False):
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if not isinstance(tensor, Tensor):
+                    continue
+                if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+                    raise UserError(f"{argument.name} must be a plain dense tensor, neither sparse, quantised nor nested")
+                first = first or (argument.name, tensor.device)
+                if tensor.device != first[1]:
+                    raise UserError(f"{argument.name} must be on {first[1]} like {first[0]}, not on {tensor.device}")
+        return function(*inputs)
+
+    return checked
+
+
 def _refuse_second_derivative(grad: Tensor, call: str) -> None:
     # A traced backward runs in grad mode too, so only plain tensors tell that create_graph was asked for.
     if type(grad) is Tensor and torch.is_grad_enabled():
@@ -179,7 +205,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
 
     library.impl(op, without_gradients, "CompositeExplicitAutograd")
     library.impl(op, with_gradients, "Autograd")
-    torch.library.register_fake(f"{name}::{op}", shapes, lib=library)
+    torch.library.register_fake(f"{name}::{op}", _checked(name, op, shapes), lib=library)
     # Losses run in float32 under autocast, as torch's own do.
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(f"{name}::{op}", device, torch.float32, lib=library)
@@ -214,8 +240,8 @@ def _define(name: str) -> torch.library.Library:
     for schema in KERNELS:
         op = schema[: schema.index("(")]
         library.define(schema)
-        library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{name}::{op}", globals()[f"_fake_{op}"], lib=library)
+        library.impl(op, _checked(name, op, getattr(reference, op)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{name}::{op}", _checked(name, op, globals()[f"_fake_{op}"]), lib=library)
     for loss in LOSSES:
         _define_loss(library, name, loss)
     torch.library.register_autograd(

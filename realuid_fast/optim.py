@@ -251,6 +251,8 @@ class FusedAdam(torch.optim.Optimizer):
                 group["maximize"],
                 self.ema_warmup,
             )
+            # Autograd then refuses to go back through what this step has overwritten, as after torch's own optimisers.
+            torch.autograd.graph.increment_version(part.params)
         idle: list[Tensor] = [p for p in self._parameters() if p.grad is None]
         if idle and self.ema_decays:
             averages = [self.state[p]["ema"] for p in idle]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -105,9 +104,22 @@ def load(file: str | Path, role: str | None = None) -> Model:
     description = _description(file, metadata[KEY])
     if role is not None and description.role != role:
         raise UserError(f"{file} holds a {description.role}, a {role} is wanted")
-    net = build(description.network)
-    load_exactly(net, tensors, str(file))
-    return Model(net.eval(), description)
+    return Model(_filled(description.network, tensors, str(file)), description)
+
+
+def _filled(network: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """The network of a description with the parameters ``state``, in evaluation mode."""
+    try:
+        # First without memory: a damaged description may ask for more than there is.
+        with torch.device("meta"):
+            _check_fit(build(network), state, where)
+        net = build(network)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where} describes a network that cannot be built: {str(error).splitlines()[0]}") from None
+    load_exactly(net, state, where)
+    return net.eval()
 
 
 def _description(file: Path, text: str) -> Description:
@@ -153,10 +165,9 @@ def load_teacher(
         return load(file, role="teacher")
     if not network:
         raise UserError(f"{file} does not say which network it holds: give its configuration as 'network'")
-    net = build(network)
-    load_exactly(net, published_state(file, decay), str(file))
+    net = _filled(network, published_state(file, decay), str(file))
     description = Description(network=dict(network), data=dict(data or {}), command=f"read from {file.name}")
-    return Model(net.eval(), description)
+    return Model(net, description)
 
 
 def published_state(file: str | Path, decay: float | None = None) -> dict[str, Tensor]:
@@ -164,7 +175,8 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
     file = Path(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+    except Exception:
+        # What a damaged pickle makes torch's reader trip over is of every kind: KeyError, IndexError, TypeError, ...
         raise UserError(f"{file} is no checkpoint that holds tensors and plain values alone") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a dictionary of parameters")
@@ -192,6 +204,11 @@ def _chosen_average(file: Path, averages: Mapping[Any, Any], decay: float | None
 
 def load_exactly(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Copy ``state`` into ``net``; a :class:`UserError` lists what is missing, unexpected or of another shape."""
+    _check_fit(net, state, where)
+    net.load_state_dict(dict(state))
+
+
+def _check_fit(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     own = net.state_dict()
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     reshaped = sorted(
@@ -202,7 +219,6 @@ def load_exactly(net: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if faults := [f"{what} {_few(names)}" for what, names in lists.items() if names]:
         raise UserError(f"{where} does not fit the network: {'; '.join(faults)}")
-    net.load_state_dict(dict(state))
 
 
 def _few(names: list[str], most: int = 8) -> str:

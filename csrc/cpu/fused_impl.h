@@ -207,30 +207,32 @@ void error(const ErrorArgs& args, int64_t begin, int64_t end) {
 
 // --- fake: l = w (A f^2 - 2 f (B tgt + D f*) + C tgt^2), g = dl/dF = 2 w k_out (A f - B tgt - D f*) --------------------
 
-// A row's constants. For A != 0 the loss is summed as e^2 / A + tgt (c2 tgt + c3 f*) + c4 f*^2 with e = A f - B tgt - D f*:
-// the square is complete, so nothing cancels where f is near its optimum, and c2, c3, c4 vanish for the usual objectives.
+// A row's constants. The loss is summed as e^2 / A + tgt (c2 tgt + c3 f*) + c4 f*^2 with e = A f - B tgt - D f*: the square
+// is complete, so nothing cancels where f is near its optimum, and c2, c3, c4 vanish for the usual objectives. Where A is
+// small beside B or D, those terms would cancel the square instead; there it is f (e - B tgt - D f*) + c2 tgt^2.
 template <class Real>
 struct FakeRow {
   Real k_out, k_x, p, q, s;
   Real a, b, d;
-  Real inverse_a, cross, c2, c3, c4;
+  double inverse_a;
+  Real open, c2, c3, c4;
   Real gradient;
 
   FakeRow(const Real* coef, const FakeHalf& half, double scale)
       : k_out(coef[K_OUT]), k_x(coef[K_X]), p(coef[P]), q(coef[Q]), s(coef[S]), a(Real(half.a)), b(Real(half.b)),
         d(Real(half.d)), gradient(Real(2.0 * scale * double(coef[W]) * double(coef[K_OUT]))) {
-    if (half.a != 0) {
-      const double residual = half.c - half.b * half.b / half.a;
-      // Rounding of the scalars themselves must not leave a term behind.
-      const bool complete = residual * residual < 1e-28 * (half.c * half.c);
-      inverse_a = Real(1 / half.a);
-      cross = 0;
+    const double most = 16 * __builtin_fabs(half.a), residual = half.c - half.b * half.b / half.a;
+    // Rounding of the scalars themselves must not leave a term behind.
+    const bool complete = residual * residual < 1e-28 * (half.c * half.c);
+    if (half.a != 0 && (complete || __builtin_fabs(half.b) <= most) && __builtin_fabs(half.d) <= most) {
+      inverse_a = 1 / half.a;
+      open = 0;
       c2 = complete ? Real(0) : Real(residual);
       c3 = Real(-2 * half.b * half.d / half.a);
       c4 = Real(-half.d * half.d / half.a);
     } else {
       inverse_a = 0;
-      cross = -2;
+      open = 1;
       c2 = Real(half.c);
       c3 = c4 = 0;
     }
@@ -262,15 +264,16 @@ REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span,
       V other = k.k_out * access.in(in.teacher, i);
       if constexpr (EXTRA) other += shift;
       pull += k.d * other;
-      rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other + (k.cross * f) * pull;
+      rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other;
     } else {
-      rest += target * (k.c2 * target) + (k.cross * f) * pull;
+      rest += target * (k.c2 * target);
     }
     const V e = k.a * f - pull;
+    rest += (k.open * f) * (e - pull);
     sum += e * e;
     if (in.g_fake != nullptr) access.out(in.g_fake, i, k.gradient * e);
   });
-  return double(k.inverse_a) * sum_lanes(sum) + sum_lanes(rest);
+  return k.inverse_a * sum_lanes(sum) + sum_lanes(rest);
 }
 
 template <class T>

@@ -23,6 +23,8 @@ from .precision import PRECISIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 T = TypeVar("T")
+# ValueError: dates and numbers that look right and are not, bytes that are no text. RecursionError: brackets in thousands.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -284,19 +286,27 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     file = CONFIGS / f"{source}.yaml" if (CONFIGS / f"{source}.yaml").is_file() else Path(source)
     if not file.is_file():
         shipped = ", ".join(sorted(f.stem for f in CONFIGS.glob("*.yaml")))
         raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped})")
     try:
         content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except _NOT_YAML as error:
         raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if file.resolve() in above:
+        raise UserError(f"base: {file} starts from itself")
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a mapping of sections")
     base = content.pop("base", None)
-    return content if base is None else merge(_read(base), content)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise UserError(f"base must be the name of a configuration, got {base!r}")
+    return merge(_read(base, (*above, file.resolve())), content)
 
 
 def nested(overrides: Iterable[str]) -> dict[str, Any]:
@@ -309,7 +319,7 @@ def nested(overrides: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"an override must read key.sub=value, got {override!r}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except _NOT_YAML:
             raise UserError(f"the value of {key} is not valid YAML: {text!r}") from None
         section = sections
         for part in parts[:-1]:
@@ -364,7 +374,10 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
         except ValueError:
             pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{name} is larger than any number this can hold") from None
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,0 +1,199 @@
+"""Damaged files: every reader gives what is in them, or a UserError; nothing else, and nothing that runs code.
+
+``REALUID_FAST_FUZZ=10000`` sets the number of damaged files of each reader. Where atheris is installed,
+``python tests/test_fuzz.py READER`` lets libFuzzer look for them, guided by what the readers cover (``make fuzz`` does both).
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from realuid_fast import networks, teachers
+from realuid_fast.errors import UserError
+from realuid_fast.train import config
+from realuid_fast.train.checkpoint import Checkpoints
+
+EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "300"))
+NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}
+
+
+def saved(value):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def small_network():
+    torch.manual_seed(0)
+    return networks.build(NETWORK)
+
+
+def with_folder(write):
+    with tempfile.TemporaryDirectory() as folder:
+        return write(Path(folder))
+
+
+def checkpoint():
+    state = {"step": 3, "net": small_network().state_dict(), "losses": [0.5, 0.25]}
+    return [with_folder(lambda folder: Checkpoints(folder).save(3, state).read_bytes())]
+
+
+def network_file():
+    def write(folder):
+        teachers.save(folder / "net", small_network().state_dict(), teachers.Description(network=NETWORK))
+        return (folder / "net").read_bytes()
+
+    return [with_folder(write)]
+
+
+def published():
+    state = small_network().state_dict()
+    return [saved(state), saved({"ema_models": {0.99: state, 0.9: state}}), saved({"net_model": state})]
+
+
+# name: valid contents, the file's name, and what reads it. A new reader is a line here.
+READERS = {
+    "configuration": (
+        lambda: [file.read_bytes() for file in sorted(config.CONFIGS.glob("*.yaml"))],
+        "run.yaml",
+        config.load,
+    ),
+    "checkpoint": (checkpoint, "update-00000003.pt", lambda file: Checkpoints(file.parent).load()),
+    "network": (network_file, "net.safetensors", teachers.load),
+    "published": (published, "net.pt", lambda file: teachers.load_teacher(file, NETWORK)),
+}
+
+# What damaged text and numbers tend to turn into.
+WORDS = (b"", b"\0", b"-1", b"1e309", b".nan", b"null", b"true", b"[", b"{", b"}", b": ", b"&a *a", b"!!python/object:os.system ", b"\xff\xfe")
+WORDS += (b"base: run.yaml\n", b"? {}: 1\n", b"2001-01-01", b"0x7fffffffffffffff", b"[[", b"\xed\xa0\x80", b"<<: ", b'"')
+
+
+def damaged(contents, rng):
+    """One of ``contents`` with a few bytes flipped, cut, repeated, replaced by a word, or spliced from another."""
+    data = bytearray(rng.choice(contents))
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        i = rng.randrange(len(data) + 1)
+        j = min(len(data), i + rng.choice((1, 2, 8, 64)))
+        kind = rng.randrange(6)
+        if kind == 0 and i < len(data):
+            data[i] ^= 1 << rng.randrange(8)
+        elif kind == 1 and i < len(data):
+            data[i] = rng.randrange(256)
+        elif kind == 2:
+            del data[i : None if rng.random() < 0.3 else j]
+        elif kind == 3:
+            data[i:i] = data[i:j]
+        elif kind == 4:
+            data[i : rng.choice((i, j))] = rng.choice(WORDS)
+        else:
+            other = rng.choice(contents)
+            k = rng.randrange(len(other) + 1)
+            data[i:j] = other[k : k + rng.choice((1, 8, 64, 1024))]
+    return bytes(data)
+
+
+def attempt(name, content, folder):
+    """Read ``content``; whether it was valid. Any error but UserError is a finding."""
+    _, filename, read = READERS[name]
+    (folder / filename).write_bytes(content)
+    rng_state = torch.get_rng_state()
+    try:
+        read(folder / filename)
+    except UserError as error:
+        assert str(error).strip(), "the refusal says nothing"
+        return False
+    finally:
+        torch.set_rng_state(rng_state)
+    return True
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_what_is_valid_is_read(name, tmp_path):
+    for content in READERS[name][0]():
+        assert attempt(name, content, tmp_path)
+
+
+@pytest.mark.parametrize("name", list(READERS))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_refused_in_a_sentence(name, tmp_path):
+    contents, rng, refused = READERS[name][0](), random.Random(name), 0
+    for i in range(EXAMPLES):
+        content = damaged(contents, rng)
+        try:
+            refused += not attempt(name, content, tmp_path)
+        except Exception as error:
+            kept = Path(tempfile.gettempdir()) / f"realuid-fast-{name}-{i}"
+            kept.write_bytes(content)
+            raise AssertionError(f"{type(error).__name__}: {error} (the file is kept as {kept})") from error
+    # Most damage matters; a mutation that never did would test nothing.
+    assert refused > EXAMPLES / 10
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_every_truncation_of_a_file_is_refused_or_read(name, tmp_path):
+    content = READERS[name][0]()[0]
+    for length in {0, 1, 2, 7, 8, 9, 16, 64, *(len(content) * k // 16 for k in range(16)), len(content) - 1}:
+        attempt(name, content[:length], tmp_path)
+
+
+def test_a_network_too_large_for_any_machine_is_not_built(tmp_path):
+    """The description is checked against the tensors in the file before memory is taken for it."""
+    content = network_file()[0]
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    description = json.loads(header["__metadata__"][teachers.KEY])
+    description["network"]["width"] = 2**20
+    header["__metadata__"][teachers.KEY] = json.dumps(description)
+    text = json.dumps(header).encode()
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(UserError, match="does not fit the network"):
+        teachers.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("run: {seed: 2001-99-99}", "is not valid YAML"),
+        ("run: {seed: 0x_}", "is not valid YAML"),
+        ("run: " + "[" * 100_000, "is not valid YAML"),
+        (f"run: {{seed: {'9' * 5000}}}", "is not valid YAML"),
+        (f"teacher: {{optimiser: {{lr: {'9' * 400}}}}}", "teacher.optimiser.lr is larger than"),
+        ("base: [digits]", "base must be the name"),
+        ("base: {file}", "starts from itself"),
+        ("run: !!python/object/apply:os.system [true]", "is not valid YAML"),
+        ("a: &a [*a]", "there is no key 'a'"),
+    ],
+)
+def test_configurations_that_yaml_alone_does_not_refuse(text, sentence, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text.replace("{file}", str(file)))
+    with pytest.raises(UserError, match=sentence):
+        config.load(file)
+
+
+def fuzz(name, arguments):
+    """libFuzzer on one reader, from its valid contents; ends the process at the first finding."""
+    import atheris
+
+    with tempfile.TemporaryDirectory() as corpus, tempfile.TemporaryDirectory() as folder:
+        for i, content in enumerate(READERS[name][0]()):
+            (Path(corpus) / str(i)).write_bytes(content)
+        for function in (config.load, config.from_mapping, config._fill, config._value, teachers.load, teachers._description,
+                         teachers.published_state, teachers.load_exactly, networks.build, Checkpoints.load):  # fmt: skip
+            atheris.instrument_func(function)
+        atheris.Setup([sys.argv[0], *arguments, corpus], lambda content: attempt(name, content, Path(folder)) and None)
+        with contextlib.suppress(SystemExit):
+            atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    fuzz(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,731 @@
+"""Random calls of every operator and every fused call: each gives what float64 gives, or refuses by name.
+
+The arguments are drawn from the operators' schemas: shapes, layouts, offsets, types, aliases, extreme numbers, then one
+argument may be replaced by something that does not belong there. ``REALUID_FAST_FUZZ=10000`` sets the number of
+examples of each operator (``make fuzz``). Negative strides are not among them: torch has none, ``flip`` makes a copy.
+"""
+
+import contextlib
+import math
+import os
+import re
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+import realuid_fast as rf
+from realuid_fast import extension
+from realuid_fast import ops as operators
+from realuid_fast.errors import UserError
+
+needs_extension = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
+ops, reference = torch.ops.realuid_fast, torch.ops.realuid_fast_reference
+
+EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "25"))
+fuzzed = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=EXAMPLES < 100,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Below, at and beyond a vector, a group of noise, what is drawn in registers, a block and a thread's share.
+LONG = (1, 2, 3, 4, 7, 16, 63, 255, 257, 300, 4095, 4097, 9001)
+EXTREMES = (-(2**63), -1, 0, 2**31, 2**62, 2**63 - 1)
+OPTIMISER = ("begin_step_", "adam_")
+FUSED = [
+    op
+    for op in (*(schema[: schema.index("(")] for schema in operators.KERNELS), *(f"{x.kernel}_loss" for x in operators.LOSSES))
+    if op not in (*OPTIMISER, "scale_grads_")
+]
+
+
+def schema(op):
+    return getattr(ops, op).default._schema.arguments
+
+
+def outputs(result):
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+# --- what float64 says, and how far rounding may lead from it ---------------------------------------------------------
+
+
+def widened(value):
+    if isinstance(value, (list, tuple)):
+        return [widened(v) for v in value]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value.clone() if isinstance(value, torch.Tensor) else value
+    # Every argument its own memory, whatever it shared; the layout stays.
+    return torch.empty_like(value, dtype=torch.float64).copy_(value.detach())
+
+
+def shaken(value, eps, generator):
+    if isinstance(value, (list, tuple)):
+        return [shaken(v, eps, generator) for v in value]
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value + value * eps * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+    if isinstance(value, float):
+        return value * (1 + eps * torch.randn((), generator=generator).item())
+    return value
+
+
+def assert_agrees(found, evaluate, arguments):
+    """``found`` is ``evaluate(arguments in float64)`` but for rounding.
+
+    The yardstick is what the result changes by when every input changes in its last place, 256 times that: random
+    changes cancel by luck, and sums of thousands of elements round more than once. Results are then rounded once to
+    their own type.
+    """
+    expected = evaluate(widened_all(arguments))
+    assert len(found) == len(expected)
+    eps = 2**-52 if any(t.dtype == torch.float64 for t in found) else 2**-23
+    generator = torch.Generator().manual_seed(0)
+    doubt = [0.0] * len(found)
+    # Normals of a key differ by up to 1e-6 from the exact ones in single precision, whatever their size.
+    absolute = 1e-6 if eps > 1e-10 else 1e-14
+    for _ in range(4):
+        wide = widened_all(arguments)
+        near = {name: shaken(value, eps, generator) for name, value in wide.items()}
+        if is_key(arguments.get("noise")):
+            near["noise"] = wide["noise"] + absolute * torch.randn(
+                wide["noise"].shape, generator=generator, dtype=torch.float64
+            )
+        for i, (a, b) in enumerate(zip(evaluate(near), expected, strict=True)):
+            doubt[i] = math.hypot(doubt[i], norm(a - b))
+    if "key" in arguments:
+        doubt = [absolute * math.sqrt(t.numel()) for t in found]
+    for i, (got, wanted) in enumerate(zip(found, expected, strict=True)):
+        got = got.to_dense() if got.layout != torch.strided else got
+        assert got.shape == wanted.shape
+        assert torch.equal(got.isnan(), wanted.isnan()), f"result {i} is NaN elsewhere"
+        kind = torch.finfo(got.dtype)
+        if not bool((wanted.nan_to_num(0.0, math.inf, -math.inf).abs() < kind.max / 2).all()):
+            continue
+        # Rounded to nearest, or to the grid below the normal numbers.
+        rounding = kind.eps * norm(wanted) + kind.eps * kind.smallest_normal * math.sqrt(max(wanted.numel(), 1))
+        error = norm(got.double() - wanted)
+        assert error <= 256 * doubt[i] + rounding, f"result {i}: error {error:.2e}, rounding explains {doubt[i]:.2e}"
+
+
+def is_key(noise):
+    return isinstance(noise, torch.Tensor) and noise.dtype == torch.int64
+
+
+def widened_all(arguments):
+    wide = {name: widened(value) for name, value in arguments.items()}
+    if is_key(wide.get("noise")):
+        like = wide["grad"] if "grad" in wide else wide["x"]
+        rows = min(arguments.get("noise_rows") or like.shape[0], like.shape[0])
+        wide["noise"] = reference.normal_like(wide["noise"], like[:rows], max(rows, 1))
+        if "noise_rows" in wide:
+            wide["noise_rows"] = max(rows, 1)
+    if "noise_rows" in wide and "x" in wide:
+        wide["noise_rows"] = min(wide["noise_rows"] or wide["x"].shape[0], max(wide["x"].shape[0], 1))
+    if "like" in wide:
+        wide["noise_rows"] = min(wide["noise_rows"], max(wide["like"].shape[0], 1))
+    return wide
+
+
+def norm(tensor):
+    return tensor.nan_to_num(0.0, 0.0, 0.0).norm().item() if tensor.numel() else 0.0
+
+
+# --- drawn arguments ---------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Tensors of one call: shape, layout and type alike, each with its own offset, perhaps in the same memory."""
+
+    def __init__(self, draw, public):
+        dims = draw(st.integers(1, 5))
+        sizes = [draw(st.integers(0, 6)) for _ in range(dims)]
+        if dims > 1 and draw(st.booleans()):
+            sizes = [*sizes[:1], *(min(s, 2) for s in sizes[1:-1]), draw(st.sampled_from(LONG))]
+        self.shape = tuple(sizes)
+        inner = list(range(1, dims))
+        if dims in (4, 5) and draw(st.booleans()):
+            inner = [*inner[1:], 1]
+        elif not public and draw(st.integers(0, 4)) == 0:
+            inner = draw(st.permutations(inner))
+        self.order = [0, *inner]
+        self.dtype = draw(st.sampled_from(DTYPES))
+        self.real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+        self.draw, self.shared = draw, draw(st.integers(0, 3)) == 0
+        self.scale = draw(st.sampled_from((1.0, 1.0, 0.0, 1e-2, 30.0)))
+        self.pool = self.random(math.prod(self.shape) + 9)
+
+    @property
+    def rows(self):
+        return self.shape[0]
+
+    def random(self, *shape, dtype=None):
+        return (torch.randn(shape, generator=self.generator) * self.scale).to(dtype or self.dtype)
+
+    def strides(self, shape):
+        strides, step = [0] * len(shape), 1
+        for d in reversed(self.order):
+            strides[d] = step
+            step *= max(shape[d], 1)
+        return strides
+
+    def tensor(self, rows=None):
+        shape = (self.rows if rows is None else rows, *self.shape[1:])
+        offset = self.draw(st.integers(0, 8))
+        memory = self.pool if self.shared and math.prod(shape) + 9 <= len(self.pool) else None
+        memory = self.random(math.prod(shape) + 9) if memory is None else memory
+        return memory.as_strided(shape, self.strides(shape), offset)
+
+    def coef(self, zero):
+        coef = torch.randn((self.rows, 9), generator=self.generator).to(self.real)
+        coef[:, [*zero, *(c for c in range(9) if self.draw(st.integers(0, 5)) == 0)]] = 0
+        if self.rows and self.draw(st.integers(0, 9)) == 0:
+            coef[self.draw(st.integers(0, self.rows - 1)), self.draw(st.sampled_from((0, 2, 3, 5, 6, 8)))] = math.nan
+        return coef
+
+    def noise(self, rows):
+        if self.draw(st.booleans()):
+            return torch.tensor([self.draw(st.integers(-(2**63), 2**63 - 1)), self.draw(st.integers(-(2**63), 2**63 - 1))])
+        return self.tensor(min(rows, self.rows))
+
+
+NUMBERS = st.one_of(st.sampled_from((0.0, 1.0, 0.92, 0.94, 1e-6)), st.integers(-2000, 2000).map(lambda n: n / 1000))
+
+
+def fused_arguments(draw, op, batch):
+    """Arguments that ``op`` must compute with, by name."""
+    wanted = schema(op)
+    names = [argument.name for argument in wanted]
+    given = {name for name in ("x_t", "endpoint", "teacher_out") if name in names and draw(st.booleans())}
+    noise_rows = draw(st.one_of(st.integers(1, max(batch.rows, 1)), st.sampled_from((batch.rows + 3, 2**63 - 1))))
+    arguments = {}
+    for argument in wanted:
+        name, kind = argument.name, str(argument.type)
+        if name == "coef":
+            zero = [c for n, columns in (("x_t", [7]), ("endpoint", [1, 4])) if n in names and n not in given for c in columns]
+            arguments[name] = batch.coef(zero)
+        elif name == "key":
+            arguments[name] = torch.tensor([draw(st.integers(0, 2**63 - 1)), draw(st.integers(0, 2**40))])
+        elif name == "noise":
+            arguments[name] = batch.noise(noise_rows if "noise_rows" in names else batch.rows)
+        elif kind == "Tensor" or (kind == "Optional[Tensor]" and name in given):
+            arguments[name] = batch.tensor()
+        elif name == "noise_rows":
+            arguments[name] = noise_rows
+        elif name == "n_real":
+            arguments[name] = draw(st.integers(0, batch.rows))
+        elif kind == "float":
+            arguments[name] = draw(NUMBERS)
+        elif kind == "bool":
+            arguments[name] = draw(st.booleans())
+        elif not argument.has_default_value():
+            arguments[name] = None
+    if "x_t" in names and "x_t" not in given and "want_x_t" in names:
+        arguments["want_x_t"] = False
+    if "n_real" in names and "teacher_out" not in given:
+        arguments["d_gen"] = arguments["d_real"] = 0.0
+    return arguments
+
+
+def evaluate_with(op):
+    return lambda wide: outputs(getattr(reference, op)(**wide))
+
+
+# --- arguments that do not belong ----------------------------------------------------------------------------------------
+
+
+def strided(tensor, factor=2):
+    room = torch.zeros(max(1, sum((n - 1) * s * factor for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1))
+    view = room.to(tensor.dtype).as_strided(tensor.shape, [s * factor for s in tensor.stride()])
+    return view.copy_(tensor) if tensor.numel() else view
+
+
+def overlapping(tensor):
+    """Every element in the memory of the next row's: strides that lead over the same place twice."""
+    return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype).as_strided(tensor.shape, [1] * tensor.dim())
+
+
+def freed(tensor):
+    tensor = tensor.new_ones(tensor.shape or 1)
+    if not tensor.numel():
+        raise ValueError("there is nothing to free")
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def huge(tensor):
+    return tensor.new_zeros(()).expand(2**40, *tensor.shape[1:])
+
+
+STRIDED = {
+    "another type": lambda t, pick: t.to(pick((*DTYPES, torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64))),
+    "a dimension more": lambda t, pick: t.unsqueeze(pick((0, -1))),
+    "a dimension less": lambda t, pick: t.sum(pick(range(t.dim()))) if t.dim() else t.reshape(1),
+    "a row more": lambda t, pick: torch.cat([t, t[:1]]) if t.dim() and t.shape[0] else t.unsqueeze(0),
+    "a row less": lambda t, pick: t[1:] if t.dim() else t,
+    "gaps": lambda t, pick: strided(t),
+    "rows innermost": lambda t, pick: t.t().contiguous().t() if t.dim() == 2 else t.movedim(0, -1),
+    "one element for all": lambda t, pick: t.new_zeros(()).expand(t.shape),
+    "overlap": lambda t, pick: overlapping(t),
+    "more rows than memory": lambda t, pick: huge(t) if t.dim() else t,
+    "empty": lambda t, pick: t.new_empty(0),
+    "many empty rows": lambda t, pick: t.new_empty(2**40, 0),
+    "flipped": lambda t, pick: t.flip(list(range(t.dim()))),
+    "negated lazily": lambda t, pick: torch._neg_view(t) if t.is_floating_point() else t,
+    "a gradient": lambda t, pick: t.detach().requires_grad_() if t.is_floating_point() else t,
+}
+# Refused by torch itself where a kernel has no place for them, without our names.
+ELSEWHERE = {
+    "no memory": lambda t, pick: freed(t),
+    "meta": lambda t, pick: t.to("meta"),
+    "sparse": lambda t, pick: t.to_sparse(),
+    "compressed": lambda t, pick: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
+    "quantised": lambda t, pick: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "mkldnn": lambda t, pick: t.float().to_mkldnn(),
+    "nested": lambda t, pick: torch.nested.nested_tensor([t, t]),
+    "missing": lambda t, pick: None,
+}
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError)
+
+
+def spoil(draw, arguments, leave_out=()):
+    """One argument replaced; what by, or None where it could not be made."""
+    name = draw(st.sampled_from(sorted(n for n, v in arguments.items() if not isinstance(v, (bool, float)) and v is not None)))
+    value = arguments[name]
+    if isinstance(value, int):
+        arguments[name] = draw(st.sampled_from(EXTREMES))
+        return name
+    what = draw(st.sampled_from(sorted((STRIDED | ELSEWHERE).keys() - set(leave_out))))
+    note(f"{name}: {what}")
+
+    def pick(choices):
+        return draw(st.sampled_from(list(choices)))
+
+    def changed(tensor):
+        return (STRIDED | ELSEWHERE)[what](tensor, pick)
+
+    try:
+        if isinstance(value, list):
+            i = draw(st.integers(0, len(value) - 1))
+            arguments[name] = [changed(t) if i == k else t for k, t in enumerate(value)]
+        else:
+            arguments[name] = changed(value)
+    except REFUSALS:
+        return None
+    return what
+
+
+def names_an_argument(error, names):
+    return any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
+
+
+def check_spoiled(call, evaluate, arguments, what, names):
+    """``call()`` refuses, naming an argument where the fault is ours to see, or computes what float64 does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = call()
+    except REFUSALS as error:
+        assert what in ELSEWHERE or names_an_argument(error, names), f"{what}: {error}"
+        return
+    assert what not in ("meta", "no memory", "missing", "more rows than memory", "many empty rows") or all(
+        t.numel() == 0 or t.device.type == "meta" for t in found
+    ), f"{what} was computed with"
+    if all(t.device.type != "meta" for t in found):
+        assert_agrees([t.detach() for t in found], evaluate, arguments)
+
+
+@contextlib.contextmanager
+def silence():
+    # Deprecated tensor kinds warn when they are made.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# --- the operators -------------------------------------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize("op", FUSED)
+@fuzzed
+@given(st.data())
+def test_fused_operator(op, data):
+    arguments = fused_arguments(data.draw, op, Batch(data.draw, public=False))
+    assert_agrees(outputs(getattr(ops, op)(**arguments)), evaluate_with(op), arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", FUSED)
+@fuzzed
+@given(st.data())
+def test_fused_operator_with_an_argument_that_does_not_belong(op, data):
+    arguments = fused_arguments(data.draw, op, Batch(data.draw, public=False))
+    with silence():
+        what = spoil(data.draw, arguments)
+        if what is not None:
+            names = [argument.name for argument in schema(op)]
+            check_spoiled(lambda: outputs(getattr(ops, op)(**arguments)), evaluate_with(op), arguments, what, names)
+
+
+def in_place(op, namespace, written):
+    """``op`` on its own copies of what it writes, returned behind its result, as a function of named arguments."""
+
+    def evaluate(arguments):
+        arguments = {
+            name: ([t.clone() for t in value] if isinstance(value, list) else value.clone()) if name in written else value
+            for name, value in arguments.items()
+        }
+        result = getattr(namespace, op)(**arguments)
+        changed = [arguments[name] for name in written]
+        flat = [t for value in changed for t in (value if isinstance(value, list) else [value])]
+        return [*([] if result is None else [result]), *(t for t in flat if t.is_floating_point())]
+
+    return evaluate
+
+
+@needs_extension
+@fuzzed
+@given(st.data())
+def test_scale_grads(data):
+    batches = [Batch(data.draw, public=False) for _ in range(data.draw(st.integers(1, 3)))]
+    scale = torch.randn((), generator=batches[0].generator)
+    grads = [batch.tensor() for batch in batches]
+    if len(batches) == 1 and data.draw(st.booleans()):
+        scale = torch.randn(batches[0].rows, generator=batches[0].generator)
+        if data.draw(st.booleans()):
+            grads *= 2  # the same tensor twice is scaled twice
+    if any(grad.dtype == torch.float64 for grad in grads):
+        scale = scale.double()
+    arguments = {"grads": grads, "scale": scale}
+    check_list_op("scale_grads_", ("grads",), arguments, data.draw)
+
+
+def check_list_op(op, written, arguments, draw):
+    """As the two tests of the fused operators, for one that writes into lists of tensors."""
+    names = [argument.name for argument in schema(op)]
+    assert_agrees(in_place(op, ops, written)(arguments), in_place(op, reference, written), arguments)
+    with silence():
+        what = spoil(draw, arguments)
+        if what is None:
+            return
+        before = {name: bits(value) for name, value in arguments.items()}
+        try:
+            # The clones of in_place would undo what was spoiled, so this runs on the arguments themselves.
+            getattr(ops, op)(**arguments)
+        except REFUSALS as error:
+            # torch itself refuses to write into a list of lazily negated tensors.
+            ours = what not in ELSEWHERE and "negation" not in str(error)
+            assert not ours or names_an_argument(error, names), f"{what}: {error}"
+            assert {name: bits(value) for name, value in arguments.items()} == before, "a refused call has changed something"
+
+
+def bits(value):
+    """What a tensor holds, for comparison; None where it cannot be looked at."""
+    if isinstance(value, list):
+        return [bits(v) for v in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized and not value.is_nested
+    if not plain or value.numel() > 2**20 or value.untyped_storage().nbytes() == 0:
+        return None
+    return value.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def parameters(draw, generator, dtype):
+    """Shapes and layouts of a few parameters, as a function that draws tensors like them."""
+    count = draw(st.integers(1, 4))
+    shapes = [tuple(draw(st.lists(st.integers(0, 5), max_size=4))) for _ in range(count)]
+    if draw(st.integers(0, 3)) == 0:
+        shapes[0] = (draw(st.sampled_from(LONG)),)
+    orders = [draw(st.permutations(range(len(shape)))) for shape in shapes]
+
+    def like(*lead):
+        tensors = []
+        for shape, order in zip(shapes, orders, strict=True):
+            strides, step = [0] * len(shape), 1
+            for d in reversed(order):
+                strides[d] = step
+                step *= max(shape[d], 1)
+            room = torch.randn(math.prod(lead) * step + 3, generator=generator).to(dtype)
+            tensors.append(room.as_strided((*lead, *shape), (*[step] * len(lead), *strides), draw(st.integers(0, 3))))
+        return tensors
+
+    return like
+
+
+@needs_extension
+@fuzzed
+@given(st.data())
+def test_begin_step(data):
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    grads = parameters(draw, generator, draw(st.sampled_from((torch.float32, torch.float64))))()
+    if draw(st.integers(0, 9)) == 0 and grads[0].numel():
+        grads[0].view(-1)[0] = math.inf if grads[0].is_contiguous() else 1.0
+    steps = [torch.tensor(float(draw(st.integers(0, 9)))) for _ in range(draw(st.integers(0, 3)))]
+    counts = torch.tensor([draw(st.integers(0, 9)), 0])
+    check_list_op("begin_step_", ("steps", "counts"), {"grads": grads, "steps": steps, "counts": counts}, draw)
+
+
+@needs_extension
+@fuzzed
+@given(st.data())
+def test_adam(data):
+    draw = data.draw
+    dtype = draw(st.sampled_from((torch.float32, torch.float64)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    like = parameters(draw, generator, dtype)
+    rows, beta1 = draw(st.integers(0, 3)), draw(st.sampled_from((0.0, 0.5, 0.9)))
+    arguments = {
+        "params": like(),
+        "grads": like(),
+        "exp_avgs": like() if beta1 or draw(st.booleans()) else [],
+        "exp_avg_sqs": [t.square_() for t in like()],
+        "emas": like(rows) if rows else [],
+        "norm": torch.tensor(draw(st.sampled_from((0.0, 0.5, 3.0, math.inf, math.nan))), dtype=dtype),
+        "step": torch.tensor(float(draw(st.integers(1, 9)))),
+        "lr": torch.rand(draw(st.integers(1, 3)), generator=generator, dtype=torch.float64),
+        "counts": torch.tensor([draw(st.integers(1, 9)), 0]),
+        "ema_decays": torch.rand(rows, generator=generator, dtype=torch.float64),
+        "clip": draw(st.sampled_from((0.0, 1.0))),
+        "beta1": beta1,
+        "beta2": draw(st.sampled_from((0.9, 0.999))),
+        "eps": draw(st.sampled_from((1e-8, 1e-2))),
+        "weight_decay": draw(st.sampled_from((0.0, 0.1))),
+        "maximize": draw(st.booleans()),
+        "ema_warmup": draw(st.booleans()),
+    }
+    for argument in schema("adam_"):
+        if argument.name not in arguments and not argument.has_default_value():
+            arguments[argument.name] = []
+    lists = ["params", "grads", "exp_avgs", "exp_avg_sqs", "emas"]
+    written = [name for name in lists if name != "grads"]
+    check_list_op("adam_", written, arguments, draw)
+
+
+@needs_extension
+@fuzzed
+@given(st.data())
+def test_adam_refuses_memory_that_it_would_write_twice(data):
+    draw = data.draw
+    like = parameters(draw, torch.Generator().manual_seed(0), torch.float32)
+    lists = {name: like() for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    lists["emas"] = like(2)
+    one, other = draw(st.permutations(sorted(lists)))[:2]
+    i = draw(st.integers(0, len(lists["params"]) - 1))
+    tensor = lists[other][i][0] if other == "emas" else lists[other][i]
+    if tensor.numel() == 0:
+        return
+    room = tensor.as_strided((2, *tensor.shape), (0, *tensor.stride())) if one == "emas" else tensor
+    lists[one] = [room if k == i else t for k, t in enumerate(lists[one])]
+    numbers = [torch.tensor(1.0), torch.tensor(1.0), torch.tensor([0.1]), torch.tensor([1, 0]), torch.tensor([0.9, 0.99])]
+    with pytest.raises(RuntimeError, match="must not share memory with"):
+        ops.adam_(*(lists[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")), *numbers,
+                  1.0, 0.5, 0.9, 1e-8, 0.0, False, False)  # fmt: skip
+
+
+# --- the public calls ----------------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "uid": rf.objectives.UID(),
+    "realuid": rf.objectives.RealUID(0.92, 0.94),
+    "general": rf.objectives.GeneralRealUID(0.92, 0.94, 0.9),
+    "sid": rf.objectives.SiD(),
+    "dmd": rf.objectives.DMD(),
+}
+CALLS = ("interpolate", "matching_loss", "matching_grads", "fake_loss", "fake_grads", "generator_loss", "generator_grads")
+# What each loss is differentiable in.
+INPUTS = {
+    "interpolate": ("x", "endpoint"),
+    "matching_loss": ("out",),
+    "fake_loss": ("fake_out",),
+    "generator_loss": ("teacher_out", "fake_out", "x", "x_t"),
+}
+
+
+def public_arguments(draw, call, batch):
+    objective = OBJECTIVES[draw(st.sampled_from(sorted(OBJECTIVES)))]
+    arguments = {"x": batch.tensor(), "x_t": batch.tensor() if draw(st.booleans()) else None}
+    rows = batch.rows
+    if draw(st.booleans()):
+        arguments["endpoint"] = batch.tensor()
+    if call == "interpolate":
+        del arguments["x_t"]
+    noise_rows = rows
+    if call.startswith(("fake", "interpolate")) and rows and draw(st.booleans()):
+        arguments["noise_rows"] = noise_rows = draw(st.integers(1, rows))
+    if call.startswith("matching"):
+        arguments["out"] = batch.tensor()
+    if call.startswith(("fake", "generator")):
+        arguments["fake_out"], arguments["objective"] = batch.tensor(), objective
+        if call.startswith("generator") or objective.needs_teacher or draw(st.booleans()):
+            arguments["teacher_out"] = batch.tensor()
+    if call.startswith("fake"):
+        arguments["n_real"] = draw(st.integers(1, rows - 1)) if objective.needs_real and rows > 1 else 0
+    if call.endswith("loss"):
+        arguments["reduction"] = draw(st.sampled_from(("mean", "none")))
+    zero = [*([] if arguments.get("x_t") is not None else [7]), *([] if "endpoint" in arguments else [1, 4])]
+    arguments["coef"], arguments["noise"] = batch.coef(zero), batch.noise(noise_rows)
+    return arguments
+
+
+def gradients(call, arguments, wanted):
+    """The call's results and the gradients of their sum in the arguments ``wanted``, zeros where there are none."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
+    results = [t for t in outputs(getattr(rf, call)(**{**arguments, **leaves})) if t is not None]
+    if not wanted or not results[0].requires_grad:
+        return results
+    grads = torch.autograd.grad(results[0].sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return [results[0].detach(), *grads]
+
+
+def evaluate_public(call, wanted):
+    def evaluate(wide):
+        with rf.backend("torch"):
+            return gradients(call, wide, wanted)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("call", CALLS)
+@fuzzed
+@given(st.data())
+def test_public_call(call, data):
+    draw, batch = data.draw, Batch(data.draw, public=True)
+    arguments = public_arguments(draw, call, batch)
+    objective = arguments.get("objective")
+    if call.startswith("fake") and objective.needs_real and batch.rows == 1:
+        return
+    wanted = [n for n in INPUTS.get(call, ()) if arguments.get(n) is not None and draw(st.booleans())]
+    flat = {name: value for name, value in arguments.items() if value is not None}
+    assert_agrees(gradients(call, arguments, wanted), evaluate_public(call, wanted), flat | {"x_t": arguments.get("x_t")}
+                  if "x_t" in arguments else flat)  # fmt: skip
+    with silence():
+        spoilt = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        spoilt |= {name: arguments[name] for name in ("noise_rows", "n_real") if name in arguments}
+        what = spoil(draw, spoilt, leave_out=("missing",))
+        if what is None:
+            return
+        arguments |= spoilt
+
+        def run():
+            return [t for t in outputs(getattr(rf, call)(**arguments)) if t is not None]
+
+        check_spoiled(run, evaluate_public(call, []), arguments, what, [*arguments, "a fused call"])
+
+
+@pytest.mark.parametrize("call", sorted(INPUTS))
+@fuzzed
+@given(st.data())
+def test_public_call_refuses_gradients_it_does_not_give(call, data):
+    batch = Batch(data.draw, public=True)
+    arguments = public_arguments(data.draw, call, batch)
+    if arguments.get("n_real") == 0 and arguments["objective"].needs_real:
+        return
+    floats = [n for n, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    for name in floats:
+        if name in INPUTS[call] or (name == "teacher_out" and call == "fake_loss"):
+            continue
+        with pytest.raises(UserError, match=rf"no gradient in {name}"):
+            getattr(rf, call)(**{**arguments, name: arguments[name].detach().requires_grad_()})
+
+
+def test_going_back_through_updated_parameters_is_refused():
+    """As after torch's own optimisers: the saved weights are not what they were."""
+    p = torch.nn.Parameter(torch.ones(3))
+    loss = (p * p).sum()
+    optimiser = rf.optim.FusedAdam([p], lr=0.1)
+    p.grad = torch.ones(3)
+    optimiser.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# --- threads -------------------------------------------------------------------------------------------------------------
+
+THREADS = 4
+
+
+def together(work):
+    """``work(i)`` of every i at once, each in its own thread, released at one moment; the results in order."""
+    results, gate = [None] * THREADS, threading.Barrier(THREADS)
+
+    def run(i):
+        gate.wait()
+        try:
+            results[i] = work(i)
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_threads_get_the_same_bits_on_shared_inputs():
+    generator = torch.Generator().manual_seed(1)
+    teacher, fake, x = (torch.randn(8, 5000, generator=generator) for _ in range(3))
+    coef = rf.paths.Linear().coefficients(torch.rand(8, generator=generator))
+    key = rf.NoiseStream(5).next_key()
+    objective = rf.objectives.RealUID(0.92, 0.94)
+
+    def calls(_):
+        leaf = fake.detach().requires_grad_()
+        rf.fake_loss(leaf, x, None, coef, key, objective, n_real=4, noise_rows=4).backward()
+        return [
+            rf.interpolate(x, coef, key),
+            *rf.matching_grads(fake, x, None, coef, key),
+            *rf.fake_grads(fake, x, None, coef, key, objective, n_real=4, noise_rows=4),
+            *(t for t in rf.generator_grads(teacher, fake, x, None, coef, key, objective) if t is not None),
+            leaf.grad,
+        ]
+
+    alone = calls(0)
+    for _ in range(5):
+        assert all(same(found, alone) for found in together(calls))
+
+
+def test_threads_have_their_own_streams_and_optimisers():
+    def work(i):
+        stream = rf.NoiseStream(i)
+        net = torch.nn.Linear(70, 90)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(rf.noise.normal(stream.next_key(), torch.empty_like(p).view(1, -1)).view_as(p))
+        optimiser = rf.optim.Optimiser(net, lr=0.1, ema_decays=(0.9,))
+        for _ in range(5):
+            x = rf.noise.normal(stream.next_key(), torch.empty(16, 70))
+            optimiser.zero_grad()
+            net(x).square().mean().backward()
+            optimiser.step()
+        return [*(p.detach() for p in net.parameters()), *optimiser.ema[0.9].values(), stream.state]
+
+    alone = [work(i) for i in range(THREADS)]
+    for _ in range(3):
+        assert all(same(found, wanted) for found, wanted in zip(together(work), alone, strict=True))
+
+
+@pytest.mark.skipif(extension.native is None, reason="the native module was not built")
+def test_threads_get_the_same_normals_for_numpy():
+    alone = extension.native.normals(3, 4, 5, (10_001,)).tobytes()
+    draw = together(lambda _: [extension.native.normals(3, 4, 5, (10_001,)).tobytes() for _ in range(5)])
+    assert {bits for drawn in draw for bits in drawn} == {alone}
