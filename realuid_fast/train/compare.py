@@ -124,8 +124,11 @@ class _Judge:
         self.teacher = teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
 
     def teacher_distance(self, steps: int, count: int) -> float:
-        noise, labels = evaluation_noise(self.dataset.shape, count), self.measure.labels(self.teacher.net, count)
-        return self.measure(generate(sampler(self.teacher, steps), noise, labels)[0]).distance
+        noise, conditions = (
+            evaluation_noise(self.dataset.shape, count),
+            self.measure.conditions(self.teacher.net, count),
+        )
+        return self.measure(generate(sampler(self.teacher, steps), noise, *conditions)[0]).distance
 
 
 def summarise(judge: _Judge, config: Config, folder: Path, seeds: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ from . import config as configs
 from .checkpoint import Checkpoints
 from .config import Config
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
-from .measure import Measure, class_by_class, evaluation_noise, generate
+from .measure import Measure, evaluation_noise, generate
 from .meters import Meters
 from .phases import Phases
 
@@ -68,7 +68,7 @@ class Trainer(Protocol):
 
     def concern(self, row: Mapping[str, float]) -> str | None: ...
 
-    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
+    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor: ...
 
     def exported(self) -> tuple[dict[str, Tensor], teachers.Description]: ...
 
@@ -132,7 +132,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         trainer.load_state_dict(saved["trainer"])
     configs.save(config, folder / "config.yaml")
 
-    log, distances = _logs(trainer, folder)
+    log, distances = _logs(trainer, folder, measure)
     if saved is not None:
         log.cut(saved["log"])
         distances.cut(saved["distances"])
@@ -146,14 +146,14 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     def show() -> None:
         count = 100 if len(shape) == 3 else 2000
         noise = evaluation_noise(shape, count, trainer.device)
-        pixels = picture(trainer.sample(noise, class_by_class(trainer.network, count, trainer.device)))
+        pixels = picture(trainer.sample(noise, *measure.shown(trainer.network, count, trainer.device)))
         save_png(pixels, folder / "samples" / f"update-{trainer.step:08d}.png")
         events.image("samples", pixels, trainer.step)
 
     def evaluate() -> float:
         noise = evaluation_noise(shape, settings.evaluate_samples, trainer.device)
-        labels = measure.labels(trainer.network, len(noise))
-        values = measure(generate(trainer.sample, noise, labels)[0]).as_dict()
+        conditions = measure.conditions(trainer.network, len(noise))
+        values = measure(generate(trainer.sample, noise, *conditions)[0]).as_dict()
         distances.write({"update": trainer.step, **values})
         events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
         return values["distance"]
@@ -215,11 +215,11 @@ def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str
     return folder / "convergence.png"
 
 
-def _logs(trainer: Trainer, folder: Path) -> tuple[CsvLog, CsvLog]:
+def _logs(trainer: Trainer, folder: Path, measure: Measure) -> tuple[CsvLog, CsvLog]:
     names = [*trainer.meters.names, *(f"{name} rate" for name in trainer.optimisers)]
     names += [f"{name} skipped" for name in trainer.optimisers]
     log = CsvLog(folder / "log.csv", ["update", *names, "images_per_second", "seconds"])
-    distances = CsvLog(folder / "distances.csv", ["update", "distance", "sliced_wasserstein", "precision", "recall"])
+    distances = CsvLog(folder / "distances.csv", ["update", *measure.columns])
     return log, distances
 
 
