@@ -21,7 +21,7 @@ from torch import Tensor
 from . import __version__, backends, data, extension, teachers
 from .errors import UserError
 from .noise import NoiseStream, normal
-from .sampling import SOLVERS
+from .sampling import SOLVERS, needs_endpoint
 from .teachers import SHIPPED, Model
 from .train import config as configs
 from .train import evaluate as evaluation
@@ -173,8 +173,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.command == "distill" and config.run.teacher_steps and config.run.evaluate_every:
         model = _model_teacher(config)
         noise = evaluation_noise(data.load(config.data).shape, config.run.evaluate_samples)
-        labels = measure.labels(model.net, len(noise))
-        samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise, labels)
+        conditions = measure.conditions(model.net, len(noise))
+        samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise, *conditions)
         lines[f"teacher, {config.run.teacher_steps} Euler steps"] = measure(samples).distance
     name = "student" if arguments.command == "distill" else f"teacher, {SAMPLING_STEPS} Euler steps"
     if plot_distances(folder, lines, measure.name, name) is not None:
@@ -206,13 +206,15 @@ def _sample(arguments: argparse.Namespace) -> None:
     steps = 100 if arguments.steps is None else arguments.steps
     draw = evaluation.sampler(model, steps, arguments.solver or "euler")
     like = torch.empty(arguments.count, *_shape(model))
-    labels = class_by_class(model.net, arguments.count)
+    labels, endpoint = class_by_class(model.net, arguments.count), None
+    if needs_endpoint(model.net, model.description.interpolant()):
+        labels, endpoint = Measure(data.load(model.description.data)).shown(model.net, arguments.count)
     if arguments.label is not None:
         classes = int(getattr(model.net, "num_classes", 0) or 0)
         if not 0 <= arguments.label < classes:
             raise UserError(f"--label {arguments.label} is none of the model's {classes} classes")
         labels = torch.full((arguments.count,), arguments.label)
-    samples, speed = generate(draw, normal(NoiseStream(arguments.seed).next_key(), like), labels)
+    samples, speed = generate(draw, normal(NoiseStream(arguments.seed).next_key(), like), labels, endpoint)
     for file in arguments.out:
         _write_samples(samples, file)
     print(f"{arguments.count} samples, {speed:,.0f} a second, written to {', '.join(map(str, arguments.out))}")
@@ -398,7 +400,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     lines = {row.name: row.distances.distance for row in table if row.evaluations in (None, max(evaluation.STEPS))}
     plot_distances(folder, lines, measure.name)
     noise = evaluation_noise(dataset.shape, 100 if len(dataset.shape) == 3 else count)
-    samples = evaluation.sampler(student)(noise, class_by_class(student.net, len(noise)))
+    samples = evaluation.sampler(student)(noise, *measure.shown(student.net, len(noise)))
     save_png(picture(samples), folder / "samples.png")
     print(f"written to {folder}: samples.png, convergence.png, table.md, evaluation.json, {file.name}")
 

@@ -24,8 +24,9 @@ class Dataset:
 
     ``train`` and ``heldout`` are ``(N, ...)`` tensors, stored as uint8 (images whose pixels are bytes) or
     float32; :meth:`sample` and :meth:`batches` always hand out float32, images in ``[-1, 1]``.  Labels are
-    ``(N,)`` int64 or ``None``.  ``preprocessing`` says in words how a stored sample was made from the
-    source; it goes into checkpoints.
+    ``(N,)`` int64 or ``None``.  Endpoints, where the set has them, are what two-sided paths start from:
+    sample ``i``'s own where ``paired``, else drawn apart from it.  ``preprocessing`` says in words how a
+    stored sample was made from the source; it goes into checkpoints.
     """
 
     name: str
@@ -35,6 +36,9 @@ class Dataset:
     heldout_labels: Tensor | None = None
     preprocessing: str = "none"
     config: dict[str, Any] = field(default_factory=dict)
+    train_endpoints: Tensor | None = None
+    heldout_endpoints: Tensor | None = None
+    paired: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,6 +147,49 @@ def digits() -> Dataset:
         labels[held],
         preprocessing="pixel / 8 - 1, 8x8 grey; every fourth image of a class held out",
     )
+
+
+def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int = 0) -> Dataset:
+    """:func:`digits` with a corrupted image as each one's endpoint.
+
+    ``"downsample"``: means of ``amount x amount`` blocks, ``amount`` 2, 4 or 8, spread over their pixels again.
+    ``"mask"``: the lower ``amount`` rows black. ``"noise"``: with normal noise of standard deviation ``amount`` added,
+    the same in every call of one ``seed``.
+    """
+    if corruption not in ("downsample", "mask", "noise"):
+        raise UserError(f"corruption must be downsample, mask or noise, got {corruption!r}")
+    whole = {"downsample": (2, 4, 8), "mask": tuple(range(1, 9))}.get(corruption)
+    if (whole and amount not in whole) or not 0 < amount < math.inf:
+        raise UserError(
+            f"amount must be {'positive' if not whole else f'one of {whole}'} to {corruption}, got {amount}"
+        )
+
+    def corrupted(images: Tensor, split: int) -> Tensor:
+        if corruption == "downsample":
+            size = int(amount)
+            blocks = torch.nn.functional.avg_pool2d(images, size)
+            return blocks.repeat_interleave(size, dim=2).repeat_interleave(size, dim=3)
+        if corruption == "mask":
+            images = images.clone()
+            images[:, :, 8 - int(amount) :] = -1.0
+            return images
+        return images + amount * torch.randn(images.shape, generator=torch.Generator().manual_seed(2 * seed + split))
+
+    source = digits()
+    source.name, source.paired = "digit_pairs", True
+    source.train_endpoints, source.heldout_endpoints = corrupted(source.train, 0), corrupted(source.heldout, 1)
+    source.preprocessing += f"; endpoints by {corruption} {amount:g}"
+    return source
+
+
+def transport(source: str = "moons", target: str = "eight_gaussians", n: int = 20_000, seed: int = 0) -> Dataset:
+    """Points of one 2-D set as samples and, drawn apart from them, points of another as endpoints."""
+    for key, name in (("source", source), ("target", target)):
+        if name not in POINTS:
+            raise UserError(f"{key} must be one of {', '.join(POINTS)}; got {name!r}")
+    data, ends = POINTS[target](n=n, seed=seed), POINTS[source](n=n, seed=seed + 500_000)
+    data.name, data.train_endpoints, data.heldout_endpoints = "transport", ends.train, ends.heldout
+    return data
 
 
 def eight_gaussians(
@@ -295,11 +342,16 @@ def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), labels
 
 
-LOADERS: dict[str, Callable[..., Dataset]] = {
-    "digits": digits,
+POINTS: dict[str, Callable[..., Dataset]] = {
     "eight_gaussians": eight_gaussians,
     "moons": moons,
     "checkerboard": checkerboard,
+}
+LOADERS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "digit_pairs": digit_pairs,
+    **POINTS,
+    "transport": transport,
     "folder": folder,
     "cifar10": cifar10,
 }

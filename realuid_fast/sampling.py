@@ -52,6 +52,11 @@ def takes_endpoint(net: nn.Module) -> bool:
     return bool(getattr(net, "endpoint", False))
 
 
+def needs_endpoint(net: nn.Module, path: Path) -> bool:
+    """Whether samples need an endpoint, for the path or for the network."""
+    return takes_endpoint(net) or not isinstance(path, OneSidedPath)
+
+
 def arguments(
     net: nn.Module, t: Tensor, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
 ) -> tuple[Tensor | None, ...]:
@@ -275,12 +280,13 @@ def _check_start(path: Path, t_start: float) -> None:
 
 
 def _check_endpoint(net: nn.Module, path: Path, endpoint: Tensor | None) -> None:
-    name, wanted = type(path).__name__, takes_endpoint(net)
-    if isinstance(path, OneSidedPath) and endpoint is not None and not wanted:
+    if (endpoint is not None) == needs_endpoint(net, path):
+        return
+    name = type(path).__name__
+    if endpoint is not None:
         raise UserError(f"endpoint must not be given on {name}: neither the path nor the network has one")
-    if endpoint is None and (wanted or not isinstance(path, OneSidedPath)):
-        why = "the network takes it" if wanted else "samples start there"
-        raise UserError(f"endpoint must be given on {name}: {why}")
+    why = "the network takes it" if takes_endpoint(net) else "samples start there"
+    raise UserError(f"endpoint must be given on {name}: {why}")
 
 
 def _trapezoid_to_data(path: Path, predict: str) -> bool:

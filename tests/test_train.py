@@ -654,7 +654,7 @@ def test_a_run_leaves_its_logs_and_pictures(tmp_path):
     assert "fake backward" in (tmp_path / "run/timings.json").read_text()
     assert loop.plot_distances(tmp_path / "run", {"floor": 3.0}, "distance").stat().st_size > 1000
     student = teachers.load(file, role="student")
-    assert student.description.t_start == 0.28
+    assert student.description.t_start == pytest.approx(2 / 7)  # noise level 2.5 on the linear path
     assert student.description.teacher == config["distill"]["teacher"]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .unet import in_full, timestep_embedding
+from .unet import check_endpoint, in_full, timestep_embedding
 
 
 class MLP(nn.Module):
@@ -28,6 +28,7 @@ class MLP(nn.Module):
         time_features: sinusoidal features of ``t``.
         time_scale: factor on ``t`` before its embedding, so that [0, 1] spans many periods.
         num_classes: labels ``0 .. num_classes - 1``; 0 makes the network unconditional.
+        endpoint: whether the network also sees a path's other endpoint, beside ``x``.
 
     Raises:
         UserError: for samples or labels of another shape.
@@ -42,17 +43,19 @@ class MLP(nn.Module):
         time_features: int = 32,
         time_scale: float = 100.0,
         num_classes: int = 0,
+        endpoint: bool = False,
     ) -> None:
         super().__init__()
         if min((width, depth, time_features, *shape), default=0) < 1:
             raise UserError("shape, width, depth and time_features must be positive")
         self.shape = tuple(int(v) for v in shape)
         self.time_features, self.time_scale, self.num_classes = time_features, float(time_scale), num_classes
+        self.endpoint = endpoint
         size, hidden = math.prod(self.shape), int(width * expansion)
         self.time_embed = nn.Sequential(nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         if num_classes:
             self.label_embed = nn.Embedding(num_classes, width)
-        self.first = nn.Linear(size, width)
+        self.first = nn.Linear((1 + endpoint) * size, width)
         # One matrix gives every block's scale and shift: one large product instead of many small ones.
         self.modulation = nn.Linear(width, 2 * width * depth)
         self.grow = nn.ModuleList(nn.Linear(width, hidden) for _ in range(depth))
@@ -61,14 +64,15 @@ class MLP(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Prediction shaped like ``x`` ``(B, *shape)`` at times ``t`` ``(B,)`` or ``()``, labels ``y``
-        ``(B,)`` if conditional.
+        ``(B,)`` if conditional, ``endpoint`` like ``x`` if it takes one.
         """
         if x.shape[1:] != self.shape:
             raise UserError(f"x must have shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         if (y is None) != (self.num_classes == 0):
             raise UserError("y must be given to a class-conditional network and to no other")
+        check_endpoint(self.endpoint, x, endpoint)
         t = t.expand(x.shape[0]) if t.dim() == 0 else t
         if t.shape != x.shape[:1]:
             raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
@@ -78,7 +82,7 @@ class MLP(nn.Module):
             embedding = embedding + self.label_embed(y)
         width = self.first.out_features
         modulation = self.modulation(embedding).split(width, dim=1)
-        h = self.first(x.flatten(1))
+        h = self.first(x.flatten(1) if endpoint is None else torch.cat([x.flatten(1), endpoint.flatten(1)], dim=1))
         for i, (grow, shrink) in enumerate(zip(self.grow, self.shrink, strict=True)):
             scale, shift = modulation[2 * i], modulation[2 * i + 1]
             inner = torch.addcmul(shift, F.layer_norm(h, (width,)), 1.0 + scale)

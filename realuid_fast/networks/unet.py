@@ -190,6 +190,7 @@ class UNet(nn.Module):
         norm_groups: groups of every normalisation (ADM: 32).
         time_scale: factor on ``t`` before its embedding (1 in the published flow-matching models).
         middle_attention: attention between the two middle blocks (always there in ADM).
+        endpoint: whether the network also sees a path's other endpoint, as further input channels.
 
     Raises:
         UserError: for a shape, width or label that the network cannot take.
@@ -215,6 +216,7 @@ class UNet(nn.Module):
         norm_groups: int = 32,
         time_scale: float = 1.0,
         middle_attention: bool = True,
+        endpoint: bool = False,
     ) -> None:
         super().__init__()
         if len(dim) != 3:
@@ -239,6 +241,7 @@ class UNet(nn.Module):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
 
         self.dim = (in_channels, height, width)
+        self.endpoint = endpoint
         self.num_channels = num_channels
         self.num_classes = num_classes if class_cond else None
         self.time_scale = float(time_scale)
@@ -260,7 +263,7 @@ class UNet(nn.Module):
             return Attention(channels, heads, norm_groups, use_new_attention_order)
 
         channels = widths[0]
-        self.input_blocks = nn.ModuleList([Blocks(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Blocks(nn.Conv2d((1 + endpoint) * in_channels, channels, 3, padding=1))])
         skips = [channels]
         shrink = 1
         for level, out_channels in enumerate(widths):
@@ -300,9 +303,9 @@ class UNet(nn.Module):
             _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Prediction for images ``x`` ``(B, C, H, W)`` at times ``t`` ``(B,)`` or ``()``, with labels
-        ``y`` ``(B,)`` if conditional.
+        ``y`` ``(B,)`` if conditional and ``endpoint`` like ``x`` if the network takes one.
         """
         if x.dim() != 4 or x.shape[1] != self.dim[0]:
             raise UserError(f"x must have shape (batch, {self.dim[0]}, height, width), got {tuple(x.shape)}")
@@ -315,6 +318,9 @@ class UNet(nn.Module):
         embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
         if y is not None:
             embedding = embedding + self.label_emb(y)
+        check_endpoint(self.endpoint, x, endpoint)
+        if endpoint is not None:
+            x = torch.cat([x, endpoint], dim=1)
         skips = []
         for block in self.input_blocks:
             x = block(x, embedding)
@@ -323,6 +329,14 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
         return in_full(self.out, x, next(self.out[-1].parameters()))
+
+
+def check_endpoint(wanted: bool, x: Tensor, endpoint: Tensor | None) -> None:
+    """Refuse an endpoint too many, missing, or unlike ``x``."""
+    if (endpoint is None) == wanted:
+        raise UserError("endpoint must be given to a network that takes it and to no other")
+    if endpoint is not None and endpoint.shape != x.shape:
+        raise UserError(f"endpoint must have x's shape {tuple(x.shape)}, got {tuple(endpoint.shape)}")
 
 
 def in_full(layers: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..data import Dataset, to_float
 from ..errors import UserError
+from ..paths import Path
+from ..sampling import needs_endpoint, takes_endpoint
 
 
 class Batches:
@@ -21,19 +23,25 @@ class Batches:
         if n > len(dataset):
             raise UserError(f"batch {n} is larger than data set '{dataset.name}', which has {len(dataset)} samples")
         self._samples, self._labels, self._n, self._device = dataset.train, dataset.train_labels, n, device
+        self._endpoints = dataset.train_endpoints
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.randperm(len(dataset), generator=self._generator)
         self._position = 0
+        self._rows = self._order[:0]
 
     def next(self) -> tuple[Tensor, Tensor | None]:
         """The next batch ``(n, ...)`` and its labels ``(n,)``, None where the data set has none."""
         if self._position + self._n > len(self._order):
             self._order = torch.randperm(len(self._order), generator=self._generator)
             self._position = 0
-        rows = self._order[self._position : self._position + self._n]
+        rows = self._rows = self._order[self._position : self._position + self._n]
         self._position += self._n
         labels = None if self._labels is None else self._to_device(self._labels[rows])
         return to_float(self._to_device(self._samples[rows])), labels
+
+    def endpoints(self) -> Tensor | None:
+        """The endpoints ``(n, ...)`` of the batch that :meth:`next` returned last, None where there are none."""
+        return None if self._endpoints is None else to_float(self._to_device(self._endpoints[self._rows]))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """A copy that the host does not wait for; bytes travel as bytes."""
@@ -51,6 +59,20 @@ class Batches:
             raise UserError(f"the run was started on {before} training samples, the data set has {now} now")
         self._generator.set_state(state["generator"])
         self._order, self._position = state["order"], int(state["position"])
+
+
+def endpoints_to_draw(net: nn.Module, path: Path, dataset: Dataset, device: torch.device) -> Tensor | None:
+    """The training endpoints ``(N, ...)`` that ``path`` or ``net`` need; None where neither does.
+
+    Raises:
+        UserError: a data set without endpoints, where they are needed.
+    """
+    if not needs_endpoint(net, path):
+        return None
+    if dataset.train_endpoints is None:
+        who = "network" if takes_endpoint(net) else f"path {type(path).__name__}"
+        raise UserError(f"the {who} has a second endpoint, data set '{dataset.name}' has none")
+    return dataset.train_endpoints.to(device)
 
 
 def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Tensor | None:

@@ -147,8 +147,8 @@ class _Judge:
 
     def __call__(self, model: Model, steps: int = 1, count: int = 0) -> Distances:
         count = count or self.samples
-        noise, labels = evaluation_noise(self.dataset.shape, count), self.measure.labels(model.net, count)
-        return self.measure(generate(sampler(model, steps), noise, labels)[0])
+        noise, conditions = evaluation_noise(self.dataset.shape, count), self.measure.conditions(model.net, count)
+        return self.measure(generate(sampler(model, steps), noise, *conditions)[0])
 
 
 def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequence[int]) -> str:

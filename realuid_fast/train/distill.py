@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from .. import teachers
-from ..data import Dataset
+from ..data import Dataset, to_float
 from ..errors import UserError
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
-from ..paths import COLUMNS
+from ..paths import COLUMNS, OneSidedPath
+from ..sampling import arguments
 from ..teachers import Description, Model
 from . import modes, precision
-from .batches import Batches, labels_to_draw
+from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
 from .generator import Generator, frozen_view
 from .meters import Meters
@@ -94,6 +95,8 @@ class Distiller:
 
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self.objective.needs_real else None
         self.labels = labels_to_draw(net, dataset, self.device)
+        self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
+        self._on_path = not isinstance(self.path, OneSidedPath)
         self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
         self.noise = NoiseStream(seed, self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
@@ -103,6 +106,7 @@ class Distiller:
         rows = self.batch + self._n_real
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
+        self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
         self.meters = Meters(("fake loss", "generator loss", "fake gradient", "generator gradient", "gap"), self.device)
         self.phases = Phases(config.run.timings, self.device)
@@ -150,23 +154,27 @@ class Distiller:
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
         made = self._run("generate", self._generate)
-        labels = made["labels"].split(self.batch) if "labels" in made else [None] * self.turns
-        for rows, row_labels in zip(made["x"].split(self.batch), labels, strict=True):
-            self.fake_turn(rows, row_labels)
+        for turn in range(self.turns):
+            rows = slice(turn * self.batch, (turn + 1) * self.batch)
+            part = {name: values[rows] for name, values in made.items()}
+            self.fake_turn(part["x"], part.get("labels"), part.get("endpoint"))
         self.generator_turn()
         self.step += 1
 
-    def fake_turn(self, generated: Tensor, labels: Tensor | None = None) -> None:
-        """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones."""
+    def fake_turn(self, generated: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> None:
+        """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones.
+
+        ``endpoint`` are the rows' own, on a two-sided path or for networks that take them.
+        """
         with self.phases("data"):
-            parts: list[tuple[Tensor, Tensor | None]] = [(generated, labels)]
+            parts: list[tuple[Tensor | None, ...]] = [(generated, labels, endpoint)]
             if self.batches is not None:
-                parts.append(self.batches.next())
-            for i, (x, y) in enumerate(parts):
+                parts.append((*self.batches.next(), self.batches.endpoints()))
+            for i, part in enumerate(parts):
                 place = slice(i * self.batch, (i + 1) * self.batch)
-                self._rows[place].copy_(x)
-                if self._row_labels is not None and y is not None:
-                    self._row_labels[place].copy_(y)
+                for rows, values in zip((self._rows, self._row_labels, self._row_ends), part, strict=True):
+                    if rows is not None and values is not None:
+                        rows[place].copy_(values)
         self._add(self._run("fake turn", self._fake_step))
 
     def generator_turn(self) -> None:
@@ -176,24 +184,25 @@ class Distiller:
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
         with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
-            y = self._draw_labels(self.turns * self.batch)
+            y, ends = self._draw_conditions(self.turns * self.batch)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self._fake_precision.networks():
-                x = self._run_generator(z, y)
-            made = {"x": self._float(x)}
-            return made if y is None else {**made, "labels": y}
+                x = self._run_generator(z, y, ends)
+            made = {"x": self._float(x), "labels": y, "endpoint": ends}
+            return {name: rows for name, rows in made.items() if rows is not None}
 
     def _fake_step_plain(self) -> dict[str, Tensor]:
         """The fake turn on :attr:`_rows`."""
-        x, y = self._rows, self._row_labels
+        x, y, ends = self._rows, self._row_labels, self._row_ends
+        on_path = ends if self._on_path else None
         with self._fake_precision.turn():
             with self.phases("interpolate"):
                 t, coef = self._draw_times()
                 if self._n_real:
                     t, coef = t.repeat(2), coef.repeat(2, 1)
                 key = self.noise.next_key()
-                x_t = rf.interpolate(x, coef, key, noise_rows=self.batch)
-                seen = self._seen(t, x_t, y)
+                x_t = rf.interpolate(x, coef, key, on_path, noise_rows=self.batch)
+                seen = self._seen(t, x_t, y, ends)
             with self.phases("fake forward"), self._fake_precision.networks():
                 out = self._float(self._run_fake(*seen))
             teacher_out = None
@@ -203,7 +212,7 @@ class Distiller:
             with self.phases("fake loss"):
                 at = x_t if self._reads_x_t else None
                 grads = rf.fake_grads(
-                    out.detach(), x, at, coef, key, self.objective, self._n_real, teacher_out, noise_rows=self.batch
+                    out.detach(), x, at, coef, key, self.objective, self._n_real, teacher_out, on_path, self.batch
                 )
             with self.phases("fake backward"):
                 out.backward(grads.fake_out)
@@ -229,17 +238,18 @@ class Distiller:
         """
         with self._generator_precision.turn():
             with self.phases("generator forward"):
-                y = self._draw_labels(self.batch)
+                y, ends = self._draw_conditions(self.batch)
+                on_path = ends if self._on_path else None
                 z = normal(self.noise.next_key(), self._like)
                 with self._generator_precision.networks():
-                    x = self._run_generator(z, y)
+                    x = self._run_generator(z, y, ends)
                 x = self._float(x)
             with self.phases("interpolate"):
                 t, coef = self._draw_times()
                 if self._seed_scale != 1.0:
                     coef[:, WEIGHT] *= self._seed_scale
                 key = self.noise.next_key()
-                x_t = rf.interpolate(x.detach(), coef, key).requires_grad_()
+                x_t = rf.interpolate(x.detach(), coef, key, on_path).requires_grad_()
             # Where the gradient flows through x alone, no network here needs a backward pass.
             backward = self.objective.flows == "all"
             with (
@@ -247,13 +257,13 @@ class Distiller:
                 torch.set_grad_enabled(backward),
                 self._generator_precision.networks(),
             ):
-                seen = self._seen(t, x_t, y)
+                seen = self._seen(t, x_t, y, ends)
                 teacher_out = self._float(self._run_teacher(*seen))
                 fake_out = self._float(self._run_frozen_fake(*seen))
             with self.phases("generator loss"), torch.no_grad():
                 at = x_t.detach() if self._reads_x_t else None
                 grads = rf.generator_grads(
-                    teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective
+                    teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective, on_path
                 )
                 gap = torch.linalg.vector_norm(fake_out - teacher_out) / torch.linalg.vector_norm(teacher_out)
             g_x = grads.x
@@ -290,10 +300,10 @@ class Distiller:
         self._fake_step = Captured(self._fake_step_plain, recorder)
         self._generator_step = Captured(self._generator_step_plain, recorder)
 
-    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The exported student's samples for noise ``z``."""
+    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+        """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
         with torch.no_grad():
-            return self.student(z, labels)
+            return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the student's weights and their description."""
@@ -329,20 +339,26 @@ class Distiller:
                 turn.reset()
         self.meters.load_state_dict(state["meters"])
 
-    def _draw_labels(self, count: int) -> Tensor | None:
-        """Labels of ``count`` training samples picked at random, so that classes keep the data's proportions."""
-        if self.labels is None:
-            return None
-        return self.labels[torch.randint(len(self.labels), (count,), generator=self.draws, device=self.device)]
+    def _draw_conditions(self, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions."""
+        conditions = [rows for rows in (self.labels, self.endpoints) if rows is not None]
+        if not conditions:
+            return None, None
+        picked = torch.randint(len(conditions[0]), (count,), generator=self.draws, device=self.device)
+        labels = None if self.labels is None else self.labels[picked]
+        return labels, None if self.endpoints is None else self._laid_out(to_float(self.endpoints[picked]))
 
     def _draw_times(self) -> tuple[Tensor, Tensor]:
         """Path times ``(B,)`` and coefficient rows ``(B, 9)``."""
         t = self.path.sample_time(self.batch, self.draws, self.device)
         return t, self.interpolant.coefficients(t)
 
-    def _seen(self, t: Tensor, x_t: Tensor, labels: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _seen(
+        self, t: Tensor, x_t: Tensor, labels: Tensor | None, endpoint: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """What teacher and fake model are called with at ``x_t``."""
-        return self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict), labels
+        time, x = self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict)
+        return arguments(self.fake, time, x, labels, endpoint)
 
     def _check_device(self) -> None:
         """Refuse a mode or a precision that the device does not have."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..sampling import evaluations, integrate, one_step
+from torch import Tensor
+
+from ..sampling import evaluations, integrate, needs_endpoint, one_step
 from ..teachers import Model
 from .measure import Distances, Measure, Sampler, evaluation_noise, generate
 
@@ -29,9 +31,15 @@ def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Sampler:
     """What turns noise and labels into samples: one step for a student, ``steps`` of ``solver`` for a teacher."""
     net, described = model.net.requires_grad_(False), model.description
     path, predict = described.interpolant(), described.predict
-    if described.role == "student":
-        return lambda z, y: one_step(net, z, described.t_start, y, path, predict)
-    return lambda z, y: integrate(net, z, steps, solver, y, path=path, predict=predict)
+    needed = needs_endpoint(net, path)
+
+    def draw(z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+        endpoint = endpoint if needed else None
+        if described.role == "student":
+            return one_step(net, z, described.t_start, labels, path, predict, endpoint)
+        return integrate(net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint)
+
+    return draw
 
 
 def rows(
@@ -56,27 +64,30 @@ def rows(
     noise = evaluation_noise(shape, count)
     if teacher is not None:
         for number in steps:
-            samples, speed = generate(sampler(teacher, number), noise, measure.labels(teacher.net, count))
+            samples, speed = generate(sampler(teacher, number), noise, *measure.conditions(teacher.net, count))
             name = f"teacher, {number} Euler step{'s' if number > 1 else ''}"
             yield Row(name, measure(samples), evaluations(number), speed)
     if student is not None:
-        samples, speed = generate(sampler(student), noise, measure.labels(student.net, count))
+        samples, speed = generate(sampler(student), noise, *measure.conditions(student.net, count))
         yield Row("student, one step", measure(samples), 1, speed)
 
 
 def markdown(table: Sequence[Row], metric: str) -> str:
     """The table as Markdown, its first column's meaning in the header."""
+    paired = any(row.distances.pair_error is not None for row in table)
     lines = [
-        f"| | {metric} | sliced Wasserstein | precision | recall | network evaluations | samples/s |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| | {metric} | sliced Wasserstein | precision | recall |{' error a pair |' * paired} network evaluations "
+        "| samples/s |",
+        "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * paired,
     ]
     for row in table:
         d = row.distances
         speed = "" if row.samples_per_second is None else f"{row.samples_per_second:,.0f}"
         count = "" if row.evaluations is None else f"{row.evaluations}"
+        error = "" if d.pair_error is None else f"{d.pair_error:.4f}"
         lines.append(
             f"| {row.name} | {d.distance:.4g} | {d.sliced_wasserstein:.4f} | {d.precision:.3f} | {d.recall:.3f} "
-            f"| {count} | {speed} |"
+            f"|{f' {error} |' * paired} {count} | {speed} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -31,7 +31,7 @@ from .checkpoint import Checkpoints, replacing
 from .config import Config
 from .lock import LOCK
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
-from .measure import Measure, class_by_class, evaluation_noise, generate
+from .measure import Measure, evaluation_noise, generate
 from .meters import Meters
 from .phases import Phases
 
@@ -78,7 +78,7 @@ class Trainer(Protocol):
 
     def concern(self, row: Mapping[str, float]) -> str | None: ...
 
-    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor: ...
+    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor: ...
 
     def exported(self) -> tuple[dict[str, Tensor], teachers.Description]: ...
 
@@ -147,7 +147,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         _restore(trainer, saved)
     _write_config(config, folder)
 
-    log, distances = _logs(trainer, folder)
+    log, distances = _logs(trainer, folder, measure)
     log.cut(log.start if saved is None else saved["log"])
     distances.cut(distances.start if saved is None else saved["distances"])
     events = Events(folder / "events" if settings.tensorboard else None, trainer.step)
@@ -167,14 +167,14 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     def show() -> None:
         count = 100 if len(shape) == 3 else 2000
         noise = evaluation_noise(shape, count, trainer.device)
-        pixels = picture(trainer.sample(noise, class_by_class(trainer.network, count, trainer.device)))
+        pixels = picture(trainer.sample(noise, *measure.shown(trainer.network, count, trainer.device)))
         save_png(pixels, folder / "samples" / f"update-{trainer.step:08d}.png")
         events.image("samples", pixels, trainer.step)
 
     def evaluate() -> float:
         noise = evaluation_noise(shape, settings.evaluate_samples, trainer.device)
-        labels = measure.labels(trainer.network, len(noise))
-        values = measure(generate(trainer.sample, noise, labels)[0]).as_dict()
+        conditions = measure.conditions(trainer.network, len(noise))
+        values = measure(generate(trainer.sample, noise, *conditions)[0]).as_dict()
         distances.write({"update": trainer.step, **values})
         events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
         best.consider(values["distance"])
@@ -238,7 +238,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                     if due and not last and not skips.running:
                         checkpoints.save_soon(step, state())
         except OSError:
-            _rescue(config, trainer, folder, checkpoints, state)
+            _rescue(config, trainer, folder, measure, checkpoints, state)
             raise
         checkpoints.save(trainer.step, state())
         if trainer.step < trainer.updates or observed != trainer.step:
@@ -262,11 +262,11 @@ def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str
     return folder / "convergence.png"
 
 
-def _logs(trainer: Trainer, folder: Path) -> tuple[CsvLog, CsvLog]:
+def _logs(trainer: Trainer, folder: Path, measure: Measure) -> tuple[CsvLog, CsvLog]:
     names = [*trainer.meters.names, *(f"{name} rate" for name in trainer.optimisers)]
     names += [f"{name} skipped" for name in trainer.optimisers]
     log = CsvLog(folder / "log.csv", ["update", *names, "images_per_second", "seconds"])
-    distances = CsvLog(folder / "distances.csv", ["update", "distance", "sliced_wasserstein", "precision", "recall"])
+    distances = CsvLog(folder / "distances.csv", ["update", *measure.columns])
     return log, distances
 
 
@@ -287,7 +287,12 @@ def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
 
 
 def _rescue(
-    config: Config, trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Callable[[], dict[str, Any]]
+    config: Config,
+    trainer: Trainer,
+    folder: Path,
+    measure: Measure,
+    checkpoints: Checkpoints,
+    state: Callable[[], dict[str, Any]],
 ) -> None:
     """Save to a folder that somebody has removed: with its checkpoints gone, memory holds all there is of the run."""
     if (folder / "config.yaml").exists():
@@ -295,7 +300,7 @@ def _rescue(
     with contextlib.suppress(OSError, UserError):
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(config, folder)
-        _logs(trainer, folder)
+        _logs(trainer, folder, measure)
         checkpoints.save(trainer.step, state())
 
 

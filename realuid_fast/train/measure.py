@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Dataset
+from ..data import Dataset, to_float
 from ..errors import UserError
 from ..metrics import digit_features, frechet_distance, precision_recall, sliced_wasserstein
 from ..noise import NoiseStream, normal
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists
 MOST = 2000  # samples that precision, recall and the principal components look at
-Sampler = Callable[[Tensor, Tensor | None], Tensor]  # noise and labels, if any, to samples
+Sampler = Callable[..., Tensor]  # noise, and labels and endpoints, if any, to samples
 NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
 
 
 @dataclass(frozen=True)
 class Distances:
-    """``distance`` is the data set's main one (:attr:`Measure.name`); the sliced Wasserstein is on the samples."""
+    """``distance`` is the data set's main one (:attr:`Measure.name`); the sliced Wasserstein is on the samples.
+
+    ``pair_error``, for paired data, is the root of the mean squared difference between a sample and the original of the
+    endpoint that it was made from, over pixels and samples.
+    """
 
     distance: float
     sliced_wasserstein: float
     precision: float
     recall: float
+    pair_error: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Measure:
@@ -49,10 +54,12 @@ class Measure:
         self.train = dataset.pixels("train")
         if len(self.heldout) < 2:
             raise UserError(f"data set '{dataset.name}' needs at least 2 held-out samples to measure a distance to")
-        self._labels = dataset.train_labels
+        self._labels, self._heldout_labels = dataset.train_labels, dataset.heldout_labels
+        self._endpoints = None if dataset.heldout_endpoints is None else to_float(dataset.heldout_endpoints)
+        self._paired = dataset.paired
         self._points = len(dataset.shape) == 1
         self.features: Callable[[Tensor], Tensor] = _flat
-        if dataset.name == "digits":
+        if dataset.name in ("digits", "digit_pairs"):
             self.name, self.features = "Fréchet distance, digit classifier features", digit_features
         elif self._points:
             self.name = "sliced Wasserstein distance, points"
@@ -62,8 +69,25 @@ class Measure:
             self.name = f"Fréchet distance, {count} principal components of the pixels"
         self._heldout_features = self.features(self.heldout)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the distances that samples get."""
+        names = tuple(f.name for f in fields(Distances))
+        return names if self._paired else names[:-1]
+
     def __call__(self, samples: Tensor) -> Distances:
-        """Distances of ``samples (N, ...)`` to the held-out split; images are clipped to ``[-1, 1]`` first."""
+        """Distances of ``samples (N, ...)`` to the held-out split; images are clipped to ``[-1, 1]`` first.
+
+        Samples of paired data belong to :meth:`conditions`, in their order.
+        """
+        found = self._distances(samples)
+        if not self._paired:
+            return found
+        originals = self.heldout.repeat(-(-len(samples) // len(self.heldout)), *[1] * (samples.dim() - 1))
+        squared = (samples.detach().float().cpu().clamp(-1, 1) - originals[: len(samples)]).square().mean()
+        return replace(found, pair_error=float(squared.sqrt()))
+
+    def _distances(self, samples: Tensor) -> Distances:
         samples = samples.detach().float().cpu()
         if not self._points:
             samples = samples.clamp(-1, 1)
@@ -76,6 +100,29 @@ class Measure:
         neighbours = min(3, len(real) - 1, len(generated) - 1)
         precision, recall = precision_recall(real, generated, neighbours)
         return Distances(main, sliced, precision, recall)
+
+    def conditions(
+        self, net: nn.Module, count: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and endpoints that ``count`` samples are judged on, each None where there are none.
+
+        The endpoints are the held-out ones over and over, and the labels of paired data go with them.
+        """
+        if self._endpoints is None:
+            return self.labels(net, count), None
+        times = -(-count // len(self._endpoints))
+        endpoints = self._endpoints.repeat(times, *[1] * (self._endpoints.dim() - 1))[:count].to(device)
+        labels = self.labels(net, count)
+        if labels is not None and self._paired and self._heldout_labels is not None:
+            labels = self._heldout_labels.repeat(times)[:count]
+        return labels, endpoints
+
+    def shown(
+        self, net: nn.Module, count: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`conditions` for pictures: labels one after another, except of paired data."""
+        labels, endpoints = self.conditions(net, count, device)
+        return (labels if self._paired else class_by_class(net, count, device)), endpoints
 
     def labels(self, net: nn.Module, count: int) -> Tensor | None:
         """``count`` labels for a class-conditional network, the training split's over and over in a fixed random order.
@@ -92,7 +139,7 @@ class Measure:
 
     def floor(self) -> Distances:
         """Distances of the training split itself: what a perfect generator of the training data would reach."""
-        return self(self.train)
+        return self._distances(self.train)
 
 
 def _flat(samples: Tensor) -> Tensor:
@@ -115,15 +162,25 @@ def evaluation_noise(shape: tuple[int, ...], count: int, device: torch.device | 
     return normal(NoiseStream(NOISE_SEED, device).next_key(), like)
 
 
-def generate(sample: Sampler, noise: Tensor, labels: Tensor | None = None, batch: int = 500) -> tuple[Tensor, float]:
-    """``sample(noise, labels)`` in batches: all samples on the CPU, and samples per second after a warm-up."""
-    labels = None if labels is None else labels.to(noise.device)
-    sample(noise[:16], None if labels is None else labels[:16])
+def generate(
+    sample: Sampler,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    endpoint: Tensor | None = None,
+    batch: int = 500,
+) -> tuple[Tensor, float]:
+    """``sample(noise, labels, endpoint)``, without what is None at the end, in batches: all samples on the CPU, and
+    samples per second after a warm-up.
+    """
+    conditions = [labels] if endpoint is None else [labels, endpoint]
+
+    def part(first: int, count: int) -> Tensor:
+        rows = slice(first, first + count)
+        return sample(noise[rows], *(None if c is None else c[rows].to(noise.device) for c in conditions))
+
+    part(0, 16)
     start = time.perf_counter()
-    parts = range(0, len(noise), batch)
-    made = torch.cat(
-        [sample(noise[i : i + batch], None if labels is None else labels[i : i + batch]).cpu() for i in parts]
-    )
+    made = torch.cat([part(i, batch).cpu() for i in range(0, len(noise), batch)])
     return made, len(noise) / max(time.perf_counter() - start, 1e-9)
 
 

@@ -13,9 +13,10 @@ from ..data import Dataset
 from ..networks import build
 from ..noise import NoiseStream
 from ..optim import Optimiser
+from ..paths import OneSidedPath
 from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
-from .batches import Batches, labels_to_draw
+from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
 from .generator import frozen_view
 from .meters import Meters
@@ -51,6 +52,9 @@ class TeacherTrainer:
         self.optimiser = Optimiser(self.net, **vars(settings.optimiser), ema_decays=settings.ema, total=self.updates)
         self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
         self.labels = labels_to_draw(self.net, dataset, self.device)
+        # Only to refuse data without endpoints: batches bring their own.
+        self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
+        self._two_sided = not isinstance(self.path, OneSidedPath)
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
         self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
         self.noise = NoiseStream(seed, self.device)
@@ -88,15 +92,18 @@ class TeacherTrainer:
         with self.phases("data"):
             x, labels = self.batches.next()
             x = x.contiguous(memory_format=self._layout)
+            ends = self.batches.endpoints() if self._endpoint else None
+            ends = None if ends is None else ends.contiguous(memory_format=self._layout)
+            on_path = ends if self._two_sided else None
             t = self.path.sample_time(self.batch, self.draws, self.device)
             coef = self.interpolant.coefficients(t)
             key = self.noise.next_key()
-            x_t = rf.interpolate(x, coef, key)
+            x_t = rf.interpolate(x, coef, key, on_path)
         with self.phases("forward"):
             y = None if self.labels is None else labels
-            out = call(self.net, t, x_t, y, self.path, self._predict).contiguous(memory_format=self._layout)
+            out = call(self.net, t, x_t, y, self.path, self._predict, ends).contiguous(memory_format=self._layout)
         with self.phases("loss"):
-            grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, key)
+            grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, key, on_path)
         with self.phases("backward"):
             out.backward(grads.out)
         with self.phases("optimiser"):
@@ -110,9 +117,10 @@ class TeacherTrainer:
         """Nothing in a row of the log says that settings are wrong."""
         return None
 
-    def sample(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Samples of the exported network by Euler's method, for noise ``z``."""
-        return integrate(self.averaged, z, SAMPLING_STEPS, labels=labels, path=self.path, predict=self._predict)
+    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+        """Samples of the exported network in Euler steps, for noise ``z`` and the endpoints if it has them."""
+        endpoint = endpoint if self._endpoint else None
+        return integrate(self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self._predict, endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the exported weights and their description."""
