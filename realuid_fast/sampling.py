@@ -203,10 +203,20 @@ def step_from(
 ) -> Tensor:
     """:func:`one_step` from its numbers."""
     _check_endpoint(net, path, endpoint)
+    return step_at(start, net, state_from(start, z, endpoint), labels, endpoint)
+
+
+def state_from(start: Start, z: Tensor, endpoint: Tensor | None) -> Tensor:
+    """What a generator's first evaluation sees of its noise, and of the endpoint that stands in for the data."""
     x = z if start.noise == 1 else z * start.noise
     if endpoint is not None and start.endpoint:
         x = torch.add(x, endpoint, alpha=start.endpoint)
-    t = z.new_full((len(z),), start.t, dtype=torch.float32)
+    return x
+
+
+def step_at(start: Start, net: nn.Module, x: Tensor, labels: Tensor | None, endpoint: Tensor | None) -> Tensor:
+    """The generator's data prediction from a state ``x`` at the time of ``start``."""
+    t = x.new_full((len(x),), start.t, dtype=torch.float32)
     out = net(*arguments(net, t, x if start.c_in == 1 else x * start.c_in, labels, endpoint))
     return torch.add(x if start.k_x == 1 else x * start.k_x, out, alpha=start.k_out)
 

@@ -29,8 +29,8 @@ class Description:
 
     ``network`` is what :func:`realuid_fast.networks.build` takes; ``data`` what :func:`realuid_fast.data.load` takes.
     ``path`` and ``path_settings`` are what :func:`realuid_fast.paths.build` takes, ``predict`` one of its predictions.
-    ``t_start`` is a student's start time (see :class:`realuid_fast.train.generator.Generator`), ``teacher`` what it was
-    distilled from.
+    ``t_start`` is a student's start time and ``times`` those of its further steps (see
+    :class:`realuid_fast.train.generator.Generator`), ``teacher`` what it was distilled from.
     """
 
     network: dict[str, Any]
@@ -43,7 +43,11 @@ class Description:
     t_start: float = 0.0
     teacher: str = ""
     path_settings: dict[str, Any] = field(default_factory=dict)
+    times: tuple[float, ...] = ()
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "times", tuple(map(float, self.times)))  # JSON has lists
 
     def interpolant(self) -> paths.Path:
         """The path; raises :class:`UserError` where this version does not have it."""
@@ -132,7 +136,9 @@ def _description(file: Path, text: str) -> Description:
             kind = content.get("kind", "something else")
             raise UserError(f"{file} holds no teacher or student but {kind}")
         return Description(**{key: value for key, value in content.items() if key in known})
-    except (json.JSONDecodeError, TypeError, AttributeError):
+    except UserError:
+        raise
+    except (TypeError, AttributeError, ValueError):
         raise UserError(f"{file} has a damaged description under its metadata entry '{KEY}'") from None
 
 

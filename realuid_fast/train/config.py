@@ -168,8 +168,9 @@ class DistillConfig:
     ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
     ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
     averages then remember that start; empty for the teacher's weights. The fake model starts at the teacher either way.
-    ``t_start`` is the generator's start time, by default :func:`realuid_fast.sampling.default_start`; ``export`` the
-    average that is evaluated and saved, 0 for the last weights. The precisions are the networks' in either turn:
+    ``t_start`` is the generator's start time, by default :func:`realuid_fast.sampling.default_start`; ``times`` are
+    those of further steps (:class:`.generator.Generator`), none for a one-step generator; ``export`` is the average
+    that is evaluated and saved, 0 for the last weights. The precisions are the networks' in either turn:
     ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
     On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
     coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.train.precision`).
@@ -186,6 +187,7 @@ class DistillConfig:
     fake_precision: str = "float32"
     generator_precision: str = "float32"
     t_start: float | None = None
+    times: tuple[float, ...] = ()
     generator: OptimiserConfig = field(default_factory=OptimiserConfig)
     fake: OptimiserConfig = field(default_factory=OptimiserConfig)
     ema: tuple[float, ...] = (0.99,)

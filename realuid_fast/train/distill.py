@@ -74,7 +74,7 @@ class Distiller:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.teacher = frozen_view(net).eval()
         self.fake = copy.deepcopy(net).train().requires_grad_(True)
-        start = (settings.t_start, self.path, self._predict)
+        start = (settings.t_start, self.path, self._predict, settings.times)
         self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)
         if settings.start:
             student = _student(settings.start, described, self.generator.t_start)
@@ -128,6 +128,7 @@ class Distiller:
             preprocessing=dataset.preprocessing,
             command=command,
             t_start=self.generator.t_start,
+            times=self.generator.times,
             teacher=settings.teacher,
         )
 
@@ -187,7 +188,7 @@ class Distiller:
             y, ends = self._draw_conditions(self.turns * self.batch)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self._fake_precision.networks():
-                x = self._run_generator(z, y, ends)
+                x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
             made = {"x": self._float(x), "labels": y, "endpoint": ends}
             return {name: rows for name, rows in made.items() if rows is not None}
 
@@ -242,7 +243,7 @@ class Distiller:
                 on_path = ends if self._on_path else None
                 z = normal(self.noise.next_key(), self._like)
                 with self._generator_precision.networks():
-                    x = self._run_generator(z, y, ends)
+                    x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
                 x = self._float(x)
             with self.phases("interpolate"):
                 t, coef = self._draw_times()
@@ -347,6 +348,12 @@ class Distiller:
         picked = torch.randint(len(conditions[0]), (count,), generator=self.draws, device=self.device)
         labels = None if self.labels is None else self.labels[picked]
         return labels, None if self.endpoints is None else self._laid_out(to_float(self.endpoints[picked]))
+
+    def _draw_steps(self, count: int) -> Tensor | None:
+        """Which of the generator's steps each of ``count`` rows comes from, where it has several."""
+        if self.generator.steps == 1:
+            return None
+        return torch.randint(self.generator.steps, (count,), generator=self.draws, device=self.device)
 
     def _draw_times(self) -> tuple[Tensor, Tensor]:
         """Path times ``(B,)`` and coefficient rows ``(B, 9)``."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sampling import evaluations, integrate, needs_endpoint, one_step
+from ..sampling import evaluations, integrate, needs_endpoint
 from ..teachers import Model
+from .generator import Generator
 from .measure import Distances, Measure, Sampler, evaluation_noise, generate
 
 STEPS = (1, 20, 100)
@@ -32,14 +33,20 @@ def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Sampler:
     net, described = model.net.requires_grad_(False), model.description
     path, predict = described.interpolant(), described.predict
     needed = needs_endpoint(net, path)
+    student = _generator(model) if described.role == "student" else None
 
     def draw(z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         endpoint = endpoint if needed else None
-        if described.role == "student":
-            return one_step(net, z, described.t_start, labels, path, predict, endpoint)
+        if student is not None:
+            return student(z, labels, endpoint)
         return integrate(net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint)
 
     return draw
+
+
+def _generator(model: Model) -> Generator:
+    described = model.description
+    return Generator(model.net, described.t_start, described.interpolant(), described.predict, described.times)
 
 
 def rows(
@@ -69,7 +76,9 @@ def rows(
             yield Row(name, measure(samples), evaluations(number), speed)
     if student is not None:
         samples, speed = generate(sampler(student), noise, *measure.conditions(student.net, count))
-        yield Row("student, one step", measure(samples), 1, speed)
+        number = 1 + len(student.description.times)
+        name = "one step" if number == 1 else f"{number} steps"
+        yield Row(f"student, {name}", measure(samples), number, speed)
 
 
 def markdown(table: Sequence[Row], metric: str) -> str:

@@ -1,37 +1,111 @@
-"""The one-step generator: a network called once, from noise at a start time of its path."""
+"""The generator: a network called once, or a few times with fresh noise between, from noise at a time of its path."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from .. import functional as rf
+from ..errors import UserError
 from ..paths import Path
-from ..sampling import LINEAR, default_start, starting, step_from
+from ..sampling import LINEAR, arguments, default_start, ends, starting, state_from, step_at, step_from
 
 
 class Generator(nn.Module):
     """``G(z)``, on a two-sided path ``G(y, z)``: the path's data prediction at ``t0`` from noise, see
     :func:`realuid_fast.sampling.one_step`.
 
+    With further ``times`` ``t1, t2, ...`` the sample is interpolated to each of them with fresh noise, ``x_t = a x +
+    b y + c n``, and predicted again: ``1 + len(times)`` evaluations. The noise is a function of ``z``, and so are a
+    batch's samples. Source: Song et al., Consistency Models (2303.01469), algorithm 1.
+
     Args:
         net: a network, called as the path says for its prediction; on the linear path as ``net(t, x, y)``.
         t_start: ``t0``; :func:`realuid_fast.sampling.default_start` when None.
         path, predict: what the network was trained on.
+        times: further times, each nearer to the data than the one before.
+
+    Raises:
+        UserError: a time out of the path's range or out of order.
     """
 
+    _numbers: Tensor
+
     def __init__(
-        self, net: nn.Module, t_start: float | None = None, path: Path = LINEAR, predict: str = "velocity"
+        self,
+        net: nn.Module,
+        t_start: float | None = None,
+        path: Path = LINEAR,
+        predict: str = "velocity",
+        times: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.net, self.path = net, path
         self.t_start = float(default_start(path) if t_start is None else t_start)
-        self._start = starting(path, predict, self.t_start)
+        self.times = tuple(float(t) for t in times)
+        data = ends(path).data
+        left = [abs(data - t) for t in (self.t_start, *self.times)]
+        if any(after >= before for before, after in itertools.pairwise(left)):
+            raise UserError(f"times must come nearer to the data after t_start = {self.t_start:g}, got {self.times}")
+        self._starts = tuple(starting(path, predict, t) for t in (self.t_start, *self.times))
+        numbers = torch.tensor([(s.t, s.c_in, s.k_out, s.k_x) for s in self._starts], dtype=torch.float32)
+        # On the device from the start: a captured step may not copy from the host.
+        self.register_buffer("_numbers", numbers.to(next(net.parameters()).device), persistent=False)
 
-    def forward(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        """Samples like ``z``, standard normal ``(B, ...)``; ``labels`` ``(B,)`` for a class-conditional network."""
-        return step_from(self._start, self.net, z, labels, self.path, endpoint)
+    @property
+    def steps(self) -> int:
+        """Network evaluations a sample."""
+        return len(self._starts)
+
+    def forward(
+        self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None, step: Tensor | None = None
+    ) -> Tensor:
+        """Samples like ``z``, standard normal ``(B, ...)``; ``labels`` ``(B,)`` for a class-conditional network.
+
+        ``step``, int64 ``(B,)`` in ``[0, steps)``, returns each row's prediction of that step with a gradient through
+        its last evaluation alone: what a generator of several steps is trained on, each step on states that its own
+        steps before have made. Source: Yin et al., DMD2 (2405.14867), section 4.5 ("backward simulation").
+        """
+        first, *later = self._starts
+        if not later:
+            return step_from(first, self.net, z, labels, self.path, endpoint)
+        state = state_from(first, z, endpoint)
+        if step is None:
+            x = step_at(first, self.net, state, labels, endpoint)
+            for number, start in enumerate(later, 1):
+                x = step_at(start, self.net, self._noised(number, x, z, endpoint), labels, endpoint)
+            return x
+        with torch.no_grad():
+            states = [state]
+            for number in range(1, self.steps):
+                x = step_at(self._starts[number - 1], self.net, states[-1], labels, endpoint)
+                states.append(self._noised(number, x, z, endpoint))
+            state = torch.stack(states)[step, torch.arange(len(z), device=z.device)]
+            t, *scales = self._numbers[step].unbind(1)
+            c_in, k_out, k_x = (scale.view(-1, *[1] * (z.dim() - 1)) for scale in scales)
+        out = self.net(*arguments(self.net, t, state * c_in, labels, endpoint))
+        return torch.addcmul(k_x * state, k_out, out.to(state.dtype))
+
+    def _noised(self, number: int, x: Tensor, z: Tensor, endpoint: Tensor | None) -> Tensor:
+        t = x.new_full((len(x),), self.times[number - 1], dtype=torch.float32)
+        # Dense alike for the fused call; networks may return any layout.
+        layout = torch.contiguous_format if z.is_contiguous() else torch.channels_last
+        end = None if endpoint is None else endpoint.contiguous(memory_format=layout)
+        x = x.to(z.dtype).contiguous(memory_format=layout)
+        return rf.interpolate(x, self.path.coefficients(t, "x0", "x0"), _key(z, number), end)
+
+
+def _key(z: Tensor, number: int) -> Tensor:
+    """A noise key made of the bits of ``z``, on its device."""
+    if not z.numel():
+        return torch.zeros(2, dtype=torch.int64, device=z.device)
+    first, last = (z[(i,) * z.dim()].float().view(torch.int32).long() for i in (0, -1))
+    seed = ((first & 0x7FFFFFFF) << 32) | (last & 0xFFFFFFFF)
+    return torch.stack((seed, torch.full_like(seed, number)))
 
 
 def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | None = None) -> nn.Module:
