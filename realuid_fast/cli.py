@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         ("distill", "distil a teacher into a one-step student"),
     ):
         command = add(name, _train, text)
-        command.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
+        source = command.add_mutually_exclusive_group()
+        source.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
+        source.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(configs.presets())}")
         _add_settings(command)
         _add_folder(command)
 
@@ -158,6 +160,8 @@ def _command_line(arguments: argparse.Namespace) -> str:
     words = ["realuid-fast", arguments.command]
     if getattr(arguments, "config", None):
         words += ["--config", arguments.config]
+    if getattr(arguments, "preset", None):
+        words += ["--preset", arguments.preset]
     if arguments.set:
         words += ["--set", *arguments.set]
     return shlex.join(words)
@@ -165,7 +169,8 @@ def _command_line(arguments: argparse.Namespace) -> str:
 
 def _train(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
-    config = resolve(arguments.config, arguments.set, folder, arguments.resume)
+    source = arguments.config if arguments.preset is None else configs.preset(arguments.preset)
+    config = resolve(source, arguments.set, folder, arguments.resume)
     file, measure = train(
         arguments.command, config, folder, arguments.resume, arguments.overwrite, _command_line(arguments)
     )
@@ -375,6 +380,9 @@ def _info(arguments: argparse.Namespace) -> None:
     print(f"threads       torch {threads}, cores {os.cpu_count()}, free {free_cores()} (load {load:.1f})")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU           {gpu}")
+    print("\npreset            of train-teacher and distill")
+    for name, line in configs.presets().items():
+        print(f"{name:17} {line}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

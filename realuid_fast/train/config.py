@@ -258,6 +258,19 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     return from_mapping(merge(_read(source), nested(overrides)))
 
 
+def presets() -> dict[str, str]:
+    """The shipped presets, each with its first line: ``realuid-fast distill --preset NAME``."""
+    files = sorted((CONFIGS / "presets").glob("*.yaml"))
+    return {file.stem: file.read_text().partition("\n")[0].removeprefix("# ") for file in files}
+
+
+def preset(name: str) -> str:
+    """What :func:`load` takes for a preset's name; raises :class:`UserError` for an unknown one."""
+    if name not in presets():
+        raise UserError(f"there is no preset {name!r}: the presets are {', '.join(presets())}")
+    return f"presets/{name}"
+
+
 def from_mapping(content: Mapping[str, Any]) -> Config:
     """:class:`Config` of nested plain values, checked."""
     config = _fill(Config, content, "")
