@@ -1,5 +1,6 @@
 """The benchmarks, without their timings: equal work of all ways, results files, comparisons, fits, command line."""
 
+import concurrent.futures
 import importlib.util
 import json
 from dataclasses import replace
@@ -414,3 +415,43 @@ def test_the_cifar_network_is_the_published_one():
 def test_a_table_without_its_results_is_a_sentence():
     with pytest.raises(SystemExit, match=r"the table 'nothing', and there is no bench/results/nothing\.md"):
         readme.rendered("<!-- table: nothing -->\n<!-- end -->")
+
+
+def test_sensitivity_finds_arrivals_and_writes_its_table(tmp_path, monkeypatch):
+    from bench import sensitivity
+
+    curve = [(20, 0.5), (40, 0.2), (60, 0.4), (80, 0.2), (100, 0.1)]
+    # One evaluation below the target does not count, two in a row do.
+    assert sensitivity.arrival(curve, 0.25) == 80
+    assert sensitivity.arrival(curve, 0.05) is None
+
+    monkeypatch.setattr(sensitivity, "ALPHAS", (0.9,))
+    monkeypatch.setattr(sensitivity, "RATIOS", (0.96, 1.04))
+    monkeypatch.setattr(sensitivity, "SETTINGS", [*sensitivity.SETTINGS, "teacher.updates=3", "run.progress=false"])
+    words = ["--out", tmp_path / "runs", "--results", tmp_path, "--seeds", 0, 1, "--updates", 4, "--every", 2]
+    monkeypatch.setattr(sensitivity, "ProcessPoolExecutor", Serial)
+    assert sensitivity.main([str(word) for word in [*words, "--samples", 50]]) == 0
+    content = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert [(cell["alpha"], cell["ratio"]) for cell in content["cells"]] == [(1.0, 1.0), (0.9, 0.96), (0.9, 1.04)]
+    uid = content["curves"][0]["runs"]
+    assert content["target"] == pytest.approx(sum(d for run in uid for _, d in run) / 4)
+    assert "| 0.9 |" in (tmp_path / "sensitivity.md").read_text()
+    assert (tmp_path / "sensitivity.png").stat().st_size > 1000
+
+
+class Serial:
+    """A pool of this process alone."""
+
+    def __init__(self, jobs):
+        assert jobs == 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, call, *arguments):
+        future = concurrent.futures.Future()
+        future.set_result(call(*arguments))
+        return future
