@@ -72,11 +72,17 @@ def compare(config: Config, folder: Path, seeds: Sequence[int], jobs: int, overw
         elif (out / "config.yaml").is_file():
             command.append("--overwrite")
         commands[name] = [*command, "--set", *settings, *own]
-    _run_all(commands, jobs, folder)
+    run_all(commands, jobs, folder)
     return summarise(judge, config, folder, seeds)
 
 
-def _run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
+def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
+    """Run commands by name, ``jobs`` at a time with one thread each, their words in ``folder/runs/NAME.log``.
+
+    Raises:
+        UserError: a command that failed, with its last line; the others are stopped.
+        Interrupted: after SIGINT or SIGTERM, when every running process has ended.
+    """
     waiting, running = dict(commands), dict[str, subprocess.Popen[bytes]]()
     received: list[int] = []
     before = {s: signal.signal(s, lambda signum, _: received.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
