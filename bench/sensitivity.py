@@ -94,8 +94,8 @@ def markdown(content: dict[str, Any]) -> str:
     uid = cells[1.0, 1.0]
     lines = [
         f"UID's end: {content['target']:.4f} (each seed: {', '.join(f'{v:.4f}' for v in uid['ends'])}), which UID "
-        f"itself reaches after {_arrivals(uid)}. A cell: median updates to it (seeds that arrive), mean distance at the end "
-        f"after {content['updates']:,} updates, {len(content['seeds'])} seeds.",
+        f"itself reaches after {_arrivals(uid)}. A cell: median updates to it (seeds that arrive), mean distance "
+        f"at the end after {content['updates']:,} updates, {len(content['seeds'])} seeds.",
         "",
         "| alpha \\ beta / alpha | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |",
         "|---|" + "---:|" * len(RATIOS),

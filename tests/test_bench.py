@@ -13,7 +13,20 @@ if importlib.util.find_spec("bench") is None:
     pytest.skip("the benchmarks lie in the source checkout only", allow_module_level=True)
 
 import realuid_fast as rf
-from bench import compare_results, growth, micro, optimiser, peers, plots, published, readme, report, step, timing
+from bench import (
+    compare_results,
+    growth,
+    micro,
+    optimiser,
+    peers,
+    plots,
+    presets,
+    published,
+    readme,
+    report,
+    step,
+    timing,
+)
 from realuid_fast import cli
 from realuid_fast.errors import UserError
 from realuid_fast.noise import NoiseStream, normal
@@ -455,3 +468,33 @@ class Serial:
         future = concurrent.futures.Future()
         future.set_result(call(*arguments))
         return future
+
+
+def test_presets_are_trained_measured_and_taken_up_again(tmp_path, capsys, monkeypatch):
+    words = ["--only", "trigonometric", "--updates", 1, "--teacher-updates", 1, "--seeds", 0, "--samples", 20]
+    words += ["--jobs", 1, "--work", tmp_path, "--out", tmp_path / "p.json", "--docs", tmp_path / "p.md"]
+    words = [str(word) for word in words]
+    # In this process: starting two takes longer than what they do.
+    started = []
+
+    def in_process(commands, *_):
+        for name, command in commands.items():
+            started.append(name)
+            assert cli.main(command[3:]) == 0
+
+    monkeypatch.setattr(presets, "run_all", in_process)
+    assert presets.main(words) == 0
+    assert started == ["teacher-trigonometric", "trigonometric-seed0"]
+    (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert (row["path"], row["predict"], row["updates"], row["seeds"]) == ("trigonometric", "v", 1, [0])
+    line = next(line for line in (tmp_path / "p.md").read_text().splitlines() if line.startswith("| trigonometric"))
+    assert f"| {row['teacher']['distance']:.3g} | {row['student']['distance'][0]:.3g} ± 0 | 1 |" in line
+
+    # Finished runs are taken as they are; another number of updates is another run.
+    assert presets.main(words) == 0
+    assert len(started) == 2
+    words[words.index("--updates") + 1] = "2"
+    assert presets.main(words) == 0
+    assert started[2:] == ["trigonometric-seed0"]
+    assert presets.main(["--only", "none"]) == 2
+    assert "there is no preset 'none'" in capsys.readouterr().err

@@ -267,6 +267,35 @@ def test_a_full_disk_is_a_sentence(place, capsys, monkeypatch):
     assert said.startswith("error: stopped after update 0: run/log.csv: No space left on device")
 
 
+def test_presets_by_name(tmp_path, capsys):
+    words = ["--set", "distill.updates=1", "distill.batch=4", "run.evaluate_every=0", "run.progress=false"]
+    assert run("distill", "--preset", "sid", "--out", tmp_path / "sid", *words, "run.tensorboard=false") == 0
+    described = teachers.load(tmp_path / "sid" / "student.safetensors").description
+    assert described.command.startswith("realuid-fast distill --preset sid --set distill.updates=1")
+    capsys.readouterr()
+    assert run("distill", "--preset", "none", "--out", tmp_path / "none") == 2
+    assert "there is no preset 'none': the presets are diff-instruct, dmd" in capsys.readouterr().err
+    assert run("distill", "--preset", "vp", "--out", tmp_path / "vp", "--set", f"distill.teacher={tmp_path}/t") == 2
+    assert "there is no teacher" in capsys.readouterr().err
+
+
+def test_pairs_on_the_command_line(tmp_path, capsys):
+    small = ["network.num_channels=4", "network.norm_groups=2", "run.evaluate_samples=20", "run.progress=false"]
+    small += ["run.tensorboard=false", "teacher.updates=2", "distill.updates=2", "run.evaluate_every=2"]
+    teacher = tmp_path / "teacher"
+    small.append(f"distill.teacher={teacher}/teacher.safetensors")
+    assert run("train-teacher", "--preset", "ibmd", "--out", teacher, "--set", *small) == 0
+    assert run("distill", "--preset", "ibmd", "--out", tmp_path / "student", "--set", *small) == 0
+    assert "pair_error" in (tmp_path / "student" / "distances.csv").read_text().splitlines()[0]
+    assert run("sample", "--model", tmp_path / "student", "--count", 3, "--out", tmp_path / "s.npy") == 0
+    assert run("sample", "--model", teacher, "--count", 3, "--steps", 2, "--out", tmp_path / "t.npy") == 0
+    words = ["--samples", 20, "--steps", 2, "--out", tmp_path / "table"]
+    assert run("evaluate", "--student", tmp_path / "student", *words) == 0
+    table = (tmp_path / "table" / "table.md").read_text()
+    assert "error a pair" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
 def test_info(capsys):
     assert run("info") == 0
     said = capsys.readouterr().out
@@ -304,9 +333,9 @@ def test_demo_leaves_what_the_readme_promises(place, capsys):
 
 
 def test_compare_two_seeds(place, capsys, monkeypatch):
-    apart = comparison._run_all
+    apart = comparison.run_all
     # Starting a process takes longer than these runs: in this one first, below in one of their own.
-    monkeypatch.setattr(comparison, "_run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
+    monkeypatch.setattr(comparison, "run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
     words = ["--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
     assert run("compare", *words, "--seeds", 0, 1, "--jobs", 2, "--out", "c") == 0
     result = json.loads((place / "c/compare.json").read_text())
@@ -323,7 +352,7 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
     assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"
     assert "holds compare.json already" in refused(capsys, "compare", *words, "--out", "c")
 
-    monkeypatch.setattr(comparison, "_run_all", apart)
+    monkeypatch.setattr(comparison, "run_all", apart)
     # Resumed, only the missing run is trained again, and the results are the same.
     kept = (place / "c/runs/uid-seed0/student.safetensors").stat().st_mtime_ns
     (place / "c/runs/realuid-seed1/student.safetensors").unlink()
@@ -334,7 +363,7 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
 
 
 def test_compare_in_two_stages(place, monkeypatch):
-    monkeypatch.setattr(comparison, "_run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
+    monkeypatch.setattr(comparison, "run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
     (place / "tune.yaml").write_text(
         "base: tiny.yaml\ndistill: {objective: {alpha: 0.5, beta: 1.5}, ema: [0.9], export: 0.9}"
     )

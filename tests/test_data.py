@@ -200,3 +200,38 @@ def test_cifar_errors_name_the_file(tmp_path):
     write_cifar(tmp_path, label=17)
     with pytest.raises(UserError, match="has a label 17"):
         data.cifar10(tmp_path)
+
+
+def test_paired_digits():
+    pairs, plain = data.load("digit_pairs"), data.digits()
+    assert pairs.paired
+    assert torch.equal(pairs.train, plain.train)
+    assert torch.equal(pairs.heldout_labels, plain.heldout_labels)
+    coarse = pairs.heldout_endpoints
+    assert coarse.shape == plain.heldout.shape
+    assert torch.equal(coarse[:, :, :4, 4:], plain.heldout[:, :, :4, 4:].mean((2, 3), True).expand(-1, -1, 4, 4))
+    masked = data.load({"name": "digit_pairs", "corruption": "mask", "amount": 3})
+    assert torch.equal(masked.train_endpoints[:, :, :5], plain.train[:, :, :5])
+    assert (masked.train_endpoints[:, :, 5:] == -1).all()
+    noisy, again = (data.load({"name": "digit_pairs", "corruption": "noise", "amount": 0.5}) for _ in range(2))
+    assert torch.equal(noisy.train_endpoints, again.train_endpoints)
+    assert float((noisy.train_endpoints - plain.train).std()) == pytest.approx(0.5, rel=0.02)
+    for settings, sentence in (
+        ({"corruption": "blur"}, "corruption must be downsample, mask or noise, got 'blur'"),
+        ({"amount": 3}, "amount must be one of 2, 4, 8 to downsample, got 3"),
+        ({"corruption": "noise", "amount": -1.0}, "amount must be positive to noise"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            data.load({"name": "digit_pairs", **settings})
+
+
+def test_points_from_one_set_to_another():
+    moons = data.load({"name": "transport", "n": 500})
+    assert moons.train_endpoints.shape == moons.train.shape
+    assert not moons.paired
+    # Drawn apart: no endpoint knows its sample's class.
+    centred = moons.train_endpoints - moons.train_endpoints.mean(0)
+    product = centred.T @ (moons.train - moons.train.mean(0)) / 500
+    assert float(product.abs().max()) < 5 * 0.9 * 1.5 / 500**0.5
+    with pytest.raises(UserError, match="source must be one of eight_gaussians, moons, checkerboard"):
+        data.load({"name": "transport", "source": "digits"})

@@ -200,3 +200,23 @@ def test_networks_explain_wrong_inputs():
         conditional(t, x, torch.zeros(3, dtype=torch.long))
     with pytest.raises(UserError, match="t must have shape"):
         conditional(t[:2], torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1},
+        {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4},
+    ],
+)
+def test_networks_that_see_the_endpoint(network):
+    torch.manual_seed(0)
+    net, plain = build({**network, "endpoint": True}), build(network)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    t, x, y = torch.rand(2), torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    assert net(t, x, None, y).shape == x.shape
+    assert not torch.allclose(net(t, x, None, y), net(t, x, None, -y))
+    for wrong in (lambda: net(t, x), lambda: plain(t, x, None, y), lambda: net(t, x, None, y[:1])):
+        with pytest.raises(UserError, match="endpoint must"):
+            wrong()

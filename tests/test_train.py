@@ -403,6 +403,116 @@ def test_generator_turn_equals_plain_autograd_on_other_paths(name, predict):
         torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
 
 
+PAIRS = {"name": "digit_pairs"}
+SEEING = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10, "endpoint": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "predict", "match", "network"),
+    [
+        ("brownian-bridge", "x0", "x0", SEEING),
+        ("i2sb", "residual", "x0", UNET),
+        ("ddbm-vp", "edm", "x0", {**UNET, "endpoint": True}),
+        ("stochastic-interpolant", "velocity", "velocity", SEEING),
+        ("i-cfm", "velocity", "x0", UNET),
+        ("vp", "v", "velocity", SEEING),  # one-sided, conditional on the endpoint through the network alone
+    ],
+)
+def test_pairs_from_teacher_to_distances(name, predict, match, network):
+    held, path = data.load(PAIRS), {"name": name, "predict": predict, "match": match, "sampler": "stratified"}
+    content = settings(
+        "x",
+        data=PAIRS,
+        network=network,
+        path=path,
+        distill={"objective": {"name": "real-bridge"}},
+        teacher={"batch": 4},
+    )
+    teacher = TeacherTrainer(configs.from_mapping(content), held)
+    measure, noise = Measure(held), evaluation_noise(held.shape, 12)
+    conditions = measure.conditions(teacher.network, 12)
+    assert torch.equal(conditions[1], held.heldout_endpoints[:12])
+    if "num_classes" in network:
+        assert torch.equal(conditions[0], held.heldout_labels[:12])
+    teacher.update()
+    assert math.isfinite(measure(generate(teacher.sample, noise, *conditions)[0]).pair_error)
+    state, description = teacher.exported()
+    net = build(network)
+    net.load_state_dict(state)
+    student = Distiller(configs.from_mapping(content), held, teachers.Model(net, description))
+    for _ in range(2):
+        student.update()
+    assert all(math.isfinite(value) for value in student.meters.read().values())
+    made = student.sample(noise, *conditions)
+    assert torch.isfinite(made).all()
+    # The endpoint is heard.
+    others = (conditions[0], conditions[1].flip(0))
+    assert not torch.allclose(student.sample(noise, *others), made)
+
+
+def test_two_sided_fake_turn_equals_plain_autograd():
+    network = {**UNET, "endpoint": True}
+    description = teachers.Description(network, path="brownian-bridge", predict="residual")
+    held, path = data.load(PAIRS), {"match": "x0"}
+    content = settings("x", data=PAIRS, path=path, distill={"objective": {"name": "real-bridge"}})
+    trainer = Distiller(configs.from_mapping(content), held, teachers.Model(random_network(network), description))
+    state = copy.deepcopy(trainer.state_dict())
+    generated, ends = torch.randn(2, 8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    trainer.fake_optimiser.step = lambda: seen.update(
+        {name: p.grad.clone() for name, p in trainer.fake.named_parameters()}
+    )
+    trainer.fake_turn(generated, None, ends)
+
+    trainer.draws.set_state(state["draws"])
+    trainer.noise.load_state_dict(state["noise"])
+    trainer.batches.load_state_dict(state["batches"])
+    real, _ = trainer.batches.next()
+    row = int((held.train == real[0]).flatten(1).all(1).nonzero()[0])
+    assert torch.equal(trainer.batches.endpoints()[0], held.train_endpoints[row])
+    t = trainer.path.sample_time(8, trainer.draws).repeat(2)
+    coef, key = trainer.path.coefficients(t, "x0", "residual"), trainer.noise.next_key()
+    x, y = torch.cat([generated, real]), torch.cat([ends, trainer.batches.endpoints()])
+    x_t = rf.interpolate(x, coef, key, y, noise_rows=8)
+    out = trainer.fake(t, x_t, None, y)
+    rf.fake_loss(out, x, x_t, coef, key, trainer.objective, 8, endpoint=y, noise_rows=8).backward()
+    for name, p in trainer.fake.named_parameters():
+        torch.testing.assert_close(seen[name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
+
+
+def test_paths_with_an_endpoint_need_data_that_have_one():
+    path = {"name": "i-cfm"}
+    with pytest.raises(UserError, match="path ICFM has a second endpoint, data set 'eight_gaussians' has none"):
+        TeacherTrainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
+    path = {"name": "brownian-bridge", "predict": "score", "match": "noise"}
+    with pytest.raises(UserError, match="score gives neither velocity nor data"):
+        TeacherTrainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
+
+
+@pytest.mark.parametrize("name", sorted(configs.presets()))
+def test_every_preset_builds_and_runs_two_updates(name):
+    """At its own path, objective and network, with small batches and, where it has none yet, a fresh teacher."""
+    few = ["distill.batch=8", "teacher.batch=8", "run.tensorboard=false"]
+    config = configs.load(configs.preset(name), few)
+    source = config.data | ({"n": 100, "n_heldout": 20} if config.data["name"] == "eight_gaussians" else {})
+    held = data.load(source if config.data["name"] != "transport" else config.data | {"n": 100})
+    if config.distill.teacher in teachers.SHIPPED:
+        model = teachers.load_teacher(config.distill.teacher)
+    else:
+        maker = configs.preset(Path(config.distill.teacher).parent.name)
+        teacher = TeacherTrainer(configs.load(maker, few), held)
+        for _ in range(2):
+            teacher.update()
+        state, description = teacher.exported()
+        model = teachers.Model(build(description.network), description)
+        model.net.load_state_dict(state)
+    student = Distiller(config, held, model)
+    for _ in range(2):
+        student.update()
+    assert all(math.isfinite(value) for value in student.meters.read().values())
+    assert configs.presets()[name][0].isupper()
+
+
 def test_the_teachers_own_times_and_distance():
     path = {"name": "ve", "predict": "edm", "match": "x0", "sampler": "karras"}
     own = {"sampler": "log-normal", "sampler_settings": {"mean": -0.4}, "weight": "edm"}

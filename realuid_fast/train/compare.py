@@ -80,7 +80,7 @@ def compare(
                     own.append(f"distill.start={_folder(folder, objective, seed, number - 1)}")
                 if not (resume and (out / "student.safetensors").is_file()):
                     commands[out.name] = _command(common, out, own, resume)
-        _run_all(commands, jobs, folder)
+        run_all(commands, jobs, folder)
     return summarise(judge, stages, folder, seeds)
 
 
@@ -97,7 +97,13 @@ def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]
     return [*command, "--set", "run.threads=1", "run.progress=false", "run.tensorboard=false", *own]
 
 
-def _run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
+def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
+    """Run commands by name, ``jobs`` at a time with one thread each, their words in ``folder/runs/NAME.log``.
+
+    Raises:
+        UserError: a command that failed, with its last line; the others are stopped.
+        Interrupted: after SIGINT or SIGTERM, when every running process has ended.
+    """
     waiting, running = dict(commands), dict[str, subprocess.Popen[bytes]]()
     received: list[int] = []
     before = {s: signal.signal(s, lambda signum, _: received.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
