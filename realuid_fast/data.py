@@ -160,9 +160,8 @@ def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int =
         raise UserError(f"corruption must be downsample, mask or noise, got {corruption!r}")
     whole = {"downsample": (2, 4, 8), "mask": tuple(range(1, 9))}.get(corruption)
     if (whole and amount not in whole) or not 0 < amount < math.inf:
-        raise UserError(
-            f"amount must be {'positive' if not whole else f'one of {whole}'} to {corruption}, got {amount}"
-        )
+        wanted = f"one of {', '.join(map(str, whole))}" if whole else "positive"
+        raise UserError(f"amount must be {wanted} to {corruption}, got {amount}")
 
     def corrupted(images: Tensor, split: int) -> Tensor:
         if corruption == "downsample":
