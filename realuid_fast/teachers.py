@@ -128,8 +128,8 @@ def load_teacher(
     Args:
         source: a shipped name, a ``.safetensors`` file, or a checkpoint written by ``torch.save`` (``.pt``, ``.pth``,
             ``.ckpt``), whose dictionary holds ``ema_models`` or, a student's, ``ema_gens`` (decay to state dict),
-            ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no code in
-            it runs.
+            ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no
+            code in it runs.
         network: the network of a published checkpoint, which does not say it itself.
         decay: which of its averages to take; the largest when not given.
         data: what a published checkpoint was trained on, for its description.
