@@ -152,8 +152,9 @@ def load_teacher(
 
     Args:
         source: a shipped name, a ``.safetensors`` file, or a checkpoint written by ``torch.save`` (``.pt``, ``.pth``,
-            ``.ckpt``), whose dictionary holds ``ema_models`` (decay to state dict), ``ema_model``, ``net_model``, or is
-            itself a state dict. It is read as tensors and plain values only: no code in it runs.
+            ``.ckpt``), whose dictionary holds ``ema_models`` or, a student's, ``ema_gens`` (decay to state dict),
+            ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no
+            code in it runs.
         network: the network of a published checkpoint, which does not say it itself.
         decay: which of its averages to take; the largest when not given.
         data: what a published checkpoint was trained on, for its description.
@@ -186,8 +187,9 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
         raise UserError(f"{file} is no checkpoint that holds tensors and plain values alone") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a dictionary of parameters")
-    if "ema_models" in content:
-        content = _chosen_average(file, content["ema_models"], decay)
+    averages = next((content[name] for name in ("ema_models", "ema_gens") if name in content), None)
+    if averages is not None:
+        content = _chosen_average(file, averages, decay)
     elif decay is not None:
         raise UserError(f"{file} has no averages by decay, so none of {decay:g} can be taken from it")
     else:

@@ -119,6 +119,9 @@ def test_published_checkpoints(tmp_path):
     name = "out.2.bias"
     assert torch.equal(largest.net.state_dict()[name], net.state_dict()[name] + 0.9)
     assert torch.equal(chosen.net.state_dict()[name], net.state_dict()[name] + 0.5)
+    torch.save({"ema_gens": {str(d): s for d, s in states.items()}, "gen": net.state_dict()}, file)
+    student = teachers.load_teacher(file, network=UNET, decay=0.5)
+    assert torch.equal(student.net.state_dict()[name], net.state_dict()[name] + 0.5)
     for content in ({"ema_model": net.state_dict()}, {"net_model": net.state_dict()}, net.state_dict()):
         torch.save(content, file)
         assert torch.equal(teachers.load_teacher(file, network=UNET).net.state_dict()[name], net.state_dict()[name])
