@@ -515,6 +515,12 @@ class Optimiser:
         """Steps skipped so far, an int64 tensor ``()``."""
         return self.adam.skipped
 
+    @property
+    def progress(self) -> Tensor:
+        """Steps so far, those of them skipped, and the next step's rate: float64 ``(3,)``, made on the device."""
+        following = self.adam.counts[:1].clamp(max=len(self._rates) - 1)
+        return torch.cat([self.adam.counts.double(), self._rates.index_select(0, following).double()])
+
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients, then the averages. Leaves the gradients as they are."""

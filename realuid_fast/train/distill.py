@@ -24,6 +24,7 @@ from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases
 from .precision import Precision
+from .tripwires import Tripwires
 
 WEIGHT = COLUMNS.index("w")
 
@@ -98,7 +99,9 @@ class Distiller:
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
-        self.meters = Meters(("fake loss", "generator loss", "fake gradient", "generator gradient", "gap"), self.device)
+        self.tripwires = Tripwires(dataset, self.batch, self.device)
+        names = ("fake loss", "generator loss", "fake gradient", "generator gradient", "gap", *Tripwires.names)
+        self.meters = Meters(names, self.device)
         self.phases = Phases(config.run.timings, self.device)
         compiled = modes.compiled if self.mode != "eager" else lambda net: net
         self._run_generator, self._run_fake = compiled(self.generator), compiled(self.fake)
@@ -204,14 +207,14 @@ class Distiller:
         return {"fake loss": grads.loss, "fake gradient": self.fake_optimiser.norm}
 
     def _generator_step_plain(self) -> dict[str, Tensor]:
-        loss, gap = self.generator_backward()
+        loss, watched = self.generator_backward()
         with self.phases("generator optimiser"):
             self.generator_optimiser.step()
             self.generator_optimiser.zero_grad()
-        return {"generator loss": loss, "generator gradient": self.generator_optimiser.norm, "gap": gap}
+        return {"generator loss": loss, "generator gradient": self.generator_optimiser.norm, **watched}
 
-    def generator_backward(self) -> tuple[Tensor, Tensor]:
-        """Add the generator loss' gradient to the generator's parameters; the loss and the gap, each ``()``.
+    def generator_backward(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the generator loss' gradient to the generator's parameters; the loss ``()``, the gap and the tripwires.
 
         With ``g = dl/dx_t`` through both networks and ``x_t = a x + c n``, the generator's backward starts from
         ``dl/dx = a g + (dl/dx through the target)``. In fp16 every gradient up to the parameters' carries a power of
@@ -246,6 +249,8 @@ class Distiller:
                     teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective
                 )
                 gap = torch.linalg.vector_norm(fake_out - teacher_out) / torch.linalg.vector_norm(teacher_out)
+                wires = self.tripwires(teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key)
+                watched = {"gap": gap, Tripwires.names[0]: wires}
             g_x = grads.x
             if grads.teacher_out is not None:
                 with self.phases("frozen backward"):
@@ -257,10 +262,10 @@ class Distiller:
             with self.phases("generator backward"):
                 x.backward(g_x)
                 if self._seed_scale == 1.0:
-                    return grads.loss, gap
+                    return grads.loss, watched
                 gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
                 torch._foreach_mul_(gradients, 1 / self._seed_scale)
-                return grads.loss / self._seed_scale, gap
+                return grads.loss / self._seed_scale, watched
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """What a row of the log says is wrong with the settings, in a sentence."""

@@ -32,7 +32,7 @@ from .config import Config
 from .lock import LOCK
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
 from .measure import Measure, class_by_class, evaluation_noise, generate
-from .meters import Meters
+from .meters import Fetched, Meters
 from .phases import Phases
 
 # What a run writes, and so what --overwrite may remove.
@@ -153,9 +153,28 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     events = Events(folder / "events" if settings.tensorboard else None, trainer.step)
     best = _Best(folder, trainer, None if saved is None else saved["best"])
     observed: int | None = None if saved is None else saved["observed"]
+    rows: list[_Row] = []
+    shown: dict[str, str] = {}
+    concerned = False
     watch, skips, first = _Watch(trainer), _Skips(trainer, settings.stop_after_skips), trainer.step
 
+    def settle() -> None:
+        """Write the rows that were fetched; waits for one that has not come yet."""
+        nonlocal concerned
+        while rows:
+            step, row, calls = rows.pop(0)()
+            log.write({"update": step, **row})
+            events.scalars(row, step)
+            if not concerned and (concern := trainer.concern(row)) is not None:
+                concerned = True
+                tqdm.write(f"update {step}: {concern}", file=sys.stderr)
+            shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
+            shown["images/s"] = f"{row['images_per_second']:.0f}"
+            progress.set_postfix(shown, refresh=False)
+            skips.check(step, row, calls)
+
     def state() -> dict[str, Any]:
+        settle()
         return {
             "trainer": trainer.state_dict(),
             "log": log.position,
@@ -200,8 +219,6 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
-    shown: dict[str, str] = {}
-    concerned = False
     with (
         _signals() as received,
         contextlib.closing(progress),
@@ -217,16 +234,11 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                 checkpoints.check()
                 step, last = trainer.step, trainer.step == trainer.updates
                 if step % settings.log_every == 0 or last:
-                    row = watch.read()
-                    log.write({"update": step, **row})
-                    events.scalars(row, step)
-                    if not concerned and (concern := trainer.concern(row)) is not None:
-                        concerned = True
-                        tqdm.write(f"update {step}: {concern}", file=sys.stderr)
-                    shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
-                    shown["images/s"] = f"{row['images_per_second']:.0f}"
-                    progress.set_postfix(shown, refresh=False)
-                    skips.check(row)
+                    # What a device has not sent yet is written with the next row.
+                    settle()
+                    rows.append(watch.fetch())
+                    if rows[0].ready:
+                        settle()
                 progress.update(1)
                 # Whoever sends a signal may not wait for an evaluation: a resumed run makes up for it.
                 if received:
@@ -234,9 +246,11 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                 with watch.paused():
                     observe()
                     due = settings.checkpoint_every and step % settings.checkpoint_every == 0
-                    # While no update changes anything, older checkpoints are worth more than a newer one.
-                    if due and not last and not skips.running:
-                        checkpoints.save_soon(step, state())
+                    if due and not last:
+                        settle()
+                        # While no update changes anything, older checkpoints are worth more than a newer one.
+                        if not skips.running:
+                            checkpoints.save_soon(step, state())
         except OSError:
             _rescue(config, trainer, folder, checkpoints, state)
             raise
@@ -346,37 +360,60 @@ class _Skips:
     """
 
     def __init__(self, trainer: Trainer, limit: int) -> None:
-        self._trainer, self._limit = trainer, limit
-        self._names = list(trainer.optimisers)
+        self._limit = limit
         self._before = {name: (o.steps, int(o.skipped)) for name, o in trainer.optimisers.items()}
-        self._rows = dict.fromkeys(self._names, 0)
+        self._rows = dict.fromkeys(self._before, 0)
 
     @property
     def running(self) -> bool:
         return any(self._rows.values())
 
-    def check(self, row: Mapping[str, float]) -> None:
-        """Take a row of the log in.
+    def check(self, step: int, row: Mapping[str, float], calls: Mapping[str, int]) -> None:
+        """Take the log's row of update ``step`` in, up to which the optimisers were called ``calls`` times.
 
         Raises:
             UserError: the limit is reached.
         """
-        for name, optimiser in self._trainer.optimisers.items():
-            calls, skipped = optimiser.steps, int(row[f"{name} skipped"])
-            done, missed = calls - self._before[name][0], skipped - self._before[name][1]
-            self._before[name] = calls, skipped
+        for name, (called, skipped) in self._before.items():
+            done, missed = calls[name] - called, int(row[f"{name} skipped"]) - skipped
+            self._before[name] = called + done, skipped + missed
             self._rows[name] = self._rows[name] + missed if done and missed == done else 0
             if self._limit and self._rows[name] >= self._limit:
                 last = ", ".join(f"{key} {row[key]:.4g}" for key in row if key.endswith(("loss", "gradient")))
                 raise UserError(
                     f"the {name}'s gradient was not finite in {self._rows[name]} steps in a row, all of them skipped: "
-                    f"stopped at update {self._trainer.step} ({last}). The checkpoints from before are kept; lower the "
-                    "learning rate or use a finer precision"
+                    f"stopped at update {step} ({last}). The checkpoints from before are kept; lower the learning rate "
+                    "or use a finer precision"
                 )
 
 
+class _Row:
+    """A row of the log whose numbers are on their way.
+
+    Called, it waits for them and returns the update, the row, and each optimiser's number of steps.
+    """
+
+    def __init__(self, trainer: Trainer, clock: dict[str, float]) -> None:
+        sums, self._quotients = trainer.meters.drain()
+        self._step, self._names, self._clock = trainer.step, list(trainer.optimisers), clock
+        self._meters = len(sums)
+        self._fetched = Fetched(torch.cat([sums, *(each.progress for each in trainer.optimisers.values())]))
+
+    @property
+    def ready(self) -> bool:
+        return self._fetched.ready
+
+    def __call__(self) -> tuple[int, dict[str, float], dict[str, int]]:
+        values = self._fetched.values()
+        row, calls = self._quotients(values[: self._meters]), {}
+        for i, name in enumerate(self._names):
+            steps, row[f"{name} skipped"], row[f"{name} rate"] = values[self._meters + 3 * i :][:3]
+            calls[name] = int(steps)
+        return self._step, {**row, **self._clock}, calls
+
+
 class _Watch:
-    """Turns a trainer's meters into a row of the log; its clock stands still during evaluations and saves."""
+    """Makes rows of the log; its clock stands still during evaluations and saves."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -392,18 +429,13 @@ class _Watch:
         yield
         self._since = time.perf_counter()
 
-    def read(self) -> dict[str, float]:
-        trainer = self._trainer
-        row = trainer.meters.read()
-        for name, optimiser in trainer.optimisers.items():
-            row[f"{name} rate"] = optimiser.lr
-            row[f"{name} skipped"] = float(optimiser.skipped)
-        seconds = self._spent + time.perf_counter() - self._since
-        done = trainer.step - self._step
-        row["images_per_second"] = done * trainer.images_per_update / max(seconds, 1e-9)
-        row["seconds"] = seconds
-        self._spent, self._since, self._step = 0.0, time.perf_counter(), trainer.step
-        return row
+    def fetch(self) -> _Row:
+        """The row since the last one, on its way."""
+        trainer, now = self._trainer, time.perf_counter()
+        seconds = self._spent + now - self._since
+        images = (trainer.step - self._step) * trainer.images_per_update
+        self._spent, self._since, self._step = 0.0, now, trainer.step
+        return _Row(trainer, {"images_per_second": images / max(seconds, 1e-9), "seconds": seconds})
 
 
 @contextlib.contextmanager
