@@ -77,7 +77,8 @@ def run(tmp_path):
 def end_of(folder):
     """What a run leaves and must repeat."""
     clocks = {"images_per_second": 0.0, "seconds": 0.0}
-    log = [{**row, **clocks} for row in read_csv(folder / "log.csv")]
+    # As text, in which one NaN equals another.
+    log = [str({**row, **clocks}) for row in read_csv(folder / "log.csv")]
     files = [(folder / name).read_bytes() for name in ("student.safetensors", "best.safetensors", "distances.csv")]
     return files, log
 
@@ -484,7 +485,8 @@ def test_the_best_network_is_kept(run, monkeypatch):
 
 
 def test_every_fault_on_the_page_names_tests_that_exist():
-    rows = [line for line in (ROOT / "docs/faults.md").read_text().splitlines() if line.startswith("| ")][1:]
+    page = (ROOT / "docs/faults.md").read_text().partition("\n## ")[0]
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10
     for row in rows:
         named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row.split("|")[-2])

@@ -16,7 +16,7 @@ from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
 from ..teachers import Description, Model
-from . import modes, precision
+from . import distributed, modes, precision
 from .batches import Batches, labels_to_draw
 from .config import Config
 from .generator import Generator, frozen_view
@@ -64,8 +64,11 @@ class Distiller:
         self._fake_precision = Precision(settings.fake_precision, self.device)
         self._generator_precision = Precision(settings.generator_precision, self.device)
         self._check_device()
-        self.batch, self.turns, self.updates = settings.batch, settings.fake_turns, settings.updates
-        self.step = 0
+        # What one forward pass takes: an update's batch is made of so many, on so many ranks.
+        self.parts = config.run.accumulate
+        self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
+        self.turns, self.updates = settings.fake_turns, settings.updates
+        self.step, self._whole = 0, True
         self._match, self._predict = config.path.match, described.predict
         self._reads_x_t = self.path.reads_x_t(self._match, self._predict)
         images = len(dataset.shape) == 3
@@ -82,6 +85,8 @@ class Distiller:
             self.generator.net, **vars(generator), ema_decays=settings.ema, total=self.updates
         )
         self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * self.turns)
+        for optimiser in self.optimisers.values():
+            distributed.average(optimiser, self.parts)
         # Views come after the optimisers, which may move the parameters into one buffer.
         self.frozen_fake = frozen_view(self.fake)
         average = self.generator_optimiser.ema.get(settings.export)
@@ -89,10 +94,11 @@ class Distiller:
 
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self.objective.needs_real else None
         self.labels = labels_to_draw(net, dataset, self.device)
-        self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
-        self.noise = NoiseStream(seed, self.device)
+        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.noise = NoiseStream(distributed.seed(seed), self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
-        self._like_cycle = self._laid_out(torch.empty(self.turns * self.batch, *dataset.shape, device=self.device))
+        self._rows_made = self.turns * self.parts * self.batch
+        self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
         # What a fake turn reads: generated rows and, below them, real ones, with their labels.
         self._n_real = 0 if self.batches is None else self.batch
         rows = self.batch + self._n_real
@@ -131,7 +137,7 @@ class Distiller:
     def images_per_update(self) -> int:
         """Training samples, generated or real, that one update's losses are evaluated on."""
         rows = 2 if self.objective.needs_real else 1
-        return self.batch * (self.turns * rows + 1)
+        return self.parts * self.batch * (self.turns * rows + 1)
 
     @property
     def rows(self) -> int:
@@ -145,10 +151,13 @@ class Distiller:
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
         made = self._run("generate", self._generate)
-        labels = made["labels"].split(self.batch) if "labels" in made else [None] * self.turns
-        for rows, row_labels in zip(made["x"].split(self.batch), labels, strict=True):
+        labels = made["labels"].split(self.batch) if "labels" in made else [None] * (self.turns * self.parts)
+        for i, (rows, row_labels) in enumerate(zip(made["x"].split(self.batch), labels, strict=True)):
+            self._whole = (i + 1) % self.parts == 0
             self.fake_turn(rows, row_labels)
-        self.generator_turn()
+        for i in range(self.parts):
+            self._whole = i + 1 == self.parts
+            self.generator_turn()
         self.step += 1
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None) -> None:
@@ -171,7 +180,7 @@ class Distiller:
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
         with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
-            y = self._draw_labels(self.turns * self.batch)
+            y = self._draw_labels(self._rows_made)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self._fake_precision.networks():
                 x = self._run_generator(z, y)
@@ -201,17 +210,20 @@ class Distiller:
                 )
             with self.phases("fake backward"):
                 out.backward(grads.fake_out)
-        with self.phases("fake optimiser"):
-            self.fake_optimiser.step()
-            self.fake_optimiser.zero_grad()
+        self._advance("fake")
         return {"fake loss": grads.loss, "fake gradient": self.fake_optimiser.norm}
 
     def _generator_step_plain(self) -> dict[str, Tensor]:
         loss, watched = self.generator_backward()
-        with self.phases("generator optimiser"):
-            self.generator_optimiser.step()
-            self.generator_optimiser.zero_grad()
+        self._advance("generator")
         return {"generator loss": loss, "generator gradient": self.generator_optimiser.norm, **watched}
+
+    def _advance(self, name: str) -> None:
+        """A step along the gradients of all parts of a batch, where they are there."""
+        if self._whole:
+            with self.phases(f"{name} optimiser"):
+                self.optimisers[name].step()
+                self.optimisers[name].zero_grad()
 
     def generator_backward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the generator loss' gradient to the generator's parameters; the loss ``()``, the gap and the tripwires.

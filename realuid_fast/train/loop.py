@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from .. import teachers
 from ..errors import UserError
+from ..noise import NoiseStream
 from ..optim import Optimiser
 from . import config as configs
-from . import memory
+from . import distributed, memory
 from .checkpoint import Checkpoints, replacing
 from .config import Config
 from .lock import LOCK
@@ -61,6 +62,8 @@ class Trainer(Protocol):
     device: torch.device
     meters: Meters
     phases: Phases
+    noise: NoiseStream
+    draws: torch.Generator
 
     @property
     def network(self) -> nn.Module: ...
@@ -140,18 +143,18 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
             suffice, or ``stop_after_skips`` updates in a row without a finite gradient.
         Interrupted: after a signal.
     """
-    settings = config.run
+    settings, leader = config.run, distributed.rank() == 0
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
-    saved = checkpoints.load() if resume and (checkpoints.files() or checkpoints.lost) else None
-    if saved is not None:
-        _restore(trainer, saved)
-    _write_config(config, folder)
+    saved = _load(checkpoints, leader) if resume else None
+    _restore(trainer, saved, settings.seed)
+    if leader:
+        _write_config(config, folder)
 
-    log, distances = _logs(trainer, folder)
+    log, distances = _logs(trainer, folder if leader else None)
     log.cut(log.start if saved is None else saved["log"])
     distances.cut(distances.start if saved is None else saved["distances"])
-    events = Events(folder / "events" if settings.tensorboard else None, trainer.step)
-    best = _Best(folder, trainer, None if saved is None else saved["best"])
+    events = Events(folder / "events" if settings.tensorboard and leader else None, trainer.step)
+    best = _Best(folder, trainer, None if saved is None or not leader else saved["best"])
     observed: int | None = None if saved is None else saved["observed"]
     rows: list[_Row] = []
     shown: dict[str, str] = {}
@@ -177,6 +180,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         settle()
         return {
             "trainer": trainer.state_dict(),
+            "ranks": distributed.gathered(_own(trainer)),
             "log": log.position,
             "distances": distances.position,
             "best": best.state,
@@ -205,16 +209,18 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         step, last = trainer.step, trainer.step == trainer.updates
         if observed == step:
             return
+        observed = step
+        if not leader:
+            return
         if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
             shown["distance"] = f"{evaluate():.4g}"
         if settings.sample_every and step and (step % settings.sample_every == 0 or last):
             show()
-        observed = step
 
     progress = tqdm(
         total=trainer.updates,
         initial=trainer.step,
-        disable=not settings.progress,
+        disable=not (settings.progress and leader),
         unit="update",
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
@@ -229,10 +235,14 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         try:
             observe()
             watch.start()
-            while trainer.step < trainer.updates and not received:
+            stopping = False
+            while trainer.step < trainer.updates and not stopping:
                 trainer.update()
                 checkpoints.check()
                 step, last = trainer.step, trainer.step == trainer.updates
+                # Ranks do not get a signal in the same update, and agree on one to stop after.
+                if distributed.size() == 1 or step % settings.log_every == 0 or last:
+                    stopping = distributed.agreed(bool(received))
                 if step % settings.log_every == 0 or last:
                     # What a device has not sent yet is written with the next row.
                     settle()
@@ -241,7 +251,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                         settle()
                 progress.update(1)
                 # Whoever sends a signal may not wait for an evaluation: a resumed run makes up for it.
-                if received:
+                if stopping:
                     break
                 with watch.paused():
                     observe()
@@ -250,20 +260,24 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                         settle()
                         # While no update changes anything, older checkpoints are worth more than a newer one.
                         if not skips.running:
-                            checkpoints.save_soon(step, state())
+                            now = state()
+                            if leader:
+                                checkpoints.save_soon(step, now)
         except OSError:
-            _rescue(config, trainer, folder, checkpoints, state)
+            if leader:
+                _rescue(config, trainer, folder, checkpoints, state)
             raise
-        checkpoints.save(trainer.step, state())
+        now = state()
+        if leader:
+            checkpoints.save(trainer.step, now)
         if trainer.step < trainer.updates or observed != trainer.step:
-            raise Interrupted(received[0], folder)
-    if settings.timings:
-        done = trainer.step - first
-        timings = {name: 1e3 * seconds / max(done, 1) for name, seconds in trainer.phases.seconds.items()}
-        (folder / "timings.json").write_text(json.dumps({"unit": "ms per update", **timings}, indent=1) + "\n")
+            raise Interrupted((received or [signal.SIGTERM])[0], folder)
     exported, description = trainer.exported()
     file = folder / f"{description.role}.safetensors"
-    teachers.save(file, exported, description)
+    if leader:
+        if settings.timings:
+            _write_timings(folder, trainer, trainer.step - first)
+        teachers.save(file, exported, description)
     return file
 
 
@@ -276,12 +290,20 @@ def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str
     return folder / "convergence.png"
 
 
-def _logs(trainer: Trainer, folder: Path) -> tuple[CsvLog, CsvLog]:
+def _logs(trainer: Trainer, folder: Path | None) -> tuple[CsvLog, CsvLog]:
     names = [*trainer.meters.names, *(f"{name} rate" for name in trainer.optimisers)]
     names += [f"{name} skipped" for name in trainer.optimisers]
-    log = CsvLog(folder / "log.csv", ["update", *names, "images_per_second", "seconds"])
-    distances = CsvLog(folder / "distances.csv", ["update", "distance", "sliced_wasserstein", "precision", "recall"])
+    columns = {
+        "log.csv": ["update", *names, "images_per_second", "seconds"],
+        "distances.csv": ["update", "distance", "sliced_wasserstein", "precision", "recall"],
+    }
+    log, distances = (CsvLog(folder / name if folder else None, columns[name]) for name in columns)
     return log, distances
+
+
+def _write_timings(folder: Path, trainer: Trainer, updates: int) -> None:
+    timings = {name: 1e3 * seconds / max(updates, 1) for name, seconds in trainer.phases.seconds.items()}
+    (folder / "timings.json").write_text(json.dumps({"unit": "ms per update", **timings}, indent=1) + "\n")
 
 
 def _write_config(config: Config, folder: Path) -> None:
@@ -289,9 +311,51 @@ def _write_config(config: Config, folder: Path) -> None:
         stream.write(yaml.safe_dump(configs.to_mapping(config), sort_keys=False).encode())
 
 
-def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None where the run died before its first."""
+    if not leader:
+        # Behind rank 0, which sets damaged files aside.
+        distributed.wait()
+    saved = checkpoints.load() if checkpoints.files() or checkpoints.lost else None
+    if leader:
+        distributed.wait()
+    return saved
+
+
+def _own(trainer: Trainer) -> dict[str, Any]:
+    """The state that ranks do not have in common, but for the noise: its stream follows from rank 0's."""
+    return {
+        "draws": trainer.draws.get_state(),
+        "meters": trainer.meters.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
+    """Continue from a checkpoint, of however many ranks; without one, give a rank its own random numbers."""
+    rank = distributed.rank()
+    if saved is None:
+        if rank:
+            torch.manual_seed(distributed.seed(seed))
+        return
     try:
         trainer.load_state_dict(saved["trainer"])
+        noise = trainer.noise.state
+        noise[0] = distributed.seed(int(noise[0]))
+        ranks = saved["ranks"]
+        if rank < len(ranks):
+            trainer.draws.set_state(ranks[rank]["draws"])
+            torch.set_rng_state(ranks[rank]["torch_rng"])
+        else:
+            # A rank that was not there: a stream for this update on.
+            fresh = distributed.seed(2 * seed + 1 + (trainer.step << 32))
+            trainer.draws.manual_seed(fresh)
+            torch.manual_seed(fresh)
+        if len(ranks) == distributed.size():
+            trainer.meters.load_state_dict(ranks[rank]["meters"])
+        else:
+            sums = torch.stack([each["meters"]["sums"] for each in ranks]).mean(0)
+            trainer.meters.load_state_dict({**ranks[0]["meters"], "sums": sums})
         for name in ("log", "distances", "best", "observed"):
             saved[name]
     except UserError:
@@ -397,7 +461,9 @@ class _Row:
         sums, self._quotients = trainer.meters.drain()
         self._step, self._names, self._clock = trainer.step, list(trainer.optimisers), clock
         self._meters = len(sums)
-        self._fetched = Fetched(torch.cat([sums, *(each.progress for each in trainer.optimisers.values())]))
+        self._fetched = Fetched(
+            torch.cat([distributed.averaged(sums), *(each.progress for each in trainer.optimisers.values())])
+        )
 
     @property
     def ready(self) -> bool:
@@ -433,7 +499,7 @@ class _Watch:
         """The row since the last one, on its way."""
         trainer, now = self._trainer, time.perf_counter()
         seconds = self._spent + now - self._since
-        images = (trainer.step - self._step) * trainer.images_per_update
+        images = (trainer.step - self._step) * trainer.images_per_update * distributed.size()
         self._spent, self._since, self._step = 0.0, now, trainer.step
         return _Row(trainer, {"images_per_second": images / max(seconds, 1e-9), "seconds": seconds})
 
