@@ -210,20 +210,20 @@ class Distiller:
                 )
             with self.phases("fake backward"):
                 out.backward(grads.fake_out)
-        self._advance("fake")
-        return {"fake loss": grads.loss, "fake gradient": self.fake_optimiser.norm}
+        return {"fake loss": grads.loss, **self._advance("fake")}
 
     def _generator_step_plain(self) -> dict[str, Tensor]:
         loss, watched = self.generator_backward()
-        self._advance("generator")
-        return {"generator loss": loss, "generator gradient": self.generator_optimiser.norm, **watched}
+        return {"generator loss": loss, **watched, **self._advance("generator")}
 
-    def _advance(self, name: str) -> None:
-        """A step along the gradients of all parts of a batch, where they are there."""
-        if self._whole:
-            with self.phases(f"{name} optimiser"):
-                self.optimisers[name].step()
-                self.optimisers[name].zero_grad()
+    def _advance(self, name: str) -> dict[str, Tensor]:
+        """A step along the gradients of all parts of a batch, where they are there; its norm."""
+        if not self._whole:
+            return {}
+        with self.phases(f"{name} optimiser"):
+            self.optimisers[name].step()
+            self.optimisers[name].zero_grad()
+        return {f"{name} gradient": self.optimisers[name].norm}
 
     def generator_backward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the generator loss' gradient to the generator's parameters; the loss ``()``, the gap and the tripwires.
@@ -275,8 +275,9 @@ class Distiller:
                 x.backward(g_x)
                 if self._seed_scale == 1.0:
                     return grads.loss, watched
-                gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
-                torch._foreach_mul_(gradients, 1 / self._seed_scale)
+                if self._whole:
+                    gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
+                    torch._foreach_mul_(gradients, 1 / self._seed_scale)
                 return grads.loss / self._seed_scale, watched
 
     def concern(self, row: Mapping[str, float]) -> str | None:

@@ -53,7 +53,14 @@ class Tripwires:
 
     @torch.no_grad()
     def __call__(
-        self, teacher_out: Tensor, fake_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, key: Tensor
+        self,
+        teacher_out: Tensor,
+        fake_out: Tensor,
+        x: Tensor,
+        x_t: Tensor | None,
+        coef: Tensor,
+        key: Tensor,
+        endpoint: Tensor | None = None,
     ) -> Tensor:
         """Sums above and below the line, float32 ``(2, 6)``, of a turn's tensors as ``generator_grads`` takes them."""
         own = tuple(range(1, x.dim()))
@@ -63,7 +70,7 @@ class Tripwires:
         a, c = coef[:, A].abs(), coef[:, C].abs()
         bucket = (a / (a + c) * BUCKETS).long().clamp(max=BUCKETS - 1)
         gaps = norms @ (bucket[:, None] == self._buckets).to(norms)
-        errors = torch.stack([rf.matching_loss(out, x, x_t, coef, key) for out in (fake_out, teacher_out)])
+        errors = torch.stack([rf.matching_loss(out, x, x_t, coef, key, endpoint) for out in (fake_out, teacher_out)])
         apart = (x.flatten(1) @ self._directions).sort(dim=0).values - self._quantiles
         distance = apart.square().mean().sqrt()
         return torch.cat([gaps, errors[:, None], torch.stack([distance, torch.ones_like(distance)])[:, None]], dim=1)
