@@ -429,10 +429,19 @@ def test_memory_that_does_not_suffice_says_what_would_fit(run, after):
     with pytest.raises(
         UserError,
         match=r"stopped after update 7: the memory of cpu does not suffice for a batch of 8: a sample's activations "
-        r"take .* MB .*, [\d,]+ MB are free now, so that about 7 would fit; --resume goes on from update-00000005.pt",
+        r"take .* MB .*, [\d,]+ MB are free now, so that about 7 would fit; with run.accumulate=2 the batch "
+        r"goes through in parts of 4; --resume goes on from update-00000005.pt",
     ):
         run("large")
     assert end_of(run("large", resume=True)) == end_of(run("straight"))
+
+
+def test_a_run_that_was_too_large_goes_on_in_parts(run, after):
+    after(7, lambda: torch.empty(2**58))
+    with pytest.raises(UserError, match=r"run\.accumulate=2"):
+        run("large")
+    folder = run("large", resume=True, accumulate=2)
+    assert [row["update"] for row in read_csv(folder / "log.csv")] == list(range(1, 13))
 
 
 def test_activations_are_counted_once_and_without_the_parameters():

@@ -59,6 +59,7 @@ class Trainer(Protocol):
     step: int
     updates: int
     batch: int
+    parts: int
     device: torch.device
     meters: Meters
     phases: Phases
@@ -389,7 +390,7 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
             raise
         # The turn that failed holds on to its tensors through its frames.
         traceback.clear_frames(error.__traceback__)
-        what = memory.advice(trainer.network, trainer.batch, trainer.rows, shape, trainer.device)
+        what = memory.advice(trainer.network, trainer.batch, trainer.parts, trainer.rows, shape, trainer.device)
     else:
         return
     checkpoints.close()
