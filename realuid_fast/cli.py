@@ -24,8 +24,8 @@ from .noise import NoiseStream, normal
 from .sampling import SOLVERS, needs_endpoint
 from .teachers import SHIPPED, Model
 from .train import config as configs
+from .train import distributed, modes, precision
 from .train import evaluate as evaluation
-from .train import modes, precision
 from .train.compare import compare
 from .train.jobs import free_cores, resolve, train
 from .train.logging import picture, read_csv, save_png
@@ -170,10 +170,12 @@ def _command_line(arguments: argparse.Namespace) -> str:
 def _train(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
     source = arguments.config if arguments.preset is None else configs.preset(arguments.preset)
-    config = resolve(source, arguments.set, folder, arguments.resume)
-    file, measure = train(
-        arguments.command, config, folder, arguments.resume, arguments.overwrite, _command_line(arguments)
-    )
+    resume = arguments.resume or distributed.restarted(folder)
+    config = resolve(source, arguments.set, folder, resume)
+    with distributed.joined(config.run.device):
+        file, measure = train(arguments.command, config, folder, resume, arguments.overwrite, _command_line(arguments))
+        if distributed.rank():
+            return
     lines = {"real training data": measure.floor().distance}
     if arguments.command == "distill" and config.run.teacher_steps and config.run.evaluate_every:
         model = _model_teacher(config)

@@ -141,6 +141,7 @@ class FusedAdam(torch.optim.Optimizer):
         norm: the last gradient norm before clipping, ``()``.
         counts: int64 ``(2,)`` on the device: calls of :meth:`step`, and those skipped.
         flat_storage: every group's :class:`FlatParameters`, or None.
+        reduce: called by :meth:`step` with all gradients, to change them in place before anything reads them; None.
 
     Raises:
         UserError: a setting outside its range, or parameters that are not alike.
@@ -167,6 +168,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.clip, self.ema_decays, self.ema_warmup = float(clip), tuple(map(float, ema_decays)), ema_warmup
         self._lay_flat = flat
         self.flat_storage: list[FlatParameters | None] = []
+        self.reduce: Callable[[Sequence[Tensor]], None] | None = None
         self._buffers: list[dict[str, Tensor]] = []
         self._rates: list[Tensor] = []
         self._written: list[float] = []
@@ -227,10 +229,11 @@ class FusedAdam(torch.optim.Optimizer):
         parts = [(i, part) for i in range(len(self.param_groups)) for part in self._parts(i)]
         if not parts:
             raise UserError("step was called without gradients: run backward first")
+        gradients = [grad for _, part in parts for grad in part.grads]
+        if self.reduce is not None:
+            self.reduce(gradients)
         run = ops.current(self.counts.device)
-        self.norm = run.begin_step_(
-            [grad for _, part in parts for grad in part.grads], [part.step for _, part in parts], self.counts
-        )
+        self.norm = run.begin_step_(gradients, [part.step for _, part in parts], self.counts)
         for i, part in parts:
             group = self.param_groups[i]
             run.adam_(
@@ -518,6 +521,12 @@ class Optimiser:
     def skipped(self) -> Tensor:
         """Steps skipped so far, an int64 tensor ``()``."""
         return self.adam.skipped
+
+    @property
+    def progress(self) -> Tensor:
+        """Steps so far, those of them skipped, and the next step's rate: float64 ``(3,)``, made on the device."""
+        following = self.adam.counts[:1].clamp(max=len(self._rates) - 1)
+        return torch.cat([self.adam.counts.double(), self._rates.index_select(0, following).double()])
 
     @torch.no_grad()
     def step(self) -> None:

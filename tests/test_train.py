@@ -29,9 +29,10 @@ from realuid_fast.train.generator import Generator, _key, frozen_view
 from realuid_fast.train.jobs import free_cores, resolve, train
 from realuid_fast.train.logging import CsvLog, Events, convergence_plot, grid, picture, read_csv
 from realuid_fast.train.measure import Measure, evaluation_noise, generate
-from realuid_fast.train.meters import Meters
+from realuid_fast.train.meters import Fetched, Meters
 from realuid_fast.train.phases import Phases
 from realuid_fast.train.teacher import TeacherTrainer
+from realuid_fast.train.tripwires import Tripwires
 
 MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
 LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
@@ -839,6 +840,64 @@ def test_meters_give_means_and_start_afresh():
     assert read["a"] == 2.0
     assert math.isnan(read["b"])
     assert math.isnan(meters.read()["a"])
+
+
+def test_meters_divide_sums_by_sums():
+    meters = Meters(("loss", "a", "b"))
+    meters.add("loss", torch.tensor(2.0))
+    meters.add("a", torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
+    meters.add("a", torch.tensor([[5.0, 0.0], [2.0, 0.0]]))
+    read = meters.read()
+    assert (read["loss"], read["a"]) == (2.0, 1.5)
+    assert math.isnan(read["b"])
+
+
+def test_tripwires_equal_their_formulas(monkeypatch):
+    trainer, seen = distiller(), {}
+    trainer.update()
+    trainer.meters.read()
+    wires = trainer.tripwires
+
+    def watched(*given):
+        seen["given"] = given
+        return wires(*given)
+
+    monkeypatch.setattr(trainer, "tripwires", watched)
+    trainer.update()
+    row = trainer.meters.read()
+    teacher_out, fake_out, x, _, coef, key = seen["given"]
+    t, tgt = coef[:, 0], x - normal(key, x)
+    for i, name in enumerate(Tripwires.names[:4]):
+        inside = (t >= i / 4) & (t < (i + 1) / 4)
+        above = (fake_out - teacher_out)[inside].flatten(1).norm(dim=1).sum()
+        assert row[name] == pytest.approx(float(above / teacher_out[inside].flatten(1).norm(dim=1).sum()), rel=1e-5)
+    ratio = (fake_out - tgt).square().sum() / (teacher_out - tgt).square().sum()
+    assert row["error ratio"] == pytest.approx(float(ratio), rel=1e-4)
+    # As many held-out samples as the batch: the quantiles are the sorted samples themselves.
+    held = data.load("digits")
+    few = Tripwires(data.Dataset("few", held.train, held.heldout[:8]), 8, torch.device("cpu"))
+    distance = few(teacher_out, fake_out, held.pixels("heldout")[:8].flip(0) + 0.5, None, coef, key)[0, -1]
+    shift = 0.5 * few._directions.sum(0)
+    assert float(distance) == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-4)
+
+
+def test_a_row_is_written_when_the_device_has_sent_it(tmp_path, monkeypatch):
+    """A device that is behind: rows come one interval late, all of them before a checkpoint and at the end."""
+    config = settings(save_teacher(tmp_path / "t.safetensors"), run={"log_every": 2, "evaluate_every": 0})
+    run_in(tmp_path / "straight", config)
+    written, write, update = [], CsvLog.write, Distiller.update
+    monkeypatch.setattr(Fetched, "ready", False)
+    monkeypatch.setattr(CsvLog, "write", lambda self, row: (written.append(row["update"]), write(self, row)))
+    late = {}
+
+    def watched(self):
+        update(self)
+        late[self.step] = list(written)
+
+    monkeypatch.setattr(Distiller, "update", watched)
+    run_in(tmp_path / "behind", config)
+    assert (late[5], late[6], late[9], late[12]) == ([2], [2, 4], [2, 4, 6], [2, 4, 6, 8, 10])
+    assert results(tmp_path / "straight")[2] == results(tmp_path / "behind")[2]
 
 
 def test_a_run_says_once_when_a_precision_is_too_coarse(tmp_path, capsys):

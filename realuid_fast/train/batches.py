@@ -11,17 +11,19 @@ from ..data import Dataset, to_float
 from ..errors import UserError
 from ..paths import Path
 from ..sampling import needs_endpoint, takes_endpoint
+from . import distributed
 
 
 class Batches:
     """Batches of ``n`` distinct training samples, float32 on ``device``; each pass is a fresh shuffle.
 
-    A pass' last partial batch is left out. Raises :class:`UserError` when ``n`` exceeds the training set.
+    Every rank shuffles alike and takes its own ``n`` of the rows of all, so that no two read the same. A pass' last
+    partial batch is left out. Raises :class:`UserError` when all ranks' batch exceeds the training set.
     """
 
     def __init__(self, dataset: Dataset, n: int, seed: int, device: torch.device) -> None:
-        if n > len(dataset):
-            raise UserError(f"batch {n} is larger than data set '{dataset.name}', which has {len(dataset)} samples")
+        if (whole := n * distributed.size()) > len(dataset):
+            raise UserError(f"batch {whole} is larger than data set '{dataset.name}', which has {len(dataset)} samples")
         self._samples, self._labels, self._n, self._device = dataset.train, dataset.train_labels, n, device
         self._endpoints = dataset.train_endpoints
         self._generator = torch.Generator().manual_seed(seed)
@@ -31,11 +33,13 @@ class Batches:
 
     def next(self) -> tuple[Tensor, Tensor | None]:
         """The next batch ``(n, ...)`` and its labels ``(n,)``, None where the data set has none."""
-        if self._position + self._n > len(self._order):
+        everyones = self._n * distributed.size()
+        if self._position + everyones > len(self._order):
             self._order = torch.randperm(len(self._order), generator=self._generator)
             self._position = 0
-        rows = self._rows = self._order[self._position : self._position + self._n]
-        self._position += self._n
+        first = self._position + distributed.rank() * self._n
+        rows = self._rows = self._order[first : first + self._n]
+        self._position += everyones
         labels = None if self._labels is None else self._to_device(self._labels[rows])
         return to_float(self._to_device(self._samples[rows])), labels
 

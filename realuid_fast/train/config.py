@@ -23,7 +23,7 @@ from .precision import PRECISIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 T = TypeVar("T")
-# ValueError: dates and numbers that look right and are not, bytes that are no text. RecursionError: brackets in thousands.
+# ValueError: dates and numbers that look right and are not, bytes that are no text. RecursionError: many brackets.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -202,6 +202,7 @@ class RunConfig:
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
     leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
+    ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
     ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
     ``timings`` logs the time of every phase of an update.
     """
@@ -218,6 +219,7 @@ class RunConfig:
     teacher_steps: int = 0
     checkpoint_every: int = 0
     keep: int = 2
+    accumulate: int = 1
     stop_after_skips: int = 100
     tensorboard: bool = True
     progress: bool = True
@@ -409,6 +411,7 @@ def _check(config: Config) -> None:
         "distill.fake_turns": distill.fake_turns,
         "run.log_every": run.log_every,
         "run.keep": run.keep,
+        "run.accumulate": run.accumulate,
         "run.evaluate_samples": run.evaluate_samples,
     }
     for name, value in positive.items():
@@ -433,6 +436,8 @@ def _check(config: Config) -> None:
     for name, (word, words) in one_of.items():
         if word not in words:
             raise UserError(f"{name} must be one of {', '.join(words)}; got {word!r}")
+    if run.accumulate > 1 and run.mode == "graphs":
+        raise UserError("run.accumulate must be 1 with run.mode graphs: a graph holds one whole turn")
     for section, part in (("teacher", teacher), ("distill", distill)):
         if part.export and part.export not in part.ema:
             raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(part.ema)}, got {part.export:g}")

@@ -19,7 +19,7 @@ from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
 from ..sampling import arguments
 from ..teachers import Description, Model
-from . import modes, precision
+from . import distributed, modes, precision
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
 from .generator import Generator, frozen_view
@@ -27,6 +27,7 @@ from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases
 from .precision import Precision
+from .tripwires import Tripwires
 
 WEIGHT = COLUMNS.index("w")
 
@@ -63,8 +64,11 @@ class Distiller:
         self._fake_precision = Precision(settings.fake_precision, self.device)
         self._generator_precision = Precision(settings.generator_precision, self.device)
         self._check_device()
-        self.batch, self.turns, self.updates = settings.batch, settings.fake_turns, settings.updates
-        self.step = 0
+        # What one forward pass takes: an update's batch is made of so many, on so many ranks.
+        self.parts = config.run.accumulate
+        self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
+        self.turns, self.updates = settings.fake_turns, settings.updates
+        self.step, self._whole = 0, True
         self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
         images = len(dataset.shape) == 3
         self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
@@ -88,6 +92,8 @@ class Distiller:
             ema_warmup=not settings.start,
         )
         self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * self.turns)
+        for optimiser in self.optimisers.values():
+            distributed.average(optimiser, self.parts)
         # Views come after the optimisers, which may move the parameters into one buffer.
         self.frozen_fake = frozen_view(self.fake)
         average = self.generator_optimiser.ema.get(settings.export)
@@ -97,10 +103,11 @@ class Distiller:
         self.labels = labels_to_draw(net, dataset, self.device)
         self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
         self._on_path = not isinstance(self.path, OneSidedPath)
-        self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
-        self.noise = NoiseStream(seed, self.device)
+        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.noise = NoiseStream(distributed.seed(seed), self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
-        self._like_cycle = self._laid_out(torch.empty(self.turns * self.batch, *dataset.shape, device=self.device))
+        self._rows_made = self.turns * self.parts * self.batch
+        self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
         # What a fake turn reads: generated rows and, below them, real ones, with their labels.
         self._n_real = 0 if self.batches is None else self.batch
         rows = self.batch + self._n_real
@@ -108,7 +115,9 @@ class Distiller:
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
         self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
-        self.meters = Meters(("fake loss", "generator loss", "fake gradient", "generator gradient", "gap"), self.device)
+        self.tripwires = Tripwires(dataset, self.batch, self.device)
+        names = ("fake loss", "generator loss", "fake gradient", "generator gradient", "gap", *Tripwires.names)
+        self.meters = Meters(names, self.device)
         self.phases = Phases(config.run.timings, self.device)
         compiled = modes.compiled if self.mode != "eager" else lambda net: net
         self._run_generator, self._run_fake = compiled(self.generator), compiled(self.fake)
@@ -141,7 +150,7 @@ class Distiller:
     def images_per_update(self) -> int:
         """Training samples, generated or real, that one update's losses are evaluated on."""
         rows = 2 if self.objective.needs_real else 1
-        return self.batch * (self.turns * rows + 1)
+        return self.parts * self.batch * (self.turns * rows + 1)
 
     @property
     def rows(self) -> int:
@@ -155,11 +164,14 @@ class Distiller:
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
         made = self._run("generate", self._generate)
-        for turn in range(self.turns):
-            rows = slice(turn * self.batch, (turn + 1) * self.batch)
+        for i in range(self.turns * self.parts):
+            rows = slice(i * self.batch, (i + 1) * self.batch)
             part = {name: values[rows] for name, values in made.items()}
+            self._whole = (i + 1) % self.parts == 0
             self.fake_turn(part["x"], part.get("labels"), part.get("endpoint"))
-        self.generator_turn()
+        for i in range(self.parts):
+            self._whole = i + 1 == self.parts
+            self.generator_turn()
         self.step += 1
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> None:
@@ -185,7 +197,7 @@ class Distiller:
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
         with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
-            y, ends = self._draw_conditions(self.turns * self.batch)
+            y, ends = self._draw_conditions(self._rows_made)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self._fake_precision.networks():
                 x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
@@ -217,20 +229,23 @@ class Distiller:
                 )
             with self.phases("fake backward"):
                 out.backward(grads.fake_out)
-        with self.phases("fake optimiser"):
-            self.fake_optimiser.step()
-            self.fake_optimiser.zero_grad()
-        return {"fake loss": grads.loss, "fake gradient": self.fake_optimiser.norm}
+        return {"fake loss": grads.loss, **self._advance("fake")}
 
     def _generator_step_plain(self) -> dict[str, Tensor]:
-        loss, gap = self.generator_backward()
-        with self.phases("generator optimiser"):
-            self.generator_optimiser.step()
-            self.generator_optimiser.zero_grad()
-        return {"generator loss": loss, "generator gradient": self.generator_optimiser.norm, "gap": gap}
+        loss, watched = self.generator_backward()
+        return {"generator loss": loss, **watched, **self._advance("generator")}
 
-    def generator_backward(self) -> tuple[Tensor, Tensor]:
-        """Add the generator loss' gradient to the generator's parameters; the loss and the gap, each ``()``.
+    def _advance(self, name: str) -> dict[str, Tensor]:
+        """A step along the gradients of all parts of a batch, where they are there; its norm."""
+        if not self._whole:
+            return {}
+        with self.phases(f"{name} optimiser"):
+            self.optimisers[name].step()
+            self.optimisers[name].zero_grad()
+        return {f"{name} gradient": self.optimisers[name].norm}
+
+    def generator_backward(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the generator loss' gradient to the generator's parameters; the loss ``()``, the gap and the tripwires.
 
         With ``g = dl/dx_t`` through both networks and ``x_t = a x + c n``, the generator's backward starts from
         ``dl/dx = a g + (dl/dx through the target)``. In fp16 every gradient up to the parameters' carries a power of
@@ -267,6 +282,8 @@ class Distiller:
                     teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective, on_path
                 )
                 gap = torch.linalg.vector_norm(fake_out - teacher_out) / torch.linalg.vector_norm(teacher_out)
+                wires = self.tripwires(teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, on_path)
+                watched = {"gap": gap, Tripwires.names[0]: wires}
             g_x = grads.x
             if grads.teacher_out is not None:
                 with self.phases("frozen backward"):
@@ -278,10 +295,11 @@ class Distiller:
             with self.phases("generator backward"):
                 x.backward(g_x)
                 if self._seed_scale == 1.0:
-                    return grads.loss, gap
-                gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
-                torch._foreach_mul_(gradients, 1 / self._seed_scale)
-                return grads.loss / self._seed_scale, gap
+                    return grads.loss, watched
+                if self._whole:
+                    gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
+                    torch._foreach_mul_(gradients, 1 / self._seed_scale)
+                return grads.loss / self._seed_scale, watched
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """What a row of the log says is wrong with the settings, in a sentence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from .. import data, teachers
 from ..errors import UserError
 from . import config as configs
+from . import distributed
 from .config import Config
 from .distill import Distiller
 from .lock import held
@@ -50,12 +52,15 @@ def _difference(before: object, asked: object, name: str = "") -> str | None:
 def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool, command: str) -> tuple[Path, Measure]:
     """Run ``"train-teacher"`` or ``"distill"`` in ``folder``; the saved network's file and the run's measure.
 
+    In a process group (:mod:`.distributed`) all ranks call this; rank 0 alone writes, to a folder that all can read.
+
     Everything that can be refused is refused before the folder is touched.
 
     Raises:
         UserError: settings, data, teacher or folder that cannot be used.
         realuid_fast.train.loop.Interrupted: after SIGINT or SIGTERM, with everything saved.
     """
+    asked, config = config, replace(config, run=replace(config.run, device=distributed.device(config.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     try:
@@ -73,9 +78,12 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     else:
         trainer = TeacherTrainer(config, dataset, command)
     measure = Measure(dataset)
-    with held(folder):
-        open_folder(folder, resume, overwrite)
-        return run(config, trainer, folder, measure, dataset.shape, resume), measure
+    with contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            stack.enter_context(held(folder))
+            open_folder(folder, resume, overwrite)
+        distributed.wait()
+        return run(asked, trainer, folder, measure, dataset.shape, resume), measure
 
 
 def free_cores() -> int:

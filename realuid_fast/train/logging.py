@@ -19,34 +19,39 @@ from ..data import to_bytes
 
 
 class CsvLog:
-    """A CSV file that grows by rows and can be cut back to a saved position.
+    """A CSV file that grows by rows and can be cut back to a saved position; with ``file=None`` nothing.
 
-    ``columns`` are fixed at the start; every row is on disk when :meth:`write` returns.
+    ``columns`` are fixed at the start; every row is handed to the system when :meth:`write` returns. :attr:`start` is
+    the position before the first row.
     """
 
-    def __init__(self, file: Path, columns: Sequence[str]) -> None:
+    def __init__(self, file: Path | None, columns: Sequence[str]) -> None:
         self.file, self._columns = file, list(columns)
         head = io.StringIO()
         csv.writer(head).writerow(self._columns)
-        #: Where the rows begin.
         self.start = len(head.getvalue().encode())
-        if not file.exists() or file.stat().st_size < self.start:
+        if file is not None and (not file.exists() or file.stat().st_size < self.start):
             file.write_text(head.getvalue(), newline="")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; columns that ``row`` lacks stay empty."""
-        with self.file.open("a", newline="") as stream:
-            csv.DictWriter(stream, self._columns, restval="").writerow(dict(row))
+        if self.file is not None:
+            with self.file.open("a", newline="") as stream:
+                csv.DictWriter(stream, self._columns, restval="").writerow(dict(row))
 
     @property
     def position(self) -> int:
         """Length of the file in bytes, all of which outlive a power cut from now on."""
+        if self.file is None:
+            return self.start
         with self.file.open("rb") as stream:
             os.fsync(stream.fileno())
             return stream.seek(0, os.SEEK_END)
 
     def cut(self, position: int) -> None:
         """Forget everything after ``position``; rows written after the checkpoint that a run resumes from."""
+        if self.file is None:
+            return
         size = self.file.stat().st_size
         if size < position:
             warnings.warn(f"{self.file} has lost rows that were written before the checkpoint", stacklevel=2)

@@ -24,15 +24,16 @@ from tqdm import tqdm
 
 from .. import teachers
 from ..errors import UserError
+from ..noise import NoiseStream
 from ..optim import Optimiser
 from . import config as configs
-from . import memory
+from . import distributed, memory
 from .checkpoint import Checkpoints, replacing
 from .config import Config
 from .lock import LOCK
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
 from .measure import Measure, evaluation_noise, generate
-from .meters import Meters
+from .meters import Fetched, Meters
 from .phases import Phases
 
 # What a run writes, and so what --overwrite may remove.
@@ -58,9 +59,12 @@ class Trainer(Protocol):
     step: int
     updates: int
     batch: int
+    parts: int
     device: torch.device
     meters: Meters
     phases: Phases
+    noise: NoiseStream
+    draws: torch.Generator
 
     @property
     def network(self) -> nn.Module: ...
@@ -140,24 +144,44 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
             suffice, or ``stop_after_skips`` updates in a row without a finite gradient.
         Interrupted: after a signal.
     """
-    settings = config.run
+    settings, leader = config.run, distributed.rank() == 0
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
-    saved = checkpoints.load() if resume and (checkpoints.files() or checkpoints.lost) else None
-    if saved is not None:
-        _restore(trainer, saved)
-    _write_config(config, folder)
+    saved = _load(checkpoints, leader) if resume else None
+    _restore(trainer, saved, settings.seed)
+    if leader:
+        _write_config(config, folder)
 
-    log, distances = _logs(trainer, folder, measure)
+    log, distances = _logs(trainer, folder if leader else None, measure)
     log.cut(log.start if saved is None else saved["log"])
     distances.cut(distances.start if saved is None else saved["distances"])
-    events = Events(folder / "events" if settings.tensorboard else None, trainer.step)
-    best = _Best(folder, trainer, None if saved is None else saved["best"])
+    events = Events(folder / "events" if settings.tensorboard and leader else None, trainer.step)
+    best = _Best(folder, trainer, None if saved is None or not leader else saved["best"])
     observed: int | None = None if saved is None else saved["observed"]
+    rows: list[_Row] = []
+    shown: dict[str, str] = {}
+    concerned = False
     watch, skips, first = _Watch(trainer), _Skips(trainer, settings.stop_after_skips), trainer.step
 
+    def settle() -> None:
+        """Write the rows that were fetched; waits for one that has not come yet."""
+        nonlocal concerned
+        while rows:
+            step, row, calls = rows.pop(0)()
+            log.write({"update": step, **row})
+            events.scalars(row, step)
+            if not concerned and (concern := trainer.concern(row)) is not None:
+                concerned = True
+                tqdm.write(f"update {step}: {concern}", file=sys.stderr)
+            shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
+            shown["images/s"] = f"{row['images_per_second']:.0f}"
+            progress.set_postfix(shown, refresh=False)
+            skips.check(step, row, calls)
+
     def state() -> dict[str, Any]:
+        settle()
         return {
             "trainer": trainer.state_dict(),
+            "ranks": distributed.gathered(_own(trainer)),
             "log": log.position,
             "distances": distances.position,
             "best": best.state,
@@ -186,22 +210,22 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         step, last = trainer.step, trainer.step == trainer.updates
         if observed == step:
             return
+        observed = step
+        if not leader:
+            return
         if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
             shown["distance"] = f"{evaluate():.4g}"
         if settings.sample_every and step and (step % settings.sample_every == 0 or last):
             show()
-        observed = step
 
     progress = tqdm(
         total=trainer.updates,
         initial=trainer.step,
-        disable=not settings.progress,
+        disable=not (settings.progress and leader),
         unit="update",
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
-    shown: dict[str, str] = {}
-    concerned = False
     with (
         _signals() as received,
         contextlib.closing(progress),
@@ -212,44 +236,49 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         try:
             observe()
             watch.start()
-            while trainer.step < trainer.updates and not received:
+            stopping = False
+            while trainer.step < trainer.updates and not stopping:
                 trainer.update()
                 checkpoints.check()
                 step, last = trainer.step, trainer.step == trainer.updates
+                # Ranks do not get a signal in the same update, and agree on one to stop after.
+                if distributed.size() == 1 or step % settings.log_every == 0 or last:
+                    stopping = distributed.agreed(bool(received))
                 if step % settings.log_every == 0 or last:
-                    row = watch.read()
-                    log.write({"update": step, **row})
-                    events.scalars(row, step)
-                    if not concerned and (concern := trainer.concern(row)) is not None:
-                        concerned = True
-                        tqdm.write(f"update {step}: {concern}", file=sys.stderr)
-                    shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
-                    shown["images/s"] = f"{row['images_per_second']:.0f}"
-                    progress.set_postfix(shown, refresh=False)
-                    skips.check(row)
+                    # What a device has not sent yet is written with the next row.
+                    settle()
+                    rows.append(watch.fetch())
+                    if rows[0].ready:
+                        settle()
                 progress.update(1)
                 # Whoever sends a signal may not wait for an evaluation: a resumed run makes up for it.
-                if received:
+                if stopping:
                     break
                 with watch.paused():
                     observe()
                     due = settings.checkpoint_every and step % settings.checkpoint_every == 0
-                    # While no update changes anything, older checkpoints are worth more than a newer one.
-                    if due and not last and not skips.running:
-                        checkpoints.save_soon(step, state())
+                    if due and not last:
+                        settle()
+                        # While no update changes anything, older checkpoints are worth more than a newer one.
+                        if not skips.running:
+                            now = state()
+                            if leader:
+                                checkpoints.save_soon(step, now)
         except OSError:
-            _rescue(config, trainer, folder, measure, checkpoints, state)
+            if leader:
+                _rescue(config, trainer, folder, measure, checkpoints, state)
             raise
-        checkpoints.save(trainer.step, state())
+        now = state()
+        if leader:
+            checkpoints.save(trainer.step, now)
         if trainer.step < trainer.updates or observed != trainer.step:
-            raise Interrupted(received[0], folder)
-    if settings.timings:
-        done = trainer.step - first
-        timings = {name: 1e3 * seconds / max(done, 1) for name, seconds in trainer.phases.seconds.items()}
-        (folder / "timings.json").write_text(json.dumps({"unit": "ms per update", **timings}, indent=1) + "\n")
+            raise Interrupted((received or [signal.SIGTERM])[0], folder)
     exported, description = trainer.exported()
     file = folder / f"{description.role}.safetensors"
-    teachers.save(file, exported, description)
+    if leader:
+        if settings.timings:
+            _write_timings(folder, trainer, trainer.step - first)
+        teachers.save(file, exported, description)
     return file
 
 
@@ -262,12 +291,20 @@ def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str
     return folder / "convergence.png"
 
 
-def _logs(trainer: Trainer, folder: Path, measure: Measure) -> tuple[CsvLog, CsvLog]:
+def _logs(trainer: Trainer, folder: Path | None, measure: Measure) -> tuple[CsvLog, CsvLog]:
     names = [*trainer.meters.names, *(f"{name} rate" for name in trainer.optimisers)]
     names += [f"{name} skipped" for name in trainer.optimisers]
-    log = CsvLog(folder / "log.csv", ["update", *names, "images_per_second", "seconds"])
-    distances = CsvLog(folder / "distances.csv", ["update", *measure.columns])
+    columns = {
+        "log.csv": ["update", *names, "images_per_second", "seconds"],
+        "distances.csv": ["update", *measure.columns],
+    }
+    log, distances = (CsvLog(folder / name if folder else None, columns[name]) for name in columns)
     return log, distances
+
+
+def _write_timings(folder: Path, trainer: Trainer, updates: int) -> None:
+    timings = {name: 1e3 * seconds / max(updates, 1) for name, seconds in trainer.phases.seconds.items()}
+    (folder / "timings.json").write_text(json.dumps({"unit": "ms per update", **timings}, indent=1) + "\n")
 
 
 def _write_config(config: Config, folder: Path) -> None:
@@ -275,9 +312,51 @@ def _write_config(config: Config, folder: Path) -> None:
         stream.write(yaml.safe_dump(configs.to_mapping(config), sort_keys=False).encode())
 
 
-def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None where the run died before its first."""
+    if not leader:
+        # Behind rank 0, which sets damaged files aside.
+        distributed.wait()
+    saved = checkpoints.load() if checkpoints.files() or checkpoints.lost else None
+    if leader:
+        distributed.wait()
+    return saved
+
+
+def _own(trainer: Trainer) -> dict[str, Any]:
+    """The state that ranks do not have in common, but for the noise: its stream follows from rank 0's."""
+    return {
+        "draws": trainer.draws.get_state(),
+        "meters": trainer.meters.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+    }
+
+
+def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
+    """Continue from a checkpoint, of however many ranks; without one, give a rank its own random numbers."""
+    rank = distributed.rank()
+    if saved is None:
+        if rank:
+            torch.manual_seed(distributed.seed(seed))
+        return
     try:
         trainer.load_state_dict(saved["trainer"])
+        noise = trainer.noise.state
+        noise[0] = distributed.seed(int(noise[0]))
+        ranks = saved["ranks"]
+        if rank < len(ranks):
+            trainer.draws.set_state(ranks[rank]["draws"])
+            torch.set_rng_state(ranks[rank]["torch_rng"])
+        else:
+            # A rank that was not there: a stream for this update on.
+            fresh = distributed.seed(2 * seed + 1 + (trainer.step << 32))
+            trainer.draws.manual_seed(fresh)
+            torch.manual_seed(fresh)
+        if len(ranks) == distributed.size():
+            trainer.meters.load_state_dict(ranks[rank]["meters"])
+        else:
+            sums = torch.stack([each["meters"]["sums"] for each in ranks]).mean(0)
+            trainer.meters.load_state_dict({**ranks[0]["meters"], "sums": sums})
         for name in ("log", "distances", "best", "observed"):
             saved[name]
     except UserError:
@@ -316,7 +395,7 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
             raise
         # The turn that failed holds on to its tensors through its frames.
         traceback.clear_frames(error.__traceback__)
-        what = memory.advice(trainer.network, trainer.batch, trainer.rows, shape, trainer.device)
+        what = memory.advice(trainer.network, trainer.batch, trainer.parts, trainer.rows, shape, trainer.device)
     else:
         return
     checkpoints.close()
@@ -351,37 +430,62 @@ class _Skips:
     """
 
     def __init__(self, trainer: Trainer, limit: int) -> None:
-        self._trainer, self._limit = trainer, limit
-        self._names = list(trainer.optimisers)
+        self._limit = limit
         self._before = {name: (o.steps, int(o.skipped)) for name, o in trainer.optimisers.items()}
-        self._rows = dict.fromkeys(self._names, 0)
+        self._rows = dict.fromkeys(self._before, 0)
 
     @property
     def running(self) -> bool:
         return any(self._rows.values())
 
-    def check(self, row: Mapping[str, float]) -> None:
-        """Take a row of the log in.
+    def check(self, step: int, row: Mapping[str, float], calls: Mapping[str, int]) -> None:
+        """Take the log's row of update ``step`` in, up to which the optimisers were called ``calls`` times.
 
         Raises:
             UserError: the limit is reached.
         """
-        for name, optimiser in self._trainer.optimisers.items():
-            calls, skipped = optimiser.steps, int(row[f"{name} skipped"])
-            done, missed = calls - self._before[name][0], skipped - self._before[name][1]
-            self._before[name] = calls, skipped
+        for name, (called, skipped) in self._before.items():
+            done, missed = calls[name] - called, int(row[f"{name} skipped"]) - skipped
+            self._before[name] = called + done, skipped + missed
             self._rows[name] = self._rows[name] + missed if done and missed == done else 0
             if self._limit and self._rows[name] >= self._limit:
                 last = ", ".join(f"{key} {row[key]:.4g}" for key in row if key.endswith(("loss", "gradient")))
                 raise UserError(
                     f"the {name}'s gradient was not finite in {self._rows[name]} steps in a row, all of them skipped: "
-                    f"stopped at update {self._trainer.step} ({last}). The checkpoints from before are kept; lower the "
-                    "learning rate or use a finer precision"
+                    f"stopped at update {step} ({last}). The checkpoints from before are kept; lower the learning rate "
+                    "or use a finer precision"
                 )
 
 
+class _Row:
+    """A row of the log whose numbers are on their way.
+
+    Called, it waits for them and returns the update, the row, and each optimiser's number of steps.
+    """
+
+    def __init__(self, trainer: Trainer, clock: dict[str, float]) -> None:
+        sums, self._quotients = trainer.meters.drain()
+        self._step, self._names, self._clock = trainer.step, list(trainer.optimisers), clock
+        self._meters = len(sums)
+        self._fetched = Fetched(
+            torch.cat([distributed.averaged(sums), *(each.progress for each in trainer.optimisers.values())])
+        )
+
+    @property
+    def ready(self) -> bool:
+        return self._fetched.ready
+
+    def __call__(self) -> tuple[int, dict[str, float], dict[str, int]]:
+        values = self._fetched.values()
+        row, calls = self._quotients(values[: self._meters]), {}
+        for i, name in enumerate(self._names):
+            steps, row[f"{name} skipped"], row[f"{name} rate"] = values[self._meters + 3 * i :][:3]
+            calls[name] = int(steps)
+        return self._step, {**row, **self._clock}, calls
+
+
 class _Watch:
-    """Turns a trainer's meters into a row of the log; its clock stands still during evaluations and saves."""
+    """Makes rows of the log; its clock stands still during evaluations and saves."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -397,18 +501,13 @@ class _Watch:
         yield
         self._since = time.perf_counter()
 
-    def read(self) -> dict[str, float]:
-        trainer = self._trainer
-        row = trainer.meters.read()
-        for name, optimiser in trainer.optimisers.items():
-            row[f"{name} rate"] = optimiser.lr
-            row[f"{name} skipped"] = float(optimiser.skipped)
-        seconds = self._spent + time.perf_counter() - self._since
-        done = trainer.step - self._step
-        row["images_per_second"] = done * trainer.images_per_update / max(seconds, 1e-9)
-        row["seconds"] = seconds
-        self._spent, self._since, self._step = 0.0, time.perf_counter(), trainer.step
-        return row
+    def fetch(self) -> _Row:
+        """The row since the last one, on its way."""
+        trainer, now = self._trainer, time.perf_counter()
+        seconds = self._spent + now - self._since
+        images = (trainer.step - self._step) * trainer.images_per_update * distributed.size()
+        self._spent, self._since, self._step = 0.0, now, trainer.step
+        return _Row(trainer, {"images_per_second": images / max(seconds, 1e-9), "seconds": seconds})
 
 
 @contextlib.contextmanager

@@ -56,20 +56,23 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def advice(net: nn.Module, batch: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
-    """What an update with ``batch`` samples, ``rows`` passes through the network each, asks for, and what would fit."""
+def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
+    """What it takes to have ``batch`` samples, one of ``parts``, in ``rows`` passes each, and what would fit."""
     asked = f"the memory of {device} does not suffice for a batch of {batch}"
     free = free_bytes(device)
     try:
         size = rows * bytes_per_sample(net, shape, device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_exhausted(error):
-            raise
-        return f"{asked}, nor for a batch of 1"
+    except (RuntimeError, MemoryError, TypeError, ValueError) as error:
+        # A network may want more than a time, a sample and a label: then nothing is counted.
+        return f"{asked}, nor for a batch of 1" if is_exhausted(error) else asked
     if free is None or not size:
         return asked
     fits = min(free // size, batch - 1)
-    return (
+    said = (
         f"{asked}: a sample's activations take {size / 1e6:,.1f} MB (counted with one sample, in {rows} passes through "
         f"a network), {free / 1e6:,.0f} MB are free now, so that about {fits} would fit"
     )
+    if not fits:
+        return said
+    goes = next(n for n in range(2, batch + 1) if batch % n == 0 and batch // n <= fits)
+    return f"{said}; with run.accumulate={parts * goes} the batch goes through in parts of {batch // goes}"

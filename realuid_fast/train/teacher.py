@@ -16,6 +16,7 @@ from ..optim import Optimiser
 from ..paths import OneSidedPath
 from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
+from . import distributed
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
 from .generator import frozen_view
@@ -39,7 +40,9 @@ class TeacherTrainer:
         follows_flow(self.path, self._predict)
         self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
         self.device = torch.device(config.run.device)
-        self.batch, self.updates, self.step = settings.batch, settings.updates, 0
+        self.parts = config.run.accumulate
+        self.batch = distributed.share(settings.batch, self.parts, "teacher.batch")
+        self.updates, self.step = settings.updates, 0
         images = len(dataset.shape) == 3
         self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
         network = network_for(config, dataset)
@@ -50,14 +53,15 @@ class TeacherTrainer:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.net = net.train()
         self.optimiser = Optimiser(self.net, **vars(settings.optimiser), ema_decays=settings.ema, total=self.updates)
+        distributed.average(self.optimiser, self.parts)
         self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
         self.labels = labels_to_draw(self.net, dataset, self.device)
         # Only to refuse data without endpoints: batches bring their own.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
         self._two_sided = not isinstance(self.path, OneSidedPath)
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
-        self.draws = torch.Generator(self.device).manual_seed(2 * seed + 1)
-        self.noise = NoiseStream(seed, self.device)
+        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.noise = NoiseStream(distributed.seed(seed), self.device)
         self.meters = Meters(("loss", "gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
         self.description = Description(
@@ -77,7 +81,7 @@ class TeacherTrainer:
 
     @property
     def images_per_update(self) -> int:
-        return self.batch
+        return self.parts * self.batch
 
     @property
     def rows(self) -> int:
@@ -89,6 +93,16 @@ class TeacherTrainer:
 
     def update(self) -> None:
         """One step on one batch."""
+        for _ in range(self.parts):
+            self._backward()
+        with self.phases("optimiser"):
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        self.meters.add("gradient", self.optimiser.norm)
+        self.step += 1
+
+    def _backward(self) -> None:
+        """Add the gradients of one part of a batch."""
         with self.phases("data"):
             x, labels = self.batches.next()
             x = x.contiguous(memory_format=self._layout)
@@ -106,12 +120,7 @@ class TeacherTrainer:
             grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, key, on_path)
         with self.phases("backward"):
             out.backward(grads.out)
-        with self.phases("optimiser"):
-            self.optimiser.step()
-            self.optimiser.zero_grad()
         self.meters.add("loss", grads.loss)
-        self.meters.add("gradient", self.optimiser.norm)
-        self.step += 1
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """Nothing in a row of the log says that settings are wrong."""

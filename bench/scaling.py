@@ -1,0 +1,238 @@
+"""What a cycle costs on 1 to 1,024 GPUs, by a model and by a simulation of it: ``python -m bench.scaling``, seconds.
+
+Nothing here was measured on several GPUs. Counted: the networks' parameters and operations (torch's counter on tensors
+without memory). Published by the vendor: the machine's peaks (:data:`H200`). Assumed, and set on the command line: the
+latency of a message, the share of the peak that compute reaches, the spread of compute times between ranks. The default
+share is 1: compute as fast as the vendor says it can be leaves communication least to hide behind, so that the
+efficiencies are bounds from below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from realuid_fast import networks
+
+from .machine import ROOT
+from .step import PROBLEMS
+
+PAGE = ROOT / "docs" / "scaling.md"
+GPUS = (1, 8, 16, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Peaks of one GPU and its wires, in operations and bytes a second, one direction."""
+
+    name: str
+    operations: float
+    memory_bandwidth: float
+    memory: float
+    wires: float
+    network: float
+    node: int = 8
+
+
+# NVIDIA's data sheets: H200 SXM, dense TF32, HBM3e; NVLink 4 (900 GB/s both ways); one 400 Gb/s adapter a GPU.
+H200 = Machine("H200 SXM, 8 a node, 400 Gb/s each", 494.7e12, 4.8e12, 141e9, 450e9, 50e9)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A distillation on one GPU's share of the batch."""
+
+    parameters: int
+    forward: float  # operations of one image's forward pass
+    batch: int  # images on one GPU
+    fake_turns: int
+    averages: int = 3
+    real: bool = True
+    teacher_in_fake: bool = False
+
+    @property
+    def fake_turn(self) -> float:
+        """Operations of a fake turn: forward and twice that for backward, on generated and real rows."""
+        rows = self.batch * (2 if self.real else 1)
+        return self.forward * rows * (3 + self.teacher_in_fake)
+
+    @property
+    def generator_turn(self) -> float:
+        """Operations of the generator's turn: its own forward and backward, and teacher and fake model forward and back
+        to their inputs alone.
+        """
+        return self.forward * self.batch * (3 + 2 * 2)
+
+    @property
+    def generate(self) -> float:
+        return self.forward * self.batch * self.fake_turns
+
+    @property
+    def gradient(self) -> int:
+        """Bytes that an all-reduce brings together: a float32 gradient."""
+        return 4 * self.parameters
+
+    def optimiser(self, averages: int) -> int:
+        """Bytes that a step reads and writes: the norm's pass over the gradient; then gradient, and parameter, one
+        moment (``beta1 = 0`` keeps no other) and averages in and out.
+        """
+        return 4 * self.parameters * (1 + 1 + 2 * (2 + averages))
+
+    @property
+    def state(self) -> int:
+        """Bytes a GPU holds: the teacher; fake model and generator with gradient and moment; averages."""
+        return 4 * self.parameters * (1 + 2 * 3 + self.averages)
+
+
+def all_reduce(size: float, gpus: int, machine: Machine, latency: float) -> float:
+    """Seconds to add up ``size`` bytes over ``gpus``.
+
+    Rings in each node reduce and gather, and between nodes every GPU does so with its own part, ``size / node``, over
+    its own adapter: ``2 (n - 1) / n size / bandwidth`` each. A message's latency counts for each of the ``2 log2 n``
+    rounds of a tree, which libraries take where latency decides.
+    """
+    inside = min(gpus, machine.node)
+    nodes = gpus // inside
+    seconds = (
+        2 * (inside - 1) / inside * size / machine.wires + 2 * (nodes - 1) / nodes * size / inside / machine.network
+    )
+    return seconds + 2 * math.log2(gpus) * latency
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Seconds of the parts of a cycle on one GPU: making samples, a fake turn's, the generator turn's."""
+
+    generate: float
+    fake: float
+    generator: float
+    steps: float  # all optimiser steps
+    all_reduce: float  # one of them
+    turns: int
+
+    @property
+    def compute(self) -> float:
+        return self.generate + self.turns * self.fake + self.generator + self.steps
+
+    @property
+    def total(self) -> float:
+        """Nothing overlaps: a step needs the norm of the whole gradient, which needs every rank's."""
+        return self.compute + (self.turns + 1) * self.all_reduce
+
+
+def cycle(job: Job, gpus: int, machine: Machine, share: float = 1.0, latency: float = 1e-5) -> Cycle:
+    """The model of one cycle, one fake model step ``fake_turns`` times and one of the generator."""
+    speed = share * machine.operations
+    steps = job.fake_turns * job.optimiser(0) + job.optimiser(job.averages)
+    return Cycle(
+        job.generate / speed,
+        job.fake_turn / speed,
+        job.generator_turn / speed,
+        steps / machine.memory_bandwidth,
+        all_reduce(job.gradient, gpus, machine, latency) if gpus > 1 else 0.0,
+        job.fake_turns,
+    )
+
+
+def simulate(one: Cycle, gpus: int, spread: float, cycles: int = 200, seed: int = 0) -> float:
+    """Mean seconds of a cycle when a rank's compute takes ``1 + spread |normal|`` times as long, drawn for each turn.
+
+    An all-reduce begins when its slowest rank arrives; all leave it together.
+    """
+    draws, clock = np.random.default_rng(seed), 0.0
+    step = one.steps / (one.turns + 1)
+    for _ in range(cycles):
+        for turn in range(one.turns + 1):
+            work = one.generator if turn == one.turns else one.fake + (one.generate if turn == 0 else 0.0)
+            slowest = float(np.abs(draws.standard_normal(gpus)).max()) if spread else 0.0
+            clock += work * (1 + spread * slowest) + one.all_reduce + step
+    return clock / cycles
+
+
+def count(problem: str = "cifar10") -> tuple[int, float]:
+    """Parameters of a benchmark's network, and the operations of one image's forward pass."""
+    chosen = PROBLEMS[problem]
+    # Shapes alone: no memory, no arithmetic.
+    with FakeTensorMode(), torch.no_grad():
+        net = networks.build({**chosen.network, "dim": list(chosen.shape)})
+        with FlopCounterMode(display=False) as counter:
+            net(torch.zeros(1), torch.zeros(1, *chosen.shape))
+    return sum(p.numel() for p in net.parameters()), float(counter.get_total_flops())
+
+
+def table(job: Job, machine: Machine, share: float, latency: float, spread: float) -> str:
+    """Efficiency on each number of GPUs, the batch on each staying the same, as Markdown."""
+    alone = cycle(job, 1, machine, share, latency)
+    lines = [
+        "| GPUs | images a cycle's fake turn | compute, ms | one all-reduce, ms | all of a cycle, ms | cycle, ms "
+        f"| efficiency | with ranks {spread:.0%} apart |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    slow = simulate(alone, 1, spread)
+    for gpus in GPUS:
+        one = cycle(job, gpus, machine, share, latency)
+        ms = [1e3 * s for s in (one.compute, one.all_reduce, (one.turns + 1) * one.all_reduce, one.total)]
+        lines.append(
+            f"| {gpus:,} | {2 * job.batch * gpus if job.real else job.batch * gpus:,} | "
+            + " | ".join(f"{value:.3g}" for value in ms)
+            + f" | {alone.total / one.total:.1%} | {slow / simulate(one, gpus, spread):.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def report(share: float = 1.0, latency: float = 1e-5, spread: float = 0.02) -> str:
+    """The tables of the page."""
+    parameters, forward = count()
+    parts = [
+        f"The CIFAR-10 U-Net: {parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} G operations an image forward. "
+        f"{H200.name}: {H200.operations / 1e12:.0f} T operations, {H200.memory_bandwidth / 1e12:.1f} TB/s, "
+        f"{H200.wires / 1e9:.0f} GB/s in a node, {H200.network / 1e9:.0f} GB/s out of it. Assumed: {share:.0%} of the "
+        f"peak, {1e6 * latency:.0f} us a message."
+    ]
+    for batch in (256, 32):
+        job = Job(parameters, forward, batch, fake_turns=5)
+        parts.append(f"**Batch {batch} on each GPU, five fake turns, real rows in each**")
+        parts.append(table(job, H200, share, latency, spread))
+    state = Job(parameters, forward, 1, 5).state
+    fits = H200.memory / (state / parameters)
+    parts.append(
+        f"Whole copies of all state take {state / parameters:.0f} bytes a parameter: {state / 1e9:.2f} GB here; a GPU "
+        f"of {H200.memory / 1e9:.0f} GB would be full, before any activation, at {fits / 1e9:.1f} G parameters."
+    )
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", type=float, default=1.0, help="of the peak that compute reaches (default: 1)")
+    parser.add_argument("--latency", type=float, default=1e-5, help="of a message, in seconds (default: 1e-5)")
+    parser.add_argument("--spread", type=float, default=0.02, help="of compute times between ranks (default: 0.02)")
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.relative_to(ROOT)}")
+    arguments = parser.parse_args(argv)
+    text = report(arguments.share, arguments.latency, arguments.spread)
+    print(text)
+    if arguments.write:
+        write(PAGE, text)
+    return 0
+
+
+def write(page: Path, text: str) -> None:
+    """Put the tables between the page's marks."""
+    marked = f"<!-- table: scaling -->\n{text}\n<!-- end -->"
+    page.write_text(
+        re.sub(r"<!-- table: scaling -->.*?<!-- end -->", lambda _: marked, page.read_text(), flags=re.DOTALL)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

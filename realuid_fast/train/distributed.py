@@ -1,0 +1,149 @@
+"""One run on several processes, each with a device and a share of the batch: torchrun's ranks over torch.distributed.
+
+Every rank holds the whole state and takes the same steps: it draws its own noise, times and labels, reads its own rows
+of every real batch, and the gradients are averaged over all ranks in one call before each optimiser step. So the state
+is written by rank 0 alone, and goes on with any number of ranks that divides the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UserError
+from ..optim import Optimiser
+
+# Rank 0 evaluates and draws pictures while the others wait. A rank that dies is noticed by torchrun at once.
+PATIENCE = timedelta(hours=2)
+# Odd, so that its multiples modulo 2^63 are all different: 2^63 over the golden ratio.
+_STRIDE = 0x4F1BBCDCBFA53E0B
+
+
+def rank() -> int:
+    """This process' number, 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device(name: str) -> str:
+    """``run.device`` of this process: under torchrun ``cuda`` is the GPU of its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+
+
+def restarted(folder: Path) -> bool:
+    """Whether torchrun has started this process again after one of its group had died, in a run that had begun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder / "config.yaml").is_file()
+
+
+@contextlib.contextmanager
+def joined(on: str) -> Iterator[None]:
+    """The process group that torchrun's environment describes, for a run on device ``on``; none without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.device(on).type == "cuda":
+        torch.cuda.set_device(device(on))
+        # What is agreed between hosts goes past the GPUs, which need not be waited for then.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    except RuntimeError as error:
+        if not _died(error):
+            raise
+        me, lines = rank(), str(error).strip().splitlines()
+        raise UserError(
+            f"rank {me} lost another rank, whose own message says why ({lines[0][:200]}); --resume, or torchrun with "
+            "--max-restarts, goes on from the last checkpoint"
+        ) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def share(batch: int, parts: int, name: str) -> int:
+    """This rank's part of a batch that all ranks make in ``parts`` goes.
+
+    Raises:
+        UserError: ``batch``, called ``name``, does not divide.
+    """
+    if batch % (size() * parts):
+        ranks = f"{size()} ranks" if size() > 1 else "1 rank"
+        raise UserError(f"{name} {batch} does not divide by {ranks} times run.accumulate {parts}")
+    return batch // (size() * parts)
+
+
+def seed(common: int) -> int:
+    """This rank's seed in place of one that all ranks have; rank 0 keeps it, and no two ranks have the same."""
+    return (common + rank() * _STRIDE) % 2**63
+
+
+def average(optimiser: Optimiser, parts: int = 1) -> None:
+    """From now on the optimiser steps along the mean over all ranks of gradients that were summed over ``parts`` goes.
+
+    The mean is taken inside :meth:`Optimiser.step`, after every other thing that is done to gradients: one all-reduce
+    of one buffer. It is the same memory in the same order in every step, so that a resumed run adds the ranks up in the
+    order of the uninterrupted one; DDP's buckets change after its first backward.
+    """
+    if size() * parts == 1:
+        return
+
+    def reduce(gradients: Sequence[Tensor]) -> None:
+        whole = gradients[0] if len(gradients) == 1 else torch._utils._flatten_dense_tensors(list(gradients))
+        if size() > 1:
+            dist.all_reduce(whole)
+        whole.mul_(1 / (size() * parts))
+        if whole is not gradients[0]:
+            torch._foreach_copy_(list(gradients), torch._utils._unflatten_dense_tensors(whole, list(gradients)))
+
+    optimiser.adam.reduce = reduce
+
+
+def averaged(sums: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks."""
+    if size() > 1:
+        dist.all_reduce(sums)
+        sums /= size()
+    return sums
+
+
+def agreed(mine: bool) -> bool:
+    """Whether any rank says so; all ranks must ask."""
+    if size() == 1:
+        return mine
+    said = torch.tensor([int(mine)])
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank has of its own, for a checkpoint; all ranks must call."""
+    if size() == 1:
+        return [own]
+    everyone: list[Any] = [None] * size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _died(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+    return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
