@@ -126,7 +126,7 @@ def separate() -> dict[str, Any]:
     """Where a sanitized build goes: never over a package that someone runs."""
     if not SANITIZE:
         return {}
-    if sys.argv[1:] != ["build"]:
+    if sys.argv[1:] not in (["build"], ["--quiet", "build"]):
         sys.exit(
             "realuid-fast: REALUID_FAST_SANITIZE goes with 'setup.py build' alone, which builds into build/sanitize."
         )

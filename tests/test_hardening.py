@@ -450,7 +450,7 @@ def bits(value):
     )
     if not plain or value.numel() > 2**20 or value.untyped_storage().nbytes() == 0:
         return None
-    return value.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).tolist()
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach()).flatten().view(torch.uint8).tolist()
 
 
 def parameters(draw, generator, dtype):
@@ -661,6 +661,13 @@ def test_public_call_refuses_gradients_it_does_not_give(call, data):
             continue
         with pytest.raises(UserError, match=rf"no gradient in {name}"):
             getattr(rf, call)(**{**arguments, name: arguments[name].detach().requires_grad_()})
+
+
+@pytest.mark.skipif("REALUID_FAST_SANITIZE" not in os.environ, reason="for `make sanitize`")
+def test_what_runs_here_is_the_sanitized_build():
+    library = extension._library()
+    assert b"__asan_report_load" in library.read_bytes()
+    assert b"__ubsan_handle" in library.read_bytes()
 
 
 def test_going_back_through_updated_parameters_is_refused():
