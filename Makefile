@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo compare test bench clean
+.PHONY: demo compare test bench fuzz sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
@@ -17,20 +17,56 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |No broken)'
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.micro
 	$(BIN)/python -m bench.optimiser
 
+# Random calls and damaged files in the tens of thousands: hours. FUZZ is the number for each operator and reader.
+FUZZ ?= 10000
+fuzz: $(VENV)/.installed
+	REALUID_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest -v tests/test_hardening.py tests/test_fuzz.py
+
+# The operators' tests on code that checks itself. Python brings no AddressSanitizer along, so it is loaded ahead; leaks are
+# not looked for, since the interpreter keeps what it allocates. Run from the sanitized copy, which imports find first.
+SANITIZED := build/sanitize/lib
+sanitize: $(VENV)/.installed
+	REALUID_FAST_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+		REALUID_FAST_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED) $(abspath $(BIN))/python -m pytest -q \
+		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py)
+
+# Source archive and wheel, and each of them installed in a fresh environment: with a compiler and without.
+dist: $(VENV)/.installed
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist .
+	$(BIN)/python .ci/dist.py build/dist
+
+# Known vulnerabilities of what dev.lock pins. The advisories are fetched from the package index: this needs the network,
+# and fails without it. What can be told offline, that the installed versions fit together, is in `make test`.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/dev.lock
+
+# Needs uv (pip install uv) and the network. Raise a version with LOCK=--upgrade-package=NAME, all with LOCK=--upgrade.
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
+lock:
+	$(COMPILE) $(LOCK) --extra dev --override requirements/without-torch.txt \
+		$(addprefix --no-emit-package ,torch filelock fsspec jinja2 mpmath networkx sympy) \
+		pyproject.toml requirements/dev.in -o requirements/dev.lock
+	$(COMPILE) $(LOCK) --no-deps requirements/peers.in -o requirements/peers.lock
+
 # torch first and by exact version: the build below finds it, and nothing later may pull in another. A CPU build does not
-# bring triton along. torchcfm is a test peer whose own requirements would replace torch.
-$(VENV)/.installed: pyproject.toml setup.py $(shell find csrc -type f)
+# bring triton along. Everything else is pinned and hashed; the locks name all there is to install, so nothing is resolved.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard requirements/*.lock) $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0 triton==3.7.1
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps torchcfm==1.0.7
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/dev.lock -r requirements/peers.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:

@@ -75,8 +75,9 @@ def configure() -> dict[str, Any]:
     flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
     links: list[str] = []
     if SANITIZE:
-        # The first finding ends the process; -fwrapv, with which Python itself is built, would hide overflows. vptr looks up the types of torch's own objects, whose type information stays
-        # inside torch's libraries; the kernels have no virtual functions, so nothing of theirs goes unchecked.
+        # The first finding ends the process. -fwrapv, with which Python itself is built, would hide overflows. vptr
+        # looks up the types of torch's own objects, whose type information stays inside torch's libraries; the kernels
+        # have no virtual functions, so nothing of theirs goes unchecked.
         sanitizers = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *sanitizers]
         links += sanitizers
@@ -125,8 +126,10 @@ def separate() -> dict[str, Any]:
     """Where a sanitized build goes: never over a package that someone runs."""
     if not SANITIZE:
         return {}
-    if sys.argv[1:] != ["build"]:
-        sys.exit("realuid-fast: REALUID_FAST_SANITIZE goes with 'setup.py build' alone, which builds into build/sanitize.")
+    if sys.argv[1:] not in (["build"], ["--quiet", "build"]):
+        sys.exit(
+            "realuid-fast: REALUID_FAST_SANITIZE goes with 'setup.py build' alone, which builds into build/sanitize."
+        )
     return {"options": {"build": {"build_base": "build/sanitize", "build_lib": "build/sanitize/lib"}}}
 
 

@@ -126,7 +126,9 @@ def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..
                 if not isinstance(tensor, Tensor):
                     continue
                 if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-                    raise UserError(f"{argument.name} must be a plain dense tensor, neither sparse, quantised nor nested")
+                    raise UserError(
+                        f"{argument.name} must be a plain dense tensor, neither sparse, quantised nor nested"
+                    )
                 first = first or (argument.name, tensor.device)
                 if tensor.device != first[1]:
                     raise UserError(f"{argument.name} must be on {first[1]} like {first[0]}, not on {tensor.device}")

@@ -23,7 +23,7 @@ from .precision import PRECISIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 T = TypeVar("T")
-# ValueError: dates and numbers that look right and are not, bytes that are no text. RecursionError: many brackets.
+# ValueError: dates and numbers that only look right, bytes that are no text. RecursionError: thousands of brackets.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
