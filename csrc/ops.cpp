@@ -25,6 +25,7 @@ using Optional = std::optional<Tensor>;
 using Grads2 = std::tuple<Tensor, Tensor>;
 using Grads3 = std::tuple<Tensor, Tensor, Tensor>;
 using Grads6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Grads7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
@@ -137,6 +138,15 @@ struct Frame {
   }
 
   const void* same(const Optional& t, const char* label) const { return t.has_value() ? same(*t, label) : nullptr; }
+
+  rf::Guidance guidance(const Optional& uncond, const Optional& scales) const {
+    REQUIRE(uncond.has_value() == scales.has_value(), "teacher_uncond and guidance go together");
+    if (!uncond.has_value()) return {};
+    REQUIRE(scales->is_cpu() && scales->dim() == 1 && scales->size(0) == shape.rows && scales->is_contiguous(),
+            "guidance must be a contiguous CPU tensor of shape (", shape.rows, ",)");
+    REQUIRE(scales->scalar_type() == real(), "guidance must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
+    return {same(*uncond, "teacher_uncond"), memory_of(*scales, "guidance")};
+  }
 
   const void* coefficients(const Tensor& coef) const {
     REQUIRE(coef.is_cpu() && coef.dim() == 2 && coef.size(0) == shape.rows && coef.size(1) == rf::COEFFICIENTS &&
@@ -302,11 +312,13 @@ Grads2 interpolate_grads(const Tensor& grad, const Tensor& coef, bool want_x, bo
   return {scaled(want_x, rf::A), scaled(want_endpoint, rf::B)};
 }
 
-Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional& x_t, const Tensor& coef) {
+Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional& x_t, const Tensor& coef,
+                      const Optional& teacher_uncond, const Optional& guidance) {
   const Frame frame(x, "x");
   std::vector<double> partial = frame.sums(coef);
   const rf::ErrorArgs args{frame.shape, frame.same(teacher_out, "teacher_out"), x.const_data_ptr(),
-                           frame.same(x_t, "x_t"), frame.coefficients(coef), partial.data()};
+                           frame.same(x_t, "x_t"), frame.coefficients(coef), frame.guidance(teacher_uncond, guidance),
+                           partial.data()};
   frame.check_x_t(x_t, args.coef);
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.error(args, begin, end); });
@@ -315,7 +327,7 @@ Tensor mean_abs_error(const Tensor& teacher_out, const Tensor& x, const Optional
 
 Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake, const Tensor& x, const Optional& x_t,
                   const Tensor& coef, const Tensor& noise, const Optional& teacher, const Optional& endpoint,
-                  int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
+                  const Optional& uncond, const Optional& guidance, int64_t noise_rows, int64_t n_real, rf::FakeHalf generated, rf::FakeHalf real, bool mean, bool want) {
   REQUIRE(n_real >= 0 && n_real <= frame.shape.rows, "n_real must be between 0 and the ", frame.shape.rows, " rows, got ", n_real);
   const int64_t count = frame.shape.rows - n_real;
   const bool reads_teacher = (generated.d != 0 && count > 0) || (real.d != 0 && n_real > 0);
@@ -329,6 +341,7 @@ Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake,
                           frame.same(x_t, "x_t"),
                           frame.same(endpoint, "endpoint"),
                           frame.coefficients(coef),
+                          frame.guidance(uncond, guidance),
                           frame.noise(noise, noise_rows),
                           count,
                           {generated, real},
@@ -347,25 +360,41 @@ Grads3 fake_frame(const Frame& frame, const char* fake_name, const Tensor& fake,
 Grads3 matching(const Tensor& out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
                 const Optional& endpoint, int64_t noise_rows, bool mean, bool want_out) {
   // ||f - tgt||^2 is the fake loss with a = b = c = 1 and no teacher.
-  return fake_frame(Frame(x, "x"), "out", out, x, x_t, coef, noise, std::nullopt, endpoint, noise_rows, 0, {1, 1, 0, 1},
-                    {1, 1, 0, 1}, mean, want_out);
+  return fake_frame(Frame(x, "x"), "out", out, x, x_t, coef, noise, std::nullopt, endpoint, std::nullopt, std::nullopt,
+                    noise_rows, 0, {1, 1, 0, 1}, {1, 1, 0, 1}, mean, want_out);
 }
 
 Grads3 fake(const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
             const Optional& teacher_out, const Optional& endpoint, int64_t noise_rows, int64_t n_real, double a_gen,
             double b_gen, double d_gen, double c_gen, double a_real, double b_real, double d_real, double c_real, bool mean,
             bool want_fake) {
-  return fake_frame(Frame(x, "x"), "fake_out", fake_out, x, x_t, coef, noise, teacher_out, endpoint, noise_rows, n_real,
-                    {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean, want_fake);
+  return fake_frame(Frame(x, "x"), "fake_out", fake_out, x, x_t, coef, noise, teacher_out, endpoint, std::nullopt,
+                    std::nullopt, noise_rows, n_real, {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean,
+                    want_fake);
 }
 
-Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef,
-                 const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
-                 bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
+Grads3 guided_fake(const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
+                   const Tensor& teacher_out, const Optional& endpoint, const Tensor& teacher_uncond,
+                   const Tensor& guidance, int64_t noise_rows, int64_t n_real, double a_gen, double b_gen, double d_gen,
+                   double c_gen, double a_real, double b_real, double d_real, double c_real, bool mean, bool want_fake) {
+  return fake_frame(Frame(x, "x"), "fake_out", fake_out, x, x_t, coef, noise, teacher_out, endpoint, teacher_uncond, guidance,
+                    noise_rows, n_real, {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean, want_fake);
+}
+
+// What a generator call wants of its gradients.
+struct Wants {
+  bool teacher, fake, x, x_t, uncond;
+};
+
+// Without guidance the last gradient stands for nothing: another's handle, so that no memory is asked for.
+Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
+                       const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& uncond,
+                       const Optional& guidance, double alpha, double beta, double q, double kappa, bool mean, Wants want) {
   const Frame frame(x, "x");
-  REQUIRE(x_t.has_value() || !want_x_t, "x_t is needed where its gradient is asked for");
-  Tensor g_teacher = frame.like_if(want_teacher), g_fake = frame.like_if(want_fake), g_x = frame.like_if(want_x),
-         g_x_t = frame.like_if(want_x_t);
+  REQUIRE(x_t.has_value() || !want.x_t, "x_t is needed where its gradient is asked for");
+  Tensor g_teacher = frame.like_if(want.teacher), g_fake = frame.like_if(want.fake), g_x = frame.like_if(want.x),
+         g_x_t = frame.like_if(want.x_t);
+  Tensor g_uncond = uncond.has_value() ? frame.like_if(want.uncond) : g_x_t;
   std::vector<double> partial = frame.sums(coef);
   const rf::GeneratorArgs args{frame.shape,
                                frame.same(teacher_out, "teacher_out"),
@@ -374,6 +403,7 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                                frame.same(x_t, "x_t"),
                                frame.same(endpoint, "endpoint"),
                                frame.coefficients(coef),
+                               frame.guidance(uncond, guidance),
                                frame.noise(noise, frame.shape.rows),
                                alpha,
                                beta,
@@ -384,6 +414,7 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                                pointer(g_fake),
                                pointer(g_x),
                                pointer(g_x_t),
+                               uncond.has_value() ? pointer(g_uncond) : nullptr,
                                partial.data(),
                                frame.stream()};
   frame.check_x_t(x_t, args.coef);
@@ -391,7 +422,24 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
   const auto& k = rf::kernels(frame.dtype);
   frame.run([&](int64_t begin, int64_t end) { k.generator(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, frame.shape.rows);
-  return {loss, rows, g_teacher, g_fake, g_x, g_x_t};
+  return {loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond};
+}
+
+Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef,
+                 const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
+                 bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
+  auto [loss, rows, g_teacher, g_fake, g_x, g_x_t, unused] =
+      generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, std::nullopt, std::nullopt, alpha, beta, q, kappa,
+                      mean, {want_teacher, want_fake, want_x, want_x_t, false});
+  return {std::move(loss), std::move(rows), std::move(g_teacher), std::move(g_fake), std::move(g_x), std::move(g_x_t)};
+}
+
+Grads7 guided_generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
+                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Tensor& teacher_uncond,
+                        const Tensor& guidance, double alpha, double beta, double q, double kappa, bool mean,
+                        bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
+  return generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, teacher_uncond, guidance, alpha, beta, q,
+                         kappa, mean, {want_teacher, want_fake, want_x, want_x_t, want_uncond});
 }
 
 void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
@@ -619,6 +667,8 @@ STABLE_TORCH_LIBRARY_IMPL(realuid_fast, CPU, m) {
   m.impl("matching", TORCH_BOX(&matching));
   m.impl("fake", TORCH_BOX(&fake));
   m.impl("generator", TORCH_BOX(&generator));
+  m.impl("guided_fake", TORCH_BOX(&guided_fake));
+  m.impl("guided_generator", TORCH_BOX(&guided_generator));
   m.impl("scale_grads_", TORCH_BOX(&scale_grads_));
   m.impl("begin_step_", TORCH_BOX(&begin_step_));
   m.impl("adam_", TORCH_BOX(&adam_));

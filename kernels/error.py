@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, place, read, read_where, tiling, write_sum
+from .tiles import Call, column, guide, place, read, read_where, row_number, tiling, write_sum
 
 
 @triton.jit
@@ -16,11 +16,14 @@ def _error_kernel(
     x_ptr,
     x_t_ptr,
     coef_ptr,
+    uncond_ptr,
+    guidance_ptr,
     partial_ptr,
     n_rows,
     units,
     inverse_dim,
     HAS_X_T: tl.constexpr,
+    GUIDED: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -28,16 +31,25 @@ def _error_kernel(
 ):
     row, start, offsets, inside, fresh, _ = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     k_out = column(coef_ptr, row, n_rows, 6, ROWS, EVEN)
-    gap = read(x_ptr, start, offsets, inside, ROWS, EVEN) - k_out * read(
-        teacher_ptr, start, offsets, inside, ROWS, EVEN
-    )
+    teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
+    if GUIDED:
+        scales = row_number(guidance_ptr, row, n_rows, ROWS, EVEN)
+        teacher = guide(teacher, uncond_ptr, scales, start, offsets, inside, ROWS, EVEN)
+    gap = read(x_ptr, start, offsets, inside, ROWS, EVEN) - k_out * teacher
     if HAS_X_T:
         k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
         gap -= k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
     write_sum(partial_ptr, row, n_rows, fresh, tl.abs(gap), inverse_dim, ROWS, EVEN)
 
 
-def mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> tuple[list[Call], Tensor]:
+def mean_abs_error(
+    teacher_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    teacher_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+) -> tuple[list[Call], Tensor]:
     """The launches of the operator ``mean_abs_error`` and its rows ``(R,)``."""
     if x.numel() == 0:
         return [], coef.new_zeros(x.shape[0])
@@ -49,10 +61,13 @@ def mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Ten
         "x_ptr": x,
         "x_t_ptr": x if x_t is None else x_t,
         "coef_ptr": coef,
+        "uncond_ptr": x if teacher_uncond is None else teacher_uncond,
+        "guidance_ptr": coef if guidance is None else guidance,
         "partial_ptr": partial,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
         "inverse_dim": 1.0 / dim,
     }
-    main = Call(_error_kernel, cut.grid, arguments, {"HAS_X_T": x_t is not None, **cut.constants}, cut.warps)
+    constants = {"HAS_X_T": x_t is not None, "GUIDED": teacher_uncond is not None, **cut.constants}
+    main = Call(_error_kernel, cut.grid, arguments, constants, cut.warps)
     return [main, finish(partial, errors, total, rows)], errors

@@ -6,6 +6,8 @@ real rows. The teacher is not read in a half whose ``D`` is zero.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, place, read, read_where, tiling, write, write_sum
+from .tiles import Call, column, place, read, read_where, row_number, tiling, write, write_sum
 
 
 @triton.jit
@@ -25,6 +27,8 @@ def _fake_kernel(
     endpoint_ptr,
     coef_ptr,
     noise_ptr,
+    uncond_ptr,
+    guidance_ptr,
     g_fake_ptr,
     partial_ptr,
     n_rows,
@@ -43,6 +47,7 @@ def _fake_kernel(
     HAS_X_T: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_ENDPOINT: tl.constexpr,
+    GUIDED: tl.constexpr,
     WANT_FAKE: tl.constexpr,
     KEYED: tl.constexpr,
     SHARED: tl.constexpr,
@@ -77,7 +82,11 @@ def _fake_kernel(
         f += shift
     if HAS_TEACHER:
         d = tl.where(generated, d_gen, d_real)
-        teacher = k_out * read_where(d != 0, teacher_ptr, start, offsets, inside, ROWS, EVEN)
+        teacher = read_where(d != 0, teacher_ptr, start, offsets, inside, ROWS, EVEN)
+        if GUIDED:
+            u = read_where(d != 0, uncond_ptr, start, offsets, inside, ROWS, EVEN)
+            teacher = u + row_number(guidance_ptr, row, n_rows, ROWS, EVEN) * (teacher - u)
+        teacher = k_out * teacher
         if HAS_X_T:
             teacher += shift
         linear += d * teacher
@@ -114,6 +123,51 @@ def fake(
     Raises:
         ValueError: no ``teacher_out`` for a half with rows and ``D`` different from zero.
     """
+    halves = (a_gen, b_gen, d_gen, c_gen, a_real, b_real, d_real, c_real)
+    inputs = (fake_out, x, x_t, coef, noise, teacher_out, endpoint)
+    return _planned(*inputs, None, None, noise_rows, n_real, *halves, mean, want_fake, ptx)
+
+
+def guided_fake(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    teacher_out: Tensor,
+    endpoint: Tensor | None,
+    teacher_uncond: Tensor,
+    guidance: Tensor,
+    *rest: Any,
+) -> tuple[list[Call], tuple[Tensor, ...]]:
+    """The launches of the operator ``guided_fake`` and its outputs; ``rest`` as for :func:`fake`."""
+    return _planned(fake_out, x, x_t, coef, noise, teacher_out, endpoint, teacher_uncond, guidance, *rest)
+
+
+def _planned(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    teacher_out: Tensor | None,
+    endpoint: Tensor | None,
+    uncond: Tensor | None,
+    guidance: Tensor | None,
+    noise_rows: int,
+    n_real: int,
+    a_gen: float,
+    b_gen: float,
+    d_gen: float,
+    c_gen: float,
+    a_real: float,
+    b_real: float,
+    d_real: float,
+    c_real: float,
+    mean: bool,
+    want_fake: bool,
+    ptx: bool | None = None,
+) -> tuple[list[Call], tuple[Tensor, ...]]:
     rows = x.shape[0]
     n_gen = rows - n_real
     reads_teacher = (d_gen != 0 and n_gen > 0) or (d_real != 0 and n_real > 0)
@@ -133,6 +187,8 @@ def fake(
         "endpoint_ptr": x if endpoint is None else endpoint,
         "coef_ptr": coef,
         "noise_ptr": noise,
+        "uncond_ptr": x if uncond is None else uncond,
+        "guidance_ptr": coef if guidance is None else guidance,
         "g_fake_ptr": g_fake,
         "partial_ptr": partial,
         "n_rows": rows,
@@ -153,6 +209,7 @@ def fake(
         "HAS_X_T": x_t is not None,
         "HAS_TEACHER": reads_teacher,
         "HAS_ENDPOINT": endpoint is not None,
+        "GUIDED": uncond is not None,
         "WANT_FAKE": want_fake,
         **noise_constants(noise, noise_rows, rows, ptx),
         **cut.constants,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, place, read, read_where, tiling, write, write_sum
+from .tiles import Call, column, guide, place, read, read_where, row_number, tiling, write, write_sum
 
 
 @triton.jit
@@ -28,6 +28,9 @@ def _generator_kernel(
     g_fake_ptr,
     g_x_ptr,
     g_x_t_ptr,
+    uncond_ptr,
+    guidance_ptr,
+    g_uncond_ptr,
     partial_ptr,
     n_rows,
     units,
@@ -42,6 +45,8 @@ def _generator_kernel(
     WANT_FAKE: tl.constexpr,
     WANT_X: tl.constexpr,
     WANT_X_T: tl.constexpr,
+    GUIDED: tl.constexpr,
+    WANT_UNCOND: tl.constexpr,
     KEYED: tl.constexpr,
     SHARED: tl.constexpr,
     PTX: tl.constexpr,
@@ -52,6 +57,9 @@ def _generator_kernel(
 ):
     row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
+    if GUIDED:
+        scales = row_number(guidance_ptr, row, n_rows, ROWS, EVEN)
+        teacher = guide(teacher, uncond_ptr, scales, start, offsets, inside, ROWS, EVEN)
     fake = read(fake_ptr, start, offsets, inside, ROWS, EVEN)
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
     p = column(coef_ptr, row, n_rows, 3, ROWS, EVEN)
@@ -78,12 +86,19 @@ def _generator_kernel(
 
     weight = scale * w * k_out
     both = weight * two_kappa_alpha * raw
-    if WANT_TEACHER or WANT_FAKE:
+    if WANT_TEACHER or WANT_FAKE or WANT_UNCOND:
         g_fake = weight * (square - gap)
         if WANT_FAKE:
             write(g_fake_ptr, start, offsets, inside, g_fake, ROWS, EVEN)
-        if WANT_TEACHER:
-            write(g_teacher_ptr, start, offsets, inside, k_out * both - g_fake, ROWS, EVEN)
+        if WANT_TEACHER or WANT_UNCOND:
+            g_teacher = k_out * both - g_fake
+            if GUIDED:
+                g_guided = g_teacher
+                g_teacher = scales * g_guided
+                if WANT_UNCOND:
+                    write(g_uncond_ptr, start, offsets, inside, g_guided - g_teacher, ROWS, EVEN)
+            if WANT_TEACHER:
+                write(g_teacher_ptr, start, offsets, inside, g_teacher, ROWS, EVEN)
     if WANT_X:
         write(g_x_ptr, start, offsets, inside, -weight * p * two_kappa_beta * raw, ROWS, EVEN)
     if HAS_X_T and WANT_X_T:
@@ -111,6 +126,57 @@ def generator(
 ) -> tuple[list[Call], tuple[Tensor, ...]]:
     """The launches of the operator ``generator`` and its outputs; a gradient not wanted is empty."""
     wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
+    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
+    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, None, None, ptx)
+
+
+def guided_generator(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    teacher_uncond: Tensor,
+    guidance: Tensor,
+    alpha: float,
+    beta: float,
+    q: float,
+    kappa: float,
+    mean: bool,
+    want_teacher: bool,
+    want_fake: bool,
+    want_x: bool,
+    want_x_t: bool,
+    want_uncond: bool,
+    ptx: bool | None = None,
+) -> tuple[list[Call], tuple[Tensor, ...]]:
+    """The launches of the operator ``guided_generator`` and its outputs."""
+    wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
+    wants["WANT_UNCOND"] = want_uncond
+    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
+    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, teacher_uncond, guidance, ptx)
+
+
+def _planned(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    alpha: float,
+    beta: float,
+    q: float,
+    kappa: float,
+    mean: bool,
+    wants: dict[str, bool],
+    uncond: Tensor | None,
+    guidance: Tensor | None,
+    ptx: bool | None,
+) -> tuple[list[Call], tuple[Tensor, ...]]:
     grads = [torch.empty_like(x) if want else x.new_empty(0) for want in wants.values()]
     if x.numel() == 0:
         return [], (coef.new_zeros(()), coef.new_zeros(x.shape[0]), *grads)
@@ -129,6 +195,9 @@ def generator(
         "g_fake_ptr": grads[1],
         "g_x_ptr": grads[2],
         "g_x_t_ptr": grads[3],
+        "uncond_ptr": x if uncond is None else uncond,
+        "guidance_ptr": coef if guidance is None else guidance,
+        "g_uncond_ptr": grads[-1],
         "partial_ptr": partial,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
@@ -141,6 +210,8 @@ def generator(
     constants = {
         "HAS_X_T": x_t is not None,
         "HAS_ENDPOINT": endpoint is not None,
+        "GUIDED": uncond is not None,
+        "WANT_UNCOND": False,
         **wants,
         **noise_constants(noise, rows, rows, ptx),
         **cut.constants,

@@ -125,6 +125,23 @@ def column(coef_ptr, row, n_rows, J: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
+def row_number(pointer, row, n_rows, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """The program's row's, or rows', entry of a vector ``[R]``."""
+    if ROWS == 1 or EVEN:
+        value = tl.load(pointer + row)
+    else:
+        value = tl.load(pointer + row, mask=row < n_rows, other=0.0)
+    return value
+
+
+@triton.jit
+def guide(conditional, uncond_ptr, scale, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of the teacher with guidance, ``u + scale (c - u)``."""
+    u = read(uncond_ptr, start, offsets, inside, ROWS, EVEN)
+    return u + scale * (conditional - u)
+
+
+@triton.jit
 def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """A tile of storage in float32."""
     if ROWS == 1 or EVEN:

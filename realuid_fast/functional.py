@@ -8,6 +8,9 @@ of a :class:`~realuid_fast.NoiseStream` or a tensor like ``x``. With sums over t
 where ``F`` is a network's raw output. All tensors of one call have one shape, dtype (float32, bfloat16, float16, or
 float64), device and memory layout (contiguous or channels_last); arithmetic is in float32 (float64 for float64).
 
+A teacher with classifier-free guidance has two outputs, with its condition and without, and a scale: ``F* = u + s (c -
+u)`` (Ho and Salimans, 2207.12598, equation 6 with ``s = 1 + w``), taken inside the pass.
+
 The losses differentiate with respect to what their docstrings name, and refuse an input that requires a gradient they
 do not give. Gradients are computed in the forward pass; there is no second derivative. ``*_grads`` return them as
 they are.
@@ -15,6 +18,7 @@ they are.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,7 +54,8 @@ class FakeGrads(NamedTuple):
 class GeneratorGrads(NamedTuple):
     """Loss ``()``, rows' losses ``(R,)`` and the gradients of the mean loss.
 
-    ``x`` and ``x_t`` hold the direct parts only (through ``tgt`` and through ``k_x``); ``x_t`` is None without ``x_t``.
+    ``x`` and ``x_t`` hold the direct parts only (through ``tgt`` and through ``k_x``); ``x_t`` is None without ``x_t``,
+    ``teacher_uncond`` without guidance.
     Where an objective's gradient flows through ``x`` alone the others are None, and no network needs a backward pass.
     """
 
@@ -60,6 +65,7 @@ class GeneratorGrads(NamedTuple):
     fake_out: Tensor | None
     x: Tensor
     x_t: Tensor | None
+    teacher_uncond: Tensor | None = None
 
 
 def interpolate(
@@ -138,6 +144,8 @@ def fake_loss(
     endpoint: Tensor | None = None,
     noise_rows: int | None = None,
     reduction: Reduction = "mean",
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
 ) -> Tensor:
     """The fake model's loss, ``w (A ||f||^2 - 2 <f, B tgt + D f*> + C ||tgt||^2)``, minimised.
 
@@ -149,6 +157,7 @@ def fake_loss(
         objective: gives ``A, B, D, C`` of either half.
         teacher_out: the teacher's raw output at ``x_t``; needed only if ``objective.needs_teacher``.
         reduction: ``"mean"`` is the sum over all rows by the number of generated rows; ``"none"`` the ``(R,)`` losses.
+        teacher_uncond, guidance: as for :func:`generator_loss`; without effect where the teacher is not needed.
 
     Returns:
         float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``fake_out``.
@@ -159,9 +168,12 @@ def fake_loss(
 
     Source: RealUID paper, the general real-data loss, as a loss in ``f``.
     """
-    arguments = _fake_arguments(fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows)
-    _refuse_gradients("fake_loss", x=x, x_t=x_t, endpoint=endpoint, teacher_out=teacher_out)
-    return ops.current(x.device).fake_loss(*arguments, _is_mean(reduction))
+    op, arguments = _fake_arguments(
+        fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
+    )
+    others = {"x": x, "x_t": x_t, "endpoint": endpoint, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
+    _refuse_gradients("fake_loss", **others)
+    return getattr(ops.current(x.device), f"{op}_loss")(*arguments, _is_mean(reduction))
 
 
 def fake_grads(
@@ -175,11 +187,15 @@ def fake_grads(
     teacher_out: Tensor | None = None,
     endpoint: Tensor | None = None,
     noise_rows: int | None = None,
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
 ) -> FakeGrads:
     """:func:`fake_loss` with its gradient, without autograd."""
-    arguments = _fake_arguments(fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows)
+    op, arguments = _fake_arguments(
+        fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
+    )
     with torch.no_grad():
-        return FakeGrads(*ops.current(x.device).fake(*arguments, True, True))
+        return FakeGrads(*getattr(ops.current(x.device), op)(*arguments, True, True))
 
 
 def generator_loss(
@@ -192,6 +208,8 @@ def generator_loss(
     objective: Objective,
     endpoint: Tensor | None = None,
     reduction: Reduction = "mean",
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
 ) -> Tensor:
     """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
 
@@ -201,26 +219,33 @@ def generator_loss(
         x_t, coef, noise, endpoint: as for :func:`interpolate`. ``x_t`` may be None where ``k_x = 0``.
         objective: gives ``alpha, beta, Q, kappa``.
         reduction: ``"mean"`` over rows, or ``"none"`` for the ``(R,)`` losses.
+        teacher_uncond: the teacher's raw output without its condition; the guided ``teacher_uncond + guidance
+            (teacher_out - teacher_uncond)`` then takes the place of ``teacher_out``.
+        guidance: the scale, a number or ``(R,)`` of ``coef``'s dtype; 1 is the conditional teacher.
 
     Returns:
-        float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``teacher_out``, ``fake_out``, ``x``
-        and ``x_t``: let ``x_t = interpolate(x, ...)`` and both networks be part of the graph, with frozen parameters,
-        and ``loss.backward()`` reaches the generator through all of them. Objectives whose gradient flows through
-        ``x`` alone (:func:`~realuid_fast.objectives.DMD`) hold the others fixed.
+        float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``teacher_out``, ``teacher_uncond``,
+        ``fake_out``, ``x`` and ``x_t``: let ``x_t = interpolate(x, ...)`` and the networks be part of the graph, with
+        frozen parameters, and ``loss.backward()`` reaches the generator through all of them. Objectives whose gradient
+        flows through ``x`` alone (:func:`~realuid_fast.objectives.DMD`) hold the others fixed.
 
     Raises:
         UserError: tensors that do not agree, or a gradient wanted in ``endpoint``, ``coef`` or ``noise``.
 
     Source: RealUID paper, the general real-data loss, as a loss in the generator.
     """
-    _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
+    tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
+    _check(x, coef, noise, None, endpoint=endpoint, **tensors)
     _refuse_gradients("generator_loss", endpoint=endpoint)
-    coef = _scaled_rows(objective, teacher_out, x, x_t, coef)
+    guided = _guided(teacher_uncond, guidance, coef)
+    coef = _scaled_rows(objective, teacher_out, x, x_t, coef, guided)
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
-    return ops.current(x.device).generator_loss(
-        teacher_out, fake_out, x, x_t, coef, noise, endpoint, *objective.generator_scalars, _is_mean(reduction)
-    )
+        guided = tuple(tensor.detach() for tensor in guided)
+    namespace = ops.current(x.device)
+    op = namespace.guided_generator_loss if guided else namespace.generator_loss
+    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided)
+    return op(*inputs, *objective.generator_scalars, _is_mean(reduction))
 
 
 def generator_grads(
@@ -232,28 +257,60 @@ def generator_grads(
     noise: Tensor,
     objective: Objective,
     endpoint: Tensor | None = None,
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
 ) -> GeneratorGrads:
     """:func:`generator_loss` with its gradients, without autograd."""
-    _check(x, coef, noise, None, teacher_out=teacher_out, fake_out=fake_out, x_t=x_t, endpoint=endpoint)
+    tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
+    _check(x, coef, noise, None, endpoint=endpoint, **tensors)
     networks = objective.flows == "all"
     want_x_t = networks and x_t is not None
+    guided = _guided(teacher_uncond, guidance, coef)
+    namespace, g_uncond = ops.current(x.device), None
     with torch.no_grad():
-        coef = _scaled_rows(objective, teacher_out, x, x_t, coef)
-        loss, rows, g_teacher, g_fake, g_x, g_x_t = ops.current(x.device).generator(
-            teacher_out, fake_out, x, x_t, coef, noise, endpoint, *objective.generator_scalars,
-            True, networks, networks, True, want_x_t,
-        )  # fmt: skip
+        coef = _scaled_rows(objective, teacher_out, x, x_t, coef, guided)
+        inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided, *objective.generator_scalars)
+        wants = (True, networks, networks, True, want_x_t)
+        if guided:
+            loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = namespace.guided_generator(*inputs, *wants, networks)
+        else:
+            loss, rows, g_teacher, g_fake, g_x, g_x_t = namespace.generator(*inputs, *wants)
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
-    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None)
+    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond)
 
 
-def _scaled_rows(objective: Objective, teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
+    """What the guided operators take beside the others, nothing without guidance."""
+    if not isinstance(guidance, Tensor):
+        if teacher_uncond is None:
+            if guidance != 1.0:
+                raise UserError(f"teacher_uncond must be given with a guidance of {guidance:g}")
+            return ()
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance must be finite, got {guidance}")
+        return teacher_uncond, coef.new_full((coef.shape[0],), float(guidance))
+    if teacher_uncond is None:
+        raise UserError("teacher_uncond must be given with a guidance")
+    if guidance.shape != coef.shape[:1] or guidance.dtype != coef.dtype or guidance.device != coef.device:
+        raise UserError(
+            f"guidance must be a number or have shape ({coef.shape[0]},), dtype {coef.dtype} and device {coef.device}, "
+            f"not {tuple(guidance.shape)}, {guidance.dtype} and {guidance.device}"
+        )
+    _refuse_gradients("a fused call", guidance=guidance)
+    return teacher_uncond, guidance.contiguous()
+
+
+def _scaled_rows(
+    objective: Objective, teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, guided: tuple[Tensor, ...]
+) -> Tensor:
     """The coefficient rows with the objective's weight for each sample in ``w``."""
     if not objective.sample_scale:
         return coef
     with torch.no_grad():
-        error = ops.current(x.device).mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef)
+        uncond, scales = guided or (None, None)
+        uncond = None if uncond is None else uncond.to(x.dtype)
+        error = ops.current(x.device).mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, uncond, scales)
         scale = torch.ones_like(coef)
         # A sample that the teacher leaves as it is would get an infinite weight.
         scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
@@ -271,11 +328,13 @@ def _fake_arguments(
     teacher_out: Tensor | None,
     endpoint: Tensor | None,
     noise_rows: int | None,
-) -> tuple[object, ...]:
-    """The fake operator's arguments up to the switches, checked."""
-    noise_rows = _check(
-        x, coef, noise, noise_rows, fake_out=fake_out, x_t=x_t, teacher_out=teacher_out, endpoint=endpoint
-    )
+    teacher_uncond: Tensor | None,
+    guidance: float | Tensor,
+) -> tuple[str, tuple[object, ...]]:
+    """The fake operator's name and its arguments up to the switches, checked."""
+    tensors = {"fake_out": fake_out, "x_t": x_t, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
+    noise_rows = _check(x, coef, noise, noise_rows, endpoint=endpoint, **tensors)
+    guided = _guided(teacher_uncond, guidance, coef)
     rows = x.shape[0]
     if not 0 <= n_real <= rows or (n_real == rows and rows > 0):
         raise UserError(f"n_real must leave at least one generated row: got {n_real} of {rows} rows")
@@ -291,9 +350,10 @@ def _fake_arguments(
             f"and alpha = {objective.alpha:g}"
         )
     if not objective.needs_teacher:
-        teacher_out = None
+        teacher_out, guided = None, ()
     halves = (*objective.generated, *objective.real)
-    return fake_out, x, x_t, coef, noise, teacher_out, endpoint, noise_rows, n_real, *halves
+    inputs = (fake_out, x, x_t, coef, noise, teacher_out, endpoint, *guided, noise_rows, n_real, *halves)
+    return "guided_fake" if guided else "fake", inputs
 
 
 def _is_mean(reduction: str) -> bool:

@@ -25,7 +25,8 @@ KERNELS = (
     "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
     "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
     "interpolate_grads(Tensor grad, Tensor coef, bool want_x, bool want_endpoint) -> (Tensor, Tensor)",
-    "mean_abs_error(Tensor teacher_out, Tensor x, Tensor? x_t, Tensor coef) -> Tensor",
+    "mean_abs_error(Tensor teacher_out, Tensor x, Tensor? x_t, Tensor coef, Tensor? teacher_uncond, Tensor? guidance) "
+    "-> Tensor",
     "matching(Tensor out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows, "
     "bool mean, bool want_out) -> (Tensor loss, Tensor rows, Tensor g_out)",
     "fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? teacher_out, Tensor? endpoint, "
@@ -35,6 +36,16 @@ KERNELS = (
     "Tensor? endpoint, float alpha, float beta, float q, float kappa, bool mean, bool want_teacher, bool want_fake, "
     "bool want_x, bool want_x_t) -> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, "
     "Tensor g_x_t)",
+    # The same with a guided teacher, teacher_uncond + guidance (teacher_out - teacher_uncond): operators of their own,
+    # so that calls without it carry no more arguments.
+    "guided_fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor teacher_out, "
+    "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
+    "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
+    "-> (Tensor loss, Tensor rows, Tensor g_fake)",
+    "guided_generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, "
+    "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, float alpha, float beta, float q, float kappa, "
+    "bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) -> (Tensor loss, "
+    "Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
     # The optimiser step: the pass over the gradients, then the pass over everything. counts is (updates, skipped ones).
     "begin_step_(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) counts) -> Tensor",
@@ -51,7 +62,13 @@ class Loss(NamedTuple):
     differentiable: tuple[int, ...]  # positions of the inputs that the kernel's gradients belong to
 
 
-LOSSES = (Loss("matching", (0,)), Loss("fake", (0,)), Loss("generator", (0, 1, 2, 3)))
+LOSSES = (
+    Loss("matching", (0,)),
+    Loss("fake", (0,)),
+    Loss("generator", (0, 1, 2, 3)),
+    Loss("guided_fake", (0,)),
+    Loss("guided_generator", (0, 1, 2, 3, 7)),
+)
 
 
 def current(device: torch.device) -> Any:
@@ -80,7 +97,7 @@ def _fake_interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpo
     return _like_if(want_x, grad), _like_if(want_endpoint, grad)
 
 
-def _fake_mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+def _fake_mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *_: Any) -> Tensor:
     return coef.new_empty(x.shape[0])
 
 
@@ -88,7 +105,7 @@ def _fake_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *re
     return *_losses_like(x, coef), _like_if(rest[-1], out)
 
 
-_fake_fake = _fake_matching
+_fake_fake = _fake_guided_fake = _fake_matching
 
 
 def _fake_generator(
@@ -96,6 +113,10 @@ def _fake_generator(
 ) -> tuple[Tensor, ...]:
     grads = (_like_if(want, x) for want in rest[-4:])
     return *_losses_like(x, coef), *grads
+
+
+def _fake_guided_generator(*inputs: Any) -> tuple[Tensor, ...]:
+    return *_fake_generator(*inputs[:-1]), _like_if(inputs[-1], inputs[2])
 
 
 def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:

@@ -6,6 +6,7 @@ One function an op, same arguments as its schema in ``ops.py``. Arithmetic in fl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,16 @@ def interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: b
     return _if(want_x, lambda: c.a * _up(grad), grad), _if(want_endpoint, lambda: c.b * _up(grad), grad)
 
 
-def mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+def mean_abs_error(
+    teacher_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    teacher_uncond: Tensor | None,
+    guidance: Tensor | None,
+) -> Tensor:
+    if teacher_uncond is not None and guidance is not None:
+        teacher_out = _guided(teacher_out, teacher_uncond, guidance)
     error = (_up(x) - _prediction(_Columns(coef, x), teacher_out, x_t)).abs()
     return (_row_sums(error) * (x.shape[0] / max(x.numel(), 1))).to(coef.dtype)
 
@@ -148,6 +158,59 @@ def generator(
     )
 
 
+def guided_fake(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    teacher_out: Tensor,
+    endpoint: Tensor | None,
+    teacher_uncond: Tensor,
+    guidance: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    guided = _guided(teacher_out, teacher_uncond, guidance)
+    return fake(fake_out, x, x_t, coef, noise, guided, endpoint, *rest)
+
+
+def guided_generator(
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    teacher_uncond: Tensor,
+    guidance: Tensor,
+    alpha: float,
+    beta: float,
+    q: float,
+    kappa: float,
+    mean: bool,
+    want_teacher: bool,
+    want_fake: bool,
+    want_x: bool,
+    want_x_t: bool,
+    want_uncond: bool,
+) -> tuple[Tensor, ...]:
+    guided = _guided(teacher_out, teacher_uncond, guidance)
+    want_guided = want_teacher or want_uncond
+    loss, rows, g_guided, *others = generator(
+        guided, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, q, kappa, mean,
+        want_guided, want_fake, want_x, want_x_t,
+    )  # fmt: skip
+    scale = _scales(guidance, x)
+    return (
+        loss,
+        rows,
+        _if(want_teacher, lambda: scale * g_guided, teacher_out),
+        *others,
+        _if(want_uncond, lambda: (1 - scale) * g_guided, teacher_uncond),
+    )
+
+
 def scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
     for grad in grads:
         if grad.numel():
@@ -250,6 +313,16 @@ class _Columns:
     def __init__(self, coef: Tensor, x: Tensor) -> None:
         columns = (column.view(-1, *[1] * (x.dim() - 1)) for column in coef.unbind(1))
         self.a, self.b, self.c, self.p, self.q, self.s, self.k_out, self.k_x, self.w = columns
+
+
+def _scales(guidance: Tensor, like: Tensor) -> Tensor:
+    return guidance.view(-1, *[1] * (like.dim() - 1))
+
+
+def _guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
+    """``u + scale (c - u)`` in the arithmetic type, which losses take as it is."""
+    u = _up(unconditional)
+    return u + _scales(guidance, u) * (_up(conditional) - u)
 
 
 def _up(tensor: Tensor) -> Tensor:

@@ -38,9 +38,16 @@ struct InterpolateArgs {
   bool stream;
 };
 
+// The teacher's output where there are two: u + scale (c - u), c the conditional one that every call has.
+struct Guidance {
+  const void* uncond = nullptr;  // u like the teacher's output, or null: c alone
+  const void* scales = nullptr;  // one a row, in the arithmetic type
+};
+
 struct ErrorArgs {
   Shape shape;
   const void *teacher, *x, *x_t, *coef;  // x_t may be null
+  Guidance guidance;
   double* partial;                       // of sum |x - f*| / dim
 };
 
@@ -51,6 +58,7 @@ struct FakeHalf {
 struct FakeArgs {
   Shape shape;
   const void *fake, *teacher, *x, *x_t, *y, *coef;  // teacher, x_t and y may be null
+  Guidance guidance;
   NoiseSource noise;
   int64_t generated;  // rows before it use half[0], the others half[1]
   FakeHalf half[2];
@@ -63,9 +71,10 @@ struct FakeArgs {
 struct GeneratorArgs {
   Shape shape;
   const void *teacher, *fake, *x, *x_t, *y, *coef;  // x_t and y may be null
+  Guidance guidance;
   NoiseSource noise;
   double alpha, beta, q, kappa, scale;
-  void *g_teacher, *g_fake, *g_x, *g_x_t;  // each may be null
+  void *g_teacher, *g_fake, *g_x, *g_x_t, *g_uncond;  // each may be null
   double* partial;
   bool stream;
 };

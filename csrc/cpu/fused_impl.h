@@ -134,6 +134,23 @@ REALUID_INLINE const ArithmeticOf<T>* coefficient_row(const void* coef, int64_t 
   return static_cast<const ArithmeticOf<T>*>(coef) + row * COEFFICIENTS;
 }
 
+// A row's guidance: u + scale (c - u).
+template <class T>
+struct Guided {
+  const T* uncond;
+  ArithmeticOf<T> scale = 1;
+
+  Guided(const Guidance& guidance, const Span& span) : uncond(at<T>(guidance.uncond, span.offset)) {
+    if (uncond != nullptr) scale = static_cast<const ArithmeticOf<T>*>(guidance.scales)[span.row];
+  }
+
+  template <class Access, class V>
+  REALUID_INLINE V operator()(const Access& access, int64_t i, V conditional) const {
+    const V u = access.in(uncond, i);
+    return u + scale * (conditional - u);
+  }
+};
+
 // --- x_t = a x + b y + c n --------------------------------------------------------------------------------------------
 
 template <class T>
@@ -194,10 +211,13 @@ void error(const ErrorArgs& args, int64_t begin, int64_t end) {
     const auto* coef = coefficient_row<T>(args.coef, span.row);
     const T *teacher = at<T>(args.teacher, span.offset), *x = at<T>(args.x, span.offset);
     const T* x_t = coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset);
+    const Guided<T> guided(args.guidance, span);
     const auto k_out = coef[K_OUT], k_x = coef[K_X];
     V sum = {};
     for_vectors<T>(false, span.count, [&](auto access, int64_t i) {
-      V e = access.in(x, i) - k_out * access.in(teacher, i);
+      V t = access.in(teacher, i);
+      if (guided.uncond != nullptr) t = guided(access, i, t);
+      V e = access.in(x, i) - k_out * t;
       if (x_t != nullptr) e -= k_x * access.in(x_t, i);
       sum += e < 0 ? -e : e;
     });
@@ -245,9 +265,9 @@ struct FakeInputs {
   T* g_fake;
 };
 
-template <class T, bool TEACHER, bool EXTRA>
+template <class T, bool TEACHER, bool EXTRA, bool GUIDED = false>
 REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span, bool noisy,
-                                const FakeRow<ArithmeticOf<T>>& k, const FakeInputs<T>& in) {
+                                const FakeRow<ArithmeticOf<T>>& k, const FakeInputs<T>& in, const Guided<T>& guided) {
   using V = VectorFor<T>;
   V sum = {}, rest = {};
   for_noisy_vectors<T, true>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
@@ -261,7 +281,9 @@ REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span,
     }
     V pull = k.b * target;
     if constexpr (TEACHER) {
-      V other = k.k_out * access.in(in.teacher, i);
+      V other = access.in(in.teacher, i);
+      if constexpr (GUIDED) other = guided(access, i, other);
+      other *= k.k_out;
       if constexpr (EXTRA) other += shift;
       pull += k.d * other;
       rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other;
@@ -292,13 +314,16 @@ void fake(const FakeArgs& args, int64_t begin, int64_t end) {
                            at<T>(args.g_fake, span.offset)};
     const bool stream = args.stream && aligned<T>(in.g_fake), noisy = coef[S] != 0;
     const bool extra = in.x_t != nullptr || in.y != nullptr;
+    const Guided<T> guided(args.guidance, span);
     double sum;
-    if (in.teacher != nullptr)
-      sum = extra ? fake_span<T, true, true>(stream, noise, span, noisy, k, in)
-                  : fake_span<T, true, false>(stream, noise, span, noisy, k, in);
+    if (in.teacher != nullptr && guided.uncond != nullptr)
+      sum = fake_span<T, true, true, true>(stream, noise, span, noisy, k, in, guided);
+    else if (in.teacher != nullptr)
+      sum = extra ? fake_span<T, true, true>(stream, noise, span, noisy, k, in, guided)
+                  : fake_span<T, true, false>(stream, noise, span, noisy, k, in, guided);
     else
-      sum = extra ? fake_span<T, false, true>(stream, noise, span, noisy, k, in)
-                  : fake_span<T, false, false>(stream, noise, span, noisy, k, in);
+      sum = extra ? fake_span<T, false, true>(stream, noise, span, noisy, k, in, guided)
+                  : fake_span<T, false, false>(stream, noise, span, noisy, k, in, guided);
     args.partial[span.unit] = double(coef[W]) * sum;
   });
   if (args.stream) stream_fence();
@@ -334,16 +359,18 @@ struct GeneratorRow {
 template <class T>
 struct GeneratorInputs {
   const T *teacher, *fake, *x, *x_t, *y;
-  T *g_teacher, *g_fake, *g_x, *g_x_t;
+  T *g_teacher, *g_fake, *g_x, *g_x_t, *g_uncond;
 };
 
-template <class T, bool EXTRA>
+template <class T, bool EXTRA, bool GUIDED = false>
 REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& span, bool noisy,
-                                     const GeneratorRow<ArithmeticOf<T>>& k, const GeneratorInputs<T>& in) {
+                                     const GeneratorRow<ArithmeticOf<T>>& k, const GeneratorInputs<T>& in,
+                                     const Guided<T>& guided) {
   using V = VectorFor<T>;
   V sum = {};
   for_noisy_vectors<T, false>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
-    const V t = access.in(in.teacher, i);
+    V t = access.in(in.teacher, i);
+    if constexpr (GUIDED) t = guided(access, i, t);
     const V d = k.k_out * (t - access.in(in.fake, i));
     V u = k.alpha * t - k.p * access.in(in.x, i) - k.s * n - k.d_in_u * d;
     if constexpr (EXTRA) {
@@ -351,7 +378,13 @@ REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& 
       if (in.x_t != nullptr) u += k.x_t * access.in(in.x_t, i);
     }
     sum += d * (u + k.half_d * d);
-    if (in.g_teacher != nullptr) access.out(in.g_teacher, i, k.outer * (u + k.teacher_d * d));
+    if constexpr (GUIDED) {
+      const V g = k.outer * (u + k.teacher_d * d), conditional = guided.scale * g;
+      if (in.g_teacher != nullptr) access.out(in.g_teacher, i, conditional);
+      if (in.g_uncond != nullptr) access.out(in.g_uncond, i, g - conditional);
+    } else {
+      if (in.g_teacher != nullptr) access.out(in.g_teacher, i, k.outer * (u + k.teacher_d * d));
+    }
     if (in.g_fake != nullptr) access.out(in.g_fake, i, -k.outer * u);
     if (in.g_x != nullptr) access.out(in.g_x, i, k.g_x * d);
     if constexpr (EXTRA)
@@ -375,11 +408,17 @@ void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
                                 at<T>(args.g_teacher, span.offset),
                                 at<T>(args.g_fake, span.offset),
                                 at<T>(args.g_x, span.offset),
-                                at<T>(args.g_x_t, span.offset)};
-    const bool stream = args.stream && aligned<T>(in.g_teacher, in.g_fake, in.g_x, in.g_x_t), noisy = coef[S] != 0;
-    const bool extra = in.x_t != nullptr || in.y != nullptr || in.g_x_t != nullptr;
-    const double sum = extra ? generator_span<T, true>(stream, noise, span, noisy, k, in)
-                             : generator_span<T, false>(stream, noise, span, noisy, k, in);
+                                at<T>(args.g_x_t, span.offset),
+                                at<T>(args.g_uncond, span.offset)};
+    const Guided<T> guided(args.guidance, span);
+    const bool stream = args.stream && aligned<T>(in.g_teacher, in.g_fake, in.g_x, in.g_x_t, in.g_uncond);
+    const bool noisy = coef[S] != 0, extra = in.x_t != nullptr || in.y != nullptr || in.g_x_t != nullptr;
+    double sum;
+    if (guided.uncond != nullptr)
+      sum = generator_span<T, true, true>(stream, noise, span, noisy, k, in, guided);
+    else
+      sum = extra ? generator_span<T, true>(stream, noise, span, noisy, k, in, guided)
+                  : generator_span<T, false>(stream, noise, span, noisy, k, in, guided);
     args.partial[span.unit] = double(coef[W]) * sum;
   });
   if (args.stream) stream_fence();
