@@ -10,6 +10,7 @@ one process that has imported everything and computed nothing, which saves their
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -76,6 +77,8 @@ def survive(folder: Path, kills: int, updates: int, seed: int) -> dict[str, Any]
     """Run once alone and once with ``kills`` kills in ``folder``; what happened."""
     config = configs.load("digits", [*SETTINGS, f"distill.updates={updates}"])
     alone, killed = folder / "alone", folder / "killed"
+    # What the digits come with: imported once, here.
+    importlib.import_module("sklearn.datasets")
     _life(config, alone, resume=False).join()
     rng = random.Random(seed)
     told: list[dict[str, Any]] = []

@@ -865,7 +865,7 @@ def test_tripwires_equal_their_formulas(monkeypatch):
     monkeypatch.setattr(trainer, "tripwires", watched)
     trainer.update()
     row = trainer.meters.read()
-    teacher_out, fake_out, x, _, coef, key = seen["given"]
+    teacher_out, fake_out, x, _, coef, key = seen["given"][:6]
     t, tgt = coef[:, 0], x - normal(key, x)
     for i, name in enumerate(Tripwires.names[:4]):
         inside = (t >= i / 4) & (t < (i + 1) / 4)

@@ -13,7 +13,7 @@ from .. import functional as rf
 from ..data import Dataset
 from ..paths import COLUMNS
 
-A, C = COLUMNS.index("a"), COLUMNS.index("c")
+SCALES = COLUMNS.index("c") + 1  # the first columns: a of data, b of the other endpoint, c of noise
 BUCKETS = 4
 PROJECTIONS = 64
 MOST = 2048  # held-out samples that generated ones are compared with
@@ -23,8 +23,8 @@ class Tripwires:
     """What a generator turn has at hand, as quotients for :class:`~realuid_fast.train.meters.Meters`, in this order:
 
     - ``gap 0-25% data`` and so on: ``sum ||F - F*|| / sum ||F*||`` over the samples whose interpolant holds that share
-      of data, ``a / (a + c)``; on the linear path that is ``t``. Where it grows without end, the fake model lost track;
-      where it is zero, nothing drives the generator.
+      of data, ``a / (a + b + c)``; on the linear path that is ``t``. Where it grows without end, the fake model lost
+      track; where it is zero, nothing drives the generator.
     - ``error ratio``: ``sum w ||f - tgt||^2 / sum w ||f* - tgt||^2`` on generated samples. The fake model is there to
       fit them better than the teacher does: above 1 it does not.
     - ``sliced distance``: the 2-Wasserstein distance of the turn's samples to held-out ones along 64 fixed directions,
@@ -67,8 +67,8 @@ class Tripwires:
         norms = torch.stack(
             [torch.linalg.vector_norm(fake_out - teacher_out, dim=own), torch.linalg.vector_norm(teacher_out, dim=own)]
         )
-        a, c = coef[:, A].abs(), coef[:, C].abs()
-        bucket = (a / (a + c) * BUCKETS).long().clamp(max=BUCKETS - 1)
+        scales = coef[:, :SCALES].abs()
+        bucket = (scales[:, 0] / scales.sum(1) * BUCKETS).long().clamp(max=BUCKETS - 1)
         gaps = norms @ (bucket[:, None] == self._buckets).to(norms)
         errors = torch.stack([rf.matching_loss(out, x, x_t, coef, key, endpoint) for out in (fake_out, teacher_out)])
         apart = (x.flatten(1) @ self._directions).sort(dim=0).values - self._quantiles
