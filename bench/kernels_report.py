@@ -114,14 +114,15 @@ def _normal(dtype: torch.dtype, shape: tuple[int, ...] = IMAGES) -> Variant:
     return Variant(plan, dtype, shape, 0, 1)
 
 
-def _error(dtype: torch.dtype, x_t: bool = False) -> Variant:
+def _error(dtype: torch.dtype, x_t: bool = False, guided: bool = False) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import error
 
         x, coef = _meta(IMAGES, dtype), _meta((IMAGES[0], 9), F32)
-        return error.mean_abs_error(x, x, x if x_t else None, coef)[0][0]
+        guidance = (x, _meta((IMAGES[0],), F32)) if guided else ()
+        return error.mean_abs_error(x, x, x if x_t else None, coef, *guidance)[0][0]
 
-    return Variant(plan, dtype, IMAGES, 2 + x_t, 0)
+    return Variant(plan, dtype, IMAGES, 2 + x_t + guided, 0)
 
 
 def _matching(dtype: torch.dtype, x_t: bool = False) -> Variant:
@@ -135,7 +136,7 @@ def _matching(dtype: torch.dtype, x_t: bool = False) -> Variant:
     return Variant(plan, dtype, IMAGES, 2 + x_t, 1)
 
 
-def _fake(dtype: torch.dtype, keyed: bool = True, teacher: bool = False) -> Variant:
+def _fake(dtype: torch.dtype, keyed: bool = True, teacher: bool = False, guided: bool = False) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import fake
 
@@ -144,9 +145,12 @@ def _fake(dtype: torch.dtype, keyed: bool = True, teacher: bool = False) -> Vari
         noise = _noise((rows // 2, *IMAGES[1:]), dtype, keyed)
         other = x if teacher else None
         halves = (0.9, 1.0, 0.1 * teacher, 1.2, 0.1, 0.1, 0.0, 0.4)
-        return fake.fake(x, x, None, coef, noise, other, None, rows // 2, rows // 2, *halves, True, True, ptx)[0][0]
+        rest = (rows // 2, rows // 2, *halves, True, True, ptx)
+        if guided:
+            return fake.guided_fake(x, x, None, coef, noise, x, None, x, _meta((rows,), F32), *rest)[0][0]
+        return fake.fake(x, x, None, coef, noise, other, None, *rest)[0][0]
 
-    return Variant(plan, dtype, IMAGES, 2 + (not keyed) + teacher, 1)
+    return Variant(plan, dtype, IMAGES, 2 + (not keyed) + teacher + guided, 1)
 
 
 def _generator(
@@ -157,17 +161,21 @@ def _generator(
     endpoint: bool = False,
     wants: int = 3,
     wide: bool = True,
+    guided: bool = False,
 ) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import generator
 
         x, coef = _meta(shape, dtype), _meta((shape[0], 9), F32)
         noise, state, other = _noise(shape, dtype, keyed), x if x_t else None, x if endpoint else None
-        return generator.generator(
-            x, x, x, state, coef, noise, other, 0.92, 0.94, 0.92, 1.0, True, wants > 0, wants > 1, wants > 2, x_t, ptx
-        )[0][0]
+        inputs, scalars = (x, x, x, state, coef, noise, other), (0.92, 0.94, 0.92, 1.0)
+        switches = (True, wants > 0, wants > 1, wants > 2, x_t)
+        if guided:
+            guidance = (x, _meta((shape[0],), F32))
+            return generator.guided_generator(*inputs, *guidance, *scalars, *switches, True, ptx)[0][0]
+        return generator.generator(*inputs, *scalars, *switches, ptx)[0][0]
 
-    return Variant(plan, dtype, shape, 3 + (not keyed) + x_t + endpoint, wants + x_t, wide)
+    return Variant(plan, dtype, shape, 3 + (not keyed) + x_t + endpoint + guided, wants + x_t + guided, wide)
 
 
 def _scale(dtype: torch.dtype, per_row: bool) -> Variant:
@@ -214,6 +222,7 @@ VARIANTS: dict[str, Variant] = {
     "interpolate_grads/bfloat16": _interpolate_grads(BF16, True),
     "error/float32": _error(F32),
     "error/bfloat16/x_t": _error(BF16, x_t=True),
+    "error/bfloat16/guided": _error(BF16, guided=True),
     "matching/float32": _matching(F32),
     "matching/bfloat16": _matching(BF16),
     "matching/bfloat16/x_t": _matching(BF16, x_t=True),
@@ -221,6 +230,7 @@ VARIANTS: dict[str, Variant] = {
     "fake/bfloat16": _fake(BF16),
     "fake/bfloat16/teacher": _fake(BF16, teacher=True),
     "fake/float16/noise tensor": _fake(F16, keyed=False),
+    "fake/bfloat16/guided": _fake(BF16, teacher=True, guided=True),
     "generator/float32": _generator(F32),
     "generator/bfloat16": _generator(BF16),
     "generator/float16": _generator(F16),
@@ -232,6 +242,8 @@ VARIANTS: dict[str, Variant] = {
     "generator/bfloat16/small images": _generator(BF16, SMALL_IMAGES),
     "generator/float32/overlapping tail": _generator(F32, OVERLAP),
     "generator/float32/odd rows": _generator(F32, (256, 3, 15, 15), wide=False),
+    "generator/float32/guided": _generator(F32, guided=True),
+    "generator/bfloat16/guided": _generator(BF16, guided=True),
     "scale_grads_/bfloat16": _scale(BF16, False),
     "scale_grads_/float32/per row": _scale(F32, True),
     "begin_step_/float32": _squares(),

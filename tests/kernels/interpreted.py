@@ -57,7 +57,8 @@ class Case:
         # Two halves share by a subtraction, more parts by a division.
         parts = (2 if dtype == F32 else 3) if shared else 1
         self.noise_rows = -(-rows // parts)
-        self.x, self.out, self.other = (memory_like(shape, layout, dtype) for _ in range(3))
+        self.x, self.out, self.other, self.uncond = (memory_like(shape, layout, dtype) for _ in range(4))
+        self.guidance = 1 + torch.rand(rows)
         self.endpoint = memory_like(shape, layout, dtype) if endpoint else None
         self.x_t = memory_like(shape, layout, dtype) if x_t else None
         self.coef = torch.randn(rows, 9)
@@ -112,7 +113,9 @@ def compare(name: str, dtype: torch.dtype, got: tuple[torch.Tensor, ...], want: 
     for mine, theirs in zip(got, wanted, strict=True):
         assert (mine.shape, mine.stride()) == (theirs.shape, theirs.stride()), name
         if mine.numel():
-            gap = (mine.double() - theirs).norm() / theirs.norm().clamp_min(1e-12)
+            # Rows' losses have either sign: their mean is as exact as they are, however small it comes out.
+            scale = wanted[1].abs().mean() if theirs.dim() == 0 and len(wanted) > 1 else theirs.norm()
+            gap = (mine.double() - theirs).norm() / scale.clamp_min(1e-12)
             worst = max(worst, float(gap)) if gap == gap else float("inf")
     print(json.dumps({"case": name, "error": worst, "tolerance": TOLERANCE[dtype]}), flush=True)
 
@@ -125,6 +128,14 @@ def check_generator(case: Case, name: str, dtype: torch.dtype, wants: tuple[bool
     if case.noise.is_floating_point() and case.noise.shape[0] != case.x.shape[0]:
         return
     compare(name, dtype, run("generator", *arguments(case)), reference.generator(*arguments(case.double())))
+
+    def guided(c: Case) -> tuple[object, ...]:
+        first, scalars = arguments(c)[:7], arguments(c)[7:]
+        # The second output's gradient is wanted where x's is.
+        return *first, c.uncond, c.guidance, *scalars, wants[2]
+
+    got, want = run("guided_generator", *guided(case)), reference.guided_generator(*guided(case.double()))
+    compare(name.replace("generator", "guided_generator"), dtype, got, want)
 
 
 def check_fake(case: Case, name: str, dtype: torch.dtype, teacher: bool, want: bool, mean: bool) -> None:
@@ -140,6 +151,18 @@ def check_fake(case: Case, name: str, dtype: torch.dtype, teacher: bool, want: b
 
     double = None if other is None else other.double()
     compare(name, dtype, run("fake", *arguments(case, other)), reference.fake(*arguments(case.double(), double)))
+    if other is None:
+        return
+
+    def guided(c: Case, other: torch.Tensor) -> tuple[object, ...]:
+        everything = arguments(c, other)
+        uncond = c.uncond.clone()
+        if n_real:
+            uncond[-n_real:] = float("nan")
+        return *everything[:7], uncond, c.guidance, *everything[7:]
+
+    got, want_ = run("guided_fake", *guided(case, other)), reference.guided_fake(*guided(case.double(), double))
+    compare(name.replace("fake", "guided_fake"), dtype, got, want_)
 
 
 def check_matching(case: Case, name: str, dtype: torch.dtype, want: bool, mean: bool) -> None:
@@ -151,9 +174,14 @@ def check_matching(case: Case, name: str, dtype: torch.dtype, want: bool, mean: 
 
 def check_error(case: Case, name: str, dtype: torch.dtype) -> None:
     def arguments(c: Case) -> tuple[object, ...]:
-        return c.out, c.x, c.x_t, c.coef
+        return c.out, c.x, c.x_t, c.coef, None, None
 
-    compare(name, dtype, run("mean_abs_error", *arguments(case)), reference.mean_abs_error(*arguments(case.double())))
+    def guided(c: Case) -> tuple[object, ...]:
+        return c.out, c.x, c.x_t, c.coef, c.uncond, c.guidance
+
+    for kind, inputs in (("", arguments), ("guided_", guided)):
+        got, want = run("mean_abs_error", *inputs(case)), reference.mean_abs_error(*inputs(case.double()))
+        compare(f"{kind}{name}", dtype, got, want)
 
 
 def check_interpolate(case: Case, name: str, dtype: torch.dtype) -> None:
