@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -133,4 +133,5 @@ def separate() -> dict[str, Any]:
     return {"options": {"build": {"build_base": "build/sanitize", "build_lib": "build/sanitize/lib"}}}
 
 
-setup(**separate(), **configure())
+PACKAGES = {*find_packages(include=["realuid_fast", "realuid_fast.*"]), "realuid_fast.kernels"}
+setup(packages=sorted(PACKAGES), **separate(), **configure())
