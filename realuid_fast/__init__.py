@@ -13,6 +13,7 @@ from .functional import (
     interpolate,
     matching_grads,
     matching_loss,
+    sample_output,
 )
 from .noise import NoiseStream
 
@@ -38,4 +39,5 @@ __all__ = [
     "objectives",
     "optim",
     "paths",
+    "sample_output",
 ]

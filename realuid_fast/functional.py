@@ -200,7 +200,7 @@ def fake_grads(
 
 def generator_loss(
     teacher_out: Tensor,
-    fake_out: Tensor,
+    fake_out: Tensor | None,
     x: Tensor,
     x_t: Tensor | None,
     coef: Tensor,
@@ -214,7 +214,9 @@ def generator_loss(
     """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
 
     Args:
-        teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``.
+        teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``. ``fake_out``
+            may be None for an objective without a fake model (:func:`~realuid_fast.objectives.SDS`): it is then
+            :func:`sample_output`.
         x: generated samples ``G(z)``.
         x_t, coef, noise, endpoint: as for :func:`interpolate`. ``x_t`` may be None where ``k_x = 0``.
         objective: gives ``alpha, beta, Q, kappa``.
@@ -234,6 +236,7 @@ def generator_loss(
 
     Source: RealUID paper, the general real-data loss, as a loss in the generator.
     """
+    fake_out = _of_fake(fake_out, x, x_t, coef, objective)
     tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
     _check(x, coef, noise, None, endpoint=endpoint, **tensors)
     _refuse_gradients("generator_loss", endpoint=endpoint)
@@ -250,7 +253,7 @@ def generator_loss(
 
 def generator_grads(
     teacher_out: Tensor,
-    fake_out: Tensor,
+    fake_out: Tensor | None,
     x: Tensor,
     x_t: Tensor | None,
     coef: Tensor,
@@ -261,6 +264,7 @@ def generator_grads(
     guidance: float | Tensor = 1.0,
 ) -> GeneratorGrads:
     """:func:`generator_loss` with its gradients, without autograd."""
+    fake_out = _of_fake(fake_out, x, x_t, coef, objective)
     tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
     _check(x, coef, noise, None, endpoint=endpoint, **tensors)
     networks = objective.flows == "all"
@@ -278,6 +282,35 @@ def generator_grads(
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
     return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond)
+
+
+def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
+    """The raw output ``(x - k_x x_t) / k_out`` whose prediction is the sample itself, without gradient; x0 space.
+
+    Args:
+        x: generated samples ``(R, ...)``.
+        x_t: the interpolant, where ``k_x`` is not 0 in every row.
+        coef: ``(R, 9)`` of the x0 space.
+
+    Raises:
+        UserError: tensors that do not agree.
+    """
+    rows = torch.zeros_like(coef)
+    rows[:, 0] = 1 / coef[:, 6]
+    rows[:, 1] = -coef[:, 7] / coef[:, 6]
+    with torch.no_grad():
+        # a x + b y, with x_t for y.
+        return interpolate(
+            x.detach(), rows, rows.new_zeros(2, dtype=torch.int64), None if x_t is None else x_t.detach()
+        )
+
+
+def _of_fake(fake_out: Tensor | None, x: Tensor, x_t: Tensor | None, coef: Tensor, objective: Objective) -> Tensor:
+    if fake_out is not None:
+        return fake_out
+    if objective.needs_fake:
+        raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
+    return sample_output(x, x_t, coef)
 
 
 def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
@@ -335,6 +368,8 @@ def _fake_arguments(
     tensors = {"fake_out": fake_out, "x_t": x_t, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
     noise_rows = _check(x, coef, noise, noise_rows, endpoint=endpoint, **tensors)
     guided = _guided(teacher_uncond, guidance, coef)
+    if not objective.needs_fake:
+        raise UserError(f"{objective.name} has no fake model, and so no loss for one")
     rows = x.shape[0]
     if not 0 <= n_real <= rows or (n_real == rows and rows > 0):
         raise UserError(f"n_real must leave at least one generated row: got {n_real} of {rows} rows")

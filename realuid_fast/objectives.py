@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .errors import UserError
 
 
@@ -45,6 +48,8 @@ class Objective:
     flows: Literal["all", "x"] = "all"
     # A row's weight is ``w sample_scale / mean |x - f*|``, held fixed, in x0 space; 0: ``w`` alone.
     sample_scale: float = 0.0
+    # Whether there is a fake model. Without one the generator's own sample takes its prediction's place, f := x.
+    needs_fake: bool = True
 
     def __post_init__(self) -> None:
         for field in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
@@ -74,6 +79,8 @@ class Objective:
             )
         if self.flows not in ("all", "x"):
             raise UserError(f"flows must be 'all' or 'x', not {self.flows!r}")
+        if not self.needs_fake and (self.flows != "x" or self.alpha != 1):
+            raise UserError("without a fake model only x can flow, and real data has no part")
         if self.sample_scale < 0:
             raise UserError(f"sample_scale must not be negative, got {self.sample_scale:g}")
         # With flows = "x" the fake model's field itself moves the generator, and real rows change that field.
@@ -116,6 +123,39 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether the fake turn wants the teacher's output (``D != 0`` in some half)."""
         return self.generated.D != 0 or self.real.D != 0
+
+
+# h(r) = r^2 f''(r) with r = p_d / p_g, as a function of u = log r.
+_DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse-kl": torch.ones_like,  # f = -log r
+    "forward-kl": torch.exp,  # f = r log r
+    "jeffreys": lambda u: 1 + torch.exp(u),  # f = (r - 1) log r
+    "jensen-shannon": torch.sigmoid,  # f = r log r - (r + 1) log((r + 1) / 2)
+    "squared-hellinger": lambda u: torch.exp(u / 2) / 2,  # f = (1 - sqrt(r))^2
+}
+
+
+def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
+    """The samples' weights with which distribution matching descends an f-divergence instead of reverse KL.
+
+    ``h(r) = r^2 f''(r)`` for ``D_f = E_{p_g} f(r)``, ``r = p_d / p_g`` at ``x_t``: multiply it into the rows' weights,
+    ``coef[:, 8] *= divergence_weight(...)``, for :func:`DiffInstruct` or :func:`DMD`. Source: Xu et al., f-distill
+    (2502.15681), theorem 1 and table 1.
+
+    Args:
+        divergence: ``"reverse-kl"`` (1: the plain objectives), ``"forward-kl"``, ``"jeffreys"``, ``"jensen-shannon"``
+            or ``"squared-hellinger"``.
+        log_ratio: ``log p_d(x_t) - log p_g(x_t)``, ``(R,)``, for instance a discriminator's logits.
+
+    Returns:
+        ``(R,)``, without gradient: the weights are held fixed.
+
+    Raises:
+        UserError: another name.
+    """
+    if divergence not in _DIVERGENCES:
+        raise UserError(f"divergence must be one of {', '.join(_DIVERGENCES)}; got {divergence!r}")
+    return _DIVERGENCES[divergence](log_ratio.detach())
 
 
 def _finite(name: str, value: float) -> float:
@@ -284,6 +324,17 @@ def MomentMatching() -> Objective:
     return Objective("moment matching", alpha=1.0, beta=1.0, gamma=2.0, Q=2.0, flows="x")
 
 
+def SDS() -> Objective:
+    """Score distillation sampling: the generator follows ``dl/dx = w (x - f*)``, without any fake model.
+
+    :func:`DiffInstruct` with the sample itself for the fake model's prediction, which is exact for a generator that
+    puts all its mass on one point: it seeks modes. In ``x0`` space, where ``w(t) (x - f*)`` is the paper's ``w(t) (eps*
+    - eps)`` in its own units. There is no fake turn, and ``fake_out`` may be None in every call. Source: Poole et al.,
+    DreamFusion (2209.14988), equation 3.
+    """
+    return Objective("SDS", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0, flows="x", needs_fake=False)
+
+
 # The presets a configuration can name.
 PRESETS: dict[str, Callable[..., Objective]] = {
     "uid": UID,
@@ -297,4 +348,5 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "diff-instruct": DiffInstruct,
     "dmd": DMD,
     "moment-matching": MomentMatching,
+    "sds": SDS,
 }

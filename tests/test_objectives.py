@@ -12,6 +12,7 @@ from realuid_fast.objectives import (
     FGM,
     IBMD,
     PRESETS,
+    SDS,
     UID,
     DiffInstruct,
     GeneralRealUID,
@@ -21,6 +22,7 @@ from realuid_fast.objectives import (
     RealSiD,
     RealUID,
     SiD,
+    divergence_weight,
 )
 from realuid_fast.paths import DDBMVP, VE, VP, BrownianBridge, Linear
 from realuid_fast.train.config import ObjectiveConfig
@@ -129,7 +131,8 @@ def test_presets_that_are_the_same_numbers():
 def test_named_presets_carry_their_names():
     built = {PRESETS[name](*(0.92, 0.94, 0.9)[:count]).name for name, count in
              (("uid", 0), ("realuid", 2), ("general", 3), ("fgm", 0), ("sid", 0), ("realsid", 2), ("ibmd", 0),
-              ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0))}  # fmt: skip
+              ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0),
+              ("sds", 0))}  # fmt: skip
     assert len(built) == len(PRESETS)
 
 
@@ -326,6 +329,51 @@ def test_x_alone_moves_by_the_difference_of_the_fields(objective, alpha, scaled,
     grads = rf.generator_grads(*outs, fixed, x_t, coef, n, objective)
     assert grads.teacher_out is grads.fake_out is grads.x_t is None
     torch.testing.assert_close(grads.x, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("predict", ["x0", "noise"])
+def test_score_distillation_needs_no_fake_model(predict):
+    """dl/dx = w (x - f*), the sample in the fake model's place; nothing of the fake model is asked for."""
+    path = VE()
+    sigma, x, _, n = draw(path, B)
+    s, fixed = sigma[:, None], x.detach()
+    x_t = fixed + s * n
+    out = TEACHER(path.network_time(sigma, predict), path.network_input(x_t, sigma, predict))
+    teacher = out if predict == "x0" else x_t - s * out
+    coef = path.coefficients(sigma, "x0", predict, lambda sigma: 1 / sigma)
+    at = x_t if path.reads_x_t("x0", predict) else None
+    objective = SDS()
+    grads = rf.generator_grads(out, None, fixed, at, coef, n, objective)
+    torch.testing.assert_close(grads.x, (fixed - teacher) / s / B, rtol=1e-10, atol=1e-12)
+    rf.generator_loss(out, None, x, at, coef, n, objective).backward()
+    torch.testing.assert_close(x.grad, grads.x, rtol=1e-12, atol=0)
+    own = rf.sample_output(fixed, at, coef)
+    torch.testing.assert_close(coef[:, 6:7] * own + coef[:, 7:8] * x_t, fixed, rtol=1e-10, atol=1e-12)
+
+    with pytest.raises(rf.errors.UserError, match="SDS has no fake model"):
+        rf.fake_loss(out, fixed, at, coef, n, objective)
+    with pytest.raises(rf.errors.UserError, match="fake_out must be given for Diff-Instruct"):
+        rf.generator_loss(out, None, fixed, at, coef, n, DiffInstruct())
+
+
+def test_divergence_weights_are_the_second_derivative():
+    """h(r) = r^2 f''(r), by differentiating each divergence's f twice."""
+    functions = {
+        "reverse-kl": lambda r: -r.log(),
+        "forward-kl": lambda r: r * r.log(),
+        "jeffreys": lambda r: (r - 1) * r.log(),
+        "jensen-shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+        "squared-hellinger": lambda r: (1 - r.sqrt()) ** 2,
+    }
+    u = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    for name, f in functions.items():
+        r = u.exp().requires_grad_()
+        (first,) = torch.autograd.grad(f(r).sum(), r, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), r)
+        torch.testing.assert_close(divergence_weight(name, u), (r**2 * second).detach(), rtol=1e-10, atol=1e-12)
+    assert not divergence_weight("forward-kl", u.clone().requires_grad_()).requires_grad
+    with pytest.raises(rf.errors.UserError, match="divergence must be one of reverse-kl"):
+        divergence_weight("kl", u)
 
 
 def test_the_fake_model_of_dmd_tracks_the_mixture():

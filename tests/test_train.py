@@ -555,8 +555,8 @@ def test_generator_of_several_steps(name):
 
     # By hand: predict, interpolate to the next time with the noise that z gives, predict again.
     by_hand = [Generator(net, start, path, predict)(z, None, end)]
-    for number, time in enumerate(times, 1):
-        t = torch.full((6,), time)
+    for number, later in enumerate(times, 1):
+        t = torch.full((6,), later)
         x_t = rf.interpolate(by_hand[-1], path.coefficients(t, "x0", "x0"), _key(z, number), end)
         coef = path.coefficients(t, "x0", predict)
         out = sampling.call(net, t, x_t, None, path, predict, end)
@@ -573,8 +573,8 @@ def test_generator_of_several_steps(name):
     through_last = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     states = [state_from(starting(path, predict, start), z, end)]
-    for number, time in enumerate(times, 1):
-        t = torch.full((6,), time)
+    for number, later in enumerate(times, 1):
+        t = torch.full((6,), later)
         x0 = by_hand[number - 1].detach()
         states.append(rf.interpolate(x0, path.coefficients(t, "x0", "x0"), _key(z, number), end))
     for row in range(6):

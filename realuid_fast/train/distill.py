@@ -67,7 +67,7 @@ class Distiller:
         # What one forward pass takes: an update's batch is made of so many, on so many ranks.
         self.parts = config.run.accumulate
         self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
-        self.turns, self.updates = settings.fake_turns, settings.updates
+        self.turns, self.updates = settings.fake_turns * self.objective.needs_fake, settings.updates
         self.step, self._whole = 0, True
         self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
         images = len(dataset.shape) == 3
@@ -91,7 +91,7 @@ class Distiller:
             total=self.updates,
             ema_warmup=not settings.start,
         )
-        self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * self.turns)
+        self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * max(self.turns, 1))
         for optimiser in self.optimisers.values():
             distributed.average(optimiser, self.parts)
         # Views come after the optimisers, which may move the parameters into one buffer.
@@ -116,7 +116,9 @@ class Distiller:
         self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
         self.tripwires = Tripwires(dataset, self.batch, self.device)
-        names = ("fake loss", "generator loss", "fake gradient", "generator gradient", "gap", *Tripwires.names)
+        names = ["generator loss", "generator gradient", "gap", *Tripwires.names]
+        if self.turns:
+            names = ["fake loss", names[0], "fake gradient", *names[1:]]
         self.meters = Meters(names, self.device)
         self.phases = Phases(config.run.timings, self.device)
         compiled = modes.compiled if self.mode != "eager" else lambda net: net
@@ -163,7 +165,7 @@ class Distiller:
 
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
-        made = self._run("generate", self._generate)
+        made = self._run("generate", self._generate) if self.turns else {}
         for i in range(self.turns * self.parts):
             rows = slice(i * self.batch, (i + 1) * self.batch)
             part = {name: values[rows] for name, values in made.items()}
@@ -275,9 +277,12 @@ class Distiller:
             ):
                 seen = self._seen(t, x_t, y, ends)
                 teacher_out = self._float(self._run_teacher(*seen))
-                fake_out = self._float(self._run_frozen_fake(*seen))
-            with self.phases("generator loss"), torch.no_grad():
                 at = x_t.detach() if self._reads_x_t else None
+                if self.turns:
+                    fake_out = self._float(self._run_frozen_fake(*seen))
+                else:
+                    fake_out = rf.sample_output(x, at, coef)
+            with self.phases("generator loss"), torch.no_grad():
                 grads = rf.generator_grads(
                     teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective, on_path
                 )
