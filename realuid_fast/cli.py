@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
     command.add_argument("--steps", type=int, help="a teacher's steps (default: 100)")
     command.add_argument("--solver", choices=SOLVERS, help="a teacher's solver (default: euler)")
+    command.add_argument(
+        "--guidance", type=float, default=1.0, help="a teacher's guidance by labels (default: 1, none)"
+    )
     command.add_argument("--label", type=int, help="class of all samples (default: one after another)")
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -211,7 +214,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     if student and (arguments.steps or arguments.solver):
         raise UserError("--steps and --solver are a teacher's: a student makes its samples in one step")
     steps = 100 if arguments.steps is None else arguments.steps
-    draw = evaluation.sampler(model, steps, arguments.solver or "euler")
+    draw = evaluation.sampler(model, steps, arguments.solver or "euler", arguments.guidance)
     like = torch.empty(arguments.count, *_shape(model))
     labels, endpoint = class_by_class(model.net, arguments.count), None
     if needs_endpoint(model.net, model.description.interpolant()):

@@ -64,6 +64,22 @@ def arguments(
     return (t, x, labels, endpoint) if takes_endpoint(net) else (t, x, labels)
 
 
+def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
+    """Labels like ``labels`` that all stand for none; raises :class:`UserError` where the network does not know it."""
+    null = getattr(net, "null_label", None)
+    if null is None or labels is None:
+        raise UserError("guidance needs a class-conditional network with a null label (teacher.label_dropout)")
+    return torch.full_like(labels, null)
+
+
+def both(net: nn.Module, arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What ``net`` is called with for its outputs with the labels and, in the rows below, without them."""
+    t, x, labels, *rest = arguments
+    doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in (t, x, *rest)]
+    assert labels is not None
+    return doubled[0], doubled[1], torch.cat([labels, null_labels(net, labels)]), *doubled[2:]
+
+
 def call(
     net: nn.Module,
     t: Tensor,
@@ -72,10 +88,20 @@ def call(
     path: Path = LINEAR,
     predict: str = "velocity",
     endpoint: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
-    """``F``: a network's raw output at ``x_t`` and path time ``t``, called as the path says for its prediction."""
+    """``F``: a network's raw output at ``x_t`` and path time ``t``, called as the path says for its prediction.
+
+    With a ``guidance`` other than 1 it is ``u + guidance (c - u)`` of the outputs with and without the labels, from one
+    forward of twice as many rows.
+    """
     time, x = path.network_time(t, predict), path.network_input(x_t, t, predict)
-    return net(*arguments(net, time, x, labels, endpoint))
+    seen = arguments(net, time, x, labels, endpoint)
+    if guidance == 1.0:
+        return net(*seen)
+    null_labels(net, labels)
+    conditional, unconditional = net(*both(net, seen)).chunk(2)
+    return torch.lerp(unconditional, conditional, guidance)
 
 
 @torch.no_grad()
@@ -90,6 +116,7 @@ def integrate(
     predict: str = "velocity",
     endpoint: Tensor | None = None,
     stream: NoiseStream | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Samples of a teacher on ``path`` in ``steps`` steps from noise, or from the endpoint, to data.
 
@@ -115,6 +142,7 @@ def integrate(
         path, predict: what the network was trained on.
         endpoint: ``y`` like ``noise``, on a two-sided path.
         stream: of the fresh noise; one of seed 0 when None.
+        guidance: scale of classifier-free guidance, 1 for none; doubles the rows of every evaluation.
 
     Returns:
         Samples like ``noise``.
@@ -143,12 +171,12 @@ def integrate(
     if not ordinary:
         if solver != "euler":
             raise UserError(f"solver must be euler for {predict} on {type(path).__name__}: its steps are random")
-        return _walk(net, x, times, labels, path, predict, endpoint, stream)
+        return _walk(net, x, times, labels, path, predict, endpoint, stream, guidance)
     convert = predict != "velocity"
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
         t = t.clamp(low, high) if convert else t
-        out = call(net, t, x, labels, path, predict, endpoint)
+        out = call(net, t, x, labels, path, predict, endpoint, guidance)
         return _converted(path, "velocity", predict, t, out, x) if convert else out
 
     for i, (time, h) in enumerate(times):
@@ -341,13 +369,14 @@ def _walk(
     predict: str,
     endpoint: Tensor | None,
     stream: NoiseStream | None,
+    guidance: float,
 ) -> Tensor:
     """From an endpoint to data through the law of ``x_s`` between ``x0`` and ``x_t``."""
     stream = NoiseStream(0, x.device) if stream is None else stream
     low, high = path.time_range("x0", predict)
     for i, (time, h) in enumerate(times):
         t = x.new_full((len(x),), min(max(time, low), high), dtype=torch.float32)
-        x0 = _converted(path, "x0", predict, t, call(net, t, x, labels, path, predict, endpoint), x)
+        x0 = _converted(path, "x0", predict, t, call(net, t, x, labels, path, predict, endpoint, guidance), x)
         if i == len(times) - 1:
             return x0
         (a, b, c), (a_s, b_s, c_s) = _scales(path, time), _scales(path, time + h)

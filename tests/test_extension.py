@@ -156,7 +156,7 @@ def test_interpolate_agrees(shape, layout, keyed, extra, dtype):
 @CASES
 def test_mean_abs_error_agrees(shape, layout, keyed, extra, dtype):
     case = Case(shape, layout, dtype, keyed, extra)
-    found = ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef)
+    found = ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef, None, None)
     wanted = row_sum((case.x.double() - case.native(case.teacher)).abs()) / (case.x.numel() / case.rows)
     assert found.dtype == case.coef.dtype
     check(found, wanted, torch.float32 if dtype is not torch.float64 else dtype)
@@ -342,7 +342,7 @@ def test_empty_tensors(shape, dtype):
     n = case.noise_rows
     assert ops.interpolate(case.x, case.coef, case.noise, None, n).shape == shape
     assert ops.normal_like(case.noise, case.x, n).shape == shape
-    assert ops.mean_abs_error(case.teacher, case.x, None, case.coef).tolist() == [0.0] * shape[0]
+    assert ops.mean_abs_error(case.teacher, case.x, None, case.coef, None, None).tolist() == [0.0] * shape[0]
     results = [
         ops.matching(case.fake, case.x, None, case.coef, case.noise, None, n, True, True),
         ops.fake(
@@ -365,7 +365,7 @@ def run_all(case, noise_rows):
     halves = (*HALVES[1][0], *HALVES[1][1])
     n_real = case.rows - noise_rows
     out = [ops.interpolate(case.x, case.coef, case.noise, case.y, noise_rows)]
-    out += [ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef)]
+    out += [ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef, None, None)]
     out += ops.matching(case.fake, case.x, case.x_t, case.coef, case.noise, case.y, noise_rows, True, True)
     out += ops.fake(
         case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, noise_rows, n_real, *halves,

@@ -601,6 +601,78 @@ def test_a_student_of_several_steps_trains_is_saved_and_sampled(tmp_path):
     assert not torch.allclose(trainer.sample(z), Generator(trainer.student.net, 0.28)(z))
 
 
+NULL = {**LABELLED, "null_label": True}
+
+
+def test_label_dropout_trains_the_null_label():
+    held = data.load("digits")
+    content = settings("x", data=held.config, network={"kind": "mlp", "width": 8, "depth": 1, "num_classes": 10})
+    content["teacher"] |= {"label_dropout": 0.5}
+    trainer = TeacherTrainer(configs.from_mapping(content), held)
+    assert trainer.net.null_label == 10
+    labels = torch.zeros(1000, dtype=torch.int64)
+    dropped = trainer._dropped(labels)
+    assert set(dropped.tolist()) == {0, 10}
+    assert 0.4 < float((dropped == 10).float().mean()) < 0.6
+    before = trainer.net.label_embed.weight[10].clone()
+    trainer.net.last.weight.data.normal_()  # a fresh network's last layer is zero and lets no gradient through
+    for _ in range(3):
+        trainer.update()
+    assert not torch.equal(trainer.net.label_embed.weight[10], before)
+
+    content["network"] |= {"null_label": False}
+    with pytest.raises(UserError, match=r"teacher.label_dropout needs a class-conditional network with null_label"):
+        TeacherTrainer(configs.from_mapping(content), held)
+    with pytest.raises(UserError, match=r"label_dropout must lie in \[0, 1\), got 1"):
+        configs.load("digits", ["teacher.label_dropout=1"])
+
+
+def test_guided_sampling_follows_the_guided_velocity():
+    net = random_network(NULL)
+    z, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    t = torch.full((6,), 0.3)
+    c, u = net(t, z, labels), net(t, z, torch.full((6,), 10))
+    guided = sampling.call(net, t, z, labels, guidance=2.5)
+    torch.testing.assert_close(guided, u + 2.5 * (c - u), rtol=1e-4, atol=1e-4)
+    step = sampling.integrate(net, z, 1, labels=labels, guidance=2.5)
+    at_start = sampling.call(net, torch.zeros(6), z, labels, guidance=2.5)
+    torch.testing.assert_close(step, z + at_start)
+    with pytest.raises(UserError, match="guidance needs a class-conditional network with a null label"):
+        sampling.integrate(random_network(LABELLED), z, 1, labels=labels, guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "match"),
+    [({"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8}, "velocity"), ({"name": "dmd"}, "x0")],
+)
+def test_guided_turns_equal_plain_autograd(objective, match):
+    """Both turns with a guided teacher against the guided field written out, network by network."""
+    guided = distiller(NULL, distill={"guidance": 3.0, "objective": objective}, path={"match": match})
+    plain = distiller(NULL, distill={"objective": objective}, path={"match": match})
+
+    class Guided(torch.nn.Module):
+        def forward(self, t, x, y):
+            c, u = plain.teacher(t, x, y), plain.teacher(t, x, torch.full_like(y, 10))
+            return u + 3.0 * (c - u)
+
+    plain._run_teacher = Guided()
+    for _ in range(2):
+        guided.update()
+        plain.update()
+    for mine, theirs in zip(guided.generator.parameters(), plain.generator.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(guided.fake.parameters(), plain.fake.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    unguided = distiller(NULL, distill={"objective": objective}, path={"match": match})
+    for _ in range(2):
+        unguided.update()
+    gaps = [float((a - b).abs().max()) for a, b in
+            zip(guided.generator.parameters(), unguided.generator.parameters(), strict=True)]  # fmt: skip
+    assert max(gaps) > 1e-3
+    with pytest.raises(UserError, match="guidance needs a class-conditional network"):
+        distiller(LABELLED, distill={"guidance": 3.0})
+
+
 def test_distillation_moves_the_student_to_the_data():
     """Two Gaussian clouds: an untrained student far from the data comes near in some hundred updates."""
     held = data.load({"name": "eight_gaussians", "n": 2000, "n_heldout": 500})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .unet import check_endpoint, in_full, timestep_embedding
+from .unet import check_endpoint, check_null_label, in_full, timestep_embedding
 
 
 class MLP(nn.Module):
@@ -28,6 +28,7 @@ class MLP(nn.Module):
         time_features: sinusoidal features of ``t``.
         time_scale: factor on ``t`` before its embedding, so that [0, 1] spans many periods.
         num_classes: labels ``0 .. num_classes - 1``; 0 makes the network unconditional.
+        null_label: whether it also knows ``num_classes`` as "no label", for classifier-free guidance.
         endpoint: whether the network also sees a path's other endpoint, beside ``x``.
 
     Raises:
@@ -44,6 +45,7 @@ class MLP(nn.Module):
         time_scale: float = 100.0,
         num_classes: int = 0,
         endpoint: bool = False,
+        null_label: bool = False,
     ) -> None:
         super().__init__()
         if min((width, depth, time_features, *shape), default=0) < 1:
@@ -51,10 +53,11 @@ class MLP(nn.Module):
         self.shape = tuple(int(v) for v in shape)
         self.time_features, self.time_scale, self.num_classes = time_features, float(time_scale), num_classes
         self.endpoint = endpoint
+        self.null_label = check_null_label(null_label, num_classes)
         size, hidden = math.prod(self.shape), int(width * expansion)
         self.time_embed = nn.Sequential(nn.Linear(time_features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         if num_classes:
-            self.label_embed = nn.Embedding(num_classes, width)
+            self.label_embed = nn.Embedding(num_classes + null_label, width)
         self.first = nn.Linear((1 + endpoint) * size, width)
         # One matrix gives every block's scale and shift: one large product instead of many small ones.
         self.modulation = nn.Linear(width, 2 * width * depth)

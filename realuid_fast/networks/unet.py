@@ -186,6 +186,7 @@ class UNet(nn.Module):
         num_heads, num_head_channels, num_heads_upsample: heads, or channels a head (which wins when not -1).
         use_scale_shift_norm, resblock_updown, use_new_attention_order, dropout: as in ADM.
         class_cond, num_classes: label conditioning; then ``y`` of shape ``(B,)`` int64 is required.
+        null_label: whether it also knows ``num_classes`` as "no label", for classifier-free guidance.
         learn_sigma: twice the output channels.
         norm_groups: groups of every normalisation (ADM: 32).
         time_scale: factor on ``t`` before its embedding (1 in the published flow-matching models).
@@ -217,6 +218,7 @@ class UNet(nn.Module):
         time_scale: float = 1.0,
         middle_attention: bool = True,
         endpoint: bool = False,
+        null_label: bool = False,
     ) -> None:
         super().__init__()
         if len(dim) != 3:
@@ -244,11 +246,12 @@ class UNet(nn.Module):
         self.endpoint = endpoint
         self.num_channels = num_channels
         self.num_classes = num_classes if class_cond else None
+        self.null_label = check_null_label(null_label, self.num_classes or 0)
         self.time_scale = float(time_scale)
         embedding = 4 * num_channels
         self.time_embed = nn.Sequential(nn.Linear(num_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         if class_cond:
-            self.label_emb = nn.Embedding(num_classes, embedding)
+            self.label_emb = nn.Embedding(num_classes + null_label, embedding)
 
         def res(channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
             return ResBlock(channels, embedding, out_channels, norm_groups, dropout, use_scale_shift_norm, resample)
@@ -329,6 +332,13 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
         return in_full(self.out, x, next(self.out[-1].parameters()))
+
+
+def check_null_label(wanted: bool, classes: int) -> int | None:
+    """The label that stands for none, the one after the classes', where it is wanted."""
+    if wanted and not classes:
+        raise UserError("null_label needs a class-conditional network")
+    return classes if wanted else None
 
 
 def check_endpoint(wanted: bool, x: Tensor, endpoint: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -114,6 +115,9 @@ class OptimiserConfig:
 class TeacherConfig:
     """What ``train-teacher`` does, one batch an update; ``export`` is the average saved, 0 for the last weights.
 
+    ``label_dropout`` is the share of labels replaced by "none", for classifier-free guidance of the teacher (Ho and
+    Salimans, 2207.12598): the network then gets a null label.
+
     ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given.
     """
 
@@ -124,6 +128,7 @@ class TeacherConfig:
     batch: int = 64
     updates: int = 10_000
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(betas=(0.9, 0.999)))
+    label_dropout: float = 0.0
     ema: tuple[float, ...] = (0.999,)
     export: float = 0.999
 
@@ -168,6 +173,7 @@ class DistillConfig:
     ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
     ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
     averages then remember that start; empty for the teacher's weights. The fake model starts at the teacher either way.
+    ``guidance`` is the scale of the teacher's classifier-free guidance, which the student learns; 1 for none.
     ``t_start`` is the generator's start time, by default :func:`realuid_fast.sampling.default_start`; ``times`` are
     those of further steps (:class:`.generator.Generator`), none for a one-step generator; ``export`` is the average
     that is evaluated and saved, 0 for the last weights. The precisions are the networks' in either turn:
@@ -180,6 +186,7 @@ class DistillConfig:
     teacher_network: dict[str, Any] = field(default_factory=dict)
     teacher_decay: float | None = None
     start: str = ""
+    guidance: float = 1.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: int = 64
     updates: int = 1000
@@ -438,6 +445,10 @@ def _check(config: Config) -> None:
             raise UserError(f"{name} must be one of {', '.join(words)}; got {word!r}")
     if run.accumulate > 1 and run.mode == "graphs":
         raise UserError("run.accumulate must be 1 with run.mode graphs: a graph holds one whole turn")
+    if not 0 <= teacher.label_dropout < 1:
+        raise UserError(f"teacher.label_dropout must lie in [0, 1), got {teacher.label_dropout:g}")
+    if not math.isfinite(distill.guidance):
+        raise UserError(f"distill.guidance must be finite, got {distill.guidance}")
     for section, part in (("teacher", teacher), ("distill", distill)):
         if part.export and part.export not in part.ema:
             raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(part.ema)}, got {part.export:g}")

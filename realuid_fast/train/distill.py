@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
-from ..sampling import arguments
+from ..sampling import arguments, both, null_labels
 from ..teachers import Description, Model
 from . import distributed, modes, precision
 from .batches import Batches, endpoints_to_draw, labels_to_draw
@@ -76,6 +76,9 @@ class Distiller:
         net = teacher.net.to(self.device)
         if images:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self.guidance = settings.guidance
+        if self.guidance != 1.0:
+            null_labels(net, torch.zeros(0, dtype=torch.int64))
         self.teacher = frozen_view(net).eval()
         self.fake = copy.deepcopy(net).train().requires_grad_(True)
         start = (settings.t_start, self.path, self._predict, settings.times)
@@ -220,15 +223,16 @@ class Distiller:
                 seen = self._seen(t, x_t, y, ends)
             with self.phases("fake forward"), self._fake_precision.networks():
                 out = self._float(self._run_fake(*seen))
-            teacher_out = None
+            teacher_out = uncond = None
             if self.objective.needs_teacher:
                 with self.phases("teacher forward"), torch.no_grad(), self._fake_precision.networks():
-                    teacher_out = self._float(self._run_teacher(*seen))
+                    teacher_out, uncond = self._ask_teacher(seen)
             with self.phases("fake loss"):
                 at = x_t if self._reads_x_t else None
                 grads = rf.fake_grads(
-                    out.detach(), x, at, coef, key, self.objective, self._n_real, teacher_out, on_path, self.batch
-                )
+                    out.detach(), x, at, coef, key, self.objective, self._n_real, teacher_out, on_path, self.batch,
+                    uncond, self.guidance if uncond is not None else 1.0,
+                )  # fmt: skip
             with self.phases("fake backward"):
                 out.backward(grads.fake_out)
         return {"fake loss": grads.loss, **self._advance("fake")}
@@ -276,7 +280,7 @@ class Distiller:
                 self._generator_precision.networks(),
             ):
                 seen = self._seen(t, x_t, y, ends)
-                teacher_out = self._float(self._run_teacher(*seen))
+                teacher_out, uncond = self._ask_teacher(seen)
                 at = x_t.detach() if self._reads_x_t else None
                 if self.turns:
                     fake_out = self._float(self._run_frozen_fake(*seen))
@@ -284,16 +288,20 @@ class Distiller:
                     fake_out = rf.sample_output(x, at, coef)
             with self.phases("generator loss"), torch.no_grad():
                 grads = rf.generator_grads(
-                    teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective, on_path
-                )
-                gap = torch.linalg.vector_norm(fake_out - teacher_out) / torch.linalg.vector_norm(teacher_out)
-                wires = self.tripwires(teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, on_path)
+                    teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective, on_path,
+                    None if uncond is None else uncond.detach(), self.guidance,
+                )  # fmt: skip
+                asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
+                gap = torch.linalg.vector_norm(fake_out - asked) / torch.linalg.vector_norm(asked)
+                wires = self.tripwires(asked.detach(), fake_out.detach(), x.detach(), at, coef, key, on_path)
                 watched = {"gap": gap, Tripwires.names[0]: wires}
             g_x = grads.x
             if grads.teacher_out is not None:
                 with self.phases("frozen backward"):
-                    seeds = (grads.teacher_out, grads.fake_out)
-                    (g_x_t,) = torch.autograd.grad((teacher_out, fake_out), x_t, seeds)
+                    outs, seeds = [teacher_out, fake_out], [grads.teacher_out, grads.fake_out]
+                    if uncond is not None:
+                        outs, seeds = [*outs, uncond], [*seeds, grads.teacher_uncond]
+                    (g_x_t,) = torch.autograd.grad(outs, x_t, seeds)
                     if grads.x_t is not None:
                         g_x_t = g_x_t + grads.x_t
                     g_x = torch.addcmul(g_x, coef[:, 0].view(-1, *[1] * (x.dim() - 1)), g_x_t)
@@ -389,6 +397,13 @@ class Distiller:
         """What teacher and fake model are called with at ``x_t``."""
         time, x = self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict)
         return arguments(self.fake, time, x, labels, endpoint)
+
+    def _ask_teacher(self, seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+        """The teacher's output and, with guidance, the one without labels, from one forward."""
+        if self.guidance == 1.0:
+            return self._float(self._run_teacher(*seen)), None
+        conditional, unconditional = self._float(self._run_teacher(*both(self.teacher, seen))).chunk(2)
+        return conditional, unconditional
 
     def _check_device(self) -> None:
         """Refuse a mode or a precision that the device does not have."""

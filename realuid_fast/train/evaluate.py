@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import UserError
 from ..sampling import evaluations, integrate, needs_endpoint
 from ..teachers import Model
 from .generator import Generator
@@ -28,8 +29,12 @@ class Row:
     samples_per_second: float | None = None
 
 
-def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Sampler:
-    """What turns noise and labels into samples: one step for a student, ``steps`` of ``solver`` for a teacher."""
+def sampler(model: Model, steps: int = 1, solver: str = "euler", guidance: float = 1.0) -> Sampler:
+    """What turns noise and labels into samples: a student's own steps, ``steps`` of ``solver`` for a teacher, which
+    ``guidance`` other than 1 pulls further towards the labels.
+    """
+    if guidance != 1.0 and model.description.role == "student":
+        raise UserError("guidance is a teacher's: a student has learnt the one that it was distilled with")
     net, described = model.net.requires_grad_(False), model.description
     path, predict = described.interpolant(), described.predict
     needed = needs_endpoint(net, path)
@@ -39,7 +44,9 @@ def sampler(model: Model, steps: int = 1, solver: str = "euler") -> Sampler:
         endpoint = endpoint if needed else None
         if student is not None:
             return student(z, labels, endpoint)
-        return integrate(net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint)
+        return integrate(
+            net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint, guidance=guidance
+        )
 
     return draw
 

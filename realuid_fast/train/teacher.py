@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from ..data import Dataset
+from ..errors import UserError
 from ..networks import build
 from ..noise import NoiseStream
 from ..optim import Optimiser
@@ -52,6 +53,9 @@ class TeacherTrainer:
         if images:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.net = net.train()
+        self._label_dropout = settings.label_dropout
+        if settings.label_dropout and getattr(net, "null_label", None) is None:
+            raise UserError("teacher.label_dropout needs a class-conditional network with null_label: true")
         self.optimiser = Optimiser(self.net, **vars(settings.optimiser), ema_decays=settings.ema, total=self.updates)
         distributed.average(self.optimiser, self.parts)
         self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
@@ -114,13 +118,20 @@ class TeacherTrainer:
             key = self.noise.next_key()
             x_t = rf.interpolate(x, coef, key, on_path)
         with self.phases("forward"):
-            y = None if self.labels is None else labels
+            y = self._dropped(labels)
             out = call(self.net, t, x_t, y, self.path, self._predict, ends).contiguous(memory_format=self._layout)
         with self.phases("loss"):
             grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, key, on_path)
         with self.phases("backward"):
             out.backward(grads.out)
         self.meters.add("loss", grads.loss)
+
+    def _dropped(self, labels: Tensor | None) -> Tensor | None:
+        """The labels of a batch, some of them replaced by the null label."""
+        if self.labels is None or labels is None or not self._label_dropout:
+            return None if self.labels is None else labels
+        gone = torch.rand(len(labels), generator=self.draws, device=self.device) < self._label_dropout
+        return torch.where(gone, torch.full_like(labels, self.net.null_label), labels)  # type: ignore[arg-type]
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """Nothing in a row of the log says that settings are wrong."""
@@ -165,4 +176,6 @@ def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
     network.setdefault("dim" if network["kind"] == "unet" else "shape", list(dataset.shape))
     if network.get("class_cond"):
         network.setdefault("num_classes", dataset.classes)
+    if config.teacher.label_dropout:
+        network.setdefault("null_label", True)
     return network
