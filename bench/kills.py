@@ -79,7 +79,13 @@ def survive(folder: Path, kills: int, updates: int, seed: int) -> dict[str, Any]
     alone, killed = folder / "alone", folder / "killed"
     # What the digits come with: imported once, here.
     importlib.import_module("sklearn.datasets")
-    _life(config, alone, resume=False).join()
+    # How long a life takes to its first checkpoint, and how long of the rest each of the lives may have.
+    begun = time.monotonic()
+    life = _life(config, alone, resume=False)
+    _until(life, lambda: bool(_names(alone)))
+    start = time.monotonic() - begun
+    life.join()
+    share = (time.monotonic() - begun - start) / kills
     rng = random.Random(seed)
     told: list[dict[str, Any]] = []
     lost = 0
@@ -87,7 +93,7 @@ def survive(folder: Path, kills: int, updates: int, seed: int) -> dict[str, Any]
         before = _steps(killed)
         life = _life(config, killed, resume=(killed / "config.yaml").is_file())
         kind = KINDS[len(told) % len(KINDS)]
-        _MOMENTS[kind](life, killed, rng)
+        _MOMENTS[kind](life, killed, rng, start, share)
         if life.exitcode is not None:
             raise SystemExit(f"a life ended by itself, with exit code {life.exitcode}, after {len(told)} kills")
         assert life.pid is not None
@@ -131,17 +137,17 @@ def _run(config: configs.Config, folder: Path, resume: bool) -> None:
         sys.exit(2)
 
 
-def _any_time(life: BaseProcess, folder: Path, rng: random.Random) -> None:
-    life.join(rng.uniform(0.0, 4.0))
+def _any_time(life: BaseProcess, folder: Path, rng: random.Random, start: float, share: float) -> None:
+    life.join(rng.uniform(0.0, start + share))
 
 
-def _in_training(life: BaseProcess, folder: Path, rng: random.Random) -> None:
+def _in_training(life: BaseProcess, folder: Path, rng: random.Random, start: float, share: float) -> None:
     before = _names(folder)
     _until(life, lambda: _names(folder) != before)
-    life.join(rng.uniform(0.0, 0.5))
+    life.join(rng.uniform(0.0, share / 2))
 
 
-def _while_writing(life: BaseProcess, folder: Path, rng: random.Random) -> None:
+def _while_writing(life: BaseProcess, folder: Path, rng: random.Random, start: float, share: float) -> None:
     for left in (folder / "checkpoints").glob("*.part"):
         left.unlink()
     _until(life, lambda: any((folder / "checkpoints").glob("*.part")))
@@ -149,7 +155,7 @@ def _while_writing(life: BaseProcess, folder: Path, rng: random.Random) -> None:
     time.sleep(rng.uniform(0.0, 0.02))
 
 
-_MOMENTS: dict[str, Callable[[BaseProcess, Path, random.Random], None]] = dict(
+_MOMENTS: dict[str, Callable[[BaseProcess, Path, random.Random, float, float], None]] = dict(
     zip(KINDS, (_any_time, _in_training, _while_writing), strict=True)
 )
 

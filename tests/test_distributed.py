@@ -296,7 +296,7 @@ def test_a_killed_rank_ends_the_job_and_torchrun_goes_on(place):
     )
     out = place / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "-m", "realuid_fast.cli", "distill", "--config", "c.yaml", "--out", str(out)]
+    command += ["--max-restarts=3", "-m", "realuid_fast.cli", "distill", "--config", "c.yaml", "--out", str(out)]
     job = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and job.poll() is None and not list(out.glob("checkpoints/update-*.pt")):

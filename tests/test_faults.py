@@ -218,7 +218,7 @@ def test_a_checkpoint_that_does_not_fit_is_a_sentence(run, after):
 
 def test_a_run_killed_again_and_again_ends_as_if_left_alone(tmp_path):
     out = tmp_path / "kills.json"
-    command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "10", "--out", str(out)]
+    command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "24", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())

@@ -108,7 +108,14 @@ def assert_agree(found, expected, dtype, condition):
             assert (value.double() - reference).abs().max() <= slack * bound * scale, name
         else:
             assert value.dtype == dtype, name
-            error = (value.double() - reference).norm() / reference.norm().clamp_min(1e-6)
+            # Gradients of one call are sums of the same terms, which in one of them may cancel.
+            call = name.split(".")[0] + "."
+            scale = (
+                max(g.norm() for n, g in expected.items() if n.startswith(call) and not n.endswith(("loss", "rows")))
+                if "." in name
+                else reference.norm()
+            )
+            error = (value.double() - reference).norm() / scale.clamp_min(1e-6)
             assert error <= slack * GRADIENT_BOUND[dtype], (name, float(error))
 
 

@@ -210,6 +210,8 @@ def fused_arguments(op, batch):
     wanted = schema(op)
     names = [argument.name for argument in wanted]
     present = {name for name in ("x_t", "endpoint", "teacher_out") if name in names and batch.chance(2)}
+    if "guidance" in names and batch.chance(2):
+        present |= {"teacher_uncond", "guidance"}
     noise_rows = batch.pick.choice(
         (batch.pick.randint(1, max(batch.rows, 1)), max(batch.rows, 1), batch.rows + 3, 2**63 - 1)
     )
@@ -224,6 +226,11 @@ def fused_arguments(op, batch):
                 for c in columns
             ]
             arguments[name] = batch.coef(zero)
+        elif name == "guidance":
+            if kind == "Tensor" or name in present:
+                arguments[name] = 1 + torch.rand(batch.rows, generator=batch.generator).to(batch.real)
+            else:
+                arguments[name] = None
         elif name == "key":
             arguments[name] = torch.tensor([batch.pick.randrange(-(2**63), 2**63), batch.pick.randrange(2**40)])
         elif name == "noise":
@@ -242,7 +249,7 @@ def fused_arguments(op, batch):
             arguments[name] = None
     if "x_t" in names and "x_t" not in present and "want_x_t" in names:
         arguments["want_x_t"] = False
-    if "n_real" in names and "teacher_out" not in present:
+    if "n_real" in names and arguments["teacher_out"] is None:
         arguments["d_gen"] = arguments["d_real"] = 0.0
     return arguments
 
