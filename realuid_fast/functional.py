@@ -251,8 +251,7 @@ def generator_loss(
         extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
     namespace = ops.current(x.device)
     op, mean = namespace.guided_generator_loss if extra else namespace.generator_loss, _is_mean(reduction)
-    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra)
-    loss = op(*inputs, *objective.generator_scalars, mean)
+    loss = op(teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
     if weighed.rows is None:
         return loss
     # The gradients are right as they are, the value is that of another loss.
@@ -282,21 +281,17 @@ def generator_grads(
     with torch.no_grad():
         weighed = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided)
         inputs = (teacher_out, fake_out, x, x_t, weighed.coef, noise, endpoint, *weighed.extra)
-        wants = (True, networks, networks, True, want_x_t)
+        switches = (*objective.generator_scalars, True, networks, networks, True, want_x_t)
         if weighed.extra:
-            wants = (*wants, networks and bool(guided))
-            found = namespace.guided_generator(*inputs, *objective.generator_scalars, *wants)
+            found = namespace.guided_generator(*inputs, *switches, networks and bool(guided))
             loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
         else:
-            found = namespace.generator(*inputs, *objective.generator_scalars, *wants)
-            loss, rows, g_teacher, g_fake, g_x, g_x_t = found
+            loss, rows, g_teacher, g_fake, g_x, g_x_t = namespace.generator(*inputs, *switches)
         if weighed.rows is not None:
             loss, rows = _mean(weighed.rows), weighed.rows
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
-    return GeneratorGrads(
-        loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond if guided else None
-    )
+    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond if guided else None)
 
 
 def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:

@@ -143,6 +143,9 @@ _DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+DIVERGENCES = tuple(_DIVERGENCES)
+
+
 def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
     """The samples' weights with which distribution matching descends an f-divergence instead of reverse KL.
 
@@ -223,18 +226,20 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
 def NormalisedRealUID(alpha: float, beta: float) -> Objective:
     """RealUID for the distance itself instead of its square: ``D / ||D||`` takes the place of ``D = f* - f``.
 
-    With ``m(x_t) = (alpha p_g + (1 - alpha) p_d) f* - beta p_g f_g - (1 - beta) p_d f_d`` the minimax is ``max_D int w <D
-    / ||D||, m> = int w ||m||`` over ``x_t`` and time, for ``alpha = beta = 1`` the mean of ``||f* - f_g||`` over generated
-    ``x_t``, where UID's is that of ``||f* - f_g||^2``. In samples it is ``w <D, alpha f* - beta tgt> / ||D||`` on
-    generated rows and the like with ``1 - alpha, 1 - beta`` on real ones.
+    With ``m(x_t) = (alpha p_g + (1 - alpha) p_d) f* - beta p_g f_g - (1 - beta) p_d f_d`` the inner maximum is ``max_D
+    int w <D / ||D||, m> = int w ||m||`` over ``x_t`` and time. For ``alpha = beta = 1`` that is the mean of ``||f* -
+    f_g||`` over generated ``x_t``, where UID's is the mean of its square. In samples it is ``w <D, alpha f* - beta
+    tgt> / ||D||`` on generated rows and the like with ``1 - alpha, 1 - beta`` on real ones.
 
-    The generator minimises its rows of it, and the norm is differentiated too: ``dl/dD = w / ||D|| (r - <D, r> / ||D||^2
-    D)`` with ``r = alpha f* - beta tgt``. That is the gradient of :func:`GeneralRealUID` with the weight ``w / (2 ||D||)``
-    and ``Q = <D, r> / ||D||^2``, both of each sample. Held fixed, the norm would leave out what real rows have in it.
+    The generator minimises its rows of it, and the norm is differentiated too: ``dl/dD = w / ||D|| (r - <D, r> /
+    ||D||^2 D)`` with ``r = alpha f* - beta tgt``. That is the gradient of :func:`GeneralRealUID` with the weight ``w /
+    (2 ||D||)`` and ``Q = <D, r> / ||D||^2``, both of each sample. A norm held fixed would give the derivative of the
+    distance without real data only.
 
-    The fake model is trained by RealUID's loss. All that the maximum asks for is ``D`` along ``m``, and RealUID's optimum,
-    ``D = m / (alpha p_g + (1 - alpha) p_d)``, is; its size, which the maximum leaves free, is fixed, ``D = 0`` at the start
-    does no harm, and the teacher is not evaluated. Source: RealUID paper, the loss normalised by ``||f* - f||``.
+    The fake model is trained by RealUID's loss. All that the maximum asks for is ``D`` along ``m``, and RealUID's
+    optimum, ``D = m / (alpha p_g + (1 - alpha) p_d)``, is. So the size of ``D``, which the maximum leaves free, stays
+    bounded, ``D = 0`` at the start does no harm, and the teacher is not evaluated. Source: RealUID paper, the loss with
+    ``D / ||D||``; the choice of the fake model's loss is ours.
 
     Raises:
         UserError: as :func:`RealUID`.

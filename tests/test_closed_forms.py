@@ -145,8 +145,9 @@ OBJECTIVES = [
 IDS = ["UID", "RealUID-up", "RealUID-down", "general", "general-kappa"]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
 
+
 def test_inner_maximum_of_normalised_uid_is_a_multiple_of_the_distance():
-    """The fields' difference is ``c W / (a^2 + c^2)`` times that of the means, whose integral on the linear path is pi/4."""
+    """The fields differ by ``c W / (a^2 + c^2)`` times the gap of the means, on the linear path pi/4 on average."""
     gap, setting = torch.tensor([0.3, -2.5, 1.1], dtype=torch.float64), LINEAR
     t, z, e, weights = quadrature(setting, 64, 2, 2)
     coef, _, noise = draws(setting, t, e, weights)

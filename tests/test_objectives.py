@@ -91,7 +91,10 @@ def test_general_realuid_rows(gamma, kappa):
         (lambda: RealSiD(0.9, 0.95, -1.0), "alpha_sid must be positive"),
         (lambda: RealBridge(1.0, 0.9), "alpha = 1 requires beta = 1"),
         (lambda: NormalisedRealUID(1.0, 0.9), "alpha = 1 requires beta = 1"),
-        (lambda: Objective("", 1.0, 1.0, 1.0, 1.0, sample_scale=1.0, normalised=True), "normalised objective has its own"),
+        (
+            lambda: Objective("", 1.0, 1.0, 1.0, 1.0, sample_scale=1.0, normalised=True),
+            "normalised objective has its own",
+        ),
     ],
 )
 def test_unbounded_or_meaningless_choices_are_refused(build, sentence):
