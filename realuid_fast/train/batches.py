@@ -79,6 +79,25 @@ def endpoints_to_draw(net: nn.Module, path: Path, dataset: Dataset, device: torc
     return dataset.train_endpoints.to(device)
 
 
+def picked(
+    labels: Tensor | None,
+    endpoints: Tensor | None,
+    count: int,
+    draws: torch.Generator,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels ``(count,)`` and endpoints ``(count, ...)`` of random training samples, in the data's proportions.
+
+    ``labels`` and ``endpoints`` are what :func:`labels_to_draw` and :func:`endpoints_to_draw` gave.
+    """
+    conditions = [rows for rows in (labels, endpoints) if rows is not None]
+    if not conditions:
+        return None, None
+    rows = torch.randint(len(conditions[0]), (count,), generator=draws, device=conditions[0].device)
+    ends = None if endpoints is None else to_float(endpoints[rows]).contiguous(memory_format=layout)
+    return None if labels is None else labels[rows], ends
+
+
 def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Tensor | None:
     """The training labels ``(N,)`` that a class-conditional network is called with; None for an unconditional one.
 

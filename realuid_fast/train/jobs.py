@@ -18,6 +18,7 @@ from .distill import Distiller
 from .lock import held
 from .loop import Trainer, open_folder, run
 from .measure import Measure
+from .regression import RegressionTrainer
 from .teacher import TeacherTrainer
 
 
@@ -74,7 +75,7 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         teacher = teachers.load_teacher(
             settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config
         )
-        trainer = Distiller(config, dataset, teacher, command)
+        trainer = distiller(config)(config, dataset, teacher, command)
     else:
         trainer = TeacherTrainer(config, dataset, command)
     measure = Measure(dataset)
@@ -84,6 +85,11 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
             open_folder(folder, resume, overwrite)
         distributed.wait()
         return run(asked, trainer, folder, measure, dataset.shape, resume), measure
+
+
+def distiller(config: Config) -> type[Distiller] | type[RegressionTrainer]:
+    """What trains the student that a configuration asks for."""
+    return RegressionTrainer if config.distill.objective.name == configs.REGRESSION else Distiller
 
 
 def free_cores() -> int:
