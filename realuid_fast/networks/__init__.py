@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from .diffusers import Diffusers
 from .edm import DhariwalUNet, SongUNet
 from .mlp import MLP
 from .unet import UNet
@@ -18,9 +19,10 @@ KINDS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "song-unet": SongUNet,
     "dhariwal-unet": DhariwalUNet,
+    "diffusers": Diffusers,
 }
 
-__all__ = ["KINDS", "MLP", "DhariwalUNet", "SongUNet", "UNet", "build"]
+__all__ = ["KINDS", "MLP", "DhariwalUNet", "Diffusers", "SongUNet", "UNet", "build"]
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -30,6 +32,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     """
     settings = dict(config)
     kind = settings.pop("kind", None)
+    if kind == "yours":
+        raise UserError("the network is a module of your own: give it to teachers.load as 'net', see teachers.wrap")
     if kind not in KINDS:
         raise UserError(f"network kind must be one of {', '.join(KINDS)}; got {kind!r}")
     known = inspect.signature(KINDS[kind]).parameters
