@@ -173,7 +173,7 @@ def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
     """The configured network, with the samples' shape and classes filled in where they are not given."""
     network = dict(config.network)
     network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
-    network.setdefault("dim" if network["kind"] == "unet" else "shape", list(dataset.shape))
+    network.setdefault("shape" if network["kind"] == "mlp" else "dim", list(dataset.shape))
     if network.get("class_cond"):
         network.setdefault("num_classes", dataset.classes)
     if config.teacher.label_dropout:
