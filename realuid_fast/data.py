@@ -1,7 +1,8 @@
-"""Data sets held in memory: handwritten digits, 2-D mixtures, image folders and CIFAR-10's binary files."""
+"""Data sets: digits, 2-D mixtures, image folders and CIFAR-10's binary files in memory, packed images on disk."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import packed as stored
 from .errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -22,16 +24,18 @@ CIFAR_RECORD = 3073  # one label byte, then 3 x 32 x 32 pixels, channel by chann
 class Dataset:
     """Training and held-out samples of one data set.
 
-    ``train`` and ``heldout`` are ``(N, ...)`` tensors, stored as uint8 (images whose pixels are bytes) or
-    float32; :meth:`sample` and :meth:`batches` always hand out float32, images in ``[-1, 1]``.  Labels are
-    ``(N,)`` int64 or ``None``.  Endpoints, where the set has them, are what two-sided paths start from:
-    sample ``i``'s own where ``paired``, else drawn apart from it.  ``preprocessing`` says in words how a
-    stored sample was made from the source; it goes into checkpoints.
+    ``train`` and ``heldout`` are ``(N, ...)`` tensors, or rows on disk that an index reads, stored as uint8
+    (images whose pixels are bytes) or float32; :meth:`sample` and :meth:`batches` always hand out float32,
+    images in ``[-1, 1]``.  Labels are ``(N,)`` int64 or ``None``.  Endpoints, where the set has them, are what
+    two-sided paths start from: sample ``i``'s own where ``paired``, else drawn apart from it.
+    ``preprocessing`` says in words how a stored sample was made from the source; it goes into checkpoints.
+    A run mirrors half of its images at random where ``flip``, and draws all classes alike often where
+    ``balance``.
     """
 
     name: str
-    train: Tensor
-    heldout: Tensor
+    train: Tensor | stored.Stored
+    heldout: Tensor | stored.Stored
     train_labels: Tensor | None = None
     heldout_labels: Tensor | None = None
     preprocessing: str = "none"
@@ -39,6 +43,8 @@ class Dataset:
     train_endpoints: Tensor | None = None
     heldout_endpoints: Tensor | None = None
     paired: bool = False
+    flip: bool = False
+    balance: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,11 +59,28 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.train)
 
-    def pixels(self, split: str = "train") -> Tensor:
-        """All samples of ``"train"`` or ``"heldout"`` as float32; raises for another split."""
+    def pixels(self, split: str = "train", most: int | None = None) -> Tensor:
+        """Samples of ``"train"`` or ``"heldout"`` as float32: all, or ``most`` at even distances where there are
+        more; raises for another split.
+        """
         if split not in ("train", "heldout"):
             raise UserError(f"split must be 'train' or 'heldout', got {split!r}")
-        return to_float(self.train if split == "train" else self.heldout)
+        samples = self.train if split == "train" else self.heldout
+        count = len(samples) if most is None else min(most, len(samples))
+        if isinstance(samples, Tensor) and count == len(samples):
+            return to_float(samples)
+        return to_float(samples[torch.arange(count) * len(samples) // count])
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of a split's stored samples and what they were made of, in hexadecimal; rows on disk have theirs
+        in their manifest.
+        """
+        samples = self.train if split == "train" else self.heldout
+        if isinstance(samples, stored.Stored):
+            return samples.sha256
+        found = hashlib.sha256(f"{samples.dtype} {tuple(samples.shape)}".encode())
+        found.update(samples.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw ``n`` distinct training samples: float32 ``(n, ...)`` and their labels ``(n,)`` or ``None``.
@@ -109,18 +132,30 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     arguments.
 
     ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "cifar10", "path":
-    ...}`` the binary files.  Raises :class:`UserError` for an unknown name, an argument its loader does not
-    take, or bad files.
+    ...}`` the binary files, ``{"name": "packed", "path": ...}`` what ``realuid-fast pack`` has written.  Every
+    set takes ``flip`` and ``balance``.  Raises :class:`UserError` for an unknown name, an argument its loader
+    does not take, or bad files.
     """
     settings = {"name": config} if isinstance(config, str) else dict(config)
     name = settings.pop("name", None)
+    choices = {key: settings.pop(key) for key in ("flip", "balance") if key in settings}
     if name not in LOADERS:
         raise UserError(f"data set name must be one of {', '.join(LOADERS)}; got {name!r}")
     try:
         dataset = LOADERS[name](**settings)
     except TypeError as error:
         raise UserError(f"data set '{name}' was given an argument it cannot use: {error}") from None
-    dataset.config = {"name": name, **settings}
+    dataset.config = {"name": name, **settings, **choices}
+    for key, value in choices.items():
+        if not isinstance(value, bool):
+            raise UserError(f"data.{key} must be true or false, got {value!r}")
+        setattr(dataset, key, value)
+    if (dataset.flip or dataset.balance) and dataset.train_endpoints is not None:
+        raise UserError(f"data.flip and data.balance are for data without endpoints, which '{name}' has")
+    if dataset.flip and len(dataset.shape) != 3:
+        raise UserError(f"data.flip is for images, '{name}' holds samples of shape {dataset.shape}")
+    if dataset.balance and dataset.train_labels is None:
+        raise UserError(f"data.balance is for data with labels, '{name}' has none")
     return dataset
 
 
@@ -176,7 +211,8 @@ def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int =
 
     source = digits()
     source.name, source.paired = "digit_pairs", True
-    source.train_endpoints, source.heldout_endpoints = corrupted(source.train, 0), corrupted(source.heldout, 1)
+    source.train_endpoints = corrupted(source.pixels(), 0)
+    source.heldout_endpoints = corrupted(source.pixels("heldout"), 1)
     source.preprocessing += f"; endpoints by {corruption} {amount:g}"
     return source
 
@@ -187,7 +223,7 @@ def transport(source: str = "moons", target: str = "eight_gaussians", n: int = 2
         if name not in POINTS:
             raise UserError(f"{key} must be one of {', '.join(POINTS)}; got {name!r}")
     data, ends = POINTS[target](n=n, seed=seed), POINTS[source](n=n, seed=seed + 500_000)
-    data.name, data.train_endpoints, data.heldout_endpoints = "transport", ends.train, ends.heldout
+    data.name, data.train_endpoints, data.heldout_endpoints = "transport", ends.pixels(), ends.pixels("heldout")
     return data
 
 
@@ -341,6 +377,33 @@ def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), labels
 
 
+def packed(path: str | Path) -> Dataset:
+    """The images that ``realuid-fast pack`` has written into the folder ``path``: uint8, read when they are drawn.
+
+    Only labels are held in memory.  Raises for a missing or damaged manifest, and for arrays that are not the ones
+    it describes; the images' checksums are left to :func:`realuid_fast.packed.verify`.
+    """
+    root = Path(path)
+    manifest = stored.read_manifest(root / stored.MANIFEST)
+
+    def images(split: stored.Split) -> stored.Stored:
+        return stored.Stored(root / split.images.name, (split.count, *manifest.shape), split.images.sha256)
+
+    def labels(split: stored.Split) -> Tensor | None:
+        entry, classes = split.labels, len(manifest.classes)
+        return None if entry is None else stored.labels(root / entry.name, split.count, classes, entry.sha256)
+
+    train, heldout = manifest.train, manifest.heldout
+    return Dataset(
+        "packed",
+        images(train),
+        images(heldout),
+        labels(train),
+        labels(heldout),
+        preprocessing=f"{manifest.preprocessing}, byte / 127.5 - 1",
+    )
+
+
 POINTS: dict[str, Callable[..., Dataset]] = {
     "eight_gaussians": eight_gaussians,
     "moons": moons,
@@ -353,4 +416,5 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "transport": transport,
     "folder": folder,
     "cifar10": cifar10,
+    "packed": packed,
 }

@@ -74,7 +74,7 @@ def train_classifier(
         optimiser.step()
         schedule.step()
     net.eval().requires_grad_(False)
-    accuracy = (net(digits.heldout).argmax(1) == digits.heldout_labels).double().mean().item()
+    accuracy = (net(digits.pixels("heldout")).argmax(1) == digits.heldout_labels).double().mean().item()
     return net, accuracy
 
 
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     save_file(net.state_dict(), str(out), metadata={"realuid_fast": json.dumps(description)})
     digits = data.digits()
-    floor = frechet_distance(net.features(digits.train), net.features(digits.heldout))
+    floor = frechet_distance(net.features(digits.pixels()), net.features(digits.pixels("heldout")))
     print(f"held-out accuracy {accuracy:.4f}, training digits at distance {floor:.4f}, written to {out}")
     return 0
 
