@@ -1,4 +1,4 @@
-"""The command line: ``realuid-fast train-teacher | distill | sample | evaluate | info | demo | compare | bench``."""
+"""The command line: ``realuid-fast train-teacher | distill | pack | sample | evaluate | info | demo | ...``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from . import __version__, backends, data, extension, teachers
+from . import pack as packing
 from .errors import UserError
 from .noise import NoiseStream, normal
+from .packed import verify
 from .sampling import SOLVERS, needs_endpoint
 from .teachers import SHIPPED, Model
 from .train import config as configs
@@ -106,6 +108,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    command = add("pack", _pack, "write images into arrays on disk that runs read row by row: --set data.name=packed")
+    text = "a folder or zip archive of images, such as CelebA's, or CIFAR-10's binary files"
+    command.add_argument("source", nargs="?", type=Path, help=text)
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--kind", choices=packing.KINDS, help="what the source is (default: by its names)")
+    command.add_argument("--size", type=int, help="side of the stored images (default: 32, CelebA's 64)")
+    command.add_argument("--channels", type=int, default=3, choices=(1, 3), help="default: 3")
+    command.add_argument(
+        "--crop", type=int, help="central square to keep (default: the largest; of CelebA 140, some take 178)"
+    )
+    command.add_argument("--filter", choices=data.FILTERS, default="lanczos", help="of the scaling (default: lanczos)")
+    split = command.add_mutually_exclusive_group()
+    split.add_argument("--heldout-every", type=int, default=10, help="every so many-th image is held out (default: 10)")
+    split.add_argument("--partition", type=Path, help="lines NAME NUMBER, 0 to train on and 2 to hold out, as CelebA's")
+    command.add_argument("--no-labels", action="store_true", help="folders are not classes")
+    command.add_argument("--limit", type=int, help="only the first so many images")
+    command.add_argument("--threads", type=int, default=1, help="threads that decode (default: 1)")
+    command.add_argument("--overwrite", action="store_true", help="replace a packed set in --out")
+    command.add_argument("--verify", action="store_true", help="without SOURCE: compare --out with its checksums")
 
     command = add("evaluate", _evaluate, "compare real data, a teacher and a student by distance and speed")
     command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
@@ -242,6 +264,22 @@ def _write_samples(samples: Tensor, file: Path) -> None:
             save_file({"samples": samples.contiguous()}, str(file))
     except OSError as error:
         raise UserError(f"--out {file} cannot be written: {error.strerror or error}") from None
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    if arguments.verify == (arguments.source is not None):
+        raise UserError("give either a source to pack or --verify")
+    if arguments.verify:
+        manifest = verify(out)
+    else:
+        names = ("kind", "size", "channels", "crop", "filter", "heldout_every", "partition", "limit", "threads")
+        settings = {name: getattr(arguments, name) for name in (*names, "overwrite")}
+        manifest = packing.pack(arguments.source, out, labels=not arguments.no_labels, progress=True, **settings)
+    what = "every checksum is right" if arguments.verify else "use it with --set data.name=packed data.path=" + str(out)
+    sizes = "x".join(map(str, manifest.shape))
+    classes = f" in {len(manifest.classes)} classes" if manifest.classes else ""
+    print(f"{out}: {manifest.train.count:,} images {sizes}{classes} and {manifest.heldout.count:,} held out; {what}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

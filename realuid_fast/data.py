@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +17,11 @@ from . import packed as stored
 from .errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FILTERS = ("lanczos", "bicubic", "bilinear", "box")
+MOST_PIXELS = 1 << 26  # a larger image is more likely a trap than a picture
 CIFAR_RECORD = 3073  # one label byte, then 3 x 32 x 32 pixels, channel by channel
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass
@@ -304,8 +308,6 @@ def folder(
     ``heldout_every=0`` the held-out split is the training split.  Raises for a missing path, a folder
     without images, or a file that is no readable image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"path: there is no folder {root}")
@@ -319,13 +321,10 @@ def folder(
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for i, file in enumerate(files):
         try:
-            with Image.open(file) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-                pixels = np.array(picture).reshape(size, size, channels)
-        except (UnidentifiedImageError, OSError) as error:
+            images[i] = torch.from_numpy(square(file, size, channels))
+        except Exception as error:
+            # What a foreign file makes a decoder raise is anything.
             raise UserError(f"path: {file} cannot be read as an image ({error})") from None
-        images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
     held = torch.zeros(len(files), dtype=torch.bool)
     if heldout_every:
         held[heldout_every - 1 :: heldout_every] = True
@@ -338,6 +337,31 @@ def folder(
     )
 
 
+def square(
+    file: Path | BinaryIO, size: int, channels: int, crop: int | None = None, filter: str = "lanczos"
+) -> np.ndarray[Any, Any]:
+    """The pixels ``(channels, size, size)`` uint8 of an image: its central ``crop x crop`` ones, or the largest central
+    square, scaled with one of :data:`FILTERS`.
+
+    Raises ``ValueError`` for an image of more than :data:`MOST_PIXELS`, or smaller than ``crop``, and whatever the
+    decoder does for one that is damaged.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
+        picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    if crop is not None:
+        if min(picture.size) < crop:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are less than a crop of {crop}")
+        left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
+        picture = picture.crop((left, top, left + crop, top + crop))
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling[filter.upper()])
+    return np.ascontiguousarray(np.array(picture).reshape(size, size, channels).transpose(2, 0, 1))
+
+
 def cifar10(path: str | Path) -> Dataset:
     """CIFAR-10 from its binary files in ``path``: uint8 ``(50000, 3, 32, 32)`` and the test batch held out.
 
@@ -345,17 +369,9 @@ def cifar10(path: str | Path) -> Dataset:
     parent. Fewer training batches are taken as they are.  Raises for missing files, truncated ones and
     impossible labels. Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"path: there is no folder {root}")
-    if not (root / "test_batch.bin").is_file():
-        root = root / "cifar-10-batches-bin"
-    batches = [root / f"data_batch_{i}.bin" for i in range(1, 6)]
-    batches = [file for file in batches if file.is_file()]
-    if not batches or not (root / "test_batch.bin").is_file():
-        raise UserError(f"path: {path} holds no CIFAR-10 binary files (data_batch_1.bin ... test_batch.bin)")
-    parts = [_cifar_records(file) for file in batches]
-    heldout, heldout_labels = _cifar_records(root / "test_batch.bin")
+    batches, test = cifar10_files(Path(path))
+    parts = [cifar10_records(file) for file in batches]
+    heldout, heldout_labels = cifar10_records(test)
     return Dataset(
         "cifar10",
         torch.cat([images for images, _ in parts]),
@@ -366,7 +382,19 @@ def cifar10(path: str | Path) -> Dataset:
     )
 
 
-def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
+def cifar10_files(root: Path) -> tuple[list[Path], Path]:
+    """CIFAR-10's training batches and its test batch in ``root`` or in the folder that the archive makes there."""
+    if not root.is_dir():
+        raise UserError(f"path: there is no folder {root}")
+    inner = root if (root / "test_batch.bin").is_file() else root / "cifar-10-batches-bin"
+    batches = [file for i in range(1, 6) if (file := inner / f"data_batch_{i}.bin").is_file()]
+    if not batches or not (inner / "test_batch.bin").is_file():
+        raise UserError(f"path: {root} holds no CIFAR-10 binary files (data_batch_1.bin ... test_batch.bin)")
+    return batches, inner / "test_batch.bin"
+
+
+def cifar10_records(file: Path) -> tuple[Tensor, Tensor]:
+    """Images ``(N, 3, 32, 32)`` uint8 and labels ``(N,)`` int64 of one binary file."""
     raw = np.fromfile(file, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % CIFAR_RECORD:
         raise UserError(f"path: {file} is truncated: {len(raw)} bytes are no multiple of a record's {CIFAR_RECORD}")
