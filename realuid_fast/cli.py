@@ -26,9 +26,10 @@ from .packed import verify
 from .sampling import SOLVERS, needs_endpoint
 from .teachers import SHIPPED, Model
 from .train import config as configs
-from .train import distributed, modes, precision
+from .train import distributed, fidelity, modes, precision
 from .train import evaluate as evaluation
 from .train.compare import compare
+from .train.inception import HOW_TO_GET, Inception
 from .train.jobs import free_cores, resolve, train
 from .train.logging import picture, read_csv, save_png
 from .train.loop import Interrupted, plot_distances
@@ -133,12 +134,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
     command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
     command.add_argument(
-        "--samples", type=int, default=5408, help="samples of each row (default: 5408, 4 a training digit)"
+        "--samples", type=int, help="samples of each row (default: 5408, 4 a training digit; of Inception 50000)"
     )
     command.add_argument("--steps", type=int, nargs="+", default=[*evaluation.STEPS], help="the teacher's Euler steps")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
+    command.add_argument(
+        "--metric", choices=("features", "inception"), default="features",
+        help="features: distances that suit the data, at once; inception: the published ones of images, from weights",
+    )  # fmt: skip
+    apart = command.add_argument_group("--metric inception")
+    apart.add_argument("--inception-weights", type=Path, metavar="FILE", help="nothing is downloaded")
+    apart.add_argument("--real-split", choices=("train", "heldout"), default="train", help="default: train")
+    apart.add_argument("--labels", choices=fidelity.LABELS, default="empirical", help="default: empirical")
+    apart.add_argument("--repeats", type=int, default=1, help="seeds, reported with their spread (default: 1)")
+    apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
+    apart.add_argument("--device", default="cpu", help="default: cpu")
+    text = f"folder of the real images' statistics (default: {fidelity.CACHE})"
+    apart.add_argument("--cache", type=Path, default=fidelity.CACHE, metavar="FOLDER", help=text)
     _add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
 
     add("info", _info, "show versions, backends and why one cannot run, processor and threads")
@@ -285,8 +299,12 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.student is None and arguments.teacher is None:
         raise UserError("give --student, --teacher or both")
-    if arguments.samples < 2 or min(arguments.steps) < 1:
+    inception = arguments.metric == "inception"
+    count = arguments.samples if arguments.samples is not None else 50_000 if inception else 5408
+    if count < 2 or min(arguments.steps) < 1:
         raise UserError("--samples must be at least 2 and --steps at least 1")
+    if inception != (arguments.inception_weights is not None):
+        raise UserError(f"--metric inception and --inception-weights FILE go together: {HOW_TO_GET}")
     folder: Path | None = arguments.out
     if folder is not None:
         _open_results(folder, arguments.overwrite)
@@ -312,11 +330,37 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if model is not None and _shape(model) != dataset.shape:
             role = model.description.role
             raise UserError(f"the {role} makes samples of shape {_shape(model)}, the data have {dataset.shape}")
-    measure = Measure(dataset)
-    table, metric = _show_table(measure, dataset, teacher, student, arguments.samples, arguments.steps)
+    if inception:
+        _inception_table(arguments, dataset, teacher, student, count)
+    else:
+        measure = Measure(dataset)
+        table, metric = _show_table(measure, dataset, teacher, student, count, arguments.steps)
+        if folder is not None:
+            evaluation.write(folder, table, metric, samples=count, **_context())
     if folder is not None:
-        evaluation.write(folder, table, metric, samples=arguments.samples, **_context())
         print(f"written to {folder}")
+
+
+def _inception_table(
+    arguments: argparse.Namespace, dataset: data.Dataset, teacher: Model | None, student: Model | None, count: int
+) -> None:
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {arguments.device!r} is not a device that torch can use here") from None
+    features = Inception(arguments.inception_weights, arguments.device)
+    settings = {"split": arguments.real_split, "labels": arguments.labels, "batch": arguments.batch}
+    judge = fidelity.Fidelity(dataset, features, cache=arguments.cache, progress=True, **settings)
+    for model in (teacher, student):
+        if model is not None:
+            model.net.to(arguments.device)
+    table = list(fidelity.rows(judge, teacher, student, count, arguments.steps, arguments.repeats))
+    protocol = judge.protocol(count, arguments.repeats)
+    print("\n" + fidelity.markdown(table, protocol))
+    if arguments.out is not None:
+        fidelity.write(arguments.out, table, protocol, **_context())
 
 
 def _open_results(folder: Path, overwrite: bool) -> None:

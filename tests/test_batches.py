@@ -91,12 +91,11 @@ def test_reading_stays_few_batches_ahead(sets, monkeypatch):
 
 def test_the_thread_is_one_and_goes_with_the_batches(sets):
     stored, memory = sets
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = Batches(stored, 6, 0, CPU)
     drawn(batches, 10)
-    assert threading.active_count() == before + 1
     drawn(Batches(memory, 6, 0, CPU), 2)
-    (thread,) = (each for each in threading.enumerate() if each.name.startswith("batches"))
+    (thread,) = set(threading.enumerate()) - before
     del batches
     gc.collect()
     thread.join(5)

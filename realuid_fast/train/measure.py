@@ -13,10 +13,12 @@ from ..data import Dataset, to_float
 from ..errors import UserError
 from ..metrics import digit_features, frechet_distance, precision_recall, sliced_wasserstein
 from ..noise import NoiseStream, normal
+from .inception import Inception
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists
 MOST = 2000  # samples that precision, recall and the principal components look at
 STORED = 10_000  # samples of a split on disk that are held in memory to compare with, at even distances
+INCEPTION_BATCH = 100  # images that go through the Inception network at a time
 Sampler = Callable[..., Tensor]  # noise, and labels and endpoints, if any, to samples
 NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
 
@@ -50,7 +52,7 @@ class Measure:
         UserError: fewer than two held-out samples.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, inception: Inception | None = None) -> None:
         self.heldout, self.train = (
             dataset.pixels(split, None if isinstance(rows, Tensor) else STORED)
             for split, rows in (("heldout", dataset.heldout), ("train", dataset.train))
@@ -62,7 +64,14 @@ class Measure:
         self._paired = dataset.paired
         self._points = len(dataset.shape) == 1
         self.features: Callable[[Tensor], Tensor] = _flat
-        if dataset.name in ("digits", "digit_pairs"):
+        if inception is not None:
+            if self._points:
+                raise UserError(f"run.inception is for images, '{dataset.name}' holds points")
+            self.name = f"Fréchet Inception distance, weights {inception.sha256[:8]}"
+            self.features = lambda samples: torch.cat(
+                [inception(part).cpu() for part in samples.split(INCEPTION_BATCH)]
+            )
+        elif dataset.name in ("digits", "digit_pairs"):
             self.name, self.features = "Fréchet distance, digit classifier features", digit_features
         elif self._points:
             self.name = "sliced Wasserstein distance, points"
