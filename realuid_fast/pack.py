@@ -149,7 +149,7 @@ def pack(
             if split == "heldout" and rows == train:
                 splits.append(splits[0])
                 continue
-            with _Array(part / f"{split}_images.npy", (len(rows), *shape), np.dtype(np.uint8)) as images:
+            with ArrayWriter(part / f"{split}_images.npy", (len(rows), *shape), np.dtype(np.uint8)) as images:
                 for first in range(0, len(rows), _CHUNK):
                     chunk = [names[row] for row in rows[first : first + _CHUNK]]
                     for pixels in pool.map(decode, chunk):
@@ -178,7 +178,7 @@ def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
         for split, parts in (("train", files), ("heldout", [heldout])):
             count = sum(file.stat().st_size // data.CIFAR_RECORD for file in parts)
             numbers = []
-            with _Array(part / f"{split}_images.npy", (count, 3, 32, 32), np.dtype(np.uint8)) as images:
+            with ArrayWriter(part / f"{split}_images.npy", (count, 3, 32, 32), np.dtype(np.uint8)) as images:
                 for file in parts:
                     pixels, labels = data.cifar10_records(file)
                     images.add(pixels.numpy())
@@ -282,12 +282,12 @@ def _split(names: Sequence[str], every: int, partition: str | Path | None) -> tu
 
 
 def _labels(part: Path, split: str, numbers: np.ndarray[Any, Any]) -> File:
-    with _Array(part / f"{split}_labels.npy", numbers.shape, np.dtype(np.int32)) as array:
+    with ArrayWriter(part / f"{split}_labels.npy", numbers.shape, np.dtype(np.int32)) as array:
         array.add(numbers.astype(np.int32))
     return array.entry
 
 
-class _Array:
+class ArrayWriter:
     """An ``.npy`` file that grows by values in order, hashed as it is written; ``entry`` describes it at the end."""
 
     entry: File
@@ -295,7 +295,7 @@ class _Array:
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._file, self._hash, self._size, self._shape, self._dtype = file, hashlib.sha256(), 0, shape, dtype
 
-    def __enter__(self) -> _Array:
+    def __enter__(self) -> ArrayWriter:
         self._stream: BinaryIO = _writing(self._file, lambda: self._file.open("xb"))
         header = io.BytesIO()
         described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": self._shape}
