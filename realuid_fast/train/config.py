@@ -243,7 +243,8 @@ class RunConfig:
 
     ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
-    leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
+    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated;
+    ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
     ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
     ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
@@ -259,6 +260,7 @@ class RunConfig:
     sample_every: int = 0
     evaluate_every: int = 0
     evaluate_samples: int = 2000
+    inception: str = ""
     teacher_steps: int = 0
     checkpoint_every: int = 0
     keep: int = 2

@@ -115,12 +115,12 @@ class Distiller:
         average = self.generator_optimiser.ema.get(settings.export)
         self.student = Generator(frozen_view(self.generator.net, average).eval(), *start)
 
+        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self._takes_real = self.objective.needs_real or self.gan is not None
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self._takes_real else None
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws) if self._takes_real else None
         self.labels = labels_to_draw(net, dataset, self.device)
         self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
         self._on_path = not isinstance(self.path, OneSidedPath)
-        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self.noise = NoiseStream(distributed.seed(seed), self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
         self._rows_made = self.turns * self.parts * self.batch

@@ -63,8 +63,8 @@ class TeacherTrainer:
         # Only to refuse data without endpoints: batches bring their own.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
         self._two_sided = not isinstance(self.path, OneSidedPath)
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws)
         self.noise = NoiseStream(distributed.seed(seed), self.device)
         self.meters = Meters(("loss", "gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
