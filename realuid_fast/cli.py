@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import shlex
@@ -26,7 +27,7 @@ from .packed import verify
 from .sampling import SOLVERS, needs_endpoint
 from .teachers import SHIPPED, Model
 from .train import config as configs
-from .train import distributed, fidelity, modes, precision
+from .train import distributed, fidelity, modes, plan, precision
 from .train import evaluate as evaluation
 from .train.compare import compare
 from .train.inception import HOW_TO_GET, Inception
@@ -91,10 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add(name, _train, text)
         source = command.add_mutually_exclusive_group()
-        source.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
+        text = f"a YAML file or one of: {shipped}, recipes/NAME (default: digits)"
+        source.add_argument("--config", help=text)
         source.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(configs.presets())}")
+        text = "follow the published procedure step for step, the same as --set run.parity=true"
+        command.add_argument("--parity", action="store_true", help=text)
         _add_settings(command)
-        _add_folder(command)
+        _add_folder(command, needed=False)
+        _add_plan(command)
 
     command = add("sample", _sample, "draw samples from a student or a teacher")
     command.add_argument("--model", required=True, help=f"a file, a finished run's folder, or: {', '.join(SHIPPED)}")
@@ -186,12 +191,20 @@ def _add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, 
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
 
 
-def _add_folder(command: argparse.ArgumentParser, default: Path | None = None) -> None:
+def _add_folder(command: argparse.ArgumentParser, default: Path | None = None, needed: bool = True) -> None:
     text = "folder to write" + (f" (default: {default})" if default else "")
-    command.add_argument("--out", type=Path, required=default is None, default=default, help=text)
+    command.add_argument("--out", type=Path, required=needed and default is None, default=default, help=text)
     how = command.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     how.add_argument("--overwrite", action="store_true", help="remove the run in the folder and start afresh")
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    text = "only show what the run would take: memory by part, operations, hours; writes no folder, needs no data"
+    command.add_argument("--dry-run", action="store_true", help=text)
+    text = f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}; smaller batches, fewer of them, above a bound)"
+    command.add_argument("--measure", type=int, metavar="N", help=text)
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for what --dry-run shows")
 
 
 def _command_line(arguments: argparse.Namespace) -> str:
@@ -206,9 +219,36 @@ def _command_line(arguments: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
+def _plan(arguments: argparse.Namespace, source: str | None) -> None:
+    if arguments.resume:
+        raise UserError("--dry-run plans a run from its beginning: leave --resume out")
+    file: Path | None = arguments.json
+    if file is not None and file.exists() and not arguments.overwrite:
+        raise UserError(f"--json {file} exists: give --overwrite or another name")
+    config = configs.load(source or "digits", arguments.set)
+    made = plan.make(arguments.command, config, plan.STEPS if arguments.measure is None else arguments.measure)
+    print(plan.markdown(made))
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(made.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written: {error.strerror or error}") from None
+
+
 def _train(arguments: argparse.Namespace) -> None:
-    folder: Path = arguments.out
     source = arguments.config if arguments.preset is None else configs.preset(arguments.preset)
+    if arguments.parity:
+        arguments.set.append("run.parity=true")
+    if arguments.dry_run:
+        _plan(arguments, source)
+        return
+    for name in ("json", "measure"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} goes with --dry-run")
+    if arguments.out is None:
+        raise UserError("--out must be given: the folder to write")
+    folder: Path = arguments.out
     resume = arguments.resume or distributed.restarted(folder)
     config = resolve(source, arguments.set, folder, resume)
     with distributed.joined(config.run.device):
@@ -470,6 +510,9 @@ def _info(arguments: argparse.Namespace) -> None:
     print("\npreset            of train-teacher and distill")
     for name, line in configs.presets().items():
         print(f"{name:17} {line}")
+    print("\nrecipe, with --config")
+    for name, line in configs.recipes().items():
+        print(f"{f'recipes/{name}':30} {line}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
