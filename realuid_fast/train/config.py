@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import paths
 from ..errors import UserError
-from ..objectives import PRESETS, Objective
+from ..objectives import DIVERGENCES, PRESETS, Objective
+from ..sampling import SOLVERS
 from ..teachers import Description
 from .modes import MODES
 from .precision import PRECISIONS
@@ -144,6 +145,7 @@ class TeacherConfig:
 class ObjectiveConfig:
     """A preset of :data:`realuid_fast.objectives.PRESETS` by name, and those of its settings that are not its default.
 
+    Or ``regression``, the baseline of :mod:`realuid_fast.train.regression`, which is none of them.
     ``alpha``, ``beta`` and ``gamma`` are 0.92, 0.94 and 0.92 where a preset needs them and none are given; what a
     preset does not have is not looked at.
     """
@@ -156,6 +158,11 @@ class ObjectiveConfig:
     l1: float | None = None
     l2: float | None = None
     alpha_sid: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name if self.name == REGRESSION else self.build().name
 
     def build(self) -> Objective:
         if self.name not in PRESETS:
@@ -170,7 +177,30 @@ class ObjectiveConfig:
         return PRESETS[self.name](**settings)
 
 
+REGRESSION = "regression"
 _PUBLISHED = {"alpha": 0.92, "beta": 0.94, "gamma": 0.92}
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """A discriminator's head on the fake model (:mod:`realuid_fast.train.discriminator`), none while weights are 0.
+
+    ``weight_fake`` is the weight of its loss in the fake turn, ``weight_generator`` that of the generator's term, 0 for
+    a head that only ``distill.divergence`` reads. ``least_share`` is the share of data that an interpolant must hold to
+    be judged; on the linear path that is its time.
+    """
+
+    weight_fake: float = 0.0
+    weight_generator: float = 0.0
+    least_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """The teacher's trajectories for ``objective: {name: regression}``: ``steps`` of ``solver``, euler or heun."""
+
+    steps: int = 20
+    solver: str = "euler"
 
 
 @dataclass(frozen=True)
@@ -185,6 +215,9 @@ class DistillConfig:
     then the generator's turn reads a batch too. ``ema_warmup`` is :class:`realuid_fast.optim.Optimiser`'s, by default
     on unless there is a ``start``.
     ``guidance`` is the scale of the teacher's classifier-free guidance, which the student learns; 1 for none.
+    ``gan`` is a discriminator beside the objective; ``divergence`` the f-divergence that an objective whose gradient
+    flows through the samples alone descends, by its logits (:func:`realuid_fast.objectives.divergence_weight`).
+    ``regression`` is for the baseline of that name, which has neither fake model nor discriminator.
     ``t_start`` is the generator's start time, by default :func:`realuid_fast.sampling.default_start`; ``times`` are
     those of further steps (:class:`.generator.Generator`), none for a one-step generator; ``export`` is the average
     that is evaluated and saved, 0 for the last weights. The precisions are the networks' in either turn:
@@ -199,6 +232,9 @@ class DistillConfig:
     start: str = ""
     guidance: float = 1.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
+    divergence: str = "reverse-kl"
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
     batch: int = 64
     updates: int = 1000
     fake_turns: int = 5
@@ -223,7 +259,8 @@ class RunConfig:
     ``parity`` follows the published procedure step for step: it sets :data:`PARITY` over whatever is configured.
     ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
-    leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
+    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated;
+    ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
     ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
     ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
@@ -239,6 +276,7 @@ class RunConfig:
     sample_every: int = 0
     evaluate_every: int = 0
     evaluate_samples: int = 2000
+    inception: str = ""
     teacher_steps: int = 0
     checkpoint_every: int = 0
     keep: int = 2
@@ -517,6 +555,7 @@ def _check(config: Config) -> None:
         "distill.batch": distill.batch,
         "distill.updates": distill.updates,
         "distill.fake_turns": distill.fake_turns,
+        "distill.regression.steps": distill.regression.steps,
         "run.log_every": run.log_every,
         "run.keep": run.keep,
         "run.accumulate": run.accumulate,
@@ -553,6 +592,21 @@ def _check(config: Config) -> None:
         raise UserError(f"distill.dropout must lie in [0, 1), got {distill.dropout:g}")
     if not 0 <= teacher.label_dropout < 1:
         raise UserError(f"teacher.label_dropout must lie in [0, 1), got {teacher.label_dropout:g}")
+    gan = distill.gan
+    for name, weight in (("weight_fake", gan.weight_fake), ("weight_generator", gan.weight_generator)):
+        if not 0 <= weight < math.inf:
+            raise UserError(f"distill.gan.{name} must be finite and not negative, got {weight:g}")
+    if not 0 <= gan.least_share <= 1:
+        raise UserError(f"distill.gan.least_share must lie in [0, 1], got {gan.least_share:g}")
+    if gan.weight_generator and not gan.weight_fake:
+        raise UserError("distill.gan.weight_generator needs a weight_fake: nothing else trains the discriminator")
+    if distill.divergence not in DIVERGENCES:
+        raise UserError(f"distill.divergence must be one of {', '.join(DIVERGENCES)}; got {distill.divergence!r}")
+    if distill.divergence != "reverse-kl" and not gan.weight_fake:
+        raise UserError(f"distill.divergence {distill.divergence} needs a discriminator: set distill.gan.weight_fake")
+    if distill.regression.solver not in SOLVERS:
+        solver = distill.regression.solver
+        raise UserError(f"distill.regression.solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
     if not math.isfinite(distill.guidance):
         raise UserError(f"distill.guidance must be finite, got {distill.guidance}")
     for section, part in (("teacher", teacher), ("distill", distill)):

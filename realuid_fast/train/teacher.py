@@ -74,8 +74,8 @@ class TeacherTrainer:
         # Only to refuse data without endpoints: batches bring their own.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
         self._two_sided = not isinstance(self.path, OneSidedPath)
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws)
         self.noise = NoiseStream(distributed.seed(seed), self.device)
         self.meters = Meters(("loss", "gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
@@ -186,7 +186,7 @@ def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
     """The configured network, with the samples' shape and classes filled in where they are not given."""
     network = dict(config.network)
     network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
-    network.setdefault("dim" if network["kind"] == "unet" else "shape", list(dataset.shape))
+    network.setdefault("shape" if network["kind"] == "mlp" else "dim", list(dataset.shape))
     if network.get("class_cond"):
         network.setdefault("num_classes", dataset.classes)
     if config.teacher.label_dropout:
