@@ -73,7 +73,7 @@ Curves = dict[str, list[float]]
 def images() -> Dataset:
     """The digits' training images at CIFAR-10's shape: enlarged, each between two random colours."""
     digits, draws = data.digits(), torch.Generator().manual_seed(0)
-    ink = nn.functional.interpolate(digits.train, size=SIDE, mode="bilinear", align_corners=False).add(1).div(2)
+    ink = nn.functional.interpolate(digits.pixels(), size=SIDE, mode="bilinear", align_corners=False).add(1).div(2)
     back, front = torch.rand(2, len(ink), 3, 1, 1, generator=draws)
     pixels = to_bytes(2 * (0.5 * back + ink * (0.5 + 0.5 * front - 0.5 * back)) - 1)
     return Dataset("coloured digits", pixels, pixels, digits.train_labels, digits.train_labels, config={"name": "digits"})

@@ -95,11 +95,11 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> 
     if job == "distill":
         model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
         if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
-            dataset = replace(dataset, train_endpoints=dataset.train, heldout_endpoints=dataset.train)
+            dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         plan = _distillation(config, dataset, model)
     else:
         if _endpoints_needed(config, dataset):
-            dataset = replace(dataset, train_endpoints=dataset.train, heldout_endpoints=dataset.train)
+            dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         model, plan = None, _teaching(config, dataset)
     plan = replace(plan, missing=missing)
     return _with_hours(plan, config, dataset, model, steps, bound) if steps else replace(plan, unmeasured="not asked for")
