@@ -182,7 +182,7 @@ class Reversed(torch.nn.Module):
 def test_any_module_is_a_teacher_and_its_student_is_read_again(tmp_path):
     torch.manual_seed(0)
     model = teachers.wrap(Reversed(), (2,), path="vp", predict="noise", call=lambda net, t, x, y: net(x, t / 999, y))
-    content = {"data": {"name": "moons", "train": 200, "heldout": 20}, "path": {"match": "x0", "sampler": "log-normal"}}
+    content = {"data": {"name": "moons"}, "path": {"match": "x0", "sampler": "log-normal"}}
     content["distill"] = {"batch": 8, "updates": 2, "fake_turns": 1}
     held = data.load(content["data"])
     trainer = Distiller(configs.from_mapping(content), held, model)
@@ -190,7 +190,7 @@ def test_any_module_is_a_teacher_and_its_student_is_read_again(tmp_path):
         trainer.update()
     file, z = tmp_path / "student.safetensors", torch.randn(3, 2)
     teachers.save(file, *trainer.exported())
-    with pytest.raises(UserError, match="a module of your own: give it to teachers.load as 'net'"):
+    with pytest.raises(UserError, match=r"a module of your own: give it to teachers\.load as 'net'"):
         teachers.load(file)
     call = lambda net, t, x, y: net(x, t / 999, y)  # noqa: E731
     read = teachers.load(file, role="student", net=teachers.wrap(Reversed(), (2,), call=call).net)
