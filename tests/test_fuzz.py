@@ -15,11 +15,12 @@ import tempfile
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from realuid_fast import networks, teachers
+from realuid_fast import networks, packed, teachers
 from realuid_fast.convert import diffusers_folder, edm_pickle
 from realuid_fast.errors import UserError
 from realuid_fast.train import config
@@ -126,6 +127,20 @@ def read_scheduler(file):
     described.interpolant()
 
 
+def manifest():
+    entry = {"name": "train_images.npy", "size": 704, "sha256": "0" * 64}
+    split = {"count": 3, "images": entry, "labels": {**entry, "name": "train_labels.npy"}}
+    content = {"format": 1, "kind": "packed images", "shape": [3, 8, 8], "classes": ["cat", "dog"]}
+    content |= {"preprocessing": "as it is", "source": "numbers", "train": split, "heldout": split}
+    return [json.dumps(each).encode() for each in (content, {**content, "classes": []})]
+
+
+def array():
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((3, 3, 8, 8), np.uint8))
+    return [stream.getvalue()]
+
+
 # name: valid contents, the file's name, and what reads it. A new reader is a line here.
 READERS = {
     "configuration": (
@@ -138,6 +153,8 @@ READERS = {
     "edm pickle": (edm_pickles, "net.pkl", lambda file: edm_pickle.read(file)[1].interpolant()),
     "scheduler": (schedulers, "scheduler/scheduler_config.json", read_scheduler),
     "published": (published, "net.pt", lambda file: teachers.load_teacher(file, NETWORK)),
+    "manifest": (manifest, "manifest.json", packed.read_manifest),
+    "array": (array, "train_images.npy", lambda file: packed.Stored(file, (3, 3, 8, 8))[torch.tensor([0, 2])]),
 }
 
 # What damaged text and numbers tend to turn into.
@@ -283,6 +300,7 @@ def fuzz(name, arguments):
         readers = (config.load, config.from_mapping, config._fill, config._value, Checkpoints.load, networks.build)
         inner = (teachers.load, teachers._description, teachers.published_state, teachers.load_exactly)
         others = (edm_pickle.read, edm_pickle._understood, diffusers_folder.read, diffusers_folder._path)
+        others += (packed.read_manifest, packed._header)
         for function in (*readers, *inner, *others):
             atheris.instrument_func(function)
         atheris.Setup([sys.argv[0], *arguments, corpus], lambda content: attempt(name, content, Path(folder)) and None)
