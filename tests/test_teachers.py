@@ -76,6 +76,10 @@ def test_missing_and_foreign_files(tmp_path, saved, net):
         teachers.load(tmp_path / "nothing.safetensors")
     with pytest.raises(UserError, match="neither a file nor one of the shipped"):
         teachers.load_teacher("cats")
+    for place in (tmp_path, tmp_path / "edm.pkl"):
+        place.exists() or place.write_bytes(b"")
+        with pytest.raises(UserError, match="realuid-fast convert makes a file"):
+            teachers.load_teacher(place)
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
     with pytest.raises(UserError, match="no safetensors file"):
