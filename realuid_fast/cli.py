@@ -315,10 +315,10 @@ def _convert(arguments: argparse.Namespace) -> None:
         allow_unexpected=arguments.allow_unexpected,
     )
     described = model.description
-    size = sum(p.numel() for p in model.net.parameters())
+    size, shape = sum(p.numel() for p in model.net.parameters()), _shape(model)
     print(
         f"{described.role} on the path {described.path}, predicts {described.predict}: "
-        f"network {described.network['kind']} of {size:,} parameters, samples {tuple(described.network.get('dim', described.network.get('shape', ())))}"
+        f"network {described.network['kind']} of {size:,} parameters, samples {shape}"
     )
     print(f"written to {arguments.out}")
 
