@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .. import functional as rf
 from .. import teachers
 from ..data import Dataset
 from ..errors import UserError
+from ..networks import build
 from ..noise import NoiseStream, normal
 from ..objectives import divergence_weight
 from ..optim import Optimiser
@@ -82,7 +84,14 @@ class Distiller:
         if self.guidance != 1.0:
             null_labels(net, torch.zeros(0, dtype=torch.int64))
         self.teacher = frozen_view(net).eval()
-        self.fake = copy.deepcopy(net).train().requires_grad_(True)
+        trained = copy.deepcopy(net).train().requires_grad_(True)
+        if settings.dropout is not None:
+            for module in trained.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = settings.dropout
+        self.fake = copy.deepcopy(trained)
+        if settings.fake_start == "fresh":
+            self.fake.load_state_dict(_untrained(described, seed))
         self.gan = settings.gan if settings.gan.weight_fake else None
         if self.gan is not None and not self.objective.needs_fake:
             raise UserError(f"distill.gan judges by the fake model, and {self.objective.name} has none")
@@ -95,7 +104,7 @@ class Distiller:
         # The fake model with the discriminator's head, where there is one.
         self.judged = self.fake if self.gan is None else Judged(self.fake, dataset.shape, seed)
         start = (settings.t_start, self.path, self._predict, settings.times)
-        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)
+        self.generator = Generator(trained, *start)
         if settings.start:
             student = _student(settings.start, described, self.generator.t_start)
             self.generator.net.load_state_dict(student.state_dict())
@@ -105,7 +114,7 @@ class Distiller:
             **vars(generator),
             ema_decays=settings.ema,
             total=self.updates,
-            ema_warmup=not settings.start,
+            ema_warmup=not settings.start if settings.ema_warmup is None else settings.ema_warmup,
         )
         self.fake_optimiser = Optimiser(self.judged, **vars(fake), total=self.updates * max(self.turns, 1))
         for optimiser in self.optimisers.values():
@@ -115,18 +124,23 @@ class Distiller:
         average = self.generator_optimiser.ema.get(settings.export)
         self.student = Generator(frozen_view(self.generator.net, average).eval(), *start)
 
+        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self._takes_real = self.objective.needs_real or self.gan is not None
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self._takes_real else None
+        self._labels_of_batch = settings.labels == "batch"
+        needs_batches = self._takes_real or self._labels_of_batch
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws) if needs_batches else None
+        self._ahead: deque[tuple[Tensor, Tensor | None, Tensor | None]] = deque()
         self.labels = labels_to_draw(net, dataset, self.device)
         self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
+        if self._labels_of_batch and self.labels is not None and self.endpoints is not None:
+            raise UserError("distill.labels batch is for generators without an endpoint, which goes with the label")
         self._on_path = not isinstance(self.path, OneSidedPath)
-        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self.noise = NoiseStream(distributed.seed(seed), self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
         self._rows_made = self.turns * self.parts * self.batch
         self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
         # What a fake turn reads: generated rows and, below them, real ones, with their labels.
-        self._n_real = 0 if self.batches is None else self.batch
+        self._n_real = self.batch if self._takes_real else 0
         rows = self.batch + self._n_real
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
@@ -135,6 +149,10 @@ class Distiller:
         self._own_rows = rows if self.objective.needs_real else self.batch
         self._signs = torch.ones(rows, device=self.device)
         self._signs[self.batch :] = -1
+        # The labels of the batches read ahead: of the fake turns' samples, and of the generator turn's.
+        given = self.labels if self._labels_of_batch else None
+        self._given_cycle = None if given is None else given.new_zeros(self._rows_made)
+        self._given_turn = None if given is None else given.new_zeros(self.batch)
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
         self.tripwires = Tripwires(dataset, self.batch, self.device)
         names = ["generator loss", "generator gradient", "gap", *Tripwires.names]
@@ -188,6 +206,8 @@ class Distiller:
 
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
+        if self._labels_of_batch:
+            self._read_ahead()
         made = self._run("generate", self._generate) if self.turns else {}
         for i in range(self.turns * self.parts):
             rows = slice(i * self.batch, (i + 1) * self.batch)
@@ -196,8 +216,22 @@ class Distiller:
             self.fake_turn(part["x"], part.get("labels"), part.get("endpoint"))
         for i in range(self.parts):
             self._whole = i + 1 == self.parts
+            if self._labels_of_batch:
+                _, labels, _ = self._ahead.popleft()
+                if self._given_turn is not None and labels is not None:
+                    self._given_turn.copy_(labels)
             self.generator_turn()
         self.step += 1
+
+    def _read_ahead(self) -> None:
+        """A batch for every turn of an update, the generator's too, whose images nobody uses."""
+        assert self.batches is not None
+        with self.phases("data"):
+            for _ in range((self.turns + 1) * self.parts):
+                self._ahead.append((*self.batches.next(), self.batches.endpoints()))
+            labels = [labels for _, labels, _ in self._ahead if labels is not None]
+            if self._given_cycle is not None:
+                self._given_cycle.copy_(torch.cat(labels)[: self._rows_made])
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> None:
         """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones.
@@ -207,7 +241,9 @@ class Distiller:
         with self.phases("data"):
             parts: list[tuple[Tensor | None, ...]] = [(generated, labels, endpoint)]
             if self.batches is not None:
-                parts.append((*self.batches.next(), self.batches.endpoints()))
+                real = self._ahead.popleft() if self._ahead else (*self.batches.next(), self.batches.endpoints())
+                if self._n_real:
+                    parts.append(real)
             for i, part in enumerate(parts):
                 place = slice(i * self.batch, (i + 1) * self.batch)
                 for rows, values in zip((self._rows, self._row_labels, self._row_ends), part, strict=True):
@@ -222,7 +258,7 @@ class Distiller:
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
         with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
-            y, ends = self._draw_conditions(self._rows_made)
+            y, ends = self._draw_conditions(self._rows_made, self._given_cycle)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self._fake_precision.networks():
                 x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
@@ -289,7 +325,7 @@ class Distiller:
         """
         with self._generator_precision.turn():
             with self.phases("generator forward"):
-                y, ends = self._draw_conditions(self.batch)
+                y, ends = self._draw_conditions(self.batch, self._given_turn)
                 on_path = ends if self._on_path else None
                 z = normal(self.noise.next_key(), self._like)
                 with self._generator_precision.networks():
@@ -414,8 +450,13 @@ class Distiller:
                 turn.reset()
         self.meters.load_state_dict(state["meters"])
 
-    def _draw_conditions(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions."""
+    def _draw_conditions(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions.
+
+        Labels that are ``given`` are taken as they are.
+        """
+        if given is not None:
+            return given, None
         return picked(self.labels, self.endpoints, count, self.draws, self._layout)
 
     def _draw_steps(self, count: int) -> Tensor | None:
@@ -486,6 +527,15 @@ class Distiller:
 def _rows_of(own: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
     """These rows of every tensor that is there."""
     return tuple(None if tensor is None else tensor[own] for tensor in tensors)
+
+
+def _untrained(described: Description, seed: int) -> dict[str, Tensor]:
+    """The parameters of a network like the teacher's before training."""
+    if not described.network:
+        raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(described.network).state_dict()
 
 
 def _student(source: str, teacher: Description, t_start: float) -> nn.Module:

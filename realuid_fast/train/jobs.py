@@ -15,6 +15,7 @@ from . import config as configs
 from . import distributed
 from .config import Config
 from .distill import Distiller
+from .inception import Inception
 from .lock import held
 from .loop import Trainer, open_folder, run
 from .measure import Measure
@@ -78,7 +79,8 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         trainer = distiller(config)(config, dataset, teacher, command)
     else:
         trainer = TeacherTrainer(config, dataset, command)
-    measure = Measure(dataset)
+    weights = config.run.inception if distributed.rank() == 0 else ""
+    measure = Measure(dataset, Inception(weights, config.run.device) if weights else None)
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             stack.enter_context(held(folder))
