@@ -66,7 +66,7 @@ def refused(capsys, *words):
 
 
 def test_help_of_every_command(capsys):
-    for command in ("train-teacher", "distill", "sample", "evaluate", "info", "demo", "compare"):
+    for command in ("train-teacher", "distill", "convert", "sample", "evaluate", "info", "demo", "compare"):
         assert run(command, "--help") == 0
         assert command in capsys.readouterr().out
     assert run("--version") == 0

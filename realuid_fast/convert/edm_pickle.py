@@ -1,9 +1,9 @@
 """Pickled networks of Karras et al. (2206.00364) without running a byte of what is in them.
 
-Such a file holds the source code of its classes beside their state, and unpickling it the usual way runs that code. Here
-a pickle is read as data: the few names that such files need are bound to inert stand-ins (:data:`ALLOWED`), every other
-name is refused, and the source text inside is never compiled. What is taken from it is the class' name, the arguments
-that the network was built with, and its tensors.
+Such a file holds the source code of its classes beside their state, and unpickling it the usual way runs that code.
+Here a pickle is read as data: the few names that such files need are bound to inert stand-ins (:data:`ALLOWED`), every
+other name is refused, and the source text inside is never compiled. What is taken from it is the class' name, the
+arguments that the network was built with, and its tensors.
 """
 
 from __future__ import annotations
@@ -105,9 +105,10 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
     if len(size) != len(stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
         raise UserError("a tensor in it has an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.size():
+    held = storage._untyped_storage
+    if 0 not in size and last >= held.nbytes() // storage.dtype.itemsize:
         raise UserError("a tensor in it is larger than its storage")
-    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size, stride)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=storage.dtype).set_(held, offset, size, stride)  # type: ignore[call-overload]
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:

@@ -1,5 +1,4 @@
-"""diffusers' U-Nets and transformers, called as ``net(t, x, y=None)``. Needs the package diffusers (extra ``diffusers``).
-"""
+"""U-Nets and transformers of the package diffusers (extra ``diffusers``), called as ``net(t, x, y=None)``."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -49,7 +47,9 @@ class Diffusers(nn.Module):
         self.dim, self.negate = tuple(int(v) for v in dim), negate
         settings = _settings(class_name, config)
         if settings.get("in_channels", self.dim[0]) != self.dim[0]:
-            raise UserError(f"dim {self.dim} has {self.dim[0]} channels, the {class_name} takes {settings['in_channels']}")
+            raise UserError(
+                f"dim {self.dim} has {self.dim[0]} channels, the {class_name} takes {settings['in_channels']}"
+            )
         self.num_classes, self.null_label = _labels(class_name, settings, null_label)
         self.transformer = class_name == "DiTTransformer2DModel"
         self.text = class_name == "UNet2DConditionModel"
@@ -89,7 +89,9 @@ def _class(name: str) -> Callable[..., nn.Module]:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(f"this network needs the package diffusers, pip install 'realuid-fast[diffusers]': {error}") from None
+        raise UserError(
+            f"this network needs the package diffusers, pip install 'realuid-fast[diffusers]': {error}"
+        ) from None
     return getattr(diffusers, name)
 
 

@@ -1,7 +1,8 @@
 """The U-Nets of Karras et al. (2206.00364), called as ``net(t, x, y=None)`` with ``t`` their ``c_noise``.
 
-These are the raw networks ``F``; their preconditioning is a path's prediction (``edm``, ``vp`` or ``ve``). Parameter and
-buffer names and shapes are those of the published networks' inner ``model``, so that their states load as they are.
+These are the raw networks ``F``; their preconditioning is a path's prediction (``edm``, ``vp`` or ``ve``). Names and
+shapes of parameters and buffers are those of the published networks' inner ``model``, so that their states load as they
+are.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class Norm(GroupNorm):
 class Block(nn.Module):
     """Residual block with the embedding in its middle and, perhaps, attention after it.
 
-    ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in the
-    embedding; with ``modulated`` ``norm1(h) (1 + scale) + shift`` in place of ``norm1(h + e)``. ``heads`` add attention,
-    ``skip_scale (out + proj(attention(norm2(out))))``.
+    ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in
+    the embedding; with ``modulated`` ``norm1(h) (1 + scale) + shift`` in place of ``norm1(h + e)``. ``heads`` add
+    attention, ``skip_scale (out + proj(attention(norm2(out))))``.
     """
 
     def __init__(
@@ -152,7 +153,9 @@ class _Common(nn.Module):
         if len(dim) != 3 or dim[1] != dim[2]:
             raise UserError(f"dim must be (channels, side, side), got {tuple(dim)}")
         if levels < 1 or int(dim[1]) % 2 ** (levels - 1):
-            raise UserError(f"dim {tuple(dim)} must be divisible by 2 once for each level of channel_mult but the first")
+            raise UserError(
+                f"dim {tuple(dim)} must be divisible by 2 once for each level of channel_mult but the first"
+            )
         self.dim = tuple(int(v) for v in dim)
         self.out_channels = self.dim[0] if out_channels is None else out_channels
         if self.out_channels < self.dim[0]:
@@ -342,8 +345,8 @@ class DhariwalUNet(_Common):
     """ADM (Dhariwal and Nichol, 2105.05233) as Karras et al. (2206.00364) train it.
 
     Args:
-        dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb, num_blocks,
-        attn_resolutions, dropout: as in :class:`SongUNet`; attention has heads of 64 channels.
+        dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb,
+            num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`; attention has heads of 64 channels.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.

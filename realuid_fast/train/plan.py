@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import data, networks, teachers
@@ -318,7 +319,8 @@ class Operations:
 
 def _operations(network: dict[str, Any]) -> Operations:
     """Counted by torch's counter on tensors without memory."""
-    with FakeTensorMode():
+    # The counter knows attention on the CPU by its products alone.
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         net = networks.build(network).train()
         shape = tuple(network.get("dim", network.get("shape", ())))
 
