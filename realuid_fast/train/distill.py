@@ -292,11 +292,8 @@ class Distiller:
                     out_own, x, at, coef_own, key, self.objective, n_real, teacher_out, on_path, self.batch,
                     uncond, self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
-                watched, outs, seeds = (
-                    {"fake loss": grads.loss},
-                    [out if self._own_rows == len(out) else out[own]],
-                    [grads.fake_out],
-                )
+                watched, seeds = {"fake loss": grads.loss}, [grads.fake_out]
+                outs = [out if self._own_rows == len(out) else out[own]]
                 if self.gan is not None and logits is not None:
                     loss, seed = softplus_term(logits, self._signs, coef, self.gan.least_share, self.batch)
                     watched["discriminator loss"] = loss
