@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Mod
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    # An output that is a view is a trap for who writes into it, which nobody here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for p in net.parameters():
         p.data = p.data.contiguous()
     mesh = init_device_mesh(device.type, (distributed.size(),))
