@@ -142,10 +142,16 @@ struct Frame {
   rf::Guidance guidance(const Optional& uncond, const Optional& scales) const {
     REQUIRE(uncond.has_value() == scales.has_value(), "teacher_uncond and guidance go together");
     if (!uncond.has_value()) return {};
-    REQUIRE(scales->is_cpu() && scales->dim() == 1 && scales->size(0) == shape.rows && scales->is_contiguous(),
-            "guidance must be a contiguous CPU tensor of shape (", shape.rows, ",)");
-    REQUIRE(scales->scalar_type() == real(), "guidance must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
-    return {same(*uncond, "teacher_uncond"), memory_of(*scales, "guidance")};
+    return {same(*uncond, "teacher_uncond"), by_row(scales, "guidance")};
+  }
+
+  // A number a row, or null where there are none.
+  const void* by_row(const Optional& numbers, const char* label) const {
+    if (!numbers.has_value()) return nullptr;
+    REQUIRE(numbers->is_cpu() && numbers->dim() == 1 && numbers->size(0) == shape.rows && numbers->is_contiguous(),
+            label, " must be a contiguous CPU tensor of shape (", shape.rows, ",)");
+    REQUIRE(numbers->scalar_type() == real(), label, " must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
+    return memory_of(*numbers, label);
   }
 
   const void* coefficients(const Tensor& coef) const {
@@ -389,7 +395,8 @@ struct Wants {
 // Without guidance the last gradient stands for nothing: another's handle, so that no memory is asked for.
 Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& uncond,
-                       const Optional& guidance, double alpha, double beta, double q, double kappa, bool mean, Wants want) {
+                       const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
+                       bool mean, Wants want) {
   const Frame frame(x, "x");
   REQUIRE(x_t.has_value() || !want.x_t, "x_t is needed where its gradient is asked for");
   Tensor g_teacher = frame.like_if(want.teacher), g_fake = frame.like_if(want.fake), g_x = frame.like_if(want.x),
@@ -410,6 +417,7 @@ Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const 
                                q,
                                kappa,
                                mean_scale(mean, frame.shape.rows),
+                               frame.by_row(q_rows, "q_rows"),
                                pointer(g_teacher),
                                pointer(g_fake),
                                pointer(g_x),
@@ -429,17 +437,20 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                  const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
                  bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
   auto [loss, rows, g_teacher, g_fake, g_x, g_x_t, unused] =
-      generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, std::nullopt, std::nullopt, alpha, beta, q, kappa,
-                      mean, {want_teacher, want_fake, want_x, want_x_t, false});
+      generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, std::nullopt, std::nullopt, std::nullopt, alpha,
+                      beta, q, kappa, mean, {want_teacher, want_fake, want_x, want_x_t, false});
   return {std::move(loss), std::move(rows), std::move(g_teacher), std::move(g_fake), std::move(g_x), std::move(g_x_t)};
 }
 
 Grads7 guided_generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
-                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Tensor& teacher_uncond,
-                        const Tensor& guidance, double alpha, double beta, double q, double kappa, bool mean,
-                        bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
-  return generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, teacher_uncond, guidance, alpha, beta, q,
-                         kappa, mean, {want_teacher, want_fake, want_x, want_x_t, want_uncond});
+                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& teacher_uncond,
+                        const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
+                        bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
+  Grads7 grads = generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, teacher_uncond, guidance, q_rows, alpha,
+                                 beta, q, kappa, mean, {want_teacher, want_fake, want_x, want_x_t, want_uncond});
+  // An operator's results may not share their memory.
+  if (!teacher_uncond.has_value()) std::get<6>(grads) = Frame(x, "x").none();
+  return grads;
 }
 
 void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {

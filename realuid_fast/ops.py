@@ -42,10 +42,11 @@ KERNELS = (
     "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
     "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
     "-> (Tensor loss, Tensor rows, Tensor g_fake)",
+    # q_rows (R,) takes the place of q, with or without guidance.
     "guided_generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, "
-    "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, float alpha, float beta, float q, float kappa, "
-    "bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) -> (Tensor loss, "
-    "Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
+    "Tensor? endpoint, Tensor? teacher_uncond, Tensor? guidance, Tensor? q_rows, float alpha, float beta, float q, "
+    "float kappa, bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) "
+    "-> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
     # The optimiser step: the pass over the gradients, then the pass over everything. counts is (updates, skipped ones).
     "begin_step_(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) counts) -> Tensor",
@@ -116,7 +117,7 @@ def _fake_generator(
 
 
 def _fake_guided_generator(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_fake_generator(*inputs[:-1]), _like_if(inputs[-1], inputs[2])
+    return *_fake_generator(*inputs[:-1]), _like_if(inputs[-1] and inputs[7] is not None, inputs[2])
 
 
 def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:

@@ -436,7 +436,7 @@ class Optimiser:
     One :meth:`step` does, with ``g`` all gradients as one vector and ``n`` the number of steps so far::
 
         g <- g min(1, clip / ||g||)                     clip to a global norm; clip = 0 leaves g alone
-        lr_n = lr min(1, (n + 1) / warmup) fall(n / total)
+        lr_n = lr min(1, (n + 1) / warmup) fall(n / total)      warmup_from_zero: n in place of n + 1
         parameters <- Adam(lr_n, betas, eps)            Kingma and Ba, 2015 (1412.6980), algorithm 1
         ema_d <- ema_d + (1 - d_n) (parameters - ema_d),  d_n = min(d, (1 + n) / (10 + n))
 
@@ -462,6 +462,7 @@ class Optimiser:
         floor: share of ``lr`` that is left at the end, in [0, 1].
         eps: Adam's epsilon.
         ema_warmup: ``False`` keeps ``d_n = d`` from the first step on, for a network whose start is worth remembering.
+        warmup_from_zero: the first step has rate zero, also where ``warmup`` is 0; it only begins Adam's moments.
 
     Attributes:
         adam: the :class:`FusedAdam`.
@@ -484,6 +485,7 @@ class Optimiser:
         floor: float = 0.0,
         eps: float = 1e-8,
         ema_warmup: bool = True,
+        warmup_from_zero: bool = False,
     ) -> None:
         if not lr > 0:
             raise UserError(f"lr must be positive, got {lr:g}")
@@ -498,7 +500,7 @@ class Optimiser:
         params = [p for p in net.parameters() if p.requires_grad]
         if not params:
             raise UserError("net has no parameters that require gradients")
-        self._rates = _schedule(float(lr), warmup, total, decay, floor)
+        self._rates = _schedule(float(lr), warmup, total, decay, floor, warmup_from_zero)
         device = params[0].device
         self.adam = FusedAdam(
             params,
@@ -596,11 +598,11 @@ class Optimiser:
                 tensor.copy_(_local(state["ema"][d][name]))
 
 
-def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float) -> Tensor:
+def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float, from_zero: bool = False) -> Tensor:
     """Learning rates of steps 0, 1, ... up to where they stay the same, float64."""
-    falls = decay != "constant"
-    n = torch.arange(max(warmup, total + 1 if falls else 1), dtype=torch.float64)
-    rate = lr * ((n + 1) / max(warmup, 1)).clamp(max=1.0)
+    falls, warmup = decay != "constant", max(warmup, 1)
+    n = torch.arange(max(warmup + from_zero, total + 1 if falls else 1), dtype=torch.float64)
+    rate = lr * ((n + (not from_zero)) / warmup).clamp(max=1.0)
     if falls:
         done = (n / total).clamp(max=1.0)
         left = 1.0 - done if decay == "linear" else 0.5 * (1.0 + torch.cos(torch.pi * done))

@@ -128,7 +128,7 @@ def generator(
     endpoint: Tensor | None,
     alpha: float,
     beta: float,
-    q: float,
+    q: float | Tensor,
     kappa: float,
     mean: bool,
     want_teacher: bool,
@@ -182,8 +182,9 @@ def guided_generator(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None,
-    teacher_uncond: Tensor,
-    guidance: Tensor,
+    teacher_uncond: Tensor | None,
+    guidance: Tensor | None,
+    q_rows: Tensor | None,
     alpha: float,
     beta: float,
     q: float,
@@ -195,10 +196,14 @@ def guided_generator(
     want_x_t: bool,
     want_uncond: bool,
 ) -> tuple[Tensor, ...]:
+    own_q = q if q_rows is None else _scales(q_rows, x)
+    if teacher_uncond is None or guidance is None:
+        inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, own_q, kappa, mean)
+        return *generator(*inputs, want_teacher, want_fake, want_x, want_x_t), x.new_empty(0)
     guided = _guided(teacher_out, teacher_uncond, guidance)
     want_guided = want_teacher or want_uncond
     loss, rows, g_guided, *others = generator(
-        guided, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, q, kappa, mean,
+        guided, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, own_q, kappa, mean,
         want_guided, want_fake, want_x, want_x_t,
     )  # fmt: skip
     scale = _scales(guidance, x)
@@ -315,8 +320,9 @@ class _Columns:
         self.a, self.b, self.c, self.p, self.q, self.s, self.k_out, self.k_x, self.w = columns
 
 
-def _scales(guidance: Tensor, like: Tensor) -> Tensor:
-    return guidance.view(-1, *[1] * (like.dim() - 1))
+def _scales(rows: Tensor, like: Tensor) -> Tensor:
+    """A number a row, to broadcast over a batch like ``like``."""
+    return rows.view(-1, *[1] * (like.dim() - 1))
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from realuid_fast import networks, teachers
+from realuid_fast import networks, packed, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.train import config
 from realuid_fast.train.checkpoint import Checkpoints
@@ -59,6 +60,20 @@ def published():
     return [saved(state), saved({"ema_models": {0.99: state, 0.9: state}}), saved({"net_model": state})]
 
 
+def manifest():
+    entry = {"name": "train_images.npy", "size": 704, "sha256": "0" * 64}
+    split = {"count": 3, "images": entry, "labels": {**entry, "name": "train_labels.npy"}}
+    content = {"format": 1, "kind": "packed images", "shape": [3, 8, 8], "classes": ["cat", "dog"]}
+    content |= {"preprocessing": "as it is", "source": "numbers", "train": split, "heldout": split}
+    return [json.dumps(each).encode() for each in (content, {**content, "classes": []})]
+
+
+def array():
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((3, 3, 8, 8), np.uint8))
+    return [stream.getvalue()]
+
+
 # name: valid contents, the file's name, and what reads it. A new reader is a line here.
 READERS = {
     "configuration": (
@@ -69,6 +84,8 @@ READERS = {
     "checkpoint": (checkpoint, "update-00000003.pt", lambda file: Checkpoints(file.parent).load()),
     "network": (network_file, "net.safetensors", teachers.load),
     "published": (published, "net.pt", lambda file: teachers.load_teacher(file, NETWORK)),
+    "manifest": (manifest, "manifest.json", packed.read_manifest),
+    "array": (array, "train_images.npy", lambda file: packed.Stored(file, (3, 3, 8, 8))[torch.tensor([0, 2])]),
 }
 
 # What damaged text and numbers tend to turn into.
@@ -212,6 +229,7 @@ def fuzz(name, arguments):
             (Path(corpus) / str(i)).write_bytes(content)
         readers = (config.load, config.from_mapping, config._fill, config._value, Checkpoints.load, networks.build)
         inner = (teachers.load, teachers._description, teachers.published_state, teachers.load_exactly)
+        inner += (packed.read_manifest, packed._header)
         for function in (*readers, *inner):
             atheris.instrument_func(function)
         atheris.Setup([sys.argv[0], *arguments, corpus], lambda content: attempt(name, content, Path(folder)) and None)

@@ -306,9 +306,12 @@ class UNet(nn.Module):
             _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+    def forward(
+        self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction for images ``x`` ``(B, C, H, W)`` at times ``t`` ``(B,)`` or ``()``, with labels
-        ``y`` ``(B,)`` if conditional and ``endpoint`` like ``x`` if the network takes one.
+        ``y`` ``(B,)`` if conditional and ``endpoint`` like ``x`` if the network takes one; ``with_features`` also the
+        middle's output ``(B, C, H', W')``.
         """
         if x.dim() != 4 or x.shape[1] != self.dim[0]:
             raise UserError(f"x must have shape (batch, {self.dim[0]}, height, width), got {tuple(x.shape)}")
@@ -328,10 +331,11 @@ class UNet(nn.Module):
         for block in self.input_blocks:
             x = block(x, embedding)
             skips.append(x)
-        x = self.middle_block(x, embedding)
+        middle = x = self.middle_block(x, embedding)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return in_full(self.out, x, next(self.out[-1].parameters()))
+        out = in_full(self.out, x, next(self.out[-1].parameters()))
+        return (out, middle) if with_features else out
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:
