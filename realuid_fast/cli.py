@@ -270,7 +270,7 @@ def _train(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
     resume = arguments.resume or distributed.restarted(folder)
     config = resolve(source, arguments.set, folder, resume)
-    with distributed.joined(config.run.device):
+    with distributed.joined(config.run.device, alone=config.run.offload_teacher):
         file, measure = train(arguments.command, config, folder, resume, arguments.overwrite, _command_line(arguments))
         if distributed.rank():
             return
