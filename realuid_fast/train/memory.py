@@ -24,9 +24,7 @@ def bytes_per_sample(net: nn.Module, shape: tuple[int, ...], device: torch.devic
     return kept_bytes(net, shape, device, 2) - kept_bytes(net, shape, device, 1)
 
 
-def kept_bytes(
-    net: nn.Module, shape: tuple[int, ...], device: torch.device, batch: int, to_input: bool = False
-) -> int:
+def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, batch: int, to_input: bool = False) -> int:
     """Bytes that a forward pass of ``batch`` samples keeps for the backward pass, the parameters aside: counted in one.
 
     Every piece of memory counts once, however many operations keep it; what autocast makes of the parameters counts
