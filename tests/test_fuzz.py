@@ -277,7 +277,7 @@ def test_a_network_too_large_for_any_machine_is_not_built(tmp_path):
         ("run: " + "[" * 100_000, "is not valid YAML"),
         (f"run: {{seed: {'9' * 5000}}}", "is not valid YAML"),
         (f"teacher: {{optimiser: {{lr: {'9' * 400}}}}}", "teacher.optimiser.lr is larger than"),
-        ("base: [digits]", "base must be the name"),
+        ("base: [1]", "base must be the name"),
         ("base: {file}", "starts from itself"),
         ("run: !!python/object/apply:os.system [true]", "is not valid YAML"),
         ("a: &a [*a]", "there is no key 'a'"),
