@@ -80,7 +80,11 @@ def parity(curves: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> N
     figure, panels = _panels(len(names), columns=1)
     for axes, name in zip(panels, names, strict=True):
         for index, (way, losses) in enumerate(curves.items()):
-            style: dict[str, Any] = {"color": f"C{index}", "linewidth": 0.9, "linestyle": ("-", "-", "--", ":", "-")[index]}
+            style: dict[str, Any] = {
+                "color": f"C{index}",
+                "linewidth": 0.9,
+                "linestyle": ("-", "-.", "-", "--", ":", "-")[index],
+            }
             style |= {"color": "0.75", "linewidth": 5} if index == 0 else {}
             style |= {"color": "C3", "alpha": 0.35} if index == len(curves) - 1 else {}
             axes.plot(range(1, len(losses[name]) + 1), losses[name], label=way, **style)

@@ -219,7 +219,9 @@ def _add_folder(command: argparse.ArgumentParser, default: Path | None = None, n
 def _add_plan(command: argparse.ArgumentParser) -> None:
     text = "only show what the run would take: memory by part, operations, hours; writes no folder, needs no data"
     command.add_argument("--dry-run", action="store_true", help=text)
-    text = f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}; smaller batches, fewer of them, above a bound)"
+    text = (
+        f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}, of smaller batches if those are slow)"
+    )
     command.add_argument("--measure", type=int, metavar="N", help=text)
     command.add_argument("--json", type=Path, metavar="FILE", help="file for what --dry-run shows")
 
@@ -270,7 +272,7 @@ def _train(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
     resume = arguments.resume or distributed.restarted(folder)
     config = resolve(source, arguments.set, folder, resume)
-    with distributed.joined(config.run.device):
+    with distributed.joined(config.run.device, alone=config.run.offload_teacher):
         file, measure = train(arguments.command, config, folder, resume, arguments.overwrite, _command_line(arguments))
         if distributed.rank():
             return
@@ -315,10 +317,10 @@ def _convert(arguments: argparse.Namespace) -> None:
         allow_unexpected=arguments.allow_unexpected,
     )
     described = model.description
-    size = sum(p.numel() for p in model.net.parameters())
+    size, shape = sum(p.numel() for p in model.net.parameters()), _shape(model)
     print(
         f"{described.role} on the path {described.path}, predicts {described.predict}: "
-        f"network {described.network['kind']} of {size:,} parameters, samples {tuple(described.network.get('dim', described.network.get('shape', ())))}"
+        f"network {described.network['kind']} of {size:,} parameters, samples {shape}"
     )
     print(f"written to {arguments.out}")
 

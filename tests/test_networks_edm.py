@@ -226,6 +226,7 @@ def test_every_parameter_has_a_gradient():
     [
         (SONG | {"dim": [3, 8, 4]}, "dim must be"),
         (SONG | {"dim": [3, 9, 9]}, "divisible by 2"),
+        (SONG | {"num_blocks": 10**9}, "num_blocks must be from 1 to"),
         (SONG | {"encoder_type": "other"}, "encoder_type must be one of"),
         (SONG | {"resample_filter": [1, 2, 1]}, "even number of taps"),
         (SONG | {"null_label": True}, "null_label needs"),

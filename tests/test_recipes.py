@@ -84,5 +84,5 @@ def test_several_bases_lie_over_one_another(tmp_path):
     (tmp_path / "c.yaml").write_text("base: [3]\n")
     with pytest.raises(configs.UserError, match="base must be the name of a configuration, or several in a list"):
         configs.load(tmp_path / "c.yaml")
-    with pytest.raises(configs.UserError, match="neither a file nor one of the shipped .*recipes/cifar10_cond"):
+    with pytest.raises(configs.UserError, match=r"neither a file nor one of the shipped .*recipes/cifar10_cond"):
         configs.load("recipes/nothing")

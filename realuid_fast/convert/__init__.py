@@ -20,10 +20,8 @@ from torch import Tensor
 from .. import teachers
 from ..errors import UserError
 from ..sampling import follows_flow, starting
-from ..teachers import Description, Model
+from ..teachers import CHECKPOINTS, Description, Model
 from . import diffusers_folder, edm_pickle
-
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def convert(

@@ -22,8 +22,8 @@ RENAMED = {"Transformer2DModel": "DiTTransformer2DModel"}
 # Attention layers of U-Nets from the first releases.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
-# A last step of pure noise, as diffusers itself rounds it.
-LEAST = 2.0**-24
+# A last step of pure noise keeps this share of the signal of the one before: its logarithm must be finite.
+LEAST = 2.0**-10
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
@@ -147,7 +147,8 @@ def _without_signal(settings: Mapping[str, Any]) -> list[float]:
 
     root = np.sqrt(DiscreteVP(**settings).table())
     table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return np.maximum(table, LEAST).tolist()
+    table[-1] = LEAST * table[-2]
+    return table.tolist()
 
 
 def _json(file: Path) -> dict[str, Any]:

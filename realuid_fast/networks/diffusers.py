@@ -24,7 +24,7 @@ class Diffusers(nn.Module):
             class labels alone), or ``"DiTTransformer2DModel"``.
         config: what the model's ``config.json`` holds. Keys of no meaning to the class are refused where they are set.
         dim: ``(C, H, W)`` of the samples.
-        null_label: whether the last of a U-Net's class embeddings stands for "no label"; transformers say so themselves.
+        null_label: whether the last of a U-Net's class embeddings is "no label"; transformers say so themselves.
         negate: whether the prediction is the model's negative output.
 
     Raises:
@@ -62,7 +62,7 @@ class Diffusers(nn.Module):
         for module in self.net.modules():
             # Labels are dropped by who trains, on purpose; here it would change what a frozen teacher is compared with.
             if type(module).__name__ == "LabelEmbedding":
-                module.dropout_prob = 0.0
+                module.__dict__["dropout_prob"] = 0.0
 
     def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Prediction like ``x`` ``(B, C, H, W)`` at the model's timesteps ``t`` ``(B,)`` or ``()``.
@@ -99,7 +99,7 @@ def _settings(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's entries that the class takes."""
     if not isinstance(config, Mapping):
         raise UserError(f"config must be a mapping, got {config!r:.60}")
-    known = inspect.signature(_class(class_name).__init__).parameters  # type: ignore[misc]
+    known = inspect.signature(_class(class_name).__init__).parameters
     # What older releases wrote for several classes at once is there with nothing set.
     unknown = [k for k, v in config.items() if not k.startswith("_") and k not in known and v not in (None, False)]
     if unknown:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .unet import GroupNorm, check_null_label, timestep_embedding
 
+MOST_BLOCKS = 256  # a level; a damaged file may ask for any number
 ROOT_HALF = math.sqrt(0.5)
 
 
@@ -147,9 +148,17 @@ class _Common(nn.Module):
     """What both networks share: checks, the labels' one-hot rows, and the last layer in full precision."""
 
     def __init__(
-        self, dim: Sequence[int], levels: int, out_channels: int | None, label_dim: int, null_label: bool
+        self,
+        dim: Sequence[int],
+        levels: int,
+        num_blocks: int,
+        out_channels: int | None,
+        label_dim: int,
+        null_label: bool,
     ) -> None:
         super().__init__()
+        if not 1 <= num_blocks <= MOST_BLOCKS:
+            raise UserError(f"num_blocks must be from 1 to {MOST_BLOCKS}, got {num_blocks}")
         if len(dim) != 3 or dim[1] != dim[2]:
             raise UserError(f"dim must be (channels, side, side), got {tuple(dim)}")
         if levels < 1 or int(dim[1]) % 2 ** (levels - 1):
@@ -227,7 +236,7 @@ class SongUNet(_Common):
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
     ) -> None:
-        super().__init__(dim, len(channel_mult), out_channels, label_dim, null_label)
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
         _check("embedding_type", embedding_type, ("positional", "fourier"))
         _check("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _check("decoder_type", decoder_type, ("standard", "skip"))
@@ -366,7 +375,7 @@ class DhariwalUNet(_Common):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
     ) -> None:
-        super().__init__(dim, len(channel_mult), out_channels, label_dim, null_label)
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
         sides = [self.dim[1] >> level for level in range(len(channel_mult))]
         embedding = model_channels * channel_mult_emb
         self.model_channels = model_channels
@@ -445,11 +454,11 @@ class Positions(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.half = width // 2
+        self.count = width // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        angle = t.float()[:, None] * torch.exp(steps * (-math.log(10_000.0) / (self.half - 1)))
+        steps = torch.arange(self.count, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(steps * (-math.log(10_000.0) / (self.count - 1)))
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

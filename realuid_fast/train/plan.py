@@ -1,4 +1,4 @@
-"""What a run would take, without making it: networks, memory by part, operations by turn, hours from a short measurement.
+"""What a run would take, without making it: networks, memory by part, operations by turn, hours from a measurement.
 
 Parameters, activations and operations are counted, on this machine's CPU or on tensors without memory; hours are only
 said where updates of this very configuration could be timed on its device. Neither the data nor the teacher need to be
@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Measured:
-    """Updates that were timed: their number, batch and median seconds, and what was different from the run's and why."""
+    """Updates that were timed: their number, batch and median seconds, and how and why they are not the run's."""
 
     updates: int
     batch: int
@@ -97,21 +97,22 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> 
             raise UserError("--dry-run plans runs with a fake model, not distill.objective regression")
         model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
         if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
-            dataset = replace(dataset, train_endpoints=dataset.train, heldout_endpoints=dataset.train)
+            dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         plan = _distillation(config, dataset, model)
     else:
         if _endpoints_needed(config, dataset):
-            dataset = replace(dataset, train_endpoints=dataset.train, heldout_endpoints=dataset.train)
+            dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         model, plan = None, _teaching(config, dataset)
     plan = replace(plan, missing=missing)
-    return _with_hours(plan, config, dataset, model, steps, bound) if steps else replace(plan, unmeasured="not asked for")
+    return (
+        _with_hours(plan, config, dataset, model, steps, bound) if steps else replace(plan, unmeasured="not asked for")
+    )
 
 
 def markdown(plan: Plan) -> str:
     """The plan as tables."""
-    one = next(iter(plan.parameters.values()))
     names = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in plan.parameters.items())
-    lines = [f"{plan.job}: {names} parameters" if one else plan.job]
+    lines = [f"{plan.job}: {names} parameters"]
     lines += [f"missing: {sentence}" for sentence in plan.missing]
     lines += ["", "| memory | MB |", "|---|---:|"]
     lines += [f"| {name} | {size / 1e6:,.1f} |" for name, size in plan.memory.items()]
@@ -120,7 +121,9 @@ def markdown(plan: Plan) -> str:
     lines += [f"| {name} | {count / 1e9:,.3g} |" for name, count in plan.operations.items()]
     lines += [f"| **all** | {sum(plan.operations.values()) / 1e9:,.3g} |", ""]
     total = plan.images_per_update * plan.updates
-    lines.append(f"{plan.updates:,} updates of batch {plan.batch:,}: {plan.images_per_update:,} images each, {total:,} in all")
+    lines.append(
+        f"{plan.updates:,} updates of batch {plan.batch:,}: {plan.images_per_update:,} images each, {total:,} in all"
+    )
     if plan.measured is None:
         lines.append(f"no hours: {plan.unmeasured}")
     else:
@@ -289,9 +292,7 @@ def _to_count(config: Config, batch: int) -> Config:
 
 
 def _with_batch(config: Config, batch: int) -> Config:
-    return replace(
-        config, teacher=replace(config.teacher, batch=batch), distill=replace(config.distill, batch=batch)
-    )
+    return replace(config, teacher=replace(config.teacher, batch=batch), distill=replace(config.distill, batch=batch))
 
 
 def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, to_input: bool = False) -> int:
@@ -315,7 +316,7 @@ def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one sample: a forward pass, one with a backward pass to the parameters, one with a backward pass to the input."""
+    """Of one sample: a forward pass alone, with a backward pass to the parameters, with one to the input."""
 
     forward: int
     training: int
@@ -349,7 +350,9 @@ def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | Non
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        return replace(plan, unmeasured=f"run.device {device} is not here; --set run.device=cpu run.mode=eager measures the CPU")
+        return replace(
+            plan, unmeasured=f"run.device {device} is not here; --set run.device=cpu run.mode=eager measures the CPU"
+        )
 
     def trainer(batch: int) -> Distiller | TeacherTrainer:
         sized = _with_batch(config, batch)
@@ -365,7 +368,7 @@ def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | Non
     except UserError as error:
         return replace(plan, unmeasured=str(error))
     hours = measured.seconds * plan.batch / measured.batch * plan.updates / 3600
-    return replace(plan, measured=measured, hours=hours, device=_name(torch.device(device)))
+    return replace(plan, measured=measured, unmeasured="", hours=hours, device=_name(torch.device(device)))
 
 
 def _measure(
