@@ -17,6 +17,7 @@ from realuid_fast.networks import build
 from realuid_fast.noise import normal
 from realuid_fast.sampling import integrate
 from realuid_fast.train import config as configs
+from realuid_fast.train import plan
 from realuid_fast.train.discriminator import Head, Judged, softplus_term
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import distiller, train
@@ -255,6 +256,20 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
 def test_settings_that_cannot_be_are_named(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         trainer_of(MLP, POINTS, path={"match": "x0"}, **settings)
+
+
+def test_a_plan_counts_the_discriminators_rows():
+    """Real rows in the fake turns and a backward pass through the fake model, with an objective that has neither."""
+    few = ["distill.batch=4", "distill.objective={name: dmd, alpha: 1.0}", "path.match=x0"]
+    without, with_head = (
+        plan.make("distill", configs.load(configs.preset("uid"), [*few, *more]), steps=0)
+        for more in ([], ["distill.gan.weight_fake=1", "distill.gan.weight_generator=1"])
+    )
+    assert with_head.images_per_update == without.images_per_update + 4 == 12
+    assert with_head.operations["generator turn"] > without.operations["generator turn"]
+    assert with_head.parameters["fake model"] > without.parameters["fake model"]
+    with pytest.raises(UserError, match=r"not distill\.objective regression"):
+        plan.make("distill", configs.load(configs.preset("regression")), steps=0)
 
 
 # -- regression

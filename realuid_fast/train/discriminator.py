@@ -69,12 +69,14 @@ class Judged(nn.Module):
         if "with_features" not in inspect.signature(net.forward).parameters:
             raise UserError(f"distill.gan needs a network that gives its features, {type(net).__name__} does not")
         self.net = net
+        # What it must be called with, as far as callers look.
+        self.num_classes, self.endpoint = getattr(net, "num_classes", None), takes_endpoint(net)
         parameter = next(net.parameters())
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             x = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
             labels = x.new_zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
-            ends = (x,) if takes_endpoint(net) else ()
+            ends = (x,) if self.endpoint else ()
             _, features = net(x.new_zeros(1, dtype=torch.float32), x, labels, *ends, with_features=True)
             self.head = Head(tuple(features.shape[1:])).to(parameter.device)
 

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..sampling import arguments, needs_endpoint, takes_endpoint
 from ..teachers import SHIPPED, Description, Model
 from . import memory
-from .config import Config, OptimiserConfig
+from .config import REGRESSION, Config, OptimiserConfig
 from .distill import Distiller
 from .precision import Precision
 from .teacher import TeacherTrainer, network_for
@@ -93,6 +93,8 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> 
     missing: list[str] = []
     dataset = _dataset(config, missing)
     if job == "distill":
+        if config.distill.objective.name == REGRESSION:
+            raise UserError("--dry-run plans runs with a fake model, not distill.objective regression")
         model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
         if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
@@ -222,7 +224,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
     parameters = {"teacher": size, "generator": _count(counted.generator.net)}
     trained = {"generator": (parameters["generator"], settings.generator, settings.ema)}
     if turns:
-        parameters["fake model"] = _count(counted.fake)
+        parameters["fake model"] = _count(counted.judged)
         trained["fake model"] = (parameters["fake model"], settings.fake, ())
     kept: dict[str, int] = {}
     for of_one in (_kept(*each) for each in trained.values()):
@@ -230,24 +232,27 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
 
     batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
     part = batch // config.run.accumulate
-    rows = 2 if objective.needs_real else 1
+    rows = 2 if counted.takes_real else 1
     backward = objective.flows == "all"
+    judged = counted.gan is not None and counted.gan.weight_generator > 0
     fake_kept, shape = 0, dataset.shape
     with Precision(settings.fake_precision, CPU).networks():
         if turns:
-            fake_kept = _activations(counted.fake, shape, rows * part)
+            fake_kept = _activations(counted.judged, shape, rows * part)
     with Precision(settings.generator_precision, CPU).networks():
         generator_kept = _activations(counted.generator.net, shape, part)
         if backward:
             generator_kept += _activations(counted.teacher, shape, asked * part, to_input=True)
-            generator_kept += _activations(counted.frozen_fake, shape, part, to_input=True) if turns else 0
+        if turns and (backward or judged):
+            generator_kept += _activations(counted.frozen_fake, shape, part, to_input=True)
     turn = "fake" if fake_kept > generator_kept else "generator"
     made = turns * batch
     # Rows of the fake turn; noise and samples of all of them; noise, samples and interpolants of the generator's turn.
     buffers = rows * part + 2 * made + 3 * part
 
     one = _operations(model.description.network)
-    frozen = (one.input if backward else one.forward) * (asked + bool(turns))
+    frozen = asked * (one.input if backward else one.forward)
+    frozen += bool(turns) * (one.input if backward or judged else one.forward)
     operations = {"samples for the fake turns": made * steps * one.forward} if turns else {}
     if turns:
         each = one.training + (asked * one.forward if objective.needs_teacher else 0)
