@@ -134,7 +134,7 @@ class Distiller:
         for optimiser in self.optimisers.values():
             distributed.average(optimiser, self.parts, self.sharded)
         # Views come after the optimisers, which may move the parameters into one buffer.
-        self.frozen_fake = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
+        self.frozen_fake: Any = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
         average = self.generator_optimiser.ema.get(settings.export)
         exported, self._exporting = sharding.exported(self.generator.net, average, self.sharded)
         self.student = Generator(exported, *start)
