@@ -103,9 +103,6 @@ def kept(trainer, update):
     """Bytes that the backward passes of an update hold at once, at most: saved by its largest turn."""
     nets = (trainer.generator, trainer.fake, trainer.teacher)
     own = {tensor.untyped_storage().data_ptr() for net in nets for tensor in net.parameters()}
-    own |= {
-        tensor.untyped_storage().data_ptr() for net in (trainer.fake, trainer.teacher) for tensor in net.parameters()
-    }
     held = {}
 
     def pack(tensor):
