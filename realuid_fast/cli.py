@@ -1,4 +1,4 @@
-"""The command line: ``realuid-fast train-teacher | distill | pack | sample | evaluate | info | demo | ...``."""
+"""The command line: ``realuid-fast train-teacher | distill | pack | convert | sample | evaluate | info | ...``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import __version__, backends, data, extension, teachers
 from . import pack as packing
+from .convert import convert
 from .errors import UserError
 from .noise import NoiseStream, normal
 from .packed import verify
@@ -100,6 +101,22 @@ def _parser() -> argparse.ArgumentParser:
         _add_settings(command)
         _add_folder(command, needed=False)
         _add_plan(command)
+
+    command = add("convert", _convert, "write a network of others as a file of this package")
+    command.add_argument("source", type=Path, help="a checkpoint, a pickled EDM network, or a diffusers folder")
+    command.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
+    command.add_argument(
+        "--config", help=f"whose network, path and data a checkpoint has: a YAML file or one of: {shipped}"
+    )
+    _add_settings(command, "network.KEY=VALUE, path.name=, path.settings=, path.predict=, data.KEY=VALUE")
+    command.add_argument("--decay", type=float, help="which average of a checkpoint (default: the largest)")
+    command.add_argument("--preprocessing", default="", help="what the network's samples are, in words")
+    command.add_argument("--student", action="store_true", help="the checkpoint is a one-step generator (ema_gens)")
+    command.add_argument("--t-start", type=float, default=0.0, help="the time that generator starts from (default: 0)")
+    for what in ("missing", "unexpected"):
+        text = f"parameters that may be {what}: names or patterns such as 'head.*'"
+        command.add_argument(f"--allow-{what}", nargs="+", action="extend", default=[], metavar="NAME", help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     command = add("sample", _sample, "draw samples from a student or a teacher")
     command.add_argument("--model", required=True, help=f"a file, a finished run's folder, or: {', '.join(SHIPPED)}")
@@ -212,6 +229,8 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
 def _command_line(arguments: argparse.Namespace) -> str:
     """The command that reproduces a run: its words without the folder and what concerns it."""
     words = ["realuid-fast", arguments.command]
+    if getattr(arguments, "source", None):
+        words += [str(arguments.source)]
     if getattr(arguments, "config", None):
         words += ["--config", arguments.config]
     if getattr(arguments, "preset", None):
@@ -253,7 +272,7 @@ def _train(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
     resume = arguments.resume or distributed.restarted(folder)
     config = resolve(source, arguments.set, folder, resume)
-    with distributed.joined(config.run.device):
+    with distributed.joined(config.run.device, alone=config.run.offload_teacher):
         file, measure = train(arguments.command, config, folder, resume, arguments.overwrite, _command_line(arguments))
         if distributed.rank():
             return
@@ -274,6 +293,36 @@ def _train(arguments: argparse.Namespace) -> None:
 def _model_teacher(config: configs.Config) -> Model:
     settings = config.distill
     return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists() and not arguments.overwrite:
+        raise UserError(f"--out {arguments.out} exists: give --overwrite or another name")
+    given = configs.nested(arguments.set)
+    config = configs.load(arguments.config, arguments.set) if arguments.config else configs.from_mapping(given)
+    model = convert(
+        arguments.source,
+        arguments.out,
+        network=config.network,
+        path=config.path.name,
+        path_settings=config.path.settings,
+        predict=config.path.predict,
+        decay=arguments.decay,
+        data=config.data if arguments.config or "data" in given else {},
+        preprocessing=arguments.preprocessing,
+        command=_command_line(arguments),
+        student=arguments.student,
+        t_start=arguments.t_start,
+        allow_missing=arguments.allow_missing,
+        allow_unexpected=arguments.allow_unexpected,
+    )
+    described = model.description
+    size, shape = sum(p.numel() for p in model.net.parameters()), _shape(model)
+    print(
+        f"{described.role} on the path {described.path}, predicts {described.predict}: "
+        f"network {described.network['kind']} of {size:,} parameters, samples {shape}"
+    )
+    print(f"written to {arguments.out}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:

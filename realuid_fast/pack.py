@@ -117,14 +117,13 @@ def pack(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give the name of a folder")
     if kind == "cifar10":
-        if size not in (None, 32) or channels != 3 or crop is not None:
-            raise UserError("CIFAR-10 is packed as it is: leave size, channels and crop out")
+        if size not in (None, 32) or channels != 3 or (crop, partition, limit) != (None, None, None):
+            raise UserError("CIFAR-10 is packed as it is: leave size, channels, crop, partition and limit out")
         with _written(out) as part:
             return _cifar10(source, part, progress)
     celeba = kind == "celeba"
-    how_made = Images(
-        size or (CELEBA_SIZE if celeba else 32), channels, crop or (CELEBA_CROP if celeba else None), filter
-    )
+    size = (CELEBA_SIZE if celeba else 32) if size is None else size
+    how_made = Images(size, channels, CELEBA_CROP if celeba and crop is None else crop, filter)
     with contextlib.ExitStack() as stack:
         names, opened = _listed(source, stack)
         names = names[:limit]
@@ -133,7 +132,7 @@ def pack(
 
         def decode(name: str) -> np.ndarray[Any, Any]:
             try:
-                return data.square(io.BytesIO(opened(name)), how_made.size, channels, how_made.crop, filter)
+                return data.square(io.BytesIO(opened(name)), size, channels, how_made.crop, filter)
             except UserError:
                 raise
             except Exception as error:
@@ -141,9 +140,11 @@ def pack(
                 raise UserError(f"{source}: {name} cannot be read as an image ({error})") from None
 
         part = stack.enter_context(_written(out))
-        bar = stack.enter_context(tqdm(total=len(names), disable=not progress, unit="image", dynamic_ncols=True))
+        bar = stack.enter_context(
+            tqdm(total=len({*train, *heldout}), disable=not progress, unit="image", dynamic_ncols=True)
+        )
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        shape = (channels, how_made.size, how_made.size)
+        shape = (channels, size, size)
         splits: list[Split] = []
         for split, rows in (("train", train), ("heldout", heldout)):
             if split == "heldout" and rows == train:

@@ -24,6 +24,7 @@ KEY = "realuid_fast"
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
 ROLES = ("teacher", "student")
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,9 @@ def load_teacher(
     file = Path(source)
     if not file.exists():
         raise UserError(f"there is no teacher {name!r}: neither a file nor one of the shipped ({', '.join(SHIPPED)})")
-    if file.suffix not in (".pt", ".pth", ".ckpt", ".bin"):
+    if file.is_dir() or file.suffix == ".pkl":
+        raise UserError(f"{file} is not read as it is: realuid-fast convert makes a file for this package of it")
+    if file.suffix not in CHECKPOINTS:
         return load(file, role="teacher")
     if not network:
         raise UserError(f"{file} does not say which network it holds: give its configuration as 'network'")

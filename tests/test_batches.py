@@ -11,8 +11,10 @@ from realuid_fast import data
 from realuid_fast.errors import UserError
 from realuid_fast.packed import Stored
 from realuid_fast.train import batches as batches_module
-from realuid_fast.train import distributed
+from realuid_fast.train import config as configs
+from realuid_fast.train import distributed, measure, tripwires
 from realuid_fast.train.batches import AHEAD, Batches, labels_to_draw
+from realuid_fast.train.jobs import train
 
 from .test_packed import write
 
@@ -125,6 +127,35 @@ def test_a_file_cut_short_surfaces_and_nothing_is_skipped(sets, tmp_path):
     resumed.load_state_dict(state)
     for each in (batches, resumed):
         assert same(taken + drawn(each, 30 - len(taken)), expected)
+
+
+def test_a_run_never_reads_a_split_at_once(tmp_path, monkeypatch):
+    """What a run compares with is a bounded part, whatever the size of the set."""
+    write(tmp_path / "packed", train=200, heldout=100)
+    monkeypatch.setattr(measure, "STORED", 12)
+    monkeypatch.setattr(measure, "MOST", 11)
+    monkeypatch.setattr(tripwires, "MOST", 10)
+    read, rows = Stored.read, []
+    monkeypatch.setattr(Stored, "read", lambda self, index, out: (rows.append(len(index)), read(self, index, out))[1])
+    network = {"kind": "mlp", "shape": [3, 8, 8], "width": 8, "depth": 1, "num_classes": 3}
+    config = {
+        "data": {"name": "packed", "path": str(tmp_path / "packed"), "flip": True},
+        "network": network,
+        "teacher": {"batch": 9, "updates": 4, "ema": [0.9], "export": 0.9},
+        "distill": {"teacher": str(tmp_path / "teacher" / "teacher.safetensors"), "batch": 8, "updates": 4},
+        "run": {
+            "evaluate_every": 2,
+            "evaluate_samples": 20,
+            "sample_every": 2,
+            "tensorboard": False,
+            "progress": False,
+        },
+    }
+    for job, folder in (("train-teacher", "teacher"), ("distill", "student")):
+        _, judge = train(job, configs.from_mapping(config), tmp_path / folder, False, False, "")
+    assert len(judge.train) == len(judge.heldout) == 12
+    assert judge.floor().distance > 0
+    assert set(rows) == {8, 9, 10, 11, 12}
 
 
 def test_ranks_read_rows_apart(sets, monkeypatch):

@@ -107,10 +107,20 @@ def draws(setting, t, e, weights):
     return coef, (mean + k["b"] * std**2 / spread * e)[:, None], (k["c"] / spread * e)[:, None]
 
 
+def shrunk(k):
+    """The integral over [0, 1] of ``e^(-k I)`` for VP's ``I = t / 10 + 19.9 t^2 / 2``."""
+    low, slope = 0.1, 19.9
+    root, shift = math.sqrt(k * slope / 2), low / slope
+    gap = math.erf(root * (1 + shift)) - math.erf(root * shift)
+    return math.exp(k * low**2 / (2 * slope)) * math.sqrt(math.pi) / (2 * root) * gap
+
+
 INNER_MAXIMA = {
     # The integral of (c W / (a^2 + c^2))^2 over time for one-sided paths in velocity space.
     "linear": (LINEAR, math.pi / 4),
     "trigonometric": (Setting(Trigonometric()), math.pi**2 / 8),
+    # In noise space of (a c)^2, where a^2 + c^2 = 1.
+    "vp": (Setting(VP(), "noise"), shrunk(1) - shrunk(2)),
     # In x0 space of (c^2 / (1 + c^2))^2.
     "edm": (
         Setting(VE(), "x0", 0.1, 3.0),

@@ -79,7 +79,7 @@ class Written:
         x = (h + (self.conv(f"{name}.skip", x, **resample) if self.has(f"{name}.skip") else x)) * skip_scale
         if not self.has(f"{name}.qkv"):
             return x
-        batch, channels, height, width = x.shape
+        batch, channels = x.shape[:2]
         heads = 1 if self.song else channels // 64
         qkv = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x))
         q, k, v = qkv.reshape(batch * heads, channels // heads, 3, -1).unbind(2)
@@ -203,7 +203,9 @@ def test_channels_last_and_bfloat16_give_the_same_function(name):
     y = torch.tensor([1, 3]) if config.get("label_dim") else None
     expected = net(t, x, y)
     net = net.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(net(t, x.contiguous(memory_format=torch.channels_last), y), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        net(t, x.contiguous(memory_format=torch.channels_last), y), expected, rtol=1e-4, atol=1e-4
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = net(t, x, y)
     assert half.dtype == torch.float32
@@ -224,6 +226,7 @@ def test_every_parameter_has_a_gradient():
     [
         (SONG | {"dim": [3, 8, 4]}, "dim must be"),
         (SONG | {"dim": [3, 9, 9]}, "divisible by 2"),
+        (SONG | {"num_blocks": 10**9}, "num_blocks must be from 1 to"),
         (SONG | {"encoder_type": "other"}, "encoder_type must be one of"),
         (SONG | {"resample_filter": [1, 2, 1]}, "even number of taps"),
         (SONG | {"null_label": True}, "null_label needs"),

@@ -88,8 +88,9 @@ def test_cifar10_is_packed_as_it_is(tmp_path):
         assert torch.equal(everything(getattr(found, split)), getattr(expected, split))
         assert torch.equal(getattr(found, f"{split}_labels"), getattr(expected, f"{split}_labels"))
     assert packed.read_manifest(tmp_path / "packed" / "manifest.json").classes[3] == "cat"
-    with pytest.raises(UserError, match="CIFAR-10 is packed as it is"):
-        pack.pack(tmp_path, tmp_path / "other", size=64)
+    for settings in ({"size": 64}, {"limit": 3}, {"crop": 30}):
+        with pytest.raises(UserError, match="CIFAR-10 is packed as it is"):
+            pack.pack(tmp_path, tmp_path / "other", **settings)
 
 
 def test_celeba_keeps_the_faces(celeba, tmp_path):
@@ -279,7 +280,8 @@ def test_damaged_archives(tmp_path):
 def test_errors_name_the_argument(folder, tmp_path):
     for settings, sentence in (
         ({"kind": "video"}, "kind must be one of images, celeba, cifar10; got 'video'"),
-        ({"size": 0, "crop": -1}, "size and crop must be positive"),
+        ({"size": 0}, "size and crop must be positive"),
+        ({"crop": 0}, "size and crop must be positive"),
         ({"channels": 2}, "channels 1 or 3"),
         ({"filter": "nearest"}, "filter must be one of lanczos"),
         ({"heldout_every": 1}, "heldout_every must be 0"),

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from .. import teachers
 from ..errors import UserError
-from ..sampling import follows_flow
-from ..teachers import Description, Model
+from ..sampling import follows_flow, starting
+from ..teachers import CHECKPOINTS, Description, Model
 from . import diffusers_folder, edm_pickle
-
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def convert(
@@ -57,8 +55,8 @@ def convert(
             network; every other difference is an error.
 
     Raises:
-        UserError: a source that cannot be read or that does not say what it is, parameters that are missing, unexpected,
-            of another shape or not finite, each named. Nothing is written then.
+        UserError: a source that cannot be read or does not say what it is, parameters that are missing, unexpected, of
+            another shape or not finite, each named. Nothing is written then.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".safetensors":
@@ -79,6 +77,8 @@ def convert(
     if not described.path or not described.predict:
         raise UserError(f"{source} has no scheduler: say the path and the prediction")
     follows_flow(described.interpolant(), described.predict)
+    if student:
+        starting(described.interpolant(), described.predict, t_start)
     net = teachers.filled(described.network, state, str(source), allow_missing, allow_unexpected)
     teachers.save(out, net.state_dict(), described)
     return Model(net, described)
@@ -105,4 +105,3 @@ def _read(source: Path, decay: float | None, network: dict[str, Any]) -> tuple[d
     if not network:
         raise UserError(f"{source} does not say which network it holds: give its configuration")
     return state, Description(network={}, preprocessing="pixels / 127.5 - 1")
-

@@ -1,5 +1,4 @@
-"""Models and pipelines of diffusers in a local folder: configurations as JSON, weights as safetensors, no hub, no pickle.
-"""
+"""Models and pipelines of diffusers in a local folder: JSON and safetensors, no hub and no pickle."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ RENAMED = {"Transformer2DModel": "DiTTransformer2DModel"}
 # Attention layers of U-Nets from the first releases.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
-# A last step of pure noise, as diffusers itself rounds it.
-LEAST = 2.0**-24
+# A last step of pure noise keeps this share of the signal of the one before: its logarithm must be finite.
+LEAST = 2.0**-10
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
@@ -87,7 +86,9 @@ def _weights(model: Path) -> dict[str, Tensor]:
         there = ", ".join(sorted(file.name for file in model.iterdir())) or "nothing"
         raise UserError(f"{model} has no {WEIGHTS}: there is {there}; other formats are not read")
     where = _json(index).get("weight_map")
-    if not isinstance(where, Mapping) or any(not isinstance(name, str) or Path(name).name != name for name in where.values()):
+    if not isinstance(where, Mapping) or any(
+        not isinstance(name, str) or Path(name).name != name for name in where.values()
+    ):
         raise UserError(f"{index} has no map from weights to files beside it")
     state: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
@@ -96,9 +97,7 @@ def _weights(model: Path) -> dict[str, Tensor]:
 
 
 def _renamed(key: str) -> str:
-    return re.sub(
-        r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", key
-    )
+    return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.", key)
 
 
 def _path(scheduler: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
@@ -143,12 +142,13 @@ def _path(scheduler: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
 
 
 def _without_signal(settings: Mapping[str, Any]) -> list[float]:
-    """The table moved and stretched so that its last step holds no signal. Source: Lin et al. (2305.08891), algorithm 1."""
+    """The table moved and stretched so that its last step holds no signal: Lin et al. (2305.08891), algorithm 1."""
     from ..paths import DiscreteVP
 
     root = np.sqrt(DiscreteVP(**settings).table())
     table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return np.maximum(table, LEAST).tolist()
+    table[-1] = LEAST * table[-2]
+    return table.tolist()
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Pickled networks of Karras et al. (2206.00364) without running a byte of what is in them.
 
-Such a file holds the source code of its classes beside their state, and unpickling it the usual way runs that code. Here
-a pickle is read as data: the few names that such files need are bound to inert stand-ins (:data:`ALLOWED`), every other
-name is refused, and the source text inside is never compiled. What is taken from it is the class' name, the arguments
-that the network was built with, and its tensors.
+Such a file holds the source code of its classes beside their state, and unpickling it the usual way runs that code.
+Here a pickle is read as data: the few names that such files need are bound to inert stand-ins (:data:`ALLOWED`), every
+other name is refused, and the source text inside is never compiled. What is taken from it is the class' name, the
+arguments that the network was built with, and its tensors.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _numpy_scalar(kind: Any, data: Any = None) -> float | int:
 
     if not isinstance(kind, _NumpyType) or kind.code not in ("f4", "f8", "i4", "i8", "b1") or kind.order not in "<>|=":
         raise UserError("a numpy scalar in it is none of float32, float64, int32, int64 and bool")
-    return np.frombuffer(data, np.dtype(kind.code).newbyteorder(kind.order), 1)[0].item()
+    return np.frombuffer(data, np.dtype(kind.order.replace("|", "=") + kind.code), 1)[0].item()
 
 
 def _storage(data: Any) -> Any:
@@ -105,9 +105,10 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
     if len(size) != len(stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
         raise UserError("a tensor in it has an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= storage.size():
+    held = storage._untyped_storage
+    if 0 not in size and last >= held.nbytes() // storage.dtype.itemsize:
         raise UserError("a tensor in it is larger than its storage")
-    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size, stride)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=storage.dtype).set_(held, offset, size, stride)
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
@@ -150,7 +151,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], Description]:
     """State of the raw network ``F`` in a pickled EDM network or training snapshot, and its description.
 
     A snapshot's ``ema`` is taken. The description's path is :class:`~realuid_fast.paths.VE` with the prediction that
-    belongs to the preconditioning, ``edm``, ``vp`` or ``ve``; networks of improved DDPM's predict ``noise`` on their own
+    belongs to the preconditioning, ``edm``, ``vp`` or ``ve``; those of improved DDPM's predict ``noise`` on their own
     table of noise levels, :class:`~realuid_fast.paths.DiscreteVP`.
 
     Raises:

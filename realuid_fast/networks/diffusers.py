@@ -1,5 +1,4 @@
-"""diffusers' U-Nets and transformers, called as ``net(t, x, y=None)``. Needs the package diffusers (extra ``diffusers``).
-"""
+"""U-Nets and transformers of the package diffusers (extra ``diffusers``), called as ``net(t, x, y=None)``."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -26,7 +24,7 @@ class Diffusers(nn.Module):
             class labels alone), or ``"DiTTransformer2DModel"``.
         config: what the model's ``config.json`` holds. Keys of no meaning to the class are refused where they are set.
         dim: ``(C, H, W)`` of the samples.
-        null_label: whether the last of a U-Net's class embeddings stands for "no label"; transformers say so themselves.
+        null_label: whether the last of a U-Net's class embeddings is "no label"; transformers say so themselves.
         negate: whether the prediction is the model's negative output.
 
     Raises:
@@ -49,7 +47,9 @@ class Diffusers(nn.Module):
         self.dim, self.negate = tuple(int(v) for v in dim), negate
         settings = _settings(class_name, config)
         if settings.get("in_channels", self.dim[0]) != self.dim[0]:
-            raise UserError(f"dim {self.dim} has {self.dim[0]} channels, the {class_name} takes {settings['in_channels']}")
+            raise UserError(
+                f"dim {self.dim} has {self.dim[0]} channels, the {class_name} takes {settings['in_channels']}"
+            )
         self.num_classes, self.null_label = _labels(class_name, settings, null_label)
         self.transformer = class_name == "DiTTransformer2DModel"
         self.text = class_name == "UNet2DConditionModel"
@@ -62,7 +62,7 @@ class Diffusers(nn.Module):
         for module in self.net.modules():
             # Labels are dropped by who trains, on purpose; here it would change what a frozen teacher is compared with.
             if type(module).__name__ == "LabelEmbedding":
-                module.dropout_prob = 0.0
+                module.__dict__["dropout_prob"] = 0.0
 
     def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Prediction like ``x`` ``(B, C, H, W)`` at the model's timesteps ``t`` ``(B,)`` or ``()``.
@@ -89,7 +89,9 @@ def _class(name: str) -> Callable[..., nn.Module]:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(f"this network needs the package diffusers, pip install 'realuid-fast[diffusers]': {error}") from None
+        raise UserError(
+            f"this network needs the package diffusers, pip install 'realuid-fast[diffusers]': {error}"
+        ) from None
     return getattr(diffusers, name)
 
 
@@ -97,7 +99,7 @@ def _settings(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's entries that the class takes."""
     if not isinstance(config, Mapping):
         raise UserError(f"config must be a mapping, got {config!r:.60}")
-    known = inspect.signature(_class(class_name).__init__).parameters  # type: ignore[misc]
+    known = inspect.signature(_class(class_name).__init__).parameters
     # What older releases wrote for several classes at once is there with nothing set.
     unknown = [k for k, v in config.items() if not k.startswith("_") and k not in known and v not in (None, False)]
     if unknown:

@@ -1,7 +1,8 @@
 """The U-Nets of Karras et al. (2206.00364), called as ``net(t, x, y=None)`` with ``t`` their ``c_noise``.
 
-These are the raw networks ``F``; their preconditioning is a path's prediction (``edm``, ``vp`` or ``ve``). Parameter and
-buffer names and shapes are those of the published networks' inner ``model``, so that their states load as they are.
+These are the raw networks ``F``; their preconditioning is a path's prediction (``edm``, ``vp`` or ``ve``). Names and
+shapes of parameters and buffers are those of the published networks' inner ``model``, so that their states load as they
+are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .unet import GroupNorm, check_null_label, timestep_embedding
 
+MOST_BLOCKS = 256  # a level; a damaged file may ask for any number
 ROOT_HALF = math.sqrt(0.5)
 
 
@@ -83,9 +85,9 @@ class Norm(GroupNorm):
 class Block(nn.Module):
     """Residual block with the embedding in its middle and, perhaps, attention after it.
 
-    ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in the
-    embedding; with ``modulated`` ``norm1(h) (1 + scale) + shift`` in place of ``norm1(h + e)``. ``heads`` add attention,
-    ``skip_scale (out + proj(attention(norm2(out))))``.
+    ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in
+    the embedding; with ``modulated`` ``norm1(h) (1 + scale) + shift`` in place of ``norm1(h + e)``. ``heads`` add
+    attention, ``skip_scale (out + proj(attention(norm2(out))))``.
     """
 
     def __init__(
@@ -146,13 +148,23 @@ class _Common(nn.Module):
     """What both networks share: checks, the labels' one-hot rows, and the last layer in full precision."""
 
     def __init__(
-        self, dim: Sequence[int], levels: int, out_channels: int | None, label_dim: int, null_label: bool
+        self,
+        dim: Sequence[int],
+        levels: int,
+        num_blocks: int,
+        out_channels: int | None,
+        label_dim: int,
+        null_label: bool,
     ) -> None:
         super().__init__()
+        if not 1 <= num_blocks <= MOST_BLOCKS:
+            raise UserError(f"num_blocks must be from 1 to {MOST_BLOCKS}, got {num_blocks}")
         if len(dim) != 3 or dim[1] != dim[2]:
             raise UserError(f"dim must be (channels, side, side), got {tuple(dim)}")
         if levels < 1 or int(dim[1]) % 2 ** (levels - 1):
-            raise UserError(f"dim {tuple(dim)} must be divisible by 2 once for each level of channel_mult but the first")
+            raise UserError(
+                f"dim {tuple(dim)} must be divisible by 2 once for each level of channel_mult but the first"
+            )
         self.dim = tuple(int(v) for v in dim)
         self.out_channels = self.dim[0] if out_channels is None else out_channels
         if self.out_channels < self.dim[0]:
@@ -224,7 +236,7 @@ class SongUNet(_Common):
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
     ) -> None:
-        super().__init__(dim, len(channel_mult), out_channels, label_dim, null_label)
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
         _check("embedding_type", embedding_type, ("positional", "fourier"))
         _check("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _check("decoder_type", decoder_type, ("standard", "skip"))
@@ -342,8 +354,8 @@ class DhariwalUNet(_Common):
     """ADM (Dhariwal and Nichol, 2105.05233) as Karras et al. (2206.00364) train it.
 
     Args:
-        dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb, num_blocks,
-        attn_resolutions, dropout: as in :class:`SongUNet`; attention has heads of 64 channels.
+        dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb,
+            num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`; attention has heads of 64 channels.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.
@@ -363,7 +375,7 @@ class DhariwalUNet(_Common):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
     ) -> None:
-        super().__init__(dim, len(channel_mult), out_channels, label_dim, null_label)
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
         sides = [self.dim[1] >> level for level in range(len(channel_mult))]
         embedding = model_channels * channel_mult_emb
         self.model_channels = model_channels
@@ -442,11 +454,11 @@ class Positions(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.half = width // 2
+        self.count = width // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        angle = t.float()[:, None] * torch.exp(steps * (-math.log(10_000.0) / (self.half - 1)))
+        steps = torch.arange(self.count, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(steps * (-math.log(10_000.0) / (self.count - 1)))
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

@@ -41,12 +41,12 @@ SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class DiscreteVP(OneSidedPath):
-    """Denoising diffusion on steps ``k = 0 .. steps - 1``: ``x_k = sqrt(A_k) x + sqrt(1 - A_k) n``, data at ``t = 0``.
+    """Diffusion on numbered steps ``k = 0 .. steps - 1``: ``x_k = sqrt(A_k) x + sqrt(1 - A_k) n``, data at ``t = 0``.
 
     ``A_k`` is the product of ``1 - beta_j`` up to ``k`` with ``beta_j`` from ``beta_start`` to ``beta_end`` by the
-    ``schedule``: ``linear``, ``scaled_linear`` (linear in the root) or ``squaredcos_cap_v2`` (the cosine schedule, which
-    reads neither); or ``alphas_cumprod`` itself, a table that falls strictly inside (0, 1). The time is ``t = k / (steps
-    - 1)`` in [0, 1], and the network is called with ``k = (steps - 1) t``.
+    ``schedule``: ``linear``, ``scaled_linear`` (linear in the root) or ``squaredcos_cap_v2`` (the cosine schedule,
+    which reads neither); or ``alphas_cumprod`` itself, a table that falls strictly inside (0, 1). The time is
+    ``t = k / (steps - 1)`` in [0, 1], and the network is called with ``k = (steps - 1) t``.
 
     Between steps ``ln(A / (1 - A))`` is a monotone cubic of the time (Fritsch and Carlson, 1980) through the table's
     values, so that scales and rates are continuous and at every step exactly the table's. Both stay away from zero:

@@ -224,6 +224,8 @@ class DistillConfig:
     ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
     On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
     coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.train.precision`).
+    ``teacher_precision`` is ``float32``, or ``bf16`` to store the teacher's weights in half the memory and compute its
+    outputs in bf16 in both turns, with the same caution.
     """
 
     teacher: str = "digits"
@@ -240,6 +242,7 @@ class DistillConfig:
     fake_turns: int = 5
     fake_precision: str = "float32"
     generator_precision: str = "float32"
+    teacher_precision: str = "float32"
     t_start: float | None = None
     fake_start: str = "teacher"
     dropout: float | None = None
@@ -264,7 +267,9 @@ class RunConfig:
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
     ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
     ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
-    ``timings`` logs the time of every phase of an update.
+    ``shard`` spreads networks, optimisers and averages over all ranks (:mod:`realuid_fast.train.sharding`), where one
+    GPU does not hold them; with one rank it does nothing. ``offload_teacher`` keeps the teacher in host memory, from
+    where it is brought to the GPU part by part. ``timings`` logs the time of every phase of an update.
     """
 
     seed: int = 0
@@ -281,6 +286,8 @@ class RunConfig:
     checkpoint_every: int = 0
     keep: int = 2
     accumulate: int = 1
+    shard: bool = False
+    offload_teacher: bool = False
     stop_after_skips: int = 100
     tensorboard: bool = True
     progress: bool = True
@@ -579,6 +586,7 @@ def _check(config: Config) -> None:
         "run.mode": (run.mode, MODES),
         "distill.fake_precision": (distill.fake_precision, PRECISIONS),
         "distill.generator_precision": (distill.generator_precision, PRECISIONS),
+        "distill.teacher_precision": (distill.teacher_precision, ("float32", "bf16")),
         "distill.fake_start": (distill.fake_start, ("teacher", "fresh")),
         "distill.labels": (distill.labels, ("drawn", "batch")),
         "teacher.reduction": (teacher.reduction, ("sum", "mean")),
@@ -588,6 +596,19 @@ def _check(config: Config) -> None:
             raise UserError(f"{name} must be one of {', '.join(words)}; got {word!r}")
     if run.accumulate > 1 and run.mode == "graphs":
         raise UserError("run.accumulate must be 1 with run.mode graphs: a graph holds one whole turn")
+    for name in ("shard", "offload_teacher"):
+        if getattr(run, name) and run.mode != "eager":
+            raise UserError(f"run.{name} must be false with run.mode {run.mode}: only eager turns bring parts together")
+    if run.shard and distill.gan.weight_fake:
+        raise UserError("run.shard must be false with distill.gan, whose head reads inside of the fake model")
+    whole = not (run.shard or run.offload_teacher or distill.teacher_precision == "bf16")
+    if distill.objective.name == REGRESSION and not whole:
+        raise UserError(
+            f"distill.objective.name {REGRESSION} holds its networks whole and in float32: run.shard and "
+            "run.offload_teacher must be false, distill.teacher_precision float32"
+        )
+    if run.offload_teacher and run.device == "cpu":
+        raise UserError("run.offload_teacher must be false with run.device cpu: the teacher is in host memory there")
     if distill.dropout is not None and not 0 <= distill.dropout < 1:
         raise UserError(f"distill.dropout must lie in [0, 1), got {distill.dropout:g}")
     if not 0 <= teacher.label_dropout < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
 from ..sampling import arguments, both, null_labels
 from ..teachers import Description, Model
-from . import distributed, modes, precision
+from . import distributed, modes, precision, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw, picked
 from .config import Config
 from .discriminator import Judged, softplus_term
@@ -67,6 +68,12 @@ class Distiller:
         self.mode = config.run.mode
         self._fake_precision = Precision(settings.fake_precision, self.device)
         self._generator_precision = Precision(settings.generator_precision, self.device)
+        self._teacher_precision = Precision(settings.teacher_precision, self.device)
+        self._precisions = {
+            "fake": self._fake_precision,
+            "generator": self._generator_precision,
+            "teacher": self._teacher_precision,
+        }
         self._check_device()
         # What one forward pass takes: an update's batch is made of so many, on so many ranks.
         self.parts = config.run.accumulate
@@ -77,13 +84,15 @@ class Distiller:
         images = len(dataset.shape) == 3
         self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
 
-        net = teacher.net.to(self.device)
-        if images:
-            net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
+        net = teacher.net
+        self.sharded = config.run.shard and distributed.size() > 1
+        if not self.sharded:
+            net = net.to(self.device)
+            if images:
+                net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.guidance = settings.guidance
         if self.guidance != 1.0:
             null_labels(net, torch.zeros(0, dtype=torch.int64))
-        self.teacher = frozen_view(net).eval()
         trained = copy.deepcopy(net).train().requires_grad_(True)
         if settings.dropout is not None:
             for module in trained.modules():
@@ -108,6 +117,11 @@ class Distiller:
         if settings.start:
             student = _student(settings.start, described, self.generator.t_start)
             self.generator.net.load_state_dict(student.state_dict())
+        if self.sharded:
+            sharding.shard(self.fake, self.device)
+            # Anew, for what it holds itself to be where its network is.
+            self.generator = Generator(sharding.shard(self.generator.net, self.device), *start)
+        self.teacher = self._frozen_teacher(net, config)
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
             self.generator.net,
@@ -118,11 +132,12 @@ class Distiller:
         )
         self.fake_optimiser = Optimiser(self.judged, **vars(fake), total=self.updates * max(self.turns, 1))
         for optimiser in self.optimisers.values():
-            distributed.average(optimiser, self.parts)
+            distributed.average(optimiser, self.parts, self.sharded)
         # Views come after the optimisers, which may move the parameters into one buffer.
-        self.frozen_fake = frozen_view(self.judged)
+        self.frozen_fake = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
         average = self.generator_optimiser.ema.get(settings.export)
-        self.student = Generator(frozen_view(self.generator.net, average).eval(), *start)
+        exported, self._exporting = sharding.exported(self.generator.net, average, self.sharded)
+        self.student = Generator(exported, *start)
 
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self._takes_real = self.objective.needs_real or self.gan is not None
@@ -162,7 +177,7 @@ class Distiller:
             names += ["discriminator loss", "adversarial loss"]
         self.meters = Meters(names, self.device)
         self.phases = Phases(config.run.timings, self.device)
-        compiled = modes.compiled if self.mode != "eager" else lambda net: net
+        compiled: Callable[[Any], Callable[..., Any]] = modes.compiled if self.mode != "eager" else lambda net: net
         self._run_generator, self._run_fake = compiled(self.generator), compiled(self.judged)
         self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
         self._generate: Turn = self._generate_rows
@@ -292,11 +307,8 @@ class Distiller:
                     out_own, x, at, coef_own, key, self.objective, n_real, teacher_out, on_path, self.batch,
                     uncond, self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
-                watched, outs, seeds = (
-                    {"fake loss": grads.loss},
-                    [out if self._own_rows == len(out) else out[own]],
-                    [grads.fake_out],
-                )
+                watched, seeds = {"fake loss": grads.loss}, [grads.fake_out]
+                outs = [out if self._own_rows == len(out) else out[own]]
                 if self.gan is not None and logits is not None:
                     loss, seed = softplus_term(logits, self._signs, coef, self.gan.least_share, self.batch)
                     watched["discriminator loss"] = loss
@@ -389,19 +401,19 @@ class Distiller:
                 if self._seed_scale == 1.0:
                     return grads.loss, watched
                 if self._whole:
-                    gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
-                    torch._foreach_mul_(gradients, 1 / self._seed_scale)
+                    self.generator_optimiser.scale_grads(1 / self._seed_scale)
                 return grads.loss / self._seed_scale, watched
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """What a row of the log says is wrong with the settings, in a sentence."""
-        error = self._generator_precision.gradient_error(row["gap"])
+        coarsest = max(("generator", "teacher"), key=lambda turn: self._precisions[turn].gradient_error(row["gap"]))
+        error = self._precisions[coarsest].gradient_error(row["gap"])
         if not error > precision.TOO_COARSE:
             return None
-        name = self._generator_precision.name
         return (
-            f"distill.generator_precision {name} is too coarse: fake model and teacher differ by {row['gap']:.2%}, so "
-            f"that rounding puts the generator's gradient about {min(error, 1.0):.0%} off; use a finer one"
+            f"distill.{coarsest}_precision {self._precisions[coarsest].name} is too coarse: fake model and teacher "
+            f"differ by {row['gap']:.2%}, so that rounding puts the generator's gradient about {min(error, 1.0):.0%} "
+            "off; use a finer one"
         )
 
     def capture(self, recorder: Recorder | None = None) -> None:
@@ -413,12 +425,13 @@ class Distiller:
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
-        with torch.no_grad():
+        with torch.no_grad(), self._exporting():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the student's weights and their description."""
-        return self.student.net.state_dict(), self.description
+        with self._exporting():
+            return sharding.whole(self.student.net.state_dict()), self.description
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -489,10 +502,25 @@ class Distiller:
 
     def _ask_teacher(self, seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """The teacher's output and, with guidance, the one without labels, from one forward."""
-        if self.guidance == 1.0:
-            return self._float(self._run_teacher(*seen)), None
-        conditional, unconditional = self._float(self._run_teacher(*both(self.teacher, seen))).chunk(2)
+        guided = self.guidance != 1.0
+        # Float32 storage is computed with in the turn's own precision.
+        rounded = self._teacher_precision.name != "float32"
+        with self._teacher_precision.networks() if rounded else contextlib.nullcontext():
+            out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
+        if not guided:
+            return out, None
+        conditional, unconditional = out.chunk(2)
         return conditional, unconditional
+
+    def _frozen_teacher(self, net: nn.Module, config: Config) -> nn.Module:
+        """The teacher from ``net``, which keeps its own memory unless neither rounded nor sharded."""
+        offload = config.run.offload_teacher
+        if self._teacher_precision.name == "float32" and not (self.sharded or offload):
+            return frozen_view(net).eval()
+        net = copy.deepcopy(net).requires_grad_(False).eval()
+        if self._teacher_precision.name == "bf16":
+            precision.round_weights(net)
+        return sharding.shard(net, self.device, offload) if self.sharded or offload else net
 
     def _check_device(self) -> None:
         """Refuse a mode or a precision that the device does not have."""
@@ -500,7 +528,7 @@ class Distiller:
             ("run.mode", self.mode, modes.why_not(self.mode, self.device)),
             *(
                 (f"distill.{turn}_precision", chosen.name, precision.why_not(chosen.name, self.device))
-                for turn, chosen in (("fake", self._fake_precision), ("generator", self._generator_precision))
+                for turn, chosen in self._precisions.items()
             ),
         )
         for key, value, reason in asked:

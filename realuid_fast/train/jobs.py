@@ -73,10 +73,13 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     trainer: Trainer
     if job == "distill":
         settings = config.distill
-        teacher = teachers.load_teacher(
-            settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config
+        # Named nowhere: where the trainer keeps the teacher in another form, this one goes.
+        trainer = distiller(config)(
+            config,
+            dataset,
+            teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config),
+            command,
         )
-        trainer = distiller(config)(config, dataset, teacher, command)
     else:
         trainer = TeacherTrainer(config, dataset, command)
     weights = config.run.inception if distributed.rank() == 0 else ""

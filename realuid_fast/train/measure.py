@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,7 +18,8 @@ from .inception import Inception
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists
 MOST = 2000  # samples that precision, recall and the principal components look at
-STORED = 10_000  # samples of a split on disk that are held in memory to compare with, at even distances
+# Samples of a split on disk that are held in memory to compare with, at even distances, and values of all of them.
+STORED, STORED_VALUES = 10_000, 1 << 28
 INCEPTION_BATCH = 100  # images that go through the Inception network at a time
 Sampler = Callable[..., Tensor]  # noise, and labels and endpoints, if any, to samples
 NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
@@ -54,7 +56,7 @@ class Measure:
 
     def __init__(self, dataset: Dataset, inception: Inception | None = None) -> None:
         self.heldout, self.train = (
-            dataset.pixels(split, None if isinstance(rows, Tensor) else STORED)
+            dataset.pixels(split, None if isinstance(rows, Tensor) else _bounded(STORED, dataset.shape))
             for split, rows in (("heldout", dataset.heldout), ("train", dataset.train))
         )
         if len(self.heldout) < 2:
@@ -76,7 +78,7 @@ class Measure:
         elif self._points:
             self.name = "sliced Wasserstein distance, points"
         else:
-            self.features = _principal_components(dataset.pixels("train", MOST))
+            self.features = _principal_components(dataset.pixels("train", _bounded(MOST, dataset.shape)))
             count = self.features(self.heldout[:1]).shape[1]
             self.name = f"Fréchet distance, {count} principal components of the pixels"
         self._heldout_features = self.features(self.heldout)
@@ -150,8 +152,12 @@ class Measure:
         return self._labels[order].repeat(-(-count // len(order)))[:count]
 
     def floor(self) -> Distances:
-        """Distances of the training split, or of :data:`STORED` of it: what a perfect generator of it would reach."""
+        """Distances of the training split, or of a part of it: what a perfect generator of it would reach."""
         return self._distances(self.train)
+
+
+def _bounded(most: int, shape: tuple[int, ...]) -> int:
+    return max(2, min(most, STORED_VALUES // math.prod(shape)))
 
 
 def _flat(samples: Tensor) -> Tensor:

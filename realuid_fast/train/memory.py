@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..optim import is_sharded
 from ..sampling import arguments, takes_endpoint
 
 
@@ -69,6 +70,9 @@ def free_bytes(device: torch.device) -> int | None:
 def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
     """What it takes to have ``batch`` samples, one of ``parts``, in ``rows`` passes each, and what would fit."""
     asked = f"the memory of {device} does not suffice for a batch of {batch}"
+    if any(is_sharded(p) for p in net.parameters()):
+        # Counting takes a forward pass, which takes all ranks.
+        return f"{asked}; with a larger run.accumulate it goes through in smaller parts"
     free = free_bytes(device)
     try:
         size = rows * bytes_per_sample(net, shape, device)

@@ -42,6 +42,8 @@ class RegressionTrainer:
             the distillation that have no meaning here.
     """
 
+    sharded = False
+
     def __init__(self, config: Config, dataset: Dataset, teacher: Model, command: str = "") -> None:
         settings, seed = config.distill, config.run.seed
         described = teacher.description

@@ -18,10 +18,9 @@ from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
 from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
-from . import distributed
+from . import distributed, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
-from .generator import frozen_view
 from .meters import Meters
 from .phases import Phases
 
@@ -53,9 +52,14 @@ class TeacherTrainer:
         network = network_for(config, dataset)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = build(network).to(self.device)
-        if images:
-            net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
+            net = build(network)
+        self.sharded = config.run.shard and distributed.size() > 1
+        if self.sharded:
+            sharding.shard(net, self.device)
+        else:
+            net = net.to(self.device)
+            if images:
+                net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.net = net.train()
         self._label_dropout = settings.label_dropout
         if settings.label_dropout and getattr(net, "null_label", None) is None:
@@ -68,8 +72,8 @@ class TeacherTrainer:
             ema_warmup=settings.ema_warmup,
         )
         self._scale = 1 / math.prod(dataset.shape) if settings.reduction == "mean" else 1.0
-        distributed.average(self.optimiser, self.parts)
-        self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
+        distributed.average(self.optimiser, self.parts, self.sharded)
+        self.averaged, self._exporting = sharding.exported(net, self.optimiser.ema.get(settings.export), self.sharded)
         self.labels = labels_to_draw(self.net, dataset, self.device)
         # Only to refuse data without endpoints: batches bring their own.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
@@ -153,11 +157,15 @@ class TeacherTrainer:
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Samples of the exported network in Euler steps, for noise ``z`` and the endpoints if it has them."""
         endpoint = endpoint if self._endpoint else None
-        return integrate(self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self._predict, endpoint)
+        with self._exporting():
+            return integrate(
+                self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self._predict, endpoint
+            )
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the exported weights and their description."""
-        return self.averaged.state_dict(), self.description
+        with self._exporting():
+            return sharding.whole(self.averaged.state_dict()), self.description
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
