@@ -140,9 +140,9 @@ class Distiller:
         self.student = Generator(exported, *start)
 
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
-        self._takes_real = self.objective.needs_real or self.gan is not None
+        self.takes_real = self.objective.needs_real or self.gan is not None
         self._labels_of_batch = settings.labels == "batch"
-        needs_batches = self._takes_real or self._labels_of_batch
+        needs_batches = self.takes_real or self._labels_of_batch
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws) if needs_batches else None
         self._ahead: deque[tuple[Tensor, Tensor | None, Tensor | None]] = deque()
         self.labels = labels_to_draw(net, dataset, self.device)
@@ -155,7 +155,7 @@ class Distiller:
         self._rows_made = self.turns * self.parts * self.batch
         self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
         # What a fake turn reads: generated rows and, below them, real ones, with their labels.
-        self._n_real = self.batch if self._takes_real else 0
+        self._n_real = self.batch if self.takes_real else 0
         rows = self.batch + self._n_real
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
@@ -207,13 +207,13 @@ class Distiller:
     @property
     def images_per_update(self) -> int:
         """Training samples, generated or real, that one update's losses are evaluated on."""
-        rows = 2 if self._takes_real else 1
+        rows = 2 if self.takes_real else 1
         return self.parts * self.batch * (self.turns * rows + 1)
 
     @property
     def rows(self) -> int:
         """Rows for every sample of the batch that a turn holds activations of at once, at most."""
-        return max(2 if self._takes_real else 1, 3 if self.objective.flows == "all" else 1)
+        return max(2 if self.takes_real else 1, 3 if self.objective.flows == "all" else 1)
 
     @property
     def optimisers(self) -> dict[str, Optimiser]:
