@@ -5,8 +5,8 @@ samples get too; every fake turn makes its samples with the generator's graph, w
 turn ends; the fake model runs once on generated and once on real samples; losses are the two squared distances of the
 paper under autograd; Adam runs as a loop over parameters after ``clip_grad_norm_``, with rates that rise from zero;
 each average walks over the state dict, with one decay throughout; memory layouts are torch's defaults. The published
-loop's garbage collections are left out. The times, noise and batch of a turn are arguments, so that an update can be compared
-with the trainer's (:mod:`bench.parity`). docs/parity.md says where each of these facts is from.
+loop's garbage collections are left out. The times, noise and batch of a turn are arguments, so that an update can be
+compared with the trainer's (:mod:`bench.parity`). docs/parity.md says where each of these facts is from.
 """
 
 from __future__ import annotations

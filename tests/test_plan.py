@@ -88,6 +88,15 @@ def test_a_distillation_is_counted_as_it_runs(objective):
     assert set(found.parameters) == {"teacher", "generator", *(["fake model"] if objective != "sds" else [])}
 
 
+def test_a_discriminator_takes_real_rows_and_a_head():
+    config = configured("distill.objective.name=uid", "distill.gan.weight_fake=1.0")
+    found, trainer = plan.make("distill", config, steps=0), Distiller(config, images(), teacher())
+    assert found.images_per_update == trainer.images_per_update == 8 * 7
+    assert found.parameters["fake model"] == sum(p.numel() for p in trainer.judged.parameters())
+    trainer.update()
+    assert sum(found.operations.values()) == pytest.approx(counted(trainer.update), rel=0.05)
+
+
 def test_a_teacher_is_counted_as_it_trains():
     config = configured()
     found = plan.make("train-teacher", config, steps=0)
@@ -103,9 +112,6 @@ def kept(trainer, update):
     """Bytes that the backward passes of an update hold at once, at most: saved by its largest turn."""
     nets = (trainer.generator, trainer.fake, trainer.teacher)
     own = {tensor.untyped_storage().data_ptr() for net in nets for tensor in net.parameters()}
-    own |= {
-        tensor.untyped_storage().data_ptr() for net in (trainer.fake, trainer.teacher) for tensor in net.parameters()
-    }
     held = {}
 
     def pack(tensor):
@@ -195,6 +201,8 @@ def test_bad_settings_are_refused():
         plan.make(
             "distill", configs.from_mapping({"data": {"name": "cifar10"}, "distill": CONTENT["distill"]}), steps=0
         )
+    with pytest.raises(UserError, match="regression has not"):
+        plan.make("distill", configured("distill.objective.name=regression"), steps=0)
     with pytest.raises(UserError, match="does not divide"):
         plan.make("distill", configured("run.accumulate=3"), steps=0)
 

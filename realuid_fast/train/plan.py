@@ -52,6 +52,8 @@ class Measured:
 class Plan:
     """``parameters`` by network; ``memory`` in bytes by part; ``operations`` of an update by turn, two for each
     multiply-add; ``missing`` in sentences. ``measured`` and ``hours`` are None where ``unmeasured`` says why.
+
+    Memory is that of one process that holds everything; of a discriminator's head the parameters are counted alone.
     """
 
     job: str
@@ -88,6 +90,10 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> 
     """
     if steps < 0:
         raise UserError(f"--measure must not be negative, got {steps}")
+    if job == "distill" and config.distill.objective.name == REGRESSION:
+        raise UserError(
+            "--dry-run plans turns of a fake model and a generator, which distill.objective regression has not"
+        )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     missing: list[str] = []
@@ -232,7 +238,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
 
     batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
     part = batch // config.run.accumulate
-    rows = 2 if counted.takes_real else 1
+    rows = 1 + counted.takes_real
     backward = objective.flows == "all"
     judged = counted.gan is not None and counted.gan.weight_generator > 0
     fake_kept, shape = 0, dataset.shape
@@ -244,7 +250,8 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
         if backward:
             generator_kept += _activations(counted.teacher, shape, asked * part, to_input=True)
         if turns and (backward or judged):
-            generator_kept += _activations(counted.frozen_fake, shape, part, to_input=True)
+            # The fake model is a network like the teacher.
+            generator_kept += _activations(counted.teacher, shape, part, to_input=True)
     turn = "fake" if fake_kept > generator_kept else "generator"
     made = turns * batch
     # Rows of the fake turn; noise and samples of all of them; noise, samples and interpolants of the generator's turn.
