@@ -15,6 +15,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from realuid_fast.backends import backend
 from realuid_fast.data import Dataset
 from realuid_fast.sampling import LINEAR, default_start, one_step
 from realuid_fast.teachers import Model
@@ -51,12 +52,13 @@ class Published:
         self.phases = Stopwatch()
 
     def update(self) -> None:
-        """All fake turns, then the generator's, with fresh draws."""
-        for _ in range(self.turns):
-            with self.phases("data"):
-                real, real_labels = self.batches.next()
-            self.fake_turn(*self._draws(), real, real_labels)
-        self.generator_turn(*self._draws())
+        """All fake turns, then the generator's, with fresh draws; the networks' layers are torch's own."""
+        with backend("torch"):
+            for _ in range(self.turns):
+                with self.phases("data"):
+                    real, real_labels = self.batches.next()
+                self.fake_turn(*self._draws(), real, real_labels)
+            self.generator_turn(*self._draws())
 
     def fake_turn(
         self, z: Tensor, y: Tensor | None, t: Tensor, n: Tensor, real: Tensor, real_y: Tensor | None
