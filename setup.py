@@ -110,7 +110,11 @@ def configure() -> dict[str, Any]:
         modules.append(
             cpp_extension.CppExtension(
                 "realuid_fast._C",
-                ["csrc/ops.cpp", "csrc/layers.cpp", *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES + LAYER_SOURCES)],
+                [
+                    "csrc/ops.cpp",
+                    "csrc/layers.cpp",
+                    *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES + LAYER_SOURCES),
+                ],
                 include_dirs=["csrc"],
                 define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
                 extra_compile_args=flags,

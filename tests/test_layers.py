@@ -23,8 +23,8 @@ LAST = torch.channels_last
 # filter's gradient is the difference of sums over all tiles, so a few units of 6e-8 become 1e-6 and 3e-6. bfloat16 and
 # float16 add one rounding of the output.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2**-8 + 5e-6, torch.float16: 2**-11 + 5e-6, torch.float64: 1e-13}
-# batch, in, out, height, width: one pixel, less than a tile, ragged tiles, channels below, at and beyond vectors and panels,
-# several blocks of tiles.
+# batch, in, out, height, width: one pixel, less than a tile, ragged tiles, channels below, at and beyond vectors and
+# panels, several blocks of tiles.
 CONVOLUTIONS = [
     (1, 1, 1, 1, 1),
     (2, 3, 5, 2, 3),
@@ -79,12 +79,15 @@ def test_conv3x3(shape, dtype, filters):
     g_x64, g_weight64, g_bias64 = torch.autograd.grad(expected, (x64, weight64, bias64), grad.double())
 
     y = ops.conv3x3(x, weight, bias)
-    assert y.dtype == dtype and y.is_contiguous(memory_format=LAST)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=LAST)
     assert_near(y, expected.detach(), dtype)
     assert_near(ops.conv3x3(x, weight, None), (expected - bias64[:, None, None]).detach(), dtype, 2)
     g_x, g_weight = ops.conv3x3_grads(grad, x, weight, True, True)
-    assert g_x.dtype == dtype and g_x.is_contiguous(memory_format=LAST)
-    assert g_weight.dtype == weight.dtype and g_weight.stride() == weight.stride()
+    assert g_x.dtype == dtype
+    assert g_x.is_contiguous(memory_format=LAST)
+    assert g_weight.dtype == weight.dtype
+    assert g_weight.stride() == weight.stride()
     assert_near(g_x, g_x64, dtype)
     assert_near(g_weight, g_weight64, real(dtype))
     for want_x, want_weight in ((True, False), (False, True), (False, False)):
@@ -124,7 +127,9 @@ def test_norm_silu(shape, dtype, shifted):
     expected_grads = torch.autograd.grad(expected, inputs, grad.double())
 
     y, statistics = ops.norm_silu(x, shift, weight, bias, groups, 1e-5)
-    assert y.dtype == dtype and y.is_contiguous(memory_format=LAST) and statistics.dtype == real(dtype)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=LAST)
+    assert statistics.dtype == real(dtype)
     assert_near(y, expected.detach(), dtype)
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, shift, weight, bias)]
     out = ops.norm_silu(*leaves, groups, 1e-5)[0]
@@ -192,7 +197,8 @@ def test_empty_images(shape):
     assert y.shape == (shape[0], 4, *shape[2:])
     assert torch.equal(y, torch.zeros_like(y))
     g_x, g_weight = ops.conv3x3_grads(torch.ones_like(y), x, weight, True, True)
-    assert g_x.shape == x.shape and torch.equal(g_weight, torch.zeros_like(weight))
+    assert g_x.shape == x.shape
+    assert torch.equal(g_weight, torch.zeros_like(weight))
     if shape[1]:
         ones = torch.ones(shape[1])
         y, statistics = ops.norm_silu(x, None, ones, ones, 1, 1e-5)
@@ -267,7 +273,8 @@ def test_freed_memory_is_refused():
 
 def test_there_is_no_second_derivative():
     x, weight, bias, _ = convolution((2, 6, 4, 4, 4), torch.float32)
-    for y in (ops.conv3x3(x.requires_grad_(), weight, bias), ops.norm_silu(x, None, bias.new_ones(6), bias.new_ones(6), 3, 1e-5)[0]):
+    x, ones = x.requires_grad_(), torch.ones(6)
+    for y in (ops.conv3x3(x, weight, bias), ops.norm_silu(x, None, ones, ones, 3, 1e-5)[0]):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
 
@@ -315,7 +322,13 @@ def test_modules_run_the_operators_and_agree_with_torch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_network_is_the_same_function_on_the_operators(dtype):
     torch.manual_seed(0)
-    options = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "attention_resolutions": "4"}
+    options = {
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": (1, 2),
+        "attention_resolutions": "4",
+        "norm_groups": 8,
+    }
     net = UNet((3, 8, 8), **options)
     for parameter in net.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape))
@@ -329,8 +342,10 @@ def test_a_network_is_the_same_function_on_the_operators(dtype):
         results.append((out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))))
     # bfloat16 rounds the images between the layers in both, the operands of torch's products beside.
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    whole = torch.stack([g.norm() for g in results[0][1:]]).norm()
     for a, b in zip(*results, strict=True):
-        assert (a - b).norm() <= tolerance * b.norm()
+        # A key's bias has no gradient, only rounding.
+        assert (a - b).norm() <= tolerance * torch.maximum(b.norm(), 1e-3 * whole)
 
 
 def test_compiled_networks_hold_the_operators():
@@ -349,7 +364,7 @@ def test_compiled_networks_hold_the_operators():
 def test_references_compute_the_same():
     x, weight, bias, grad = convolution((2, 6, 4, 5, 6), torch.float32)
     one, shift = draw(6, seed=6), draw(2, 6, seed=7)
-    y, statistics = ops.norm_silu(x, shift, one, one, 3, 1e-5)
+    _, statistics = ops.norm_silu(x, shift, one, one, 3, 1e-5)
     calls = {
         "conv3x3": (x, weight, bias),
         "conv3x3_grads": (grad, x, weight, True, True),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import backends
 
-# Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN. It multiplies half types at twice
-# the speed of float32, which the operator does not.
+# Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN, which multiplies half types at
+# twice the speed of float32; the operator does not.
 LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_HALF = 16, 8, 96
 
 
@@ -58,7 +58,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operators take images ``x`` with the parameter ``weight``: on CPU, channels_last, arithmetic types."""
+    """Whether the operators take images ``x`` with the parameter ``weight``: on CPU, channels_last, float types."""
     return (
         backends.compiled(x.device)
         and weight.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)

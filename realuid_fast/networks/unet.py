@@ -102,9 +102,7 @@ class ResBlock(nn.Module):
         self.resample: nn.Module | None = None
         if resample is not None:
             self.resample = Upsample(channels, False) if resample == "up" else Downsample(channels, False)
-        self.in_layers = nn.Sequential(
-            GroupNorm(groups, channels), nn.SiLU(), Conv3x3(channels, out_channels)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(groups, channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
         )
