@@ -292,33 +292,55 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _conv3x3_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+class _Conv3x3Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative(grad, "conv3x3")
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        _, want_x, want_weight, want_bias = ctx.needs_input_grad
+        g_x = g_weight = None
+        if want_x or want_weight:
+            g_x, g_weight = torch.ops.realuid_fast.conv3x3_grads(grad, x, weight, want_x, want_weight)
+        g_bias = grad.sum((0, 2, 3), dtype=weight.dtype) if want_bias else None
+        return None, g_x if want_x else None, g_weight if want_weight else None, g_bias
 
 
-def _conv3x3_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    _refuse_second_derivative(grad, "conv3x3")
-    x, weight = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    want_x, want_weight, want_bias = ctx.needs_input_grad
-    g_x = g_weight = None
-    if want_x or want_weight:
-        g_x, g_weight = torch.ops.realuid_fast.conv3x3_grads(grad, x, weight, want_x, want_weight)
-    g_bias = grad.sum((0, 2, 3), dtype=weight.dtype) if want_bias else None
-    return g_x if want_x else None, g_weight if want_weight else None, g_bias
+class _NormSiluFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, statistics = kernel(*inputs)
+        ctx.save_for_backward(*inputs[:4], statistics)
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        _refuse_second_derivative(grad, "norm_silu")
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = torch.ops.realuid_fast.norm_silu_grads(grad, *ctx.saved_tensors)
+        wanted = (g if want else None for g, want in zip(grads, ctx.needs_input_grad[1:], strict=False))
+        return None, *wanted, None, None
 
 
-def _norm_silu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.mark_non_differentiable(output[1])
+def _differentiate(library: torch.library.Library, name: str, op: str, function: Any) -> None:
+    """Have ``function`` run the operator where a gradient is wanted; cheaper a call than torch.library's way."""
+    kernel = getattr(getattr(torch.ops, name), op).default
 
+    def with_gradients(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
+            return function.apply(kernel, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*inputs)
 
-def _norm_silu_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    _refuse_second_derivative(grad, "norm_silu")
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    grads = torch.ops.realuid_fast.norm_silu_grads(grad, *ctx.saved_tensors)
-    wanted = (g if want else None for g, want in zip(grads, ctx.needs_input_grad, strict=False))
-    return *wanted, None, None
+    library.impl(op, with_gradients, "Autograd")
 
 
 def _define(name: str) -> torch.library.Library:
@@ -333,10 +355,8 @@ def _define(name: str) -> torch.library.Library:
     torch.library.register_autograd(
         f"{name}::interpolate", _interpolate_backward, setup_context=_interpolate_setup, lib=library
     )
-    torch.library.register_autograd(f"{name}::conv3x3", _conv3x3_backward, setup_context=_conv3x3_setup, lib=library)
-    torch.library.register_autograd(
-        f"{name}::norm_silu", _norm_silu_backward, setup_context=_norm_silu_setup, lib=library
-    )
+    _differentiate(library, name, "conv3x3", _Conv3x3Function)
+    _differentiate(library, name, "norm_silu", _NormSiluFunction)
     return library
 
 

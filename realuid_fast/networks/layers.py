@@ -17,6 +17,13 @@ from .. import backends
 # Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN, which multiplies half types at
 # twice the speed of float32; the operator does not.
 LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_HALF = 16, 8, 96
+# The parameters' type that the operators take with images of each type.
+_PARAMETERS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 class Conv3x3(nn.Conv2d):
@@ -26,17 +33,21 @@ class Conv3x3(nn.Conv2d):
         super().__init__(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _under_autocast(x)
-        if self._pays(x):
-            return torch.ops.realuid_fast.conv3x3(x, self.weight, self.bias)
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            # As autocast has a convolution take it; the operator takes its filters in float32.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if serves(x, self.weight) and self._pays(x):
+            return torch.ops.realuid_fast.conv3x3.default(x, self.weight, self.bias)
         return super().forward(x)
 
     def _pays(self, x: Tensor) -> bool:
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        if not serves(x, self.weight) or min(self.in_channels, self.out_channels) < LEAST_CHANNELS:
+        if min(self.in_channels, self.out_channels) < LEAST_CHANNELS:
             return False
-        tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-        return tiles >= LEAST_TILES_HALF and not _has_matrix_unit() if half else tiles >= LEAST_TILES
+        batch, _, height, width = x.shape
+        tiles = batch * -(-height // 4) * -(-width // 4)
+        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+            return tiles >= LEAST_TILES_HALF and not _has_matrix_unit()
+        return tiles >= LEAST_TILES
 
 
 class GroupNorm(nn.GroupNorm):
@@ -53,25 +64,17 @@ class GroupNorm(nn.GroupNorm):
         if serves(x, self.weight):
             shift = None if shift is None else shift.to(self.weight.dtype)
             groups, eps = self.num_groups, self.eps
-            return torch.ops.realuid_fast.norm_silu(x, shift, self.weight, self.bias, groups, eps)[0]
+            return torch.ops.realuid_fast.norm_silu.default(x, shift, self.weight, self.bias, groups, eps)[0]
         return F.silu(self(x if shift is None else x + shift.to(x.dtype)[:, :, None, None]))
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the operators take images ``x`` with the parameter ``weight``: on CPU, channels_last, float types."""
     return (
-        backends.compiled(x.device)
-        and weight.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        x.is_contiguous(memory_format=torch.channels_last)
+        and weight.dtype == _PARAMETERS.get(x.dtype)
+        and backends.compiled(x.device)
     )
-
-
-def _under_autocast(x: Tensor) -> Tensor:
-    """``x`` in the type that autocast would have a convolution take it in; the operator takes filters in float32."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,13 +116,13 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        norm, _, conv = self.in_layers
+        norm, conv = cast(GroupNorm, self.in_layers[0]), self.in_layers[2]
         h = norm.silu(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
         shift = self.emb_layers(embedding)
-        norm, activation, dropout, conv = self.out_layers
+        norm, (_, activation, dropout, conv) = cast(GroupNorm, self.out_layers[0]), self.out_layers
         if self.scale_shift:
             scale, shift = shift.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
             h = activation(torch.addcmul(shift, norm(h), 1.0 + scale))
@@ -323,8 +323,7 @@ class UNet(nn.Module):
         return in_full(self._last, x, next(self.out[-1].parameters()))
 
     def _last(self, x: Tensor) -> Tensor:
-        norm, _, conv = self.out
-        return conv(norm.silu(x))
+        return self.out[2](cast(GroupNorm, self.out[0]).silu(x))
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:
