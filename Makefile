@@ -37,7 +37,7 @@ sanitize: $(VENV)/.installed
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		REALUID_FAST_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED) $(abspath $(BIN))/python -m pytest -q \
-		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py)
+		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py test_layers.py)
 
 # Source archive and wheel, and each of them installed in a fresh environment: with a compiler and without.
 dist: $(VENV)/.installed

@@ -16,6 +16,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from realuid_fast.backends import backend
 from realuid_fast.data import Dataset
 from realuid_fast.sampling import LINEAR, default_start, one_step
 from realuid_fast.teachers import Model
@@ -57,11 +58,12 @@ class Published:
         self.phases = Stopwatch()
 
     def update(self) -> None:
-        """All fake turns, then the generator's, with fresh draws."""
-        for _ in range(self.turns):
-            self.fake_turn(*self._draws())
-        z, y, t, n, _ = self._draws()
-        self.generator_turn(z, y, t, n)
+        """All fake turns, then the generator's, with fresh draws; the networks' layers are torch's own."""
+        with backend("torch"):
+            for _ in range(self.turns):
+                self.fake_turn(*self._draws())
+            z, y, t, n, _ = self._draws()
+            self.generator_turn(z, y, t, n)
 
     def fake_turn(self, z: Tensor, y: Tensor | None, t: Tensor, n: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the fake model; its loss and gradient norm, each ``()``.

@@ -1,76 +1,29 @@
 // The operators on LibTorch's stable ABI: arguments are checked and named here, kernels are dumb. Schemas live in Python.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/fused.h"
 #include "cpu/optimiser.h"
 
 namespace {
 
 namespace rf = realuid_fast;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+using namespace realuid_fast::arguments;
 using Grads2 = std::tuple<Tensor, Tensor>;
 using Grads3 = std::tuple<Tensor, Tensor, Tensor>;
 using Grads6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Grads7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw std::runtime_error(sentence.str());
-}
-
-// One sentence and no source location: it is for whoever called the operator.
-#define REQUIRE(condition, ...) \
-  do {                          \
-    if (!(condition)) refuse(__VA_ARGS__); \
-  } while (false)
-
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
 // Outputs larger than this leave the caches before anyone reads them: write them past the caches.
 constexpr int64_t STREAM_BYTES = int64_t(1) << 20;
-
-rf::Dtype storage(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return rf::Dtype::float32;
-    case ScalarType::BFloat16:
-      return rf::Dtype::bfloat16;
-    case ScalarType::Half:
-      return rf::Dtype::float16;
-    case ScalarType::Double:
-      return rf::Dtype::float64;
-    default:
-      refuse(name, " must be float32, bfloat16, float16 or float64");
-  }
-}
-
-// Where `t` lies. A tensor whose storage was taken from it (as sharded training does) has a shape and no memory.
-const void* memory_of(const Tensor& t, const char* name) {
-  const void* memory = t.const_data_ptr();
-  REQUIRE(memory != nullptr || t.numel() == 0, name, " has no memory: its storage was freed");
-  return memory;
-}
-
-void* writable(const Tensor& t, const char* name) {
-  memory_of(t, name);
-  return t.mutable_data_ptr();
-}
 
 // The memory of `t` holds its elements once and without gaps, in whatever order.
 bool gapless(const Tensor& t) {
@@ -197,17 +150,6 @@ struct Frame {
   }
 
   Tensor scalar() const { return allocate(nullptr, nullptr, 0, real()); }
-
-  // The C shim rather than a dispatched empty: a small call spends most of its time here.
-  static Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
-    AtenTensorHandle handle = nullptr;
-    static const int64_t nothing = 0;
-    const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    REQUIRE(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
-                                     aoti_torch_device_type_cpu(), 0, &handle) == 0,
-            "no memory for the result");
-    return Tensor(handle);
-  }
 
   // Runs body(begin, end) over the groups of units on torch's threads.
   template <class F>
@@ -561,7 +503,7 @@ Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& 
   });
   double total = 0;
   for (double sum : partial) total += sum;
-  Tensor norm = Frame::allocate(nullptr, nullptr, 0, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor norm = allocate(nullptr, nullptr, 0, wide ? ScalarType::Double : ScalarType::Float);
   if (wide)
     *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(total);
   else

@@ -219,9 +219,7 @@ def _add_folder(command: argparse.ArgumentParser, default: Path | None = None, n
 def _add_plan(command: argparse.ArgumentParser) -> None:
     text = "only show what the run would take: memory by part, operations, hours; writes no folder, needs no data"
     command.add_argument("--dry-run", action="store_true", help=text)
-    text = (
-        f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}, of smaller batches if those are slow)"
-    )
+    text = f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}, of smaller batches if those are slow)"
     command.add_argument("--measure", type=int, metavar="N", help=text)
     command.add_argument("--json", type=Path, metavar="FILE", help="file for what --dry-run shows")
 
