@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from realuid_fast import networks
+from realuid_fast import backends, networks
 
 from .machine import ROOT
 from .step import PROBLEMS
@@ -189,8 +189,8 @@ def simulate(one: Cycle, gpus: int, spread: float, cycles: int = 200, seed: int 
 def count(problem: str = "cifar10") -> tuple[int, float]:
     """Parameters of a benchmark's network, and the operations of one image's forward pass."""
     chosen = PROBLEMS[problem]
-    # Shapes alone: no memory, no arithmetic.
-    with FakeTensorMode(), torch.no_grad():
+    # Shapes alone: no memory, no arithmetic. The counter knows none of the package's own layers.
+    with FakeTensorMode(), torch.no_grad(), backends.backend("torch"):
         net = networks.build({**chosen.network, "dim": list(chosen.shape)})
         with FlopCounterMode(display=False) as counter:
             net(torch.zeros(1), torch.zeros(1, *chosen.shape))

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from realuid_fast import cli, data, teachers
+from realuid_fast import backends, cli, data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
@@ -55,7 +55,8 @@ class Counter(TorchDispatchMode):
 
 
 def counted(update):
-    with sdpa_kernel(SDPBackend.MATH), Counter() as counter:
+    # As plain layers: the formulas know none of the package's own.
+    with sdpa_kernel(SDPBackend.MATH), backends.backend("torch"), Counter() as counter:
         update()
     return counter.total
 
@@ -86,6 +87,16 @@ def test_a_distillation_is_counted_as_it_runs(objective):
     assert found.memory["parameters"] == found.memory["gradients"] == sum(size(net.values()) for net in nets)
     assert found.memory["teacher"] == size(trainer.teacher.state_dict().values())
     assert set(found.parameters) == {"teacher", "generator", *(["fake model"] if objective != "sds" else [])}
+
+
+def test_operations_do_not_depend_on_the_layout():
+    # Wide enough for the package's convolution, which serves channels_last images alone.
+    wide = {**NETWORK, "num_channels": 32}
+    config = configured(network={"num_channels": 32})
+    found = plan.make("train-teacher", config, steps=0).operations["forward and backward"]
+    for channels_last in ("true", "false"):
+        trainer = TeacherTrainer(configured(f"run.channels_last={channels_last}", network=wide), images())
+        assert found == pytest.approx(counted(trainer.update), rel=0.01)
 
 
 def test_a_discriminator_takes_real_rows_and_a_head():
@@ -127,7 +138,8 @@ def kept(trainer, update):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_activations_are_what_a_turn_keeps(precision):
-    config = configured(f"distill.generator_precision={precision}")
+    # In both turns, so that the generator's is the larger one.
+    config = configured(f"distill.generator_precision={precision}", f"distill.fake_precision={precision}")
     found = plan.make("distill", config, steps=0)
     trainer = Distiller(config, images(), teacher())
     (activations,) = (value for name, value in found.memory.items() if name.startswith("activations of the generator"))

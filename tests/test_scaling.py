@@ -1,6 +1,7 @@
 """The scaling model: its parts by hand, its simulation against it, and the page that shows it."""
 
 import pytest
+import torch
 
 from bench import scaling
 from bench.scaling import H200, Job, Machine, all_reduce, cycle, simulate
@@ -14,6 +15,16 @@ def test_an_all_reduce_by_hand():
     # Two nodes: the same inside, and each GPU's half goes through its adapter, 2 (1/2) 5e5 / 1e5.
     assert all_reduce(1e6, 4, SLOW, latency=0.0) == pytest.approx(1.0 + 5.0)
     assert all_reduce(0.0, 8, SLOW, latency=1.0) == pytest.approx(2 * 3)
+
+
+def test_operations_do_not_depend_on_the_layout(monkeypatch):
+    found, zeros = scaling.count(), torch.zeros
+
+    def laid_out(*size):
+        return zeros(*size).contiguous(memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format)
+
+    monkeypatch.setattr(torch, "zeros", laid_out)
+    assert scaling.count() == found
 
 
 def test_a_cycle_by_hand():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .recompute import Part, once_more
 from .unet import GroupNorm, check_null_label, timestep_embedding
 
 MOST_BLOCKS = 256  # a level; a damaged file may ask for any number
@@ -82,7 +83,7 @@ class Norm(GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps)
 
 
-class Block(nn.Module):
+class Block(Part):
     """Residual block with the embedding in its middle and, perhaps, attention after it.
 
     ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in
@@ -120,6 +121,7 @@ class Block(nn.Module):
             self.qkv = Conv(out_channels, 3 * out_channels, 1)
             self.proj = Conv(out_channels, out_channels, 1)
 
+    @once_more
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         shift = self.affine(embedding).to(h.dtype)[:, :, None, None]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .layers import Conv3x3, GroupNorm
+from .recompute import Part, once_more
 
 # Multipliers by image side, as the published configurations choose them.
 DEFAULT_MULT: dict[int, tuple[float, ...]] = {
@@ -45,10 +46,11 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
 
 
-class Blocks(nn.Sequential):
+class Blocks(Part, nn.Sequential):
     """Modules applied in order; residual blocks also get the time embedding."""
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+    @once_more
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         for module in self:
             x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
         return x

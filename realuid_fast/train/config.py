@@ -269,7 +269,9 @@ class RunConfig:
     ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
     ``shard`` spreads networks, optimisers and averages over all ranks (:mod:`realuid_fast.train.sharding`), where one
     GPU does not hold them; with one rank it does nothing. ``offload_teacher`` keeps the teacher in host memory, from
-    where it is brought to the GPU part by part. ``timings`` logs the time of every phase of an update.
+    where it is brought to the GPU part by part. ``checkpoint_activations`` has the U-Nets of this package keep their
+    blocks' inputs alone and run the blocks again in the backward pass (:mod:`realuid_fast.networks.recompute`): the
+    same gradients with less memory, for one more forward pass. ``timings`` logs the time of every phase of an update.
     """
 
     seed: int = 0
@@ -288,6 +290,7 @@ class RunConfig:
     accumulate: int = 1
     shard: bool = False
     offload_teacher: bool = False
+    checkpoint_activations: bool = False
     stop_after_skips: int = 100
     tensorboard: bool = True
     progress: bool = True
@@ -599,6 +602,16 @@ def _check(config: Config) -> None:
     for name in ("shard", "offload_teacher"):
         if getattr(run, name) and run.mode != "eager":
             raise UserError(f"run.{name} must be false with run.mode {run.mode}: only eager turns bring parts together")
+    if run.checkpoint_activations and run.mode == "graphs":
+        raise UserError(
+            "run.checkpoint_activations must be false with run.mode graphs: a block that runs again takes its random "
+            "state from the host, which a graph does not see"
+        )
+    if run.checkpoint_activations and run.shard:
+        raise UserError(
+            "run.checkpoint_activations must be false with run.shard: a sharded fake model is frozen in its forward "
+            "pass alone"
+        )
     if run.shard and distill.gan.weight_fake:
         raise UserError("run.shard must be false with distill.gan, whose head reads inside of the fake model")
     whole = not (run.shard or run.offload_teacher or distill.teacher_precision == "bf16")

@@ -17,6 +17,7 @@ from .. import teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..networks import build
+from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
 from ..objectives import divergence_weight
 from ..optim import Optimiser
@@ -93,6 +94,8 @@ class Distiller:
         self.guidance = settings.guidance
         if self.guidance != 1.0:
             null_labels(net, torch.zeros(0, dtype=torch.int64))
+        if config.run.checkpoint_activations:
+            recompute(net)
         trained = copy.deepcopy(net).train().requires_grad_(True)
         if settings.dropout is not None:
             for module in trained.modules():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..networks.recompute import parts as parts_of
+from ..networks.recompute import recompute
 from ..optim import is_sharded
 from ..sampling import arguments, takes_endpoint
 
@@ -29,8 +32,10 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
     """Bytes that a forward pass of ``batch`` samples keeps for the backward pass, the parameters aside: counted in one.
 
     Every piece of memory counts once, however many operations keep it; what autocast makes of the parameters counts
-    too. ``to_input``: for a backward pass to the samples.
+    too. ``to_input``: for a backward pass to the samples. Of parts that run again in it, inputs count and the most that
+    one of them keeps then.
     """
+    again, most = parts_of(net), 0
     own = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
     kept: dict[int, int] = {}
 
@@ -43,11 +48,38 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
     labels = torch.zeros(batch, dtype=torch.int64, device=device) if getattr(net, "num_classes", 0) else None
     x = torch.zeros(batch, *shape, device=device, requires_grad=to_input)
     end = torch.zeros_like(x) if takes_endpoint(net) else None
-    # What is kept stays alive until the output goes, so that no address is counted for two.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net(*arguments(net, torch.zeros(batch, device=device), x, labels, end))
-    del out
-    return sum(kept.values())
+
+    def count() -> int:
+        kept.clear()
+        # What is kept stays alive until the output goes, so that no address is counted for two.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = net(*arguments(net, torch.zeros(batch, device=device), x, labels, end))
+        del out
+        return sum(kept.values())
+
+    if not again:
+        return count()
+    before = 0
+
+    def enter(*_: Any) -> None:
+        nonlocal before
+        before = sum(kept.values())
+
+    def leave(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(kept.values()) - before)
+
+    hooks = [
+        hook for part in again for hook in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
+    ]
+    try:
+        recompute(net, False)
+        count()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        recompute(net)
+    return count() + most
 
 
 def free_bytes(device: torch.device) -> int | None:

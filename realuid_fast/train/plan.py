@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import data, networks, teachers
+from .. import backends, data, networks, teachers
 from ..data import Dataset
 from ..errors import UserError
+from ..networks.recompute import recompute
 from ..sampling import arguments, needs_endpoint, takes_endpoint
 from ..teachers import SHIPPED, Description, Model
 from . import memory
@@ -205,7 +206,7 @@ def _teaching(config: Config, dataset: Dataset) -> Plan:
     pixels, batch, net = 4 * math.prod(dataset.shape), settings.batch, counted.net
     part = batch // config.run.accumulate
     size = _count(net)
-    operations = _operations(counted.description.network)
+    operations = _operations(counted.description.network, config.run.checkpoint_activations)
     return Plan(
         job="train-teacher",
         parameters={"network": size},
@@ -257,7 +258,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
     # Rows of the fake turn; noise and samples of all of them; noise, samples and interpolants of the generator's turn.
     buffers = rows * part + 2 * made + 3 * part
 
-    one = _operations(model.description.network)
+    one = _operations(model.description.network, config.run.checkpoint_activations)
     frozen = asked * (one.input if backward else one.forward)
     frozen += bool(turns) * (one.input if backward or judged else one.forward)
     operations = {"samples for the fake turns": made * steps * one.forward} if turns else {}
@@ -330,11 +331,14 @@ class Operations:
     input: int
 
 
-def _operations(network: dict[str, Any]) -> Operations:
-    """Counted by torch's counter on tensors without memory."""
-    # The counter knows attention on the CPU by its products alone.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
-        net = networks.build(network).train()
+def _operations(network: dict[str, Any], again: bool = False) -> Operations:
+    """Counted by torch's counter on tensors without memory; ``again``: with blocks that run twice."""
+    # The counter knows attention on the CPU by its products alone, and none of the package's layers.
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), backends.backend("torch"):
+        net = networks.build(network)
+        if again:
+            # Not in training, where dropout's random state would be read, which needs memory.
+            recompute(net.eval())
         shape = tuple(network.get("dim", network.get("shape", ())))
 
         def count(trained: bool, to_input: bool) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import functional as rf
 from ..data import Dataset
 from ..errors import UserError
+from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
@@ -69,6 +70,8 @@ class RegressionTrainer:
             net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         if self._guidance != 1.0:
             null_labels(net, torch.zeros(0, dtype=torch.int64))
+        if config.run.checkpoint_activations:
+            recompute(net)
         self.teacher = frozen_view(net).eval()
         start = (settings.t_start, self.path, self._predict)
         self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)

@@ -13,6 +13,7 @@ from .. import functional as rf
 from ..data import Dataset
 from ..errors import UserError
 from ..networks import build
+from ..networks.recompute import recompute
 from ..noise import NoiseStream
 from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
@@ -53,6 +54,8 @@ class TeacherTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = build(network)
+        if config.run.checkpoint_activations:
+            recompute(net)
         self.sharded = config.run.shard and distributed.size() > 1
         if self.sharded:
             sharding.shard(net, self.device)
