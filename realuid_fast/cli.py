@@ -221,6 +221,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help=text)
     text = f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}, of smaller batches if those are slow)"
     command.add_argument("--measure", type=int, metavar="N", help=text)
+    command.add_argument("--ranks", type=int, metavar="N", help="processes to plan for with --dry-run (default: 1)")
     command.add_argument("--json", type=Path, metavar="FILE", help="file for what --dry-run shows")
 
 
@@ -245,7 +246,8 @@ def _plan(arguments: argparse.Namespace, source: str | None) -> None:
     if file is not None and file.exists() and not arguments.overwrite:
         raise UserError(f"--json {file} exists: give --overwrite or another name")
     config = configs.load(source or "digits", arguments.set)
-    made = plan.make(arguments.command, config, plan.STEPS if arguments.measure is None else arguments.measure)
+    steps = plan.STEPS if arguments.measure is None else arguments.measure
+    made = plan.make(arguments.command, config, steps, ranks=1 if arguments.ranks is None else arguments.ranks)
     print(plan.markdown(made))
     if file is None:
         return
@@ -262,7 +264,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _plan(arguments, source)
         return
-    for name in ("json", "measure"):
+    for name in ("json", "measure", "ranks"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} goes with --dry-run")
     if arguments.out is None:

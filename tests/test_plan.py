@@ -12,8 +12,9 @@ from realuid_fast import backends, cli, data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
-from realuid_fast.train import memory, plan
+from realuid_fast.train import memory, plan, sharding
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 
 NETWORK = {
@@ -119,6 +120,51 @@ def test_a_teacher_is_counted_as_it_trains():
     assert found.memory["averages"] == found.memory["moments"] == 2 * parameters  # beta1 is not zero
 
 
+def test_ranks_hold_their_shares():
+    alone, whole, spread = (
+        plan.make("distill", configured(f"run.shard={shard}"), steps=0, ranks=ranks)
+        for shard, ranks in (("true", 1), ("false", 4), ("true", 4))
+    )
+    state = ("parameters", "gradients", "moments", "averages", "teacher")
+    for name in state:
+        assert whole.memory[name] == alone.memory[name] == pytest.approx(4 * spread.memory[name], abs=4)
+    assert set(spread.memory) - set(whole.memory) == {"parts of networks, brought together"}
+    largest = max(size(part.parameters()) for part in sharding.parts(build(NETWORK)))
+    assert spread.memory["parts of networks, brought together"] == 2 * largest
+    assert whole.memory["batch buffers"] == spread.memory["batch buffers"] == alone.memory["batch buffers"] / 4
+    assert whole.operations == alone.operations
+    assert "| memory of each of 4 ranks | MB |" in plan.markdown(spread)
+    assert plan.make("distill", configured(), steps=2, ranks=2).unmeasured == "updates are timed on one rank alone"
+    teaching = plan.make("train-teacher", configured("run.shard=true"), steps=0, ranks=2)
+    assert teaching.memory["parameters"] == 4 * teaching.parameters["network"] / 2
+
+
+def test_a_teacher_that_is_rounded_or_in_host_memory_takes_less():
+    plain, rounded, away = (
+        plan.make("distill", configured(*words), steps=0)
+        for words in ([], ["distill.teacher_precision=bf16"], ["run.offload_teacher=true", "run.device=cuda"])
+    )
+    trainer = Distiller(configured("distill.teacher_precision=bf16"), images(), teacher())
+    assert rounded.memory["teacher"] == size(trainer.teacher.parameters()) < 0.6 * plain.memory["teacher"]
+    assert "teacher" not in away.memory
+    assert away.memory["parts of networks, brought together"] < 2 * plain.memory["teacher"]
+    assert {k: v for k, v in away.memory.items() if not k.startswith("parts")} == {
+        k: v for k, v in plain.memory.items() if k != "teacher"
+    }
+
+
+@pytest.mark.parametrize("words", [["solver=euler"], ["solver=heun"], ["steps=3"]])
+def test_a_regression_is_counted_as_it_runs(words):
+    config = configured("distill.objective.name=regression", *(f"distill.regression.{word}" for word in words))
+    found = plan.make("distill", config, steps=0)
+    trainer = RegressionTrainer(config, images(), teacher())
+    trainer.update()
+    assert sum(found.operations.values()) == pytest.approx(counted(trainer.update), rel=0.01)
+    assert found.images_per_update == trainer.images_per_update
+    assert found.memory["teacher"] == found.memory["parameters"] == size(trainer.network.parameters())
+    assert plan.make("distill", config, steps=1).hours > 0
+
+
 def kept(trainer, update):
     """Bytes that the backward passes of an update hold at once, at most: saved by its largest turn."""
     nets = (trainer.generator, trainer.fake, trainer.teacher)
@@ -213,8 +259,10 @@ def test_bad_settings_are_refused():
         plan.make(
             "distill", configs.from_mapping({"data": {"name": "cifar10"}, "distill": CONTENT["distill"]}), steps=0
         )
-    with pytest.raises(UserError, match="regression has not"):
-        plan.make("distill", configured("distill.objective.name=regression"), steps=0)
+    with pytest.raises(UserError, match=r"batch 8 does not divide by 3 ranks times run\.accumulate 1"):
+        plan.make("distill", configured(), steps=0, ranks=3)
+    with pytest.raises(UserError, match="--ranks must be at least 1, got 0"):
+        plan.make("distill", configured(), steps=0, ranks=0)
     with pytest.raises(UserError, match="does not divide"):
         plan.make("distill", configured("run.accumulate=3"), steps=0)
 

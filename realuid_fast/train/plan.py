@@ -7,6 +7,7 @@ there: what is missing is named, and images and networks of the configured shape
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,18 +26,20 @@ from .. import backends, data, networks, teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..networks.recompute import recompute
-from ..sampling import arguments, needs_endpoint, takes_endpoint
+from ..sampling import arguments, evaluations, needs_endpoint, takes_endpoint
 from ..teachers import SHIPPED, Description, Model
-from . import memory
+from . import distributed, memory, sharding
 from .config import REGRESSION, Config, OptimiserConfig
 from .distill import Distiller
 from .precision import Precision
+from .regression import RegressionTrainer
 from .teacher import TeacherTrainer, network_for
 
 STEPS = 20
 BOUND = 120.0  # seconds that a measurement may take before it makes do with less
 LEAST = 3  # updates that it times at least
 CPU = torch.device("cpu")
+Trainer = Distiller | TeacherTrainer | RegressionTrainer
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Plan:
     """``parameters`` by network; ``memory`` in bytes by part; ``operations`` of an update by turn, two for each
     multiply-add; ``missing`` in sentences. ``measured`` and ``hours`` are None where ``unmeasured`` says why.
 
-    Memory is that of one process that holds everything; of a discriminator's head the parameters are counted alone.
+    Memory is that of the device of each of ``ranks`` processes, batch and operations those of all together; of a
+    discriminator's head the parameters are counted alone. What ``run.shard`` spreads is there by its share, a teacher
+    in host memory not at all; of both twice the largest part, which is brought together while the next one is.
     """
 
     job: str
@@ -69,6 +74,7 @@ class Plan:
     unmeasured: str = ""
     hours: float | None = None
     device: str = "cpu"
+    ranks: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """All of it and the totals, as JSON can hold them."""
@@ -80,8 +86,8 @@ class Plan:
         return asdict(self) | totals
 
 
-def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> Plan:
-    """The plan of ``"train-teacher"`` or ``"distill"``; ``steps`` updates are timed, 0 for none.
+def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND, ranks: int = 1) -> Plan:
+    """The plan of ``"train-teacher"`` or ``"distill"`` on ``ranks``; ``steps`` updates are timed, 0 for none, on one.
 
     Where so many of the configured batch would not fit into the free memory or into ``bound`` seconds, the batch is
     halved until they do, down to one sample, and then fewer updates are timed. Time is taken to grow with the batch.
@@ -91,26 +97,28 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> 
     """
     if steps < 0:
         raise UserError(f"--measure must not be negative, got {steps}")
-    if job == "distill" and config.distill.objective.name == REGRESSION:
-        raise UserError(
-            "--dry-run plans turns of a fake model and a generator, which distill.objective regression has not"
-        )
+    if ranks < 1:
+        raise UserError(f"--ranks must be at least 1, got {ranks}")
+    batch = config.distill.batch if job == "distill" else config.teacher.batch
+    if ranks > 1 and batch % (ranks * config.run.accumulate):
+        raise UserError(f"batch {batch} does not divide by {ranks} ranks times run.accumulate {config.run.accumulate}")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     missing: list[str] = []
     dataset = _dataset(config, missing)
     if job == "distill":
-        if config.distill.objective.name == REGRESSION:
-            raise UserError("--dry-run plans runs with a fake model, not distill.objective regression")
         model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
         if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
-        plan = _distillation(config, dataset, model)
+        regression = config.distill.objective.name == REGRESSION
+        plan = (_regression if regression else _distillation)(config, dataset, model, ranks)
     else:
         if _endpoints_needed(config, dataset):
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
-        model, plan = None, _teaching(config, dataset)
-    plan = replace(plan, missing=missing)
+        model, plan = None, _teaching(config, dataset, ranks)
+    plan = replace(plan, missing=missing, ranks=ranks)
+    if steps and ranks > 1:
+        return replace(plan, unmeasured="updates are timed on one rank alone")
     return (
         _with_hours(plan, config, dataset, model, steps, bound) if steps else replace(plan, unmeasured="not asked for")
     )
@@ -121,7 +129,7 @@ def markdown(plan: Plan) -> str:
     names = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in plan.parameters.items())
     lines = [f"{plan.job}: {names} parameters"]
     lines += [f"missing: {sentence}" for sentence in plan.missing]
-    lines += ["", "| memory | MB |", "|---|---:|"]
+    lines += ["", f"| memory{f' of each of {plan.ranks} ranks' if plan.ranks > 1 else ''} | MB |", "|---|---:|"]
     lines += [f"| {name} | {size / 1e6:,.1f} |" for name, size in plan.memory.items()]
     lines += [f"| **all** | {sum(plan.memory.values()) / 1e6:,.1f} |"]
     lines += ["", "| an update | operations, G |", "|---|---:|"]
@@ -200,19 +208,20 @@ def _endpoints_needed(config: Config, dataset: Dataset) -> bool:
     return dataset.train_endpoints is None and needs_endpoint(net, config.teachers_path().build().path)
 
 
-def _teaching(config: Config, dataset: Dataset) -> Plan:
+def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
     settings = config.teacher
     counted = TeacherTrainer(_to_count(config, settings.batch), dataset)
     pixels, batch, net = 4 * math.prod(dataset.shape), settings.batch, counted.net
-    part = batch // config.run.accumulate
+    part = batch // (ranks * config.run.accumulate)
     size = _count(net)
+    share = ranks if config.run.shard else 1
     operations = _operations(counted.description.network, config.run.checkpoint_activations)
     return Plan(
         job="train-teacher",
         parameters={"network": size},
         memory={
-            "parameters": 4 * size,
-            **_kept(size, settings.optimiser, settings.ema),
+            **_shared({"parameters": 4 * size, **_kept(size, settings.optimiser, settings.ema)}, share),
+            **_together([net] if share > 1 else []),
             "activations of the backward pass": _activations(net, dataset.shape, part),
             "batch buffers": 2 * part * pixels,
         },
@@ -223,7 +232,7 @@ def _teaching(config: Config, dataset: Dataset) -> Plan:
     )
 
 
-def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
+def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
     settings = config.distill
     counted = Distiller(_to_count(config, settings.batch), dataset, model)
     objective, turns, steps = counted.objective, counted.turns, counted.generator.steps
@@ -238,7 +247,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
         kept = {name: kept.get(name, 0) + value for name, value in of_one.items()}
 
     batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
-    part = batch // config.run.accumulate
+    part = batch // (ranks * config.run.accumulate)
     rows = 1 + counted.takes_real
     backward = objective.flows == "all"
     judged = counted.gan is not None and counted.gan.weight_generator > 0
@@ -248,15 +257,22 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
             fake_kept = _activations(counted.judged, shape, rows * part)
     with Precision(settings.generator_precision, CPU).networks():
         generator_kept = _activations(counted.generator.net, shape, part)
-        if backward:
-            generator_kept += _activations(counted.teacher, shape, asked * part, to_input=True)
         if turns and (backward or judged):
-            # The fake model is a network like the teacher.
-            generator_kept += _activations(counted.teacher, shape, part, to_input=True)
+            generator_kept += _activations(counted.frozen_fake, shape, part, to_input=True)
+        if backward:
+            rounded = settings.teacher_precision != "float32"
+            own = Precision(settings.teacher_precision, CPU).networks() if rounded else contextlib.nullcontext()
+            with own:
+                generator_kept += _activations(counted.teacher, shape, asked * part, to_input=True)
     turn = "fake" if fake_kept > generator_kept else "generator"
     made = turns * batch
+    share = ranks if config.run.shard else 1
+    state = {"parameters": 4 * sum(count for count, *_ in trained.values()), **kept}
+    if not config.run.offload_teacher:
+        state["teacher"] = _bytes(counted.teacher)
+    gathered = [counted.generator.net] if share > 1 else [counted.teacher] if config.run.offload_teacher else []
     # Rows of the fake turn; noise and samples of all of them; noise, samples and interpolants of the generator's turn.
-    buffers = rows * part + 2 * made + 3 * part
+    buffers = rows * part + 2 * made // ranks + 3 * part
 
     one = _operations(model.description.network, config.run.checkpoint_activations)
     frozen = asked * (one.input if backward else one.forward)
@@ -270,9 +286,8 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
         job="distill",
         parameters=parameters,
         memory={
-            "parameters": 4 * sum(count for count, *_ in trained.values()),
-            **kept,
-            "teacher": 4 * size,
+            **_shared(state, share),
+            **_together(gathered),
             f"activations of the {turn} turn, the largest": max(fake_kept, generator_kept),
             "batch buffers": 4 * math.prod(shape) * buffers,
         },
@@ -283,12 +298,41 @@ def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
     )
 
 
+def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
+    settings = config.distill
+    counted = RegressionTrainer(_to_count(config, settings.batch), dataset, model)
+    batch, part, net = settings.batch, settings.batch // (ranks * config.run.accumulate), counted.generator.net
+    size = _count(net)
+    with Precision(settings.generator_precision, CPU).networks():
+        activations = _activations(net, dataset.shape, part)
+    one = _operations(model.description.network, config.run.checkpoint_activations)
+    flow = config.path.build(model.description)
+    asked = evaluations(*vars(settings.regression).values(), flow.path, flow.predict)
+    asked *= 1 if settings.guidance == 1.0 else 2
+    return Plan(
+        job="distill",
+        parameters={"teacher": size, "generator": size},
+        memory={
+            "parameters": 4 * size,
+            **_kept(size, settings.generator, settings.ema),
+            "teacher": 4 * size,
+            "activations of the backward pass": activations,
+            # Noise, samples and the teacher's samples.
+            "batch buffers": 3 * part * 4 * math.prod(dataset.shape),
+        },
+        batch=batch,
+        updates=settings.updates,
+        images_per_update=batch,
+        operations={"the teacher's samples": batch * asked * one.forward, "generator turn": batch * one.training},
+    )
+
+
 def _to_count(config: Config, batch: int) -> Config:
     """The configuration with which to build what is only counted: eager, in float32, on the CPU, one sample a part.
 
     A batch that does not go into its parts is left as it is, for the trainer to refuse.
     """
-    run = replace(config.run, device="cpu", mode="eager", timings=False)
+    run = replace(config.run, device="cpu", mode="eager", timings=False, shard=False, offload_teacher=False)
     if batch % run.accumulate:
         return replace(config, run=run)
     return _with_batch(
@@ -311,6 +355,21 @@ def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, to_input: bo
 
 def _count(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
+
+
+def _bytes(net: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+def _shared(state: dict[str, int], ranks: int) -> dict[str, int]:
+    """What each of ``ranks`` holds of a state that is spread over them."""
+    return {name: -(-size // ranks) for name, size in state.items()}
+
+
+def _together(nets: Sequence[nn.Module]) -> dict[str, int]:
+    """Bytes of the largest part of networks that are brought together part by part, and of one fetched ahead."""
+    sizes = [_bytes(part) for net in nets for part in sharding.parts(net)]
+    return {"parts of networks, brought together": 2 * max(sizes)} if sizes else {}
 
 
 def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> dict[str, int]:
@@ -365,26 +424,26 @@ def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | Non
             plan, unmeasured=f"run.device {device} is not here; --set run.device=cpu run.mode=eager measures the CPU"
         )
 
-    def trainer(batch: int) -> Distiller | TeacherTrainer:
+    def trainer(batch: int) -> Trainer:
         sized = _with_batch(config, batch)
         if model is None:
             return TeacherTrainer(sized, dataset)
         # A trainer takes the network over.
         net = networks.build(model.description.network)
         net.load_state_dict(model.net.state_dict())
-        return Distiller(sized, dataset, Model(net.eval(), model.description))
+        cls = RegressionTrainer if config.distill.objective.name == REGRESSION else Distiller
+        return cls(sized, dataset, Model(net.eval(), model.description))
 
     try:
-        measured = _measure(plan, trainer, config, steps, bound)
+        with distributed.joined(device, alone=config.run.offload_teacher):
+            measured = _measure(plan, trainer, config, steps, bound)
     except UserError as error:
         return replace(plan, unmeasured=str(error))
     hours = measured.seconds * plan.batch / measured.batch * plan.updates / 3600
     return replace(plan, measured=measured, unmeasured="", hours=hours, device=_name(torch.device(device)))
 
 
-def _measure(
-    plan: Plan, trainer: Callable[[int], Distiller | TeacherTrainer], config: Config, steps: int, bound: float
-) -> Measured:
+def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, steps: int, bound: float) -> Measured:
     device, parts = torch.device(config.run.device), config.run.accumulate
     sizes = [plan.batch]
     while sizes[-1] % (2 * parts) == 0:
@@ -413,7 +472,7 @@ def _measure(
     return Measured(done, batch, seconds, "; ".join(remarks))
 
 
-def _timed(trainer: Distiller | TeacherTrainer, device: torch.device) -> float:
+def _timed(trainer: Trainer, device: torch.device) -> float:
     begin = time.perf_counter()
     trainer.update()
     if device.type == "cuda":

@@ -43,11 +43,16 @@ def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Mod
         p.data = p.data.contiguous()
     mesh = init_device_mesh(device.type, (distributed.size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    children = [m for child in net.children() for m in (child if isinstance(child, nn.ModuleList) else [child])]
-    for module in (*(m for m in children if any(True for _ in m.parameters())), net):
+    for module in (*parts(net), net):
         # Also of the whole network nothing stays together after a pass: the next may follow an optimiser's step.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     return net
+
+
+def parts(net: nn.Module) -> list[nn.Module]:
+    """What :func:`shard` brings together at once, each of them."""
+    children = [m for child in net.children() for m in (child if isinstance(child, nn.ModuleList) else [child])]
+    return [m for m in children if any(True for _ in m.parameters())]
 
 
 def frozen(net: nn.Module) -> Callable[..., Tensor]:
