@@ -22,12 +22,13 @@ from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
 from realuid_fast.optim import FusedAdam
-from realuid_fast.train import checkpoint, distill, distributed, sharding
+from realuid_fast.train import checkpoint, distill, distributed, regression, sharding
 from realuid_fast.train import config as configs
 from realuid_fast.train.checkpoint import Checkpoints, read
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
 from realuid_fast.train.logging import read_csv
+from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
@@ -189,6 +190,66 @@ def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, sh
     t, real, noise = ([torch.cat(parts) for parts in drawn[name]] for name in ("t", "real", "n"))
     z = [torch.cat(turns), torch.cat(drawn["z"][1])]
     assert_as_on_one(place, monkeypatch, gradients, z, t, real, noise)
+
+
+@pytest.mark.parametrize(
+    "distill",
+    [
+        {"gan": {"weight_fake": 3.0, "weight_generator": 2.0}, "objective": {"name": "uid"}},
+        {"objective": {"name": "regression"}, "regression": {"steps": 3}},
+    ],
+    ids=["gan", "regression"],
+)
+def test_every_objective_has_one_state_on_all_ranks(place, distill):
+    def made(**run):
+        asked = config(place, distill=distill, run=run)
+        cls = RegressionTrainer if "regression" in distill else Distiller
+        return cls(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
+
+    def weights(trainer):
+        nets = [trainer.network, *([trainer.judged] if "gan" in distill else [])]
+        return [p.detach().clone() for net in nets for p in net.parameters()]
+
+    def work(rank):
+        trainer = made()
+        assert trainer.batch == 8
+        first = None
+        for _ in range(3):
+            gradients = gradients_of(trainer)
+            first = first or gradients
+        return first, weights(trainer), trainer.draws.get_state(), trainer.noise.state
+
+    (first, one, draws, noise), (other_first, two, other_draws, other_noise) = on_ranks(place, 2, work)
+    assert all(map(torch.equal, one, two))
+    assert not torch.equal(draws, other_draws)
+    assert not torch.equal(noise, other_noise)
+    # The mean over the ranks is what both step along.
+    for name, steps in first.items():
+        for a, b in zip(steps, other_first[name], strict=True):
+            assert all(map(torch.equal, a, b))
+    assert any(not torch.equal(a, b) for a, b in zip(one, weights(made()), strict=True))
+
+
+def test_a_regression_on_ranks_equals_one_on_the_concatenated_batch(place, monkeypatch):
+    def made():
+        asked = config(place, distill={"objective": {"name": "regression"}, "regression": {"steps": 3}})
+        return RegressionTrainer(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
+
+    def work(rank):
+        trainer, drawn = made(), []
+        draw = regression.normal
+        regression.normal = lambda *given: drawn.append(draw(*given)) or drawn[-1]
+        return gradients_of(trainer), drawn
+
+    ranks = on_ranks(place, 2, work)
+    z = torch.cat([drawn[0] for _, drawn in ranks])
+    assert len(z.unique()) == z.numel() == 32
+    monkeypatch.setattr(regression, "normal", lambda *_: z)
+    ((expected,),) = gradients_of(made()).values()
+    ((found,),) = ranks[0][0].values()
+    for a, b in zip(expected, found, strict=True):
+        # Float32 sums of 16 rows in another order.
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 
 def test_a_batch_in_parts_is_the_same_batch(place, monkeypatch):

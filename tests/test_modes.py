@@ -23,6 +23,7 @@ POINTS = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
 LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
 IMAGES = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
 SETS = {"points": ("eight_gaussians", POINTS), "labelled": ("digits", LABELLED), "images": ("digits", IMAGES)}
+GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}
 
 
 class Tape(TorchDispatchMode):
@@ -98,7 +99,7 @@ def trajectory(trainer, updates):
 @pytest.mark.parametrize("gan", [False, True], ids=["plain", "gan"])
 @pytest.mark.parametrize("kind", SETS)
 def test_replays_follow_the_eager_trajectory_to_the_bit(kind, gan):
-    settings = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}} if gan else {}
+    settings = GAN if gan else {}
     trainer, recorder = captured(kind, **settings)
     rows, parameters = trajectory(trainer, WARM_UP + 3)
     expected, expected_parameters = trajectory(distiller(kind, **settings), WARM_UP + 3)
@@ -152,10 +153,11 @@ def test_only_captured_turns_are_phases_of_their_own():
 
 @pytest.mark.slow
 @pytest.mark.skipif(modes.why_not("compiled", "cpu") is not None, reason="torch.compile has no compiler here")
-def test_compiled_follows_the_eager_trajectory():
+@pytest.mark.parametrize("settings", [{}, GAN], ids=["plain", "gan"])
+def test_compiled_follows_the_eager_trajectory(settings):
     """Compiled kernels order sums differently: a few roundings of 6e-8 a step, amplified by the difference f* - f."""
-    rows, parameters = trajectory(distiller(mode="compiled"), 4)
-    expected, expected_parameters = trajectory(distiller(), 4)
+    rows, parameters = trajectory(distiller(mode="compiled", **settings), 4)
+    expected, expected_parameters = trajectory(distiller(**settings), 4)
     for row, wanted in zip(rows, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
     for a, b in zip(parameters, expected_parameters, strict=True):

@@ -9,6 +9,7 @@ from realuid_fast import backends, data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.networks.recompute import parts, recompute
+from realuid_fast.networks.unet import Blocks, ResBlock
 from realuid_fast.train import config as configs
 from realuid_fast.train import memory, modes, plan
 from realuid_fast.train.distill import Distiller
@@ -177,6 +178,32 @@ def test_compiled_blocks_run_again_too():
     for a, b in zip(net.parameters(), again.parameters(), strict=True):
         # Compiled kernels order sums differently.
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5 * float(a.grad.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(modes.why_not("compiled", "cpu") is not None, reason="torch.compile has no compiler here")
+def test_compiled_blocks_draw_their_masks_once():
+    """The gradient is that of the loss with the very masks of the forward pass: a central difference says so."""
+    blocks = Blocks(ResBlock(16, 8, 16, 4, dropout=0.5)).double()
+    for p in blocks.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    recompute(blocks)
+    call, x, embedding = modes.compiled(blocks), torch.randn(2, 16, 4, 4).double(), torch.randn(2, 8).double()
+    direction = torch.randn_like(x)
+
+    def loss(x):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return call(x.detach().requires_grad_(), embedding).square().sum()
+
+    x.requires_grad_()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        value = call(x, embedding).square().sum()
+    assert torch.equal(value, loss(x))
+    (g,) = torch.autograd.grad(value, x)
+    slope = (loss(x + 1e-5 * direction) - loss(x - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((g * direction).sum(), slope.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_had_is_refused():
