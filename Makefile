@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |No broken)'
+	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |torch-fidelity |flow-matching |accelerate |No broken)'
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.installed
@@ -37,7 +37,7 @@ sanitize: $(VENV)/.installed
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		REALUID_FAST_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED) $(abspath $(BIN))/python -m pytest -q \
-		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py)
+		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py test_layers.py)
 
 # Source archive and wheel, and each of them installed in a fresh environment: with a compiler and without.
 dist: $(VENV)/.installed
@@ -55,7 +55,7 @@ audit:
 # Needs uv (pip install uv) and the network. Raise a version with LOCK=--upgrade-package=NAME, all with LOCK=--upgrade.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 lock:
-	$(COMPILE) $(LOCK) --extra dev --override requirements/without-torch.txt \
+	$(COMPILE) $(LOCK) --extra dev --extra diffusers --override requirements/without-torch.txt \
 		$(addprefix --no-emit-package ,torch filelock fsspec jinja2 mpmath networkx sympy) \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$(COMPILE) $(LOCK) --no-deps requirements/peers.in -o requirements/peers.lock

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("REALUID_FAST_SANITIZE", "")
 CPU_SOURCES = ["isa", "noise", "noise_avx512", "noise_avx2", "noise_baseline"]
 LOSS_SOURCES = ["fused", "fused_avx512", "fused_avx2", "fused_baseline"]
+LAYER_SOURCES = [f"{layer}{isa}" for layer in ("conv", "norm") for isa in ("", "_avx512", "_avx2", "_baseline")]
 OPTIMISER_SOURCES = ["optimiser", "optimiser_avx512", "optimiser_avx2", "optimiser_baseline"]
 
 
@@ -109,7 +110,11 @@ def configure() -> dict[str, Any]:
         modules.append(
             cpp_extension.CppExtension(
                 "realuid_fast._C",
-                ["csrc/ops.cpp", *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES)],
+                [
+                    "csrc/ops.cpp",
+                    "csrc/layers.cpp",
+                    *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES + LAYER_SOURCES),
+                ],
                 include_dirs=["csrc"],
                 define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
                 extra_compile_args=flags,

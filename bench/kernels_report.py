@@ -162,6 +162,7 @@ def _generator(
     wants: int = 3,
     wide: bool = True,
     guided: bool = False,
+    q_rows: bool = False,
 ) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import generator
@@ -172,7 +173,10 @@ def _generator(
         switches = (True, wants > 0, wants > 1, wants > 2, x_t)
         if guided:
             guidance = (x, _meta((shape[0],), F32))
-            return generator.guided_generator(*inputs, *guidance, *scalars, *switches, True, ptx)[0][0]
+            return generator.guided_generator(*inputs, *guidance, None, *scalars, *switches, True, ptx)[0][0]
+        if q_rows:
+            numbers = (None, None, _meta((shape[0],), F32))
+            return generator.guided_generator(*inputs, *numbers, *scalars, *switches, False, ptx)[0][0]
         return generator.generator(*inputs, *scalars, *switches, ptx)[0][0]
 
     return Variant(plan, dtype, shape, 3 + (not keyed) + x_t + endpoint + guided, wants + x_t + guided, wide)
@@ -244,6 +248,7 @@ VARIANTS: dict[str, Variant] = {
     "generator/float32/odd rows": _generator(F32, (256, 3, 15, 15), wide=False),
     "generator/float32/guided": _generator(F32, guided=True),
     "generator/bfloat16/guided": _generator(BF16, guided=True),
+    "generator/bfloat16/Q by row": _generator(BF16, q_rows=True),
     "scale_grads_/bfloat16": _scale(BF16, False),
     "scale_grads_/float32/per row": _scale(F32, True),
     "begin_step_/float32": _squares(),

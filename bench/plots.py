@@ -74,6 +74,26 @@ def growth(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure.savefig(file)
 
 
+def parity(curves: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """Losses over updates, a panel a loss, the first way as a broad band under the others."""
+    names = list(next(iter(curves.values())))
+    figure, panels = _panels(len(names), columns=1)
+    for axes, name in zip(panels, names, strict=True):
+        for index, (way, losses) in enumerate(curves.items()):
+            style: dict[str, Any] = {
+                "color": f"C{index}",
+                "linewidth": 0.9,
+                "linestyle": ("-", "-.", "-", "--", ":", "-")[index],
+            }
+            style |= {"color": "0.75", "linewidth": 5} if index == 0 else {}
+            style |= {"color": "C3", "alpha": 0.35} if index == len(curves) - 1 else {}
+            axes.plot(range(1, len(losses[name]) + 1), losses[name], label=way, **style)
+        axes.set(xlabel="update", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(file)
+
+
 def _panels(count: int, columns: int = 2) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -166,7 +166,7 @@ class Judge:
             "path": described.path,
             "predict": described.predict,
             "match": config.path.match,
-            "objective": config.distill.objective.build().name,
+            "objective": config.distill.objective.title,
             "updates": config.distill.updates,
             "fake_turns": config.distill.fake_turns,
             "samples": config.run.evaluate_samples,

@@ -1,11 +1,12 @@
 """The algorithm as published, in plain PyTorch: what a training step is timed against.
 
-The linear path, velocities and RealUID, one turn after another: every fake turn makes its samples with the generator's
-graph, which is never used and lives until the turn ends; the fake model runs once on generated and once on real
-samples; losses are the two squared distances of the paper under autograd; Adam runs as a loop over parameters after
-``clip_grad_norm_``; each average walks over the state dict; memory layouts are torch's defaults. The published loop's
-garbage collections are left out. The times, noise and labels of a turn are arguments, so that a test can compare an
-update with the trainer's.
+The linear path, velocities and RealUID, one turn after another: every turn reads a batch, whose labels the generated
+samples get too; every fake turn makes its samples with the generator's graph, which is never used and lives until the
+turn ends; the fake model runs once on generated and once on real samples; losses are the two squared distances of the
+paper under autograd; Adam runs as a loop over parameters after ``clip_grad_norm_``, with rates that rise from zero;
+each average walks over the state dict, with one decay throughout; memory layouts are torch's defaults. The published
+loop's garbage collections are left out. The times, noise and batch of a turn are arguments, so that an update can be
+compared with the trainer's (:mod:`bench.parity`). docs/parity.md says where each of these facts is from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from realuid_fast.backends import backend
 from realuid_fast.data import Dataset
 from realuid_fast.sampling import LINEAR, default_start, one_step
 from realuid_fast.teachers import Model
@@ -27,7 +29,7 @@ from .timing import Stopwatch
 class Published:
     """Teacher, fake model and generator of one run, with :meth:`update` as :class:`~realuid_fast.train.Distiller` has.
 
-    Learning rates are constant, at the configuration's peak.
+    Of the configuration's learning rates the peak and the length of the warm-up count.
     """
 
     def __init__(self, config: Config, dataset: Dataset, teacher: Model) -> None:
@@ -40,41 +42,43 @@ class Published:
         self.device = torch.device(config.run.device)
         self.teacher = teacher.net.to(self.device).eval().requires_grad_(False)
         self.fake = copy.deepcopy(teacher.net).train().requires_grad_(True)
+        if settings.dropout is not None:
+            for module in self.fake.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = settings.dropout
         self.generator = copy.deepcopy(self.fake)
         self.fake_adam = _adam(self.fake, settings.fake)
         self.generator_adam = _adam(self.generator, settings.generator)
+        self.fake_rate = _warm_up(self.fake_adam, settings.fake.warmup)
+        self.generator_rate = _warm_up(self.generator_adam, settings.generator.warmup)
         self.fake_clip, self.generator_clip = settings.fake.clip, settings.generator.clip
         self.averages = {decay: copy.deepcopy(self.generator.state_dict()) for decay in settings.ema}
         self.batches = Batches(dataset, self.batch, 2 * config.run.seed, self.device)
-        self.labels = labels_to_draw(self.generator, dataset, self.device)
-        self.steps = 0
+        self.labelled = labels_to_draw(self.generator, dataset, self.device) is not None
         self.phases = Stopwatch()
 
     def update(self) -> None:
-        """All fake turns, then the generator's, with fresh draws."""
-        for _ in range(self.turns):
-            with self.phases("data"):
-                real, real_labels = self.batches.next()
-            self.fake_turn(*self._draws(), real, real_labels)
-        self.generator_turn(*self._draws())
+        """All fake turns, then the generator's, with fresh draws; the networks' layers are torch's own."""
+        with backend("torch"):
+            for _ in range(self.turns):
+                self.fake_turn(*self._draws())
+            z, y, t, n, _ = self._draws()
+            self.generator_turn(z, y, t, n)
 
-    def fake_turn(
-        self, z: Tensor, y: Tensor | None, t: Tensor, n: Tensor, real: Tensor, real_y: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def fake_turn(self, z: Tensor, y: Tensor | None, t: Tensor, n: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the fake model; its loss and gradient norm, each ``()``.
 
         Args:
-            z, y: the generator's noise ``(B, ...)`` and labels.
-            t, n: times ``(B,)`` and noise ``(B, ...)`` of the interpolants, shared by generated and real samples.
-            real, real_y: real samples ``(B, ...)`` and their labels.
+            z: the generator's noise ``(B, ...)``.
+            y, t, n: labels ``(B,)``, times ``(B,)`` and noise ``(B, ...)``, shared by generated and real samples.
+            real: real samples ``(B, ...)``.
         """
         with self.phases("generate"):
             generated = one_step(self.generator, z, self.t_start, y)
         alpha, beta = self.alpha, self.beta
-        real_y = None if y is None else real_y
         with self.phases("fake forward"):
             on_generated = self.fake(t, _interpolant(generated.detach(), t, n), y)
-            on_real = self.fake(t, _interpolant(real, t, n), real_y)
+            on_real = self.fake(t, _interpolant(real, t, n), y)
         with self.phases("fake loss"):
             loss = alpha * _distance(on_generated, beta / alpha * (generated.detach() - n))
             loss = loss + (1 - alpha) * _distance(on_real, (1 - beta) / (1 - alpha) * (real - n))
@@ -84,6 +88,7 @@ class Published:
         with self.phases("fake optimiser"):
             norm = nn.utils.clip_grad_norm_(self.fake.parameters(), self.fake_clip)
             self.fake_adam.step()
+            self.fake_rate.step()
         return loss.detach(), norm
 
     def generator_turn(self, z: Tensor, y: Tensor | None, t: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +110,7 @@ class Published:
         with self.phases("generator optimiser"):
             norm = nn.utils.clip_grad_norm_(self.generator.parameters(), self.generator_clip)
             self.generator_adam.step()
+            self.generator_rate.step()
             self._average()
         self.fake.requires_grad_(True)
         return loss.detach(), norm
@@ -112,22 +118,25 @@ class Published:
     def _average(self) -> None:
         with torch.no_grad():
             for decay, average in self.averages.items():
-                keep = min(decay, (1 + self.steps) / (10 + self.steps))
                 for name, value in self.generator.state_dict().items():
-                    average[name].copy_(keep * average[name] + (1 - keep) * value)
-        self.steps += 1
+                    average[name].copy_(decay * average[name] + (1 - decay) * value)
 
-    def _draws(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Generator noise, labels, times, and the interpolants' noise."""
-        y = None
-        if self.labels is not None:
-            y = self.labels[torch.randint(len(self.labels), (self.batch,), device=self.device)]
+    def _draws(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """Generator noise, labels, times, the interpolants' noise, and real samples."""
+        with self.phases("data"):
+            real, y = self.batches.next()
         z, n = torch.randn(2, self.batch, *self.shape, device=self.device)
-        return z, y, torch.rand(self.batch, device=self.device), n
+        return z, y if self.labelled else None, torch.rand(self.batch, device=self.device), n, real
 
 
 def _adam(net: nn.Module, settings: OptimiserConfig) -> torch.optim.Adam:
     return torch.optim.Adam(net.parameters(), lr=settings.lr, betas=settings.betas, foreach=False, fused=False)
+
+
+def _warm_up(adam: torch.optim.Adam, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Step ``n`` has the rate ``lr min(n, W) / W``, the first one none at all."""
+    steps = max(steps, 1)
+    return torch.optim.lr_scheduler.LambdaLR(adam, lambda n: min(n, steps) / steps)
 
 
 def _interpolant(x: Tensor, t: Tensor, n: Tensor) -> Tensor:

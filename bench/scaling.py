@@ -93,6 +93,17 @@ class Job:
         """Bytes a GPU holds: the teacher; fake model and generator with gradient and moment; averages."""
         return 4 * self.parameters * (1 + 2 * 3 + self.averages)
 
+    def passes(self) -> tuple[float, ...]:
+        """Operations of a cycle's passes through a network, forward and backward apart: each gathers a sharded one."""
+        batch, rows = self.batch * self.forward, self.batch * self.forward * (2 if self.real else 1)
+        fake = (rows, 2 * rows, *([rows] if self.teacher_in_fake else []))
+        # The generator's own; teacher and fake model to their inputs.
+        return self.generate, *(fake * self.fake_turns), batch, 2 * batch, *[batch] * 4
+
+    def sharded(self, gpus: int) -> float:
+        """Bytes a GPU holds of sharded networks, beside the part that is gathered."""
+        return self.state / gpus
+
 
 def all_reduce(size: float, gpus: int, machine: Machine, latency: float) -> float:
     """Seconds to add up ``size`` bytes over ``gpus``.
@@ -142,6 +153,22 @@ def cycle(job: Job, gpus: int, machine: Machine, share: float = 1.0, latency: fl
         all_reduce(job.gradient, gpus, machine, latency) if gpus > 1 else 0.0,
         job.fake_turns,
     )
+
+
+def sharded(job: Job, gpus: int, machine: Machine, share: float = 1.0, latency: float = 1e-5) -> tuple[float, float]:
+    """Seconds of a cycle of networks that are sharded over ``gpus``, with all transfers hidden as far as compute lasts,
+    and with none.
+
+    Every pass gathers the parameters, ``(n - 1) / n`` of their bytes, half of what an all-reduce moves; a backward pass
+    to the parameters scatters the gradient's sum as well, the other half. A step updates an ``n``-th.
+    """
+    speed, half = share * machine.operations, all_reduce(job.gradient, gpus, machine, latency) / 2 if gpus > 1 else 0.0
+    steps = (job.fake_turns * job.optimiser(0) + job.optimiser(job.averages)) / gpus / machine.memory_bandwidth
+    scattered = job.fake_turns + 1
+    compute = [operations / speed for operations in job.passes()]
+    moved = half * (len(compute) + scattered)
+    hidden = sum(max(seconds, half) for seconds in compute) + scattered * half
+    return hidden + steps, sum(compute) + moved + steps
 
 
 def simulate(one: Cycle, gpus: int, spread: float, cycles: int = 200, seed: int = 0) -> float:
@@ -203,6 +230,23 @@ def report(share: float = 1.0, latency: float = 1e-5, spread: float = 0.02) -> s
         job = Job(parameters, forward, batch, fake_turns=5)
         parts.append(f"**Batch {batch} on each GPU, five fake turns, real rows in each**")
         parts.append(table(job, H200, share, latency, spread))
+    big = Job(100 * parameters, 100 * forward, 32, 5)
+    parts.append(
+        f"**Sharded: a network of {big.parameters / 1e9:.2f} G parameters, a hundred times this one, batch {big.batch} "
+        "on each GPU**"
+    )
+    lines = [
+        "| GPUs | state on each, GB | fits | gathered in a cycle, GB | cycle, transfers hidden, ms | not hidden, ms |",
+        "|---:|---:|---|---:|---:|---:|",
+    ]
+    for gpus in GPUS:
+        hidden, bare = sharded(big, gpus, H200, share, latency)
+        moved = big.gradient * (len(big.passes()) + big.fake_turns + 1) * (gpus - 1) / gpus
+        lines.append(
+            f"| {gpus:,} | {big.sharded(gpus) / 1e9:.3g} | {'yes' if big.sharded(gpus) < H200.memory else 'no'} "
+            f"| {moved / 1e9:.4g} | {1e3 * hidden:,.0f} | {1e3 * bare:,.0f} |"
+        )
+    parts.append("\n".join(lines))
     state = Job(parameters, forward, 1, 5).state
     fits = H200.memory / (state / parameters)
     parts.append(

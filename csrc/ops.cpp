@@ -1,76 +1,29 @@
 // The operators on LibTorch's stable ABI: arguments are checked and named here, kernels are dumb. Schemas live in Python.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/fused.h"
 #include "cpu/optimiser.h"
 
 namespace {
 
 namespace rf = realuid_fast;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+using namespace realuid_fast::arguments;
 using Grads2 = std::tuple<Tensor, Tensor>;
 using Grads3 = std::tuple<Tensor, Tensor, Tensor>;
 using Grads6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Grads7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream sentence;
-  (sentence << ... << parts);
-  throw std::runtime_error(sentence.str());
-}
-
-// One sentence and no source location: it is for whoever called the operator.
-#define REQUIRE(condition, ...) \
-  do {                          \
-    if (!(condition)) refuse(__VA_ARGS__); \
-  } while (false)
-
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;
 // Outputs larger than this leave the caches before anyone reads them: write them past the caches.
 constexpr int64_t STREAM_BYTES = int64_t(1) << 20;
-
-rf::Dtype storage(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return rf::Dtype::float32;
-    case ScalarType::BFloat16:
-      return rf::Dtype::bfloat16;
-    case ScalarType::Half:
-      return rf::Dtype::float16;
-    case ScalarType::Double:
-      return rf::Dtype::float64;
-    default:
-      refuse(name, " must be float32, bfloat16, float16 or float64");
-  }
-}
-
-// Where `t` lies. A tensor whose storage was taken from it (as sharded training does) has a shape and no memory.
-const void* memory_of(const Tensor& t, const char* name) {
-  const void* memory = t.const_data_ptr();
-  REQUIRE(memory != nullptr || t.numel() == 0, name, " has no memory: its storage was freed");
-  return memory;
-}
-
-void* writable(const Tensor& t, const char* name) {
-  memory_of(t, name);
-  return t.mutable_data_ptr();
-}
 
 // The memory of `t` holds its elements once and without gaps, in whatever order.
 bool gapless(const Tensor& t) {
@@ -142,10 +95,16 @@ struct Frame {
   rf::Guidance guidance(const Optional& uncond, const Optional& scales) const {
     REQUIRE(uncond.has_value() == scales.has_value(), "teacher_uncond and guidance go together");
     if (!uncond.has_value()) return {};
-    REQUIRE(scales->is_cpu() && scales->dim() == 1 && scales->size(0) == shape.rows && scales->is_contiguous(),
-            "guidance must be a contiguous CPU tensor of shape (", shape.rows, ",)");
-    REQUIRE(scales->scalar_type() == real(), "guidance must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
-    return {same(*uncond, "teacher_uncond"), memory_of(*scales, "guidance")};
+    return {same(*uncond, "teacher_uncond"), by_row(scales, "guidance")};
+  }
+
+  // A number a row, or null where there are none.
+  const void* by_row(const Optional& numbers, const char* label) const {
+    if (!numbers.has_value()) return nullptr;
+    REQUIRE(numbers->is_cpu() && numbers->dim() == 1 && numbers->size(0) == shape.rows && numbers->is_contiguous(),
+            label, " must be a contiguous CPU tensor of shape (", shape.rows, ",)");
+    REQUIRE(numbers->scalar_type() == real(), label, " must be ", wide() ? "float64" : "float32", " for this dtype of ", name);
+    return memory_of(*numbers, label);
   }
 
   const void* coefficients(const Tensor& coef) const {
@@ -191,17 +150,6 @@ struct Frame {
   }
 
   Tensor scalar() const { return allocate(nullptr, nullptr, 0, real()); }
-
-  // The C shim rather than a dispatched empty: a small call spends most of its time here.
-  static Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
-    AtenTensorHandle handle = nullptr;
-    static const int64_t nothing = 0;
-    const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    REQUIRE(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
-                                     aoti_torch_device_type_cpu(), 0, &handle) == 0,
-            "no memory for the result");
-    return Tensor(handle);
-  }
 
   // Runs body(begin, end) over the groups of units on torch's threads.
   template <class F>
@@ -389,7 +337,8 @@ struct Wants {
 // Without guidance the last gradient stands for nothing: another's handle, so that no memory is asked for.
 Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& uncond,
-                       const Optional& guidance, double alpha, double beta, double q, double kappa, bool mean, Wants want) {
+                       const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
+                       bool mean, Wants want) {
   const Frame frame(x, "x");
   REQUIRE(x_t.has_value() || !want.x_t, "x_t is needed where its gradient is asked for");
   Tensor g_teacher = frame.like_if(want.teacher), g_fake = frame.like_if(want.fake), g_x = frame.like_if(want.x),
@@ -410,6 +359,7 @@ Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const 
                                q,
                                kappa,
                                mean_scale(mean, frame.shape.rows),
+                               frame.by_row(q_rows, "q_rows"),
                                pointer(g_teacher),
                                pointer(g_fake),
                                pointer(g_x),
@@ -429,17 +379,20 @@ Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor
                  const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
                  bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
   auto [loss, rows, g_teacher, g_fake, g_x, g_x_t, unused] =
-      generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, std::nullopt, std::nullopt, alpha, beta, q, kappa,
-                      mean, {want_teacher, want_fake, want_x, want_x_t, false});
+      generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, std::nullopt, std::nullopt, std::nullopt, alpha,
+                      beta, q, kappa, mean, {want_teacher, want_fake, want_x, want_x_t, false});
   return {std::move(loss), std::move(rows), std::move(g_teacher), std::move(g_fake), std::move(g_x), std::move(g_x_t)};
 }
 
 Grads7 guided_generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
-                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Tensor& teacher_uncond,
-                        const Tensor& guidance, double alpha, double beta, double q, double kappa, bool mean,
-                        bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
-  return generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, teacher_uncond, guidance, alpha, beta, q,
-                         kappa, mean, {want_teacher, want_fake, want_x, want_x_t, want_uncond});
+                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& teacher_uncond,
+                        const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
+                        bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
+  Grads7 grads = generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, teacher_uncond, guidance, q_rows, alpha,
+                                 beta, q, kappa, mean, {want_teacher, want_fake, want_x, want_x_t, want_uncond});
+  // An operator's results may not share their memory.
+  if (!teacher_uncond.has_value()) std::get<6>(grads) = Frame(x, "x").none();
+  return grads;
 }
 
 void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
@@ -550,7 +503,7 @@ Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& 
   });
   double total = 0;
   for (double sum : partial) total += sum;
-  Tensor norm = Frame::allocate(nullptr, nullptr, 0, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor norm = allocate(nullptr, nullptr, 0, wide ? ScalarType::Double : ScalarType::Float);
   if (wide)
     *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(total);
   else

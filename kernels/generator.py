@@ -31,6 +31,7 @@ def _generator_kernel(
     uncond_ptr,
     guidance_ptr,
     g_uncond_ptr,
+    q_rows_ptr,
     partial_ptr,
     n_rows,
     units,
@@ -47,6 +48,7 @@ def _generator_kernel(
     WANT_X_T: tl.constexpr,
     GUIDED: tl.constexpr,
     WANT_UNCOND: tl.constexpr,
+    Q_ROWS: tl.constexpr,
     KEYED: tl.constexpr,
     SHARED: tl.constexpr,
     PTX: tl.constexpr,
@@ -70,6 +72,8 @@ def _generator_kernel(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
 
+    if Q_ROWS:
+        q_kappa2 *= row_number(q_rows_ptr, row, n_rows, ROWS, EVEN)
     # The row's constants are folded first: an element costs eleven multiply-adds.
     raw = teacher - fake  # D = k_out raw
     r = two_kappa_alpha * k_out * teacher - two_kappa_beta * p * x - two_kappa_beta * s * n  # 2 kappa r
@@ -127,7 +131,7 @@ def generator(
     """The launches of the operator ``generator`` and its outputs; a gradient not wanted is empty."""
     wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
-    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, None, None, ptx)
+    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, None, None, None, ptx)
 
 
 def guided_generator(
@@ -138,8 +142,9 @@ def guided_generator(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None,
-    teacher_uncond: Tensor,
-    guidance: Tensor,
+    teacher_uncond: Tensor | None,
+    guidance: Tensor | None,
+    q_rows: Tensor | None,
     alpha: float,
     beta: float,
     q: float,
@@ -154,9 +159,9 @@ def guided_generator(
 ) -> tuple[list[Call], tuple[Tensor, ...]]:
     """The launches of the operator ``guided_generator`` and its outputs."""
     wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
-    wants["WANT_UNCOND"] = want_uncond
+    wants["WANT_UNCOND"] = want_uncond and teacher_uncond is not None
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
-    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, teacher_uncond, guidance, ptx)
+    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, teacher_uncond, guidance, q_rows, ptx)
 
 
 def _planned(
@@ -175,6 +180,7 @@ def _planned(
     wants: dict[str, bool],
     uncond: Tensor | None,
     guidance: Tensor | None,
+    q_rows: Tensor | None,
     ptx: bool | None,
 ) -> tuple[list[Call], tuple[Tensor, ...]]:
     grads = [torch.empty_like(x) if want else x.new_empty(0) for want in wants.values()]
@@ -198,13 +204,15 @@ def _planned(
         "uncond_ptr": x if uncond is None else uncond,
         "guidance_ptr": coef if guidance is None else guidance,
         "g_uncond_ptr": grads[-1],
+        "q_rows_ptr": coef if q_rows is None else q_rows,
         "partial_ptr": partial,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
         "noise_rows": rows,
         "two_kappa_alpha": 2 * kappa * alpha,
         "two_kappa_beta": 2 * kappa * beta,
-        "q_kappa2": q * kappa**2,
+        # With a Q of each row's own the kernel multiplies it in.
+        "q_kappa2": kappa**2 * (q if q_rows is None else 1.0),
         "scale": 1.0 / rows if mean else 1.0,
     }
     constants = {
@@ -212,6 +220,7 @@ def _planned(
         "HAS_ENDPOINT": endpoint is not None,
         "GUIDED": uncond is not None,
         "WANT_UNCOND": False,
+        "Q_ROWS": q_rows is not None,
         **wants,
         **noise_constants(noise, rows, rows, ptx),
         **cut.constants,

@@ -105,6 +105,11 @@ def select(device: torch.device) -> str | None:
     return name
 
 
+def compiled(device: torch.device) -> bool:
+    """Whether compiled operators serve ``device``; for layers, which are torch's own where there are none."""
+    return device.type == "cpu" and _chosen != "torch" and extension.why_missing() is None
+
+
 def load() -> None:
     """Register the compiled operators, if they were built, and the Triton kernels where torch can meet a GPU."""
     extension.load()

@@ -1,9 +1,10 @@
-"""The command line: ``realuid-fast train-teacher | distill | sample | evaluate | info | demo | compare | bench``."""
+"""The command line: ``realuid-fast train-teacher | distill | pack | convert | sample | evaluate | info | ...``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import shlex
@@ -19,14 +20,18 @@ import torch
 from torch import Tensor
 
 from . import __version__, backends, data, extension, teachers
+from . import pack as packing
+from .convert import convert
 from .errors import UserError
 from .noise import NoiseStream, normal
+from .packed import verify
 from .sampling import SOLVERS, needs_endpoint
 from .teachers import SHIPPED, Model
 from .train import config as configs
-from .train import distributed, modes, precision
+from .train import distributed, fidelity, modes, plan, precision
 from .train import evaluate as evaluation
 from .train.compare import compare
+from .train.inception import HOW_TO_GET, Inception
 from .train.jobs import free_cores, resolve, train
 from .train.logging import picture, read_csv, save_png
 from .train.loop import Interrupted, plot_distances
@@ -88,10 +93,30 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add(name, _train, text)
         source = command.add_mutually_exclusive_group()
-        source.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
+        text = f"a YAML file or one of: {shipped}, recipes/NAME (default: digits)"
+        source.add_argument("--config", help=text)
         source.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(configs.presets())}")
+        text = "follow the published procedure step for step, the same as --set run.parity=true"
+        command.add_argument("--parity", action="store_true", help=text)
         _add_settings(command)
-        _add_folder(command)
+        _add_folder(command, needed=False)
+        _add_plan(command)
+
+    command = add("convert", _convert, "write a network of others as a file of this package")
+    command.add_argument("source", type=Path, help="a checkpoint, a pickled EDM network, or a diffusers folder")
+    command.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
+    command.add_argument(
+        "--config", help=f"whose network, path and data a checkpoint has: a YAML file or one of: {shipped}"
+    )
+    _add_settings(command, "network.KEY=VALUE, path.name=, path.settings=, path.predict=, data.KEY=VALUE")
+    command.add_argument("--decay", type=float, help="which average of a checkpoint (default: the largest)")
+    command.add_argument("--preprocessing", default="", help="what the network's samples are, in words")
+    command.add_argument("--student", action="store_true", help="the checkpoint is a one-step generator (ema_gens)")
+    command.add_argument("--t-start", type=float, default=0.0, help="the time that generator starts from (default: 0)")
+    for what in ("missing", "unexpected"):
+        text = f"parameters that may be {what}: names or patterns such as 'head.*'"
+        command.add_argument(f"--allow-{what}", nargs="+", action="extend", default=[], metavar="NAME", help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     command = add("sample", _sample, "draw samples from a student or a teacher")
     command.add_argument("--model", required=True, help=f"a file, a finished run's folder, or: {', '.join(SHIPPED)}")
@@ -107,16 +132,49 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
+    command = add("pack", _pack, "write images into arrays on disk that runs read row by row: --set data.name=packed")
+    text = "a folder or zip archive of images, such as CelebA's, or CIFAR-10's binary files"
+    command.add_argument("source", nargs="?", type=Path, help=text)
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--kind", choices=packing.KINDS, help="what the source is (default: by its names)")
+    command.add_argument("--size", type=int, help="side of the stored images (default: 32, CelebA's 64)")
+    command.add_argument("--channels", type=int, default=3, choices=(1, 3), help="default: 3")
+    command.add_argument(
+        "--crop", type=int, help="central square to keep (default: the largest; of CelebA 140, some take 178)"
+    )
+    command.add_argument("--filter", choices=data.FILTERS, default="lanczos", help="of the scaling (default: lanczos)")
+    split = command.add_mutually_exclusive_group()
+    split.add_argument("--heldout-every", type=int, default=10, help="every so many-th image is held out (default: 10)")
+    split.add_argument("--partition", type=Path, help="lines NAME NUMBER, 0 to train on and 2 to hold out, as CelebA's")
+    command.add_argument("--no-labels", action="store_true", help="folders are not classes")
+    command.add_argument("--limit", type=int, help="only the first so many images")
+    command.add_argument("--threads", type=int, default=1, help="threads that decode (default: 1)")
+    command.add_argument("--overwrite", action="store_true", help="replace a packed set in --out")
+    command.add_argument("--verify", action="store_true", help="without SOURCE: compare --out with its checksums")
+
     command = add("evaluate", _evaluate, "compare real data, a teacher and a student by distance and speed")
     command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
     command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
     command.add_argument(
-        "--samples", type=int, default=5408, help="samples of each row (default: 5408, 4 a training digit)"
+        "--samples", type=int, help="samples of each row (default: 5408, 4 a training digit; of Inception 50000)"
     )
     command.add_argument("--steps", type=int, nargs="+", default=[*evaluation.STEPS], help="the teacher's Euler steps")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
+    command.add_argument(
+        "--metric", choices=("features", "inception"), default="features",
+        help="features: distances that suit the data, at once; inception: the published ones of images, from weights",
+    )  # fmt: skip
+    apart = command.add_argument_group("--metric inception")
+    apart.add_argument("--inception-weights", type=Path, metavar="FILE", help="nothing is downloaded")
+    apart.add_argument("--real-split", choices=("train", "heldout"), default="train", help="default: train")
+    apart.add_argument("--labels", choices=fidelity.LABELS, default="empirical", help="default: empirical")
+    apart.add_argument("--repeats", type=int, default=1, help="seeds, reported with their spread (default: 1)")
+    apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
+    apart.add_argument("--device", default="cpu", help="default: cpu")
+    text = f"folder of the real images' statistics (default: {fidelity.CACHE})"
+    apart.add_argument("--cache", type=Path, default=fidelity.CACHE, metavar="FOLDER", help=text)
     _add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
 
     add("info", _info, "show versions, backends and why one cannot run, processor and threads")
@@ -150,17 +208,27 @@ def _add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, 
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
 
 
-def _add_folder(command: argparse.ArgumentParser, default: Path | None = None) -> None:
+def _add_folder(command: argparse.ArgumentParser, default: Path | None = None, needed: bool = True) -> None:
     text = "folder to write" + (f" (default: {default})" if default else "")
-    command.add_argument("--out", type=Path, required=default is None, default=default, help=text)
+    command.add_argument("--out", type=Path, required=needed and default is None, default=default, help=text)
     how = command.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     how.add_argument("--overwrite", action="store_true", help="remove the run in the folder and start afresh")
 
 
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    text = "only show what the run would take: memory by part, operations, hours; writes no folder, needs no data"
+    command.add_argument("--dry-run", action="store_true", help=text)
+    text = f"updates to time for --dry-run, 0 for none (default: {plan.STEPS}, of smaller batches if those are slow)"
+    command.add_argument("--measure", type=int, metavar="N", help=text)
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for what --dry-run shows")
+
+
 def _command_line(arguments: argparse.Namespace) -> str:
     """The command that reproduces a run: its words without the folder and what concerns it."""
     words = ["realuid-fast", arguments.command]
+    if getattr(arguments, "source", None):
+        words += [str(arguments.source)]
     if getattr(arguments, "config", None):
         words += ["--config", arguments.config]
     if getattr(arguments, "preset", None):
@@ -170,12 +238,39 @@ def _command_line(arguments: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
+def _plan(arguments: argparse.Namespace, source: str | None) -> None:
+    if arguments.resume:
+        raise UserError("--dry-run plans a run from its beginning: leave --resume out")
+    file: Path | None = arguments.json
+    if file is not None and file.exists() and not arguments.overwrite:
+        raise UserError(f"--json {file} exists: give --overwrite or another name")
+    config = configs.load(source or "digits", arguments.set)
+    made = plan.make(arguments.command, config, plan.STEPS if arguments.measure is None else arguments.measure)
+    print(plan.markdown(made))
+    if file is None:
+        return
+    try:
+        file.write_text(json.dumps(made.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written: {error.strerror or error}") from None
+
+
 def _train(arguments: argparse.Namespace) -> None:
-    folder: Path = arguments.out
     source = arguments.config if arguments.preset is None else configs.preset(arguments.preset)
+    if arguments.parity:
+        arguments.set.append("run.parity=true")
+    if arguments.dry_run:
+        _plan(arguments, source)
+        return
+    for name in ("json", "measure"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} goes with --dry-run")
+    if arguments.out is None:
+        raise UserError("--out must be given: the folder to write")
+    folder: Path = arguments.out
     resume = arguments.resume or distributed.restarted(folder)
     config = resolve(source, arguments.set, folder, resume)
-    with distributed.joined(config.run.device):
+    with distributed.joined(config.run.device, alone=config.run.offload_teacher):
         file, measure = train(arguments.command, config, folder, resume, arguments.overwrite, _command_line(arguments))
         if distributed.rank():
             return
@@ -196,6 +291,36 @@ def _train(arguments: argparse.Namespace) -> None:
 def _model_teacher(config: configs.Config) -> Model:
     settings = config.distill
     return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists() and not arguments.overwrite:
+        raise UserError(f"--out {arguments.out} exists: give --overwrite or another name")
+    given = configs.nested(arguments.set)
+    config = configs.load(arguments.config, arguments.set) if arguments.config else configs.from_mapping(given)
+    model = convert(
+        arguments.source,
+        arguments.out,
+        network=config.network,
+        path=config.path.name,
+        path_settings=config.path.settings,
+        predict=config.path.predict,
+        decay=arguments.decay,
+        data=config.data if arguments.config or "data" in given else {},
+        preprocessing=arguments.preprocessing,
+        command=_command_line(arguments),
+        student=arguments.student,
+        t_start=arguments.t_start,
+        allow_missing=arguments.allow_missing,
+        allow_unexpected=arguments.allow_unexpected,
+    )
+    described = model.description
+    size, shape = sum(p.numel() for p in model.net.parameters()), _shape(model)
+    print(
+        f"{described.role} on the path {described.path}, predicts {described.predict}: "
+        f"network {described.network['kind']} of {size:,} parameters, samples {shape}"
+    )
+    print(f"written to {arguments.out}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -244,11 +369,31 @@ def _write_samples(samples: Tensor, file: Path) -> None:
         raise UserError(f"--out {file} cannot be written: {error.strerror or error}") from None
 
 
+def _pack(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    if arguments.verify == (arguments.source is not None):
+        raise UserError("give either a source to pack or --verify")
+    if arguments.verify:
+        manifest = verify(out)
+    else:
+        names = ("kind", "size", "channels", "crop", "filter", "heldout_every", "partition", "limit", "threads")
+        settings = {name: getattr(arguments, name) for name in (*names, "overwrite")}
+        manifest = packing.pack(arguments.source, out, labels=not arguments.no_labels, progress=True, **settings)
+    what = "every checksum is right" if arguments.verify else "use it with --set data.name=packed data.path=" + str(out)
+    sizes = "x".join(map(str, manifest.shape))
+    classes = f" in {len(manifest.classes)} classes" if manifest.classes else ""
+    print(f"{out}: {manifest.train.count:,} images {sizes}{classes} and {manifest.heldout.count:,} held out; {what}")
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.student is None and arguments.teacher is None:
         raise UserError("give --student, --teacher or both")
-    if arguments.samples < 2 or min(arguments.steps) < 1:
+    inception = arguments.metric == "inception"
+    count = arguments.samples if arguments.samples is not None else 50_000 if inception else 5408
+    if count < 2 or min(arguments.steps) < 1:
         raise UserError("--samples must be at least 2 and --steps at least 1")
+    if inception != (arguments.inception_weights is not None):
+        raise UserError(f"--metric inception and --inception-weights FILE go together: {HOW_TO_GET}")
     folder: Path | None = arguments.out
     if folder is not None:
         _open_results(folder, arguments.overwrite)
@@ -274,11 +419,37 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if model is not None and _shape(model) != dataset.shape:
             role = model.description.role
             raise UserError(f"the {role} makes samples of shape {_shape(model)}, the data have {dataset.shape}")
-    measure = Measure(dataset)
-    table, metric = _show_table(measure, dataset, teacher, student, arguments.samples, arguments.steps)
+    if inception:
+        _inception_table(arguments, dataset, teacher, student, count)
+    else:
+        measure = Measure(dataset)
+        table, metric = _show_table(measure, dataset, teacher, student, count, arguments.steps)
+        if folder is not None:
+            evaluation.write(folder, table, metric, samples=count, **_context())
     if folder is not None:
-        evaluation.write(folder, table, metric, samples=arguments.samples, **_context())
         print(f"written to {folder}")
+
+
+def _inception_table(
+    arguments: argparse.Namespace, dataset: data.Dataset, teacher: Model | None, student: Model | None, count: int
+) -> None:
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {arguments.device!r} is not a device that torch can use here") from None
+    features = Inception(arguments.inception_weights, arguments.device)
+    settings = {"split": arguments.real_split, "labels": arguments.labels, "batch": arguments.batch}
+    judge = fidelity.Fidelity(dataset, features, cache=arguments.cache, progress=True, **settings)
+    for model in (teacher, student):
+        if model is not None:
+            model.net.to(arguments.device)
+    table = list(fidelity.rows(judge, teacher, student, count, arguments.steps, arguments.repeats))
+    protocol = judge.protocol(count, arguments.repeats)
+    print("\n" + fidelity.markdown(table, protocol))
+    if arguments.out is not None:
+        fidelity.write(arguments.out, table, protocol, **_context())
 
 
 def _open_results(folder: Path, overwrite: bool) -> None:
@@ -388,6 +559,9 @@ def _info(arguments: argparse.Namespace) -> None:
     print("\npreset            of train-teacher and distill")
     for name, line in configs.presets().items():
         print(f"{name:17} {line}")
+    print("\nrecipe, with --config")
+    for name, line in configs.recipes().items():
+        print(f"{f'recipes/{name}':30} {line}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -1,37 +1,45 @@
-"""Data sets held in memory: handwritten digits, 2-D mixtures, image folders and CIFAR-10's binary files."""
+"""Data sets: digits, 2-D mixtures, image folders and CIFAR-10's binary files in memory, packed images on disk."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import packed as stored
 from .errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FILTERS = ("lanczos", "bicubic", "bilinear", "box")
+MOST_PIXELS = 1 << 26  # a larger image is more likely a trap than a picture
 CIFAR_RECORD = 3073  # one label byte, then 3 x 32 x 32 pixels, channel by channel
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass
 class Dataset:
     """Training and held-out samples of one data set.
 
-    ``train`` and ``heldout`` are ``(N, ...)`` tensors, stored as uint8 (images whose pixels are bytes) or
-    float32; :meth:`sample` and :meth:`batches` always hand out float32, images in ``[-1, 1]``.  Labels are
-    ``(N,)`` int64 or ``None``.  Endpoints, where the set has them, are what two-sided paths start from:
-    sample ``i``'s own where ``paired``, else drawn apart from it.  ``preprocessing`` says in words how a
-    stored sample was made from the source; it goes into checkpoints.
+    ``train`` and ``heldout`` are ``(N, ...)`` tensors, or rows on disk that an index reads, stored as uint8
+    (images whose pixels are bytes) or float32; :meth:`sample` and :meth:`batches` always hand out float32,
+    images in ``[-1, 1]``.  Labels are ``(N,)`` int64 or ``None``.  Endpoints, where the set has them, are what
+    two-sided paths start from: sample ``i``'s own where ``paired``, else drawn apart from it.
+    ``preprocessing`` says in words how a stored sample was made from the source; it goes into checkpoints.
+    A run mirrors half of its images at random where ``flip``, and draws all classes alike often where
+    ``balance``.
     """
 
     name: str
-    train: Tensor
-    heldout: Tensor
+    train: Tensor | stored.Stored
+    heldout: Tensor | stored.Stored
     train_labels: Tensor | None = None
     heldout_labels: Tensor | None = None
     preprocessing: str = "none"
@@ -39,6 +47,8 @@ class Dataset:
     train_endpoints: Tensor | None = None
     heldout_endpoints: Tensor | None = None
     paired: bool = False
+    flip: bool = False
+    balance: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,11 +63,28 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.train)
 
-    def pixels(self, split: str = "train") -> Tensor:
-        """All samples of ``"train"`` or ``"heldout"`` as float32; raises for another split."""
+    def pixels(self, split: str = "train", most: int | None = None) -> Tensor:
+        """Samples of ``"train"`` or ``"heldout"`` as float32: all, or ``most`` at even distances where there are
+        more; raises for another split.
+        """
         if split not in ("train", "heldout"):
             raise UserError(f"split must be 'train' or 'heldout', got {split!r}")
-        return to_float(self.train if split == "train" else self.heldout)
+        samples = self.train if split == "train" else self.heldout
+        count = len(samples) if most is None else min(most, len(samples))
+        if isinstance(samples, Tensor) and count == len(samples):
+            return to_float(samples)
+        return to_float(samples[torch.arange(count) * len(samples) // count])
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of a split's stored samples and what they were made of, in hexadecimal; rows on disk have theirs
+        in their manifest.
+        """
+        samples = self.train if split == "train" else self.heldout
+        if isinstance(samples, stored.Stored):
+            return samples.sha256
+        found = hashlib.sha256(f"{samples.dtype} {tuple(samples.shape)}".encode())
+        found.update(samples.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw ``n`` distinct training samples: float32 ``(n, ...)`` and their labels ``(n,)`` or ``None``.
@@ -109,18 +136,30 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     arguments.
 
     ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "cifar10", "path":
-    ...}`` the binary files.  Raises :class:`UserError` for an unknown name, an argument its loader does not
-    take, or bad files.
+    ...}`` the binary files, ``{"name": "packed", "path": ...}`` what ``realuid-fast pack`` has written.  Every
+    set takes ``flip`` and ``balance``.  Raises :class:`UserError` for an unknown name, an argument its loader
+    does not take, or bad files.
     """
     settings = {"name": config} if isinstance(config, str) else dict(config)
     name = settings.pop("name", None)
+    choices = {key: settings.pop(key) for key in ("flip", "balance") if key in settings}
     if name not in LOADERS:
         raise UserError(f"data set name must be one of {', '.join(LOADERS)}; got {name!r}")
     try:
         dataset = LOADERS[name](**settings)
     except TypeError as error:
         raise UserError(f"data set '{name}' was given an argument it cannot use: {error}") from None
-    dataset.config = {"name": name, **settings}
+    dataset.config = {"name": name, **settings, **choices}
+    for key, value in choices.items():
+        if not isinstance(value, bool):
+            raise UserError(f"data.{key} must be true or false, got {value!r}")
+        setattr(dataset, key, value)
+    if (dataset.flip or dataset.balance) and dataset.train_endpoints is not None:
+        raise UserError(f"data.flip and data.balance are for data without endpoints, which '{name}' has")
+    if dataset.flip and len(dataset.shape) != 3:
+        raise UserError(f"data.flip is for images, '{name}' holds samples of shape {dataset.shape}")
+    if dataset.balance and dataset.train_labels is None:
+        raise UserError(f"data.balance is for data with labels, '{name}' has none")
     return dataset
 
 
@@ -176,7 +215,8 @@ def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int =
 
     source = digits()
     source.name, source.paired = "digit_pairs", True
-    source.train_endpoints, source.heldout_endpoints = corrupted(source.train, 0), corrupted(source.heldout, 1)
+    source.train_endpoints = corrupted(source.pixels(), 0)
+    source.heldout_endpoints = corrupted(source.pixels("heldout"), 1)
     source.preprocessing += f"; endpoints by {corruption} {amount:g}"
     return source
 
@@ -187,7 +227,7 @@ def transport(source: str = "moons", target: str = "eight_gaussians", n: int = 2
         if name not in POINTS:
             raise UserError(f"{key} must be one of {', '.join(POINTS)}; got {name!r}")
     data, ends = POINTS[target](n=n, seed=seed), POINTS[source](n=n, seed=seed + 500_000)
-    data.name, data.train_endpoints, data.heldout_endpoints = "transport", ends.train, ends.heldout
+    data.name, data.train_endpoints, data.heldout_endpoints = "transport", ends.pixels(), ends.pixels("heldout")
     return data
 
 
@@ -268,8 +308,6 @@ def folder(
     ``heldout_every=0`` the held-out split is the training split.  Raises for a missing path, a folder
     without images, or a file that is no readable image.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"path: there is no folder {root}")
@@ -283,13 +321,10 @@ def folder(
     images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
     for i, file in enumerate(files):
         try:
-            with Image.open(file) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-                pixels = np.array(picture).reshape(size, size, channels)
-        except (UnidentifiedImageError, OSError) as error:
+            images[i] = torch.from_numpy(square(file, size, channels))
+        except Exception as error:
+            # What a foreign file makes a decoder raise is anything.
             raise UserError(f"path: {file} cannot be read as an image ({error})") from None
-        images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
     held = torch.zeros(len(files), dtype=torch.bool)
     if heldout_every:
         held[heldout_every - 1 :: heldout_every] = True
@@ -302,6 +337,31 @@ def folder(
     )
 
 
+def square(
+    file: Path | BinaryIO, size: int, channels: int, crop: int | None = None, filter: str = "lanczos"
+) -> np.ndarray[Any, Any]:
+    """The pixels ``(channels, size, size)`` uint8 of an image: its central ``crop x crop`` ones, or the largest central
+    square, scaled with one of :data:`FILTERS`.
+
+    Raises ``ValueError`` for an image of more than :data:`MOST_PIXELS`, or smaller than ``crop``, and whatever the
+    decoder does for one that is damaged.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
+        picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    if crop is not None:
+        if min(picture.size) < crop:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are less than a crop of {crop}")
+        left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
+        picture = picture.crop((left, top, left + crop, top + crop))
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling[filter.upper()])
+    return np.ascontiguousarray(np.array(picture).reshape(size, size, channels).transpose(2, 0, 1))
+
+
 def cifar10(path: str | Path) -> Dataset:
     """CIFAR-10 from its binary files in ``path``: uint8 ``(50000, 3, 32, 32)`` and the test batch held out.
 
@@ -309,17 +369,9 @@ def cifar10(path: str | Path) -> Dataset:
     parent. Fewer training batches are taken as they are.  Raises for missing files, truncated ones and
     impossible labels. Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"path: there is no folder {root}")
-    if not (root / "test_batch.bin").is_file():
-        root = root / "cifar-10-batches-bin"
-    batches = [root / f"data_batch_{i}.bin" for i in range(1, 6)]
-    batches = [file for file in batches if file.is_file()]
-    if not batches or not (root / "test_batch.bin").is_file():
-        raise UserError(f"path: {path} holds no CIFAR-10 binary files (data_batch_1.bin ... test_batch.bin)")
-    parts = [_cifar_records(file) for file in batches]
-    heldout, heldout_labels = _cifar_records(root / "test_batch.bin")
+    batches, test = cifar10_files(Path(path))
+    parts = [cifar10_records(file) for file in batches]
+    heldout, heldout_labels = cifar10_records(test)
     return Dataset(
         "cifar10",
         torch.cat([images for images, _ in parts]),
@@ -330,7 +382,19 @@ def cifar10(path: str | Path) -> Dataset:
     )
 
 
-def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
+def cifar10_files(root: Path) -> tuple[list[Path], Path]:
+    """CIFAR-10's training batches and its test batch in ``root`` or in the folder that the archive makes there."""
+    if not root.is_dir():
+        raise UserError(f"path: there is no folder {root}")
+    inner = root if (root / "test_batch.bin").is_file() else root / "cifar-10-batches-bin"
+    batches = [file for i in range(1, 6) if (file := inner / f"data_batch_{i}.bin").is_file()]
+    if not batches or not (inner / "test_batch.bin").is_file():
+        raise UserError(f"path: {root} holds no CIFAR-10 binary files (data_batch_1.bin ... test_batch.bin)")
+    return batches, inner / "test_batch.bin"
+
+
+def cifar10_records(file: Path) -> tuple[Tensor, Tensor]:
+    """Images ``(N, 3, 32, 32)`` uint8 and labels ``(N,)`` int64 of one binary file."""
     raw = np.fromfile(file, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % CIFAR_RECORD:
         raise UserError(f"path: {file} is truncated: {len(raw)} bytes are no multiple of a record's {CIFAR_RECORD}")
@@ -339,6 +403,33 @@ def _cifar_records(file: Path) -> tuple[Tensor, Tensor]:
     if int(labels.max()) > 9:
         raise UserError(f"path: {file} is no CIFAR-10 file: it has a label {int(labels.max())}")
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), labels
+
+
+def packed(path: str | Path) -> Dataset:
+    """The images that ``realuid-fast pack`` has written into the folder ``path``: uint8, read when they are drawn.
+
+    Only labels are held in memory.  Raises for a missing or damaged manifest, and for arrays that are not the ones
+    it describes; the images' checksums are left to :func:`realuid_fast.packed.verify`.
+    """
+    root = Path(path)
+    manifest = stored.read_manifest(root / stored.MANIFEST)
+
+    def images(split: stored.Split) -> stored.Stored:
+        return stored.Stored(root / split.images.name, (split.count, *manifest.shape), split.images.sha256)
+
+    def labels(split: stored.Split) -> Tensor | None:
+        entry, classes = split.labels, len(manifest.classes)
+        return None if entry is None else stored.labels(root / entry.name, split.count, classes, entry.sha256)
+
+    train, heldout = manifest.train, manifest.heldout
+    return Dataset(
+        "packed",
+        images(train),
+        images(heldout),
+        labels(train),
+        labels(heldout),
+        preprocessing=f"{manifest.preprocessing}, byte / 127.5 - 1",
+    )
 
 
 POINTS: dict[str, Callable[..., Dataset]] = {
@@ -353,4 +444,5 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "transport": transport,
     "folder": folder,
     "cifar10": cifar10,
+    "packed": packed,
 }

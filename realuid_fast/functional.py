@@ -32,6 +32,7 @@ from .objectives import Objective
 Reduction = Literal["mean", "none"]
 
 _LEAST_ERROR = 1e-5
+_LEAST_NORM = 1e-5
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -213,6 +214,8 @@ def generator_loss(
 ) -> Tensor:
     """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
 
+    For a normalised objective ``w <D, alpha f* - beta tgt> / ||D||``, which takes two more passes over what it reads.
+
     Args:
         teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``. ``fake_out``
             may be None for an objective without a fake model (:func:`~realuid_fast.objectives.SDS`): it is then
@@ -240,15 +243,19 @@ def generator_loss(
     tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
     _check(x, coef, noise, None, endpoint=endpoint, **tensors)
     _refuse_gradients("generator_loss", endpoint=endpoint)
-    guided = _guided(teacher_uncond, guidance, coef)
-    coef = _scaled_rows(objective, teacher_out, x, x_t, coef, guided)
+    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
+    weighed = _weighed(objective, *inputs, *_guided(teacher_uncond, guidance, coef))
+    coef, extra = weighed.coef, weighed.extra
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
-        guided = tuple(tensor.detach() for tensor in guided)
+        extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
     namespace = ops.current(x.device)
-    op = namespace.guided_generator_loss if guided else namespace.generator_loss
-    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided)
-    return op(*inputs, *objective.generator_scalars, _is_mean(reduction))
+    op, mean = namespace.guided_generator_loss if extra else namespace.generator_loss, _is_mean(reduction)
+    loss = op(teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
+    if weighed.rows is None:
+        return loss
+    # The gradients are right as they are, the value is that of another loss.
+    return loss + ((_mean(weighed.rows) if mean else weighed.rows) - loss).detach()
 
 
 def generator_grads(
@@ -272,16 +279,19 @@ def generator_grads(
     guided = _guided(teacher_uncond, guidance, coef)
     namespace, g_uncond = ops.current(x.device), None
     with torch.no_grad():
-        coef = _scaled_rows(objective, teacher_out, x, x_t, coef, guided)
-        inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided, *objective.generator_scalars)
-        wants = (True, networks, networks, True, want_x_t)
-        if guided:
-            loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = namespace.guided_generator(*inputs, *wants, networks)
+        weighed = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided)
+        inputs = (teacher_out, fake_out, x, x_t, weighed.coef, noise, endpoint, *weighed.extra)
+        switches = (*objective.generator_scalars, True, networks, networks, True, want_x_t)
+        if weighed.extra:
+            found = namespace.guided_generator(*inputs, *switches, networks and bool(guided))
+            loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
         else:
-            loss, rows, g_teacher, g_fake, g_x, g_x_t = namespace.generator(*inputs, *wants)
+            loss, rows, g_teacher, g_fake, g_x, g_x_t = namespace.generator(*inputs, *switches)
+        if weighed.rows is not None:
+            loss, rows = _mean(weighed.rows), weighed.rows
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
-    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond)
+    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond if guided else None)
 
 
 def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
@@ -334,20 +344,61 @@ def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tenso
     return teacher_uncond, guidance.contiguous()
 
 
-def _scaled_rows(
-    objective: Objective, teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, guided: tuple[Tensor, ...]
-) -> Tensor:
-    """The coefficient rows with the objective's weight for each sample in ``w``."""
-    if not objective.sample_scale:
-        return coef
+class _Weighed(NamedTuple):
+    """How an objective weighs the samples of a generator call.
+
+    Coefficient rows with the weight in ``w``; what the guided operator takes beside the plain one's arguments, nothing
+    for the plain one; the rows' losses where the operator's own are those of another loss with the same gradients.
+    """
+
+    coef: Tensor
+    extra: tuple[Tensor | None, ...]
+    rows: Tensor | None = None
+
+
+def _weighed(
+    objective: Objective,
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    uncond: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> _Weighed:
+    """With :func:`~realuid_fast.objectives.SiD`'s weight, or with a normalised objective's weight and ``Q``.
+
+    The latter takes two passes that write nothing: for ``<D, r>`` and, of the two outputs alone, for ``||D||^2``.
+    """
+    namespace, extra = ops.current(x.device), () if uncond is None else (uncond, scales, None)
     with torch.no_grad():
-        uncond, scales = guided or (None, None)
-        uncond = None if uncond is None else uncond.to(x.dtype)
-        error = ops.current(x.device).mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, uncond, scales)
-        scale = torch.ones_like(coef)
-        # A sample that the teacher leaves as it is would get an infinite weight.
-        scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
-        return coef * scale
+        if objective.sample_scale:
+            other = None if uncond is None else uncond.to(x.dtype)
+            error = namespace.mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, other, scales)
+            scale = torch.ones_like(coef)
+            # A sample that the teacher leaves as it is would get an infinite weight.
+            scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
+            return _Weighed(coef * scale, extra)
+        if not objective.normalised:
+            return _Weighed(coef, extra)
+        loss, last = namespace.guided_generator_loss, (uncond, scales, None)
+        one, apart, weights = coef.clone(), torch.zeros_like(coef), coef.clone()
+        one[:, 8] = apart[:, 8] = 1.0
+        apart[:, 6] = coef[:, 6]
+        inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *last)
+        dots = loss(*inputs, *objective.generator_scalars, False)
+        squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
+        norms = squares.sqrt().clamp(min=_LEAST_NORM)
+        weights[:, 8] /= norms
+        # Below its least value the norm is a constant.
+        q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
+        return _Weighed(weights, (uncond, scales, q_rows), weights[:, 8] * dots)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return rows.sum() / max(len(rows), 1)
 
 
 def _fake_arguments(

@@ -5,6 +5,7 @@ With teacher prediction ``f*``, fake prediction ``f``, conditional target ``tgt`
 
     fake       l = w (A ||f||^2 - 2 <f, B tgt + D f*> + C ||tgt||^2)
     generator  l = w (-Q kappa^2 ||f* - f||^2 + 2 kappa <f* - f, alpha f* - beta tgt>)
+               l = w <f* - f, alpha f* - beta tgt> / ||f* - f||                            where normalised
 
 The fake model's generated rows use ``A = gamma kappa^2, B = kappa beta, D = kappa (gamma kappa - alpha),
 C = beta^2 / alpha``; its real rows the same with ``1 - gamma, 1 - beta, 1 - alpha`` in place of ``gamma, beta, alpha``.
@@ -48,6 +49,8 @@ class Objective:
     flows: Literal["all", "x"] = "all"
     # A row's weight is ``w sample_scale / mean |x - f*|``, held fixed, in x0 space; 0: ``w`` alone.
     sample_scale: float = 0.0
+    # Whether the generator's loss has the direction of f* - f in its place: a distance rather than its square.
+    normalised: bool = False
     # Whether there is a fake model. Without one the generator's own sample takes its prediction's place, f := x.
     needs_fake: bool = True
 
@@ -81,6 +84,8 @@ class Objective:
             raise UserError(f"flows must be 'all' or 'x', not {self.flows!r}")
         if not self.needs_fake and (self.flows != "x" or self.alpha != 1):
             raise UserError("without a fake model only x can flow, and real data has no part")
+        if self.normalised and (self.flows != "all" or self.sample_scale):
+            raise UserError("a normalised objective has its own scale for each sample, and everything flows")
         if self.sample_scale < 0:
             raise UserError(f"sample_scale must not be negative, got {self.sample_scale:g}")
         # With flows = "x" the fake model's field itself moves the generator, and real rows change that field.
@@ -96,8 +101,11 @@ class Objective:
     def generator_scalars(self) -> tuple[float, float, float, float]:
         """``alpha, beta, Q, kappa`` of the generator's kernel.
 
-        Where only ``x`` flows they are ``0, beta / 2, 0, 1``, which leaves ``dl/dtgt = w beta (f - f*)``.
+        Where only ``x`` flows they are ``0, beta / 2, 0, 1``, which leaves ``dl/dtgt = w beta (f - f*)``. A normalised
+        objective's leave ``w <f* - f, alpha f* - beta tgt>``.
         """
+        if self.normalised:
+            return self.alpha, self.beta, 0.0, 0.5
         if self.flows == "x":
             return 0.0, self.beta / 2, 0.0, 1.0
         return self.alpha, self.beta, self.Q, self.kappa
@@ -133,6 +141,9 @@ _DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "jensen-shannon": torch.sigmoid,  # f = r log r - (r + 1) log((r + 1) / 2)
     "squared-hellinger": lambda u: torch.exp(u / 2) / 2,  # f = (1 - sqrt(r))^2
 }
+
+
+DIVERGENCES = tuple(_DIVERGENCES)
 
 
 def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
@@ -210,6 +221,30 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
     if kappa not in (1, beta):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
     return Objective("General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa)
+
+
+def NormalisedRealUID(alpha: float, beta: float) -> Objective:
+    """RealUID for the distance itself instead of its square: ``D / ||D||`` takes the place of ``D = f* - f``.
+
+    With ``m(x_t) = (alpha p_g + (1 - alpha) p_d) f* - beta p_g f_g - (1 - beta) p_d f_d`` the inner maximum is ``max_D
+    int w <D / ||D||, m> = int w ||m||`` over ``x_t`` and time. For ``alpha = beta = 1`` that is the mean of ``||f* -
+    f_g||`` over generated ``x_t``, where UID's is the mean of its square. In samples it is ``w <D, alpha f* - beta
+    tgt> / ||D||`` on generated rows and the like with ``1 - alpha, 1 - beta`` on real ones.
+
+    The generator minimises its rows of it, and the norm is differentiated too: ``dl/dD = w / ||D|| (r - <D, r> /
+    ||D||^2 D)`` with ``r = alpha f* - beta tgt``. That is the gradient of :func:`GeneralRealUID` with the weight ``w /
+    (2 ||D||)`` and ``Q = <D, r> / ||D||^2``, both of each sample. A norm held fixed would give the derivative of the
+    distance without real data only.
+
+    The fake model is trained by RealUID's loss. All that the maximum asks for is ``D`` along ``m``, and RealUID's
+    optimum, ``D = m / (alpha p_g + (1 - alpha) p_d)``, is. So the size of ``D``, which the maximum leaves free, stays
+    bounded, ``D = 0`` at the start does no harm, and the teacher is not evaluated. Source: RealUID paper, the loss with
+    ``D / ||D||``; the choice of the fake model's loss is ours.
+
+    Raises:
+        UserError: as :func:`RealUID`.
+    """
+    return Objective("normalised RealUID", alpha=alpha, beta=beta, gamma=alpha, Q=0.0, normalised=True)
 
 
 def FGM(l1: float = 1.0, l2: float = 1.0) -> Objective:
@@ -340,6 +375,7 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "uid": UID,
     "realuid": RealUID,
     "general": GeneralRealUID,
+    "normalised": NormalisedRealUID,
     "fgm": FGM,
     "sid": SiD,
     "realsid": RealSiD,

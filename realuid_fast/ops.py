@@ -42,16 +42,29 @@ KERNELS = (
     "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
     "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
     "-> (Tensor loss, Tensor rows, Tensor g_fake)",
+    # q_rows (R,) takes the place of q, with or without guidance.
     "guided_generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, "
-    "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, float alpha, float beta, float q, float kappa, "
-    "bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) -> (Tensor loss, "
-    "Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
+    "Tensor? endpoint, Tensor? teacher_uncond, Tensor? guidance, Tensor? q_rows, float alpha, float beta, float q, "
+    "float kappa, bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) "
+    "-> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
     # The optimiser step: the pass over the gradients, then the pass over everything. counts is (updates, skipped ones).
     "begin_step_(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) counts) -> Tensor",
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
     "Tensor norm, Tensor step, Tensor lr, Tensor counts, Tensor ema_decays, float clip, float beta1, float beta2, "
     "float eps, float weight_decay, bool maximize, bool ema_warmup) -> ()",
+)
+
+# The networks' layers, on images in channels_last order; the parameters are float32, or float64 for float64 images.
+LAYERS = (
+    # Stride 1, padding 1; the filters in float32 whatever the images' type.
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "conv3x3_grads(Tensor grad, Tensor x, Tensor weight, bool want_x, bool want_weight) -> (Tensor, Tensor)",
+    # Group normalisation of x + shift, then SiLU; statistics are every group's mean and inverse deviation.
+    "norm_silu(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps) "
+    "-> (Tensor y, Tensor statistics)",
+    "norm_silu_grads(Tensor grad, Tensor x, Tensor? shift, Tensor weight, Tensor bias, Tensor statistics) "
+    "-> (Tensor g_x, Tensor g_shift, Tensor g_weight, Tensor g_bias)",
 )
 
 
@@ -116,7 +129,7 @@ def _fake_generator(
 
 
 def _fake_guided_generator(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_fake_generator(*inputs[:-1]), _like_if(inputs[-1], inputs[2])
+    return *_fake_generator(*inputs[:-1]), _like_if(inputs[-1] and inputs[7] is not None, inputs[2])
 
 
 def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
@@ -129,6 +142,28 @@ def _fake_begin_step_(grads: Sequence[Tensor], *_: Any) -> Tensor:
 
 def _fake_adam_(*_: Any) -> None:
     return None
+
+
+def _images(like: Tensor, channels: int) -> Tensor:
+    batch, _, *sides = like.shape
+    return like.new_empty((batch, channels, *sides)).to(memory_format=torch.channels_last)
+
+
+def _fake_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _images(x, weight.shape[0])
+
+
+def _fake_conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, ...]:
+    return _images(x, x.shape[1]) if want_x else x.new_empty(0), _like_if(want_weight, weight)
+
+
+def _fake_norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Any:
+    return _images(x, x.shape[1]), weight.new_empty((x.shape[0], groups, 2))
+
+
+def _fake_norm_silu_grads(grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    g_shift = weight.new_empty(0) if shift is None else weight.new_empty(x.shape[:2])
+    return _images(x, x.shape[1]), g_shift, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
 
 
 def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,9 +293,60 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+class _Conv3x3Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative(grad, "conv3x3")
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        _, want_x, want_weight, want_bias = ctx.needs_input_grad
+        g_x = g_weight = None
+        if want_x or want_weight:
+            g_x, g_weight = torch.ops.realuid_fast.conv3x3_grads(grad, x, weight, want_x, want_weight)
+        g_bias = grad.sum((0, 2, 3), dtype=weight.dtype) if want_bias else None
+        return None, g_x if want_x else None, g_weight if want_weight else None, g_bias
+
+
+class _NormSiluFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, statistics = kernel(*inputs)
+        ctx.save_for_backward(*inputs[:4], statistics)
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        _refuse_second_derivative(grad, "norm_silu")
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = torch.ops.realuid_fast.norm_silu_grads(grad, *ctx.saved_tensors)
+        wanted = (g if want else None for g, want in zip(grads, ctx.needs_input_grad[1:], strict=False))
+        return None, *wanted, None, None
+
+
+def _differentiate(library: torch.library.Library, name: str, op: str, function: Any) -> None:
+    """Have ``function`` run the operator where a gradient is wanted; cheaper a call than torch.library's way."""
+    kernel = getattr(getattr(torch.ops, name), op).default
+
+    def with_gradients(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
+            return function.apply(kernel, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*inputs)
+
+    library.impl(op, with_gradients, "Autograd")
+
+
 def _define(name: str) -> torch.library.Library:
     library = torch.library.Library(name, "DEF")
-    for schema in KERNELS:
+    for schema in (*KERNELS, *LAYERS):
         op = schema[: schema.index("(")]
         library.define(schema)
         library.impl(op, _checked(name, op, getattr(reference, op)), "CompositeExplicitAutograd")
@@ -270,6 +356,8 @@ def _define(name: str) -> torch.library.Library:
     torch.library.register_autograd(
         f"{name}::interpolate", _interpolate_backward, setup_context=_interpolate_setup, lib=library
     )
+    _differentiate(library, name, "conv3x3", _Conv3x3Function)
+    _differentiate(library, name, "norm_silu", _NormSiluFunction)
     return library
 
 

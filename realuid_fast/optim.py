@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops, reference
@@ -119,6 +120,11 @@ class FusedAdam(torch.optim.Optimizer):
     With ``beta1 = 0`` there is no ``m``. Where the norm is not finite nothing changes but the count in :attr:`skipped`.
     Parameters without a gradient only have their averages moved. The gradients stay as they are.
 
+    Parameters may be sharded by FSDP2 (``fully_shard``, DTensors on a mesh of one dimension): every rank updates its
+    own part, which is exact since all but the norm is elementwise; the norm is of all parts, brought together in one
+    all-reduce of a number, so that all ranks clip and skip alike. State, counts aside, is this rank's part, in
+    :meth:`state_dict` DTensors.
+
     torch's learning-rate schedulers work on it. A learning rate given as a number is written to the device when it
     changes; for a captured graph give it as a tensor, which schedulers fill in place, or as a schedule.
 
@@ -135,7 +141,7 @@ class FusedAdam(torch.optim.Optimizer):
         ema_decays: decays ``d`` in (0, 1), each once.
         ema_warmup: let the averages' decay start low, so that a short run's average is not dominated by its start.
         flat: lay every group's parameters into a :class:`FlatParameters`, which is what makes the step three launches
-            on GPU. Without it, GPUs run torch's foreach functions. CPUs gain nothing.
+            on GPU. Without it, GPUs run torch's foreach functions. CPUs gain nothing. Not for sharded parameters.
 
     Attributes:
         norm: the last gradient norm before clipping, ``()``.
@@ -176,6 +182,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
         first = self._parameters()[0]
         self.counts = torch.zeros(2, dtype=torch.int64, device=first.device)
+        self._own_counts = torch.zeros_like(self.counts)
         self.norm = torch.zeros((), dtype=first.dtype, device=first.device)
         self._decays = torch.tensor(self.ema_decays, dtype=torch.float64, device=first.device)
 
@@ -185,7 +192,10 @@ class FusedAdam(torch.optim.Optimizer):
         return self.counts[1]
 
     def averages(self, decay: float) -> dict[Tensor, Tensor]:
-        """For every parameter its moving average with ``decay``, the memory itself, laid out like the parameter."""
+        """For every parameter its moving average with ``decay``, the memory itself, laid out like the parameter.
+
+        Of a sharded one it is this rank's part.
+        """
         if decay not in self.ema_decays:
             raise UserError(f"decay must be one of {list(self.ema_decays)}, got {decay:g}")
         row = self.ema_decays.index(decay)
@@ -198,6 +208,8 @@ class FusedAdam(torch.optim.Optimizer):
         try:
             _check_group(group)
             _check(self._parameters())
+            if self._lay_flat and is_sharded(group["params"][0]):
+                raise UserError("flat storage is for parameters that a process holds whole, these are sharded")
         except UserError:
             self.param_groups.pop()
             raise
@@ -213,7 +225,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._make_moments(len(self.param_groups) - 1)
         if self.ema_decays:
             for p, average in zip(params, self._room("ema", -1, len(self.ema_decays)), strict=True):
-                self.state[p]["ema"] = average.copy_(p.detach().expand_as(average))
+                self.state[p]["ema"] = average.copy_(_local(p).detach().expand_as(average))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -233,6 +245,11 @@ class FusedAdam(torch.optim.Optimizer):
         if self.reduce is not None:
             self.reduce(gradients)
         run = ops.current(self.counts.device)
+        if is_sharded(first := self._parameters()[0]):
+            # The step begins on one number, the norm of all ranks' gradients, so that all take or skip it.
+            squared = run.begin_step_(gradients, [], self._own_counts).double().square()
+            dist.all_reduce(squared, group=first.device_mesh.get_group())  # type: ignore[attr-defined]
+            gradients = [squared.sqrt().to(self.norm.dtype)[None]]
         self.norm = run.begin_step_(gradients, [part.step for _, part in parts], self.counts)
         for i, part in parts:
             group = self.param_groups[i]
@@ -259,16 +276,21 @@ class FusedAdam(torch.optim.Optimizer):
         idle: list[Tensor] = [p for p in self._parameters() if p.grad is None]
         if idle and self.ema_decays:
             averages = [self.state[p]["ema"] for p in idle]
-            reference.average_(idle, averages, self.norm, self.counts, self._decays, self.ema_warmup)
+            reference.average_([*map(_local, idle)], averages, self.norm, self.counts, self._decays, self.ema_warmup)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """State as torch's optimisers give it, with ``counts`` beside it.
 
         Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. The
-        learning rate is a number, a schedule's the next one.
+        learning rate is a number, a schedule's the next one. Of sharded parameters the tensors are DTensors.
         """
         state = super().state_dict()
+        params = self._parameters()
+        state["state"] = {
+            k: {name: value if name == "step" else spread(value, params[k]) for name, value in values.items()}
+            for k, values in state["state"].items()
+        }
         for group in state["param_groups"]:
             if isinstance(lr := group["lr"], Tensor):
                 group["lr"] = float(lr.flatten()[min(int(self.counts[0]), lr.numel() - 1)])
@@ -322,7 +344,9 @@ class FusedAdam(torch.optim.Optimizer):
                 state, saved = self.state[p], theirs.get(p, {})
                 for name, value in state.items():
                     if name in saved and name != "step":
-                        value.copy_(saved[name])
+                        if is_sharded(p) and not is_sharded(saved[name]):
+                            raise UserError(f"state_dict holds a whole {name}, the parameters are sharded")
+                        value.copy_(_local(saved[name]))
                     elif name.startswith("exp_avg"):
                         value.zero_()
                 taken = float(saved.get("step", 0.0))
@@ -343,9 +367,9 @@ class FusedAdam(torch.optim.Optimizer):
             self._buffers[index][name] = flat.buffer(rows)
             return flat.views(self._buffers[index][name])
         if rows is None:
-            return [torch.zeros_like(p) for p in params]
+            return [torch.zeros_like(_local(p)) for p in params]
         room = []
-        for p in params:
+        for p in map(_local, params):
             size = _padded(p.numel())
             memory = torch.zeros(rows * size, dtype=p.dtype, device=p.device)
             room.append(memory.as_strided((rows, *p.shape), (size, *p.stride())))
@@ -403,7 +427,7 @@ class FusedAdam(torch.optim.Optimizer):
             lists = [
                 [s[name] for _, s in members] if name in first else [] for name in ("exp_avg", "exp_avg_sq", "ema")
             ]
-            yield _Part(first["step"], [p for p, _ in members], [_like(p) for p, _ in members], *lists)
+            yield _Part(first["step"], [_local(p) for p, _ in members], [_like(p) for p, _ in members], *lists)
 
 
 class Optimiser:
@@ -412,7 +436,7 @@ class Optimiser:
     One :meth:`step` does, with ``g`` all gradients as one vector and ``n`` the number of steps so far::
 
         g <- g min(1, clip / ||g||)                     clip to a global norm; clip = 0 leaves g alone
-        lr_n = lr min(1, (n + 1) / warmup) fall(n / total)
+        lr_n = lr min(1, (n + 1) / warmup) fall(n / total)      warmup_from_zero: n in place of n + 1
         parameters <- Adam(lr_n, betas, eps)            Kingma and Ba, 2015 (1412.6980), algorithm 1
         ema_d <- ema_d + (1 - d_n) (parameters - ema_d),  d_n = min(d, (1 + n) / (10 + n))
 
@@ -438,10 +462,11 @@ class Optimiser:
         floor: share of ``lr`` that is left at the end, in [0, 1].
         eps: Adam's epsilon.
         ema_warmup: ``False`` keeps ``d_n = d`` from the first step on, for a network whose start is worth remembering.
+        warmup_from_zero: the first step has rate zero, also where ``warmup`` is 0; it only begins Adam's moments.
 
     Attributes:
         adam: the :class:`FusedAdam`.
-        ema: for every decay, a state dict of ``net`` with the averaged parameters.
+        ema: for every decay, a state dict of ``net`` with the averaged parameters, of a sharded one this rank's parts.
 
     Raises:
         UserError: a setting outside its range.
@@ -460,6 +485,7 @@ class Optimiser:
         floor: float = 0.0,
         eps: float = 1e-8,
         ema_warmup: bool = True,
+        warmup_from_zero: bool = False,
     ) -> None:
         if not lr > 0:
             raise UserError(f"lr must be positive, got {lr:g}")
@@ -474,7 +500,7 @@ class Optimiser:
         params = [p for p in net.parameters() if p.requires_grad]
         if not params:
             raise UserError("net has no parameters that require gradients")
-        self._rates = _schedule(float(lr), warmup, total, decay, floor)
+        self._rates = _schedule(float(lr), warmup, total, decay, floor, warmup_from_zero)
         device = params[0].device
         self.adam = FusedAdam(
             params,
@@ -484,11 +510,12 @@ class Optimiser:
             clip=clip,
             ema_decays=ema_decays,
             ema_warmup=ema_warmup,
-            flat=device.type == "cuda",
+            flat=device.type == "cuda" and not is_sharded(params[0]),
         )
         # After Adam has laid the parameters out, for good.
         tensors = net.state_dict(keep_vars=True)
         trained = set(params)
+        self._trained = {name: tensor for name, tensor in tensors.items() if tensor in trained}
         self._copied = [(name, tensor.detach()) for name, tensor in tensors.items() if tensor not in trained]
         self.ema: dict[float, dict[str, Tensor]] = {}
         for d in self.adam.ema_decays:
@@ -537,6 +564,12 @@ class Optimiser:
             for average in self.ema.values():
                 torch._foreach_copy_([average[name] for name, _ in self._copied], sources)
 
+    @torch.no_grad()
+    def scale_grads(self, factor: float) -> None:
+        """Multiply all gradients by a number."""
+        grads = [_local(p.grad) for group in self.adam.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
     def zero_grad(self) -> None:
         """Drop all gradients, so that the next backward writes instead of adding."""
         self.adam.zero_grad()
@@ -546,7 +579,11 @@ class Optimiser:
         adam = self.adam.state_dict()
         # The averages are in ``ema``, by name.
         adam["state"] = {k: {n: v for n, v in s.items() if n != "ema"} for k, s in adam["state"].items()}
-        return {"adam": adam, "steps": self.steps, "skipped": self.skipped, "ema": self.ema}
+        ema = {
+            d: {name: spread(value, self._trained.get(name, value)) for name, value in average.items()}
+            for d, average in self.ema.items()
+        }
+        return {"adam": adam, "steps": self.steps, "skipped": self.skipped, "ema": ema}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; raises :class:`UserError` when the averages' decays differ."""
@@ -558,19 +595,50 @@ class Optimiser:
         self.adam.counts.copy_(torch.tensor([int(state["steps"]), int(state["skipped"])]))
         for d, average in self.ema.items():
             for name, tensor in average.items():
-                tensor.copy_(state["ema"][d][name])
+                tensor.copy_(_local(state["ema"][d][name]))
 
 
-def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float) -> Tensor:
+def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float, from_zero: bool = False) -> Tensor:
     """Learning rates of steps 0, 1, ... up to where they stay the same, float64."""
-    falls = decay != "constant"
-    n = torch.arange(max(warmup, total + 1 if falls else 1), dtype=torch.float64)
-    rate = lr * ((n + 1) / max(warmup, 1)).clamp(max=1.0)
+    falls, warmup = decay != "constant", max(warmup, 1)
+    n = torch.arange(max(warmup + from_zero, total + 1 if falls else 1), dtype=torch.float64)
+    rate = lr * ((n + (not from_zero)) / warmup).clamp(max=1.0)
     if falls:
         done = (n / total).clamp(max=1.0)
         left = 1.0 - done if decay == "linear" else 0.5 * (1.0 + torch.cos(torch.pi * done))
         rate = rate * (floor + (1.0 - floor) * left)
     return rate
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process may hold a part."""
+    return hasattr(tensor, "to_local")
+
+
+def spread(local: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of something that the parameter ``p`` has, as a DTensor on the same memory if ``p`` is one.
+
+    It is laid out as ``p`` is, with as many leading dimensions as it has more.
+    """
+    if not is_sharded(p):
+        return local
+    # Not at the top: it takes longer to import than all of this package.
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(p, DTensor)
+    rows = local.dim() - p.dim()
+    shape = torch.Size((*local.shape[:rows], *p.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = [Shard(rows + each.dim) if isinstance(each, Shard) else each for each in p.placements]
+    return DTensor.from_local(local, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The memory itself: of a sharded tensor this rank's part, without gradient."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def _padded(size: int) -> int:
@@ -586,6 +654,12 @@ def _check(params: Sequence[Tensor]) -> None:
     for p in params:
         if (p.dtype, p.device) != (first.dtype, first.device):
             raise UserError(f"params must be alike, got {first.dtype} on {first.device} and {p.dtype} on {p.device}")
+        if is_sharded(p) != is_sharded(first):
+            raise UserError("params must be alike, got sharded and whole ones")
+        if is_sharded(p):
+            if p.device_mesh.ndim != 1 or not p.placements[0].is_shard():  # type: ignore[attr-defined]
+                raise UserError("params that are sharded must be so over all ranks of a mesh of one dimension")
+            p = _local(p)
         if torch.empty_like(p, device="meta").stride() != p.stride():
             raise UserError(f"params must have no gaps in memory, got one of shape {tuple(p.shape)} with {p.stride()}")
 
@@ -610,10 +684,10 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _like(p: nn.Parameter) -> Tensor:
     """The gradient of ``p``, element for element where ``p`` has them in memory."""
-    grad = p.grad
-    assert grad is not None
-    if (here := grad.stride()) == (there := p.stride()):
+    assert p.grad is not None
+    own, grad = _local(p), _local(p.grad)
+    if (here := grad.stride()) == (there := own.stride()):
         return grad
     # The stride of a dimension of size 1 says nothing.
-    same = all(a == b or size < 2 for a, b, size in zip(here, there, p.shape, strict=True))
-    return grad if same else torch.empty_like(p).copy_(grad)
+    same = all(a == b or size < 2 for a, b, size in zip(here, there, own.shape, strict=True))
+    return grad if same else torch.empty_like(own).copy_(grad)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .contracts import host_checks_allowed
@@ -128,7 +129,7 @@ def generator(
     endpoint: Tensor | None,
     alpha: float,
     beta: float,
-    q: float,
+    q: float | Tensor,
     kappa: float,
     mean: bool,
     want_teacher: bool,
@@ -182,8 +183,9 @@ def guided_generator(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None,
-    teacher_uncond: Tensor,
-    guidance: Tensor,
+    teacher_uncond: Tensor | None,
+    guidance: Tensor | None,
+    q_rows: Tensor | None,
     alpha: float,
     beta: float,
     q: float,
@@ -195,10 +197,14 @@ def guided_generator(
     want_x_t: bool,
     want_uncond: bool,
 ) -> tuple[Tensor, ...]:
+    own_q = q if q_rows is None else _scales(q_rows, x)
+    if teacher_uncond is None or guidance is None:
+        inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, own_q, kappa, mean)
+        return *generator(*inputs, want_teacher, want_fake, want_x, want_x_t), x.new_empty(0)
     guided = _guided(teacher_out, teacher_uncond, guidance)
     want_guided = want_teacher or want_uncond
     loss, rows, g_guided, *others = generator(
-        guided, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, q, kappa, mean,
+        guided, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, own_q, kappa, mean,
         want_guided, want_fake, want_x, want_x_t,
     )  # fmt: skip
     scale = _scales(guidance, x)
@@ -315,8 +321,9 @@ class _Columns:
         self.a, self.b, self.c, self.p, self.q, self.s, self.k_out, self.k_x, self.w = columns
 
 
-def _scales(guidance: Tensor, like: Tensor) -> Tensor:
-    return guidance.view(-1, *[1] * (like.dim() - 1))
+def _scales(rows: Tensor, like: Tensor) -> Tensor:
+    """A number a row, to broadcast over a batch like ``like``."""
+    return rows.view(-1, *[1] * (like.dim() - 1))
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
@@ -382,3 +389,69 @@ def _mean(rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def _scale(mean: bool, count: int) -> float:
     return 1.0 / max(count, 1) if mean else 1.0
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = F.conv2d(x.to(weight.dtype), weight, bias, padding=1)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
+    wanted = [want_x, want_weight, False]
+    around = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, not transposed, one group
+    up = [tensor.to(weight.dtype) for tensor in (grad, x)]
+    g_x, g_weight, _ = torch.ops.aten.convolution_backward(*up, weight, None, *around, wanted)
+    return (
+        g_x.to(x.dtype).contiguous(memory_format=torch.channels_last) if want_x else x.new_empty(0),
+        torch.empty_like(weight).copy_(g_weight) if want_weight else weight.new_empty(0),
+    )
+
+
+def norm_silu(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    h = _shifted(x, shift, weight)
+    grouped = h.unflatten(1, (groups, -1)).flatten(2)
+    mean = grouped.mean(2)
+    rstd = (grouped.var(2, unbiased=False) + eps).rsqrt()
+    y = F.silu(_normalised(h, torch.stack([mean, rstd], 2)) * _of_channels(weight) + _of_channels(bias))
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last), torch.stack([mean, rstd], 2)
+
+
+def norm_silu_grads(
+    grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With ``n`` the normalised value and ``g_n = g_z weight``: ``g_x = rstd (g_n - mean(g_n) - n mean(g_n n))``."""
+    n = _normalised(_shifted(x, shift, weight), statistics)
+    z = n * _of_channels(weight) + _of_channels(bias)
+    gate = torch.sigmoid(z)
+    g_z = grad.to(weight.dtype) * gate * (1 + z * (1 - gate))
+    g_n = g_z * _of_channels(weight)
+    groups = statistics.shape[1]
+
+    def group_mean(values: Tensor) -> Tensor:
+        mean = values.unflatten(1, (groups, -1)).flatten(2).mean(2)
+        return _of_channels(mean.repeat_interleave(x.shape[1] // groups, 1))
+
+    rstd = _of_channels(statistics[..., 1].repeat_interleave(x.shape[1] // groups, 1))
+    g_x = rstd * (g_n - group_mean(g_n) - n * group_mean(g_n * n))
+    return (
+        g_x.to(x.dtype).contiguous(memory_format=torch.channels_last),
+        weight.new_empty(0) if shift is None else g_x.sum((2, 3)),
+        (g_z * n).sum((0, 2, 3)),
+        g_z.sum((0, 2, 3)),
+    )
+
+
+def _of_channels(values: Tensor) -> Tensor:
+    return values[..., None, None]
+
+
+def _shifted(x: Tensor, shift: Tensor | None, weight: Tensor) -> Tensor:
+    h = x.to(weight.dtype)
+    return h if shift is None else h + _of_channels(shift)
+
+
+def _normalised(h: Tensor, statistics: Tensor) -> Tensor:
+    mean, rstd = statistics.repeat_interleave(h.shape[1] // statistics.shape[1], 1).unbind(2)
+    return (h - _of_channels(mean)) * _of_channels(rstd)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from . import paths
 from .errors import UserError
 from .networks import build
+from .sampling import follows_flow
 
 FORMAT = 2  # 2 knows a path's settings
 KEY = "realuid_fast"
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
 ROLES = ("teacher", "student")
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,65 @@ class Model:
     description: Description
 
 
+class Called(nn.Module):
+    """A network of any signature as ``net(t, x, y)``, see :func:`wrap`."""
+
+    def __init__(
+        self, net: nn.Module, call: Callable[..., Tensor] | None = None, num_classes: int = 0, null_label: bool = False
+    ) -> None:
+        super().__init__()
+        self.net, self._call = net, call
+        self.num_classes = num_classes or None
+        self.null_label = num_classes if null_label else None
+
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.net(t, x, y) if self._call is None else self._call(self.net, t, x, y)
+
+
+def wrap(
+    net: nn.Module,
+    dim: Sequence[int],
+    path: str = "linear",
+    predict: str = "velocity",
+    path_settings: Mapping[str, Any] | None = None,
+    call: Callable[..., Tensor] | None = None,
+    num_classes: int = 0,
+    null_label: bool = False,
+    preprocessing: str = "",
+) -> Model:
+    """Any network of yours as a teacher that :class:`realuid_fast.train.distill.Distiller` takes.
+
+    Its student is saved like every other; :func:`load` fills ``wrap(...).net`` with it, given as ``net``.
+
+    Args:
+        net: the network; a copy of it is where student and fake model start.
+        dim: shape of one sample, such as ``(3, 32, 32)``.
+        path, path_settings: what it was trained on, as :func:`realuid_fast.paths.build` takes them.
+        predict: what it predicts, one of :data:`realuid_fast.paths.PREDICTIONS`.
+        call: ``call(net, t, x, y)`` for a network of another signature: ``t`` ``(B,)`` as
+            :meth:`realuid_fast.paths.Path.network_time` gives it, ``x`` ``(B, *dim)``, ``y`` ``(B,)`` int64 labels or
+            None; the prediction like ``x``. Not given, it is called as ``net(t, x, y)``.
+        num_classes, null_label: its labels, and whether it knows the one after them as "no label".
+        preprocessing: what its samples are, in words.
+
+    Raises:
+        UserError: no module, or a path or prediction that this version does not have.
+    """
+    if not isinstance(net, nn.Module):
+        raise UserError(f"net must be a torch.nn.Module, whose weights a student can start from, not {net!r:.60}")
+    if null_label and not num_classes:
+        raise UserError("null_label needs num_classes")
+    description = Description(
+        network={"kind": "yours", "dim": [int(v) for v in dim]},
+        path=path,
+        path_settings=dict(path_settings or {}),
+        predict=predict,
+        preprocessing=preprocessing,
+    )
+    follows_flow(description.interpolant(), predict)
+    return Model(Called(net, call, num_classes, null_label).eval(), description)
+
+
 def save(file: str | Path, state: Mapping[str, Tensor], description: Description) -> None:
     """Write a state dict and its description as safetensors; ``file`` is replaced in one step, never half written."""
     from safetensors.torch import save as serialise
@@ -81,49 +144,73 @@ def save(file: str | Path, state: Mapping[str, Tensor], description: Description
         raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
 
 
-def load(file: str | Path, role: str | None = None) -> Model:
+def load(file: str | Path, role: str | None = None, net: nn.Module | None = None) -> Model:
     """Network of a safetensors file that :func:`save` wrote.
 
     Args:
         file: the file.
         role: ``"teacher"`` or ``"student"`` to refuse the other.
+        net: the network to fill, for one that this package cannot build itself, see :func:`wrap`.
 
     Raises:
-        UserError: a missing or foreign file, a newer format, the other role, or parameters that do not fit the
-            described network (each one named).
+        UserError: a missing, damaged or foreign file, a newer format, the other role, or parameters that do not fit the
+            described network or are not finite (each one named).
     """
-    from safetensors import SafetensorError, safe_open
-
     file = Path(file)
-    if not file.is_file():
-        raise UserError(f"there is no file {file}")
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        raise UserError(f"{file} is no safetensors file") from None
+    tensors, metadata = read_safetensors(file)
     if KEY not in metadata:
         raise UserError(f"{file} was not written by realuid_fast: its metadata has no entry '{KEY}'")
     description = _description(file, metadata[KEY])
     if role is not None and description.role != role:
         raise UserError(f"{file} holds a {description.role}, a {role} is wanted")
-    return Model(_filled(description.network, tensors, str(file)), description)
+    if net is None:
+        return Model(filled(description.network, tensors, str(file)), description)
+    load_exactly(net, tensors, str(file))
+    return Model(net.eval(), description)
 
 
-def _filled(network: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """The network of a description with the parameters ``state``, in evaluation mode."""
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; raises :class:`UserError` for a missing or damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no safetensors file, or a damaged one: {_first_line(error)}") from None
+
+
+def filled(
+    network: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    where: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> nn.Module:
+    """The network of a description with the parameters ``state``, in evaluation mode; errors of :func:`load_exactly`.
+
+    What may be missing keeps the values of a fresh network, the same every time.
+    """
     try:
         # First without memory: a damaged description may ask for more than there is.
         with torch.device("meta"):
-            _check_fit(build(network), state, where)
-        net = build(network)
+            _check_fit(build(network), state, where, allow_missing, allow_unexpected)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = build(network)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{where} describes a network that cannot be built: {str(error).splitlines()[0]}") from None
-    load_exactly(net, state, where)
+        raise UserError(f"{where} describes a network that cannot be built: {_first_line(error)}") from None
+    load_exactly(net, state, where, allow_missing, allow_unexpected)
     return net.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _description(file: Path, text: str) -> Description:
@@ -168,11 +255,13 @@ def load_teacher(
     file = Path(source)
     if not file.exists():
         raise UserError(f"there is no teacher {name!r}: neither a file nor one of the shipped ({', '.join(SHIPPED)})")
-    if file.suffix not in (".pt", ".pth", ".ckpt", ".bin"):
+    if file.is_dir() or file.suffix == ".pkl":
+        raise UserError(f"{file} is not read as it is: realuid-fast convert makes a file for this package of it")
+    if file.suffix not in CHECKPOINTS:
         return load(file, role="teacher")
     if not network:
         raise UserError(f"{file} does not say which network it holds: give its configuration as 'network'")
-    net = _filled(network, published_state(file, decay), str(file))
+    net = filled(network, published_state(file, decay), str(file))
     description = Description(network=dict(network), data=dict(data or {}), command=f"read from {file.name}")
     return Model(net, description)
 
@@ -180,6 +269,7 @@ def load_teacher(
 def published_state(file: str | Path, decay: float | None = None) -> dict[str, Tensor]:
     """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off."""
     file = Path(file)
+    _check_archive(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:
@@ -199,6 +289,22 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
+def _check_archive(file: Path) -> None:
+    """Refuse a zip archive whose entries unpack to more than the file holds: torch.save stores them as they are."""
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except Exception:
+        raise UserError(f"{file} is a damaged archive") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError(f"{file} is a compressed archive, which torch.save does not write: it could unpack to any size")
+    declared, held = sum(entry.file_size for entry in entries), file.stat().st_size
+    if declared > held:
+        raise UserError(f"{file} declares {declared:,} bytes of content and holds {held:,}: it is damaged")
+
+
 def _chosen_average(file: Path, averages: Mapping[Any, Any], decay: float | None) -> dict[str, Tensor]:
     by_decay = {float(key): value for key, value in averages.items()}
     if not by_decay:
@@ -210,15 +316,42 @@ def _chosen_average(file: Path, averages: Mapping[Any, Any], decay: float | None
     return by_decay[chosen]
 
 
-def load_exactly(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy ``state`` into ``net``; a :class:`UserError` lists what is missing, unexpected or of another shape."""
-    _check_fit(net, state, where)
-    net.load_state_dict(dict(state))
+def load_exactly(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> None:
+    """Copy ``state`` into ``net``, every parameter and buffer.
 
+    Args:
+        where: what errors call the state's origin.
+        allow_missing, allow_unexpected: names, or patterns with ``*`` and ``?``, that may be missing from ``state`` or
+            in it without a place in ``net``.
 
-def _check_fit(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    Raises:
+        UserError: names that are missing or unexpected, shapes that differ, values that are not finite.
+    """
+    _check_fit(net, state, where, allow_missing, allow_unexpected)
     own = net.state_dict()
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    wanted = {name: value for name, value in state.items() if name in own}
+    for name, value in wanted.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{where} holds values that are not finite, first in {name}")
+    net.load_state_dict(wanted, strict=False)
+
+
+def _check_fit(
+    net: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> None:
+    own = net.state_dict()
+    missing = _not_allowed(set(own) - set(state), allow_missing)
+    unexpected = _not_allowed(set(state) - set(own), allow_unexpected)
     reshaped = sorted(
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in set(own) & set(state)
@@ -227,6 +360,10 @@ def _check_fit(net: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if faults := [f"{what} {_few(names)}" for what, names in lists.items() if names]:
         raise UserError(f"{where} does not fit the network: {'; '.join(faults)}")
+
+
+def _not_allowed(names: set[str], patterns: Sequence[str]) -> list[str]:
+    return sorted(name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _few(names: list[str], most: int = 8) -> str:

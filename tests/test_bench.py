@@ -21,7 +21,6 @@ from bench import (
     peers,
     plots,
     presets,
-    published,
     readme,
     report,
     step,
@@ -29,9 +28,7 @@ from bench import (
 )
 from realuid_fast import cli, data
 from realuid_fast.errors import UserError
-from realuid_fast.noise import NoiseStream, normal
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
+from realuid_fast.noise import normal
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LOSSES = [call for call in micro.CALLS if "loss" in call]
@@ -332,53 +329,6 @@ def test_every_axis_of_growth_grows_and_can_be_built():
         assert config.distill.batch <= len(dataset)
         assert axis
     assert [len(problem.make()[0].distill.ema) for _, problem in growth.axes()["averages"]] == [1, 2, 4, 8]
-
-
-def test_the_published_update_is_the_trainers():
-    """From the same draws, both ways reach the same losses, gradient norms, parameters and averages."""
-    torch.manual_seed(0)
-    constant = configs.OptimiserConfig(lr=1e-3, betas=(0.5, 0.999), clip=1.0)
-    problem = replace(TINY, distill={**TINY.distill, "fake_turns": 2, "fake": constant, "generator": constant})
-    config, dataset, teacher = problem.make()
-    plain = published.Published(*problem.make())
-    ours = Distiller(config, dataset, teacher)
-    noise, times = NoiseStream(0), torch.Generator()
-    noise.load_state_dict(ours.noise.state_dict())
-    times.set_state(ours.draws.get_state())
-    like = torch.empty(4, *dataset.shape)
-
-    for _ in range(3):
-        ours.update()
-        losses = []
-        made = normal(noise.next_key(), torch.empty(8, *dataset.shape)).split(4)
-        for z in made:
-            real, _ = plain.batches.next()
-            t = ours.path.sample_time(4, times)
-            losses.append(plain.fake_turn(z, None, t, normal(noise.next_key(), like), real, None))
-        z = normal(noise.next_key(), like)
-        t = ours.path.sample_time(4, times)
-        generator = plain.generator_turn(z, None, t, normal(noise.next_key(), like))
-        read = ours.meters.read()
-        mean = [sum(values) / 2 for values in zip(*losses, strict=True)]
-        found = torch.tensor(
-            [read[f"{turn} {what}"] for turn in ("fake", "generator") for what in ("loss", "gradient")]
-        )
-        # Sums in another order, in float32; the generator's two squared distances cancel almost wholly.
-        torch.testing.assert_close(found.float(), torch.stack([*mean, *generator]), rtol=1e-4, atol=1e-5)
-
-    config, dataset, teacher = problem.make()
-    start = teacher.net.state_dict()
-    averages = (ours.generator_optimiser.ema[0.9], plain.averages[0.9])
-    nets = [
-        (ours.fake.state_dict(), plain.fake.state_dict()),
-        (ours.generator.net.state_dict(), plain.generator.state_dict()),
-    ]
-    for mine, other in [*nets, averages]:
-        moved = torch.cat([(mine[name] - start[name]).flatten() for name in start])
-        apart = torch.cat([(mine[name] - other[name]).flatten() for name in start])
-        assert moved.norm() > 0
-        # Adam divides each gradient by its own size, so those near zero keep few digits of what rounding left them.
-        assert apart.norm() < 1e-3 * moved.norm()
 
 
 def test_step_benchmark_of_a_tiny_network(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 
 import numpy as np
@@ -66,7 +67,7 @@ def refused(capsys, *words):
 
 
 def test_help_of_every_command(capsys):
-    for command in ("train-teacher", "distill", "sample", "evaluate", "info", "demo", "compare"):
+    for command in ("train-teacher", "distill", "convert", "sample", "evaluate", "info", "demo", "compare"):
         assert run(command, "--help") == 0
         assert command in capsys.readouterr().out
     assert run("--version") == 0
@@ -397,3 +398,38 @@ def test_update_that_reached_a_distance():
     curve = [{"update": 10 * i, "distance": d} for i, d in enumerate((9.0, 4.0, 5.0))]
     assert comparison._reached(curve, 4.5) == 10
     assert comparison._reached(curve, 3.0) is None
+
+
+def test_convert_from_a_checkpoint_to_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+    torch.save({"ema_models": {0.9: build(network).state_dict()}}, "net.pt")
+    asked = ["network.kind=mlp", "network.shape=[2]", "network.width=8", "network.depth=1"]
+    path = ["path.name=vp", "path.predict=noise"]
+    assert run("convert", "net.pt", "--out", "t.safetensors", "--set", *asked, *path) == 0
+    said = capsys.readouterr().out
+    assert "teacher on the path vp, predicts noise: network mlp of" in said
+    assert "samples (2,)" in said
+    described = teachers.load_teacher("t.safetensors").description
+    assert described.command == shlex.join(["realuid-fast", "convert", "net.pt", "--set", *asked, *path])
+    assert described.data == {}
+    assert run("sample", "--model", "t.safetensors", "--out", "s.npy", "--count", "3", "--steps", "2") == 0
+    assert np.isfinite(np.load("s.npy")).all()
+    assert "give --overwrite" in refused(capsys, "convert", "net.pt", "--out", "t.safetensors", "--set", *asked)
+    assert "does not say which network" in refused(capsys, "convert", "net.pt", "--out", "o.safetensors")
+    wrong = refused(capsys, "convert", "net.pt", "--out", "o.safetensors", "--set", *asked, "network.depth=2")
+    assert "missing grow.1.bias" in wrong
+    allowed = ["--allow-missing", "grow.1.*", "shrink.1.*"]
+    words = ["convert", "net.pt", "--out", "o.safetensors", "--set", *asked, "network.depth=2", *allowed]
+    assert "of another shape modulation.bias" in refused(capsys, *words)
+    config = [
+        "--config",
+        "mixture",
+        "--set",
+        "network.kind=mlp",
+        "network.shape=[2]",
+        "network.width=8",
+        "network.depth=1",
+    ]
+    assert run("convert", "net.pt", "--out", "o.safetensors", "--student", "--t-start", "0.3", *config) == 0
+    assert teachers.load("o.safetensors", role="student").description.t_start == 0.3

@@ -18,6 +18,7 @@ from realuid_fast.paths import (
     VE,
     VP,
     BrownianBridge,
+    DiscreteVP,
     Linear,
     Path,
     StochasticInterpolant,
@@ -45,6 +46,7 @@ SETTINGS = {
     "linear-reversed-x0": Setting(Linear(data_at=0), "x0"),
     "vp-velocity": Setting(VP(), low=0.05),
     "vp-noise": Setting(VPCosine(), "noise", low=0.05),
+    "vp-discrete": Setting(DiscreteVP(schedule="scaled_linear", beta_end=0.012), low=0.05),
     "edm": Setting(VE(), "x0", 0.3, 2.5),
     "brownian-bridge": Setting(BrownianBridge(eps=0.5), "x0", 0.05, 0.95),
     "ddbm-vp": Setting(DDBMVP(), "x0", 0.05, 0.95),
@@ -105,10 +107,20 @@ def draws(setting, t, e, weights):
     return coef, (mean + k["b"] * std**2 / spread * e)[:, None], (k["c"] / spread * e)[:, None]
 
 
+def shrunk(k):
+    """The integral over [0, 1] of ``e^(-k I)`` for VP's ``I = t / 10 + 19.9 t^2 / 2``."""
+    low, slope = 0.1, 19.9
+    root, shift = math.sqrt(k * slope / 2), low / slope
+    gap = math.erf(root * (1 + shift)) - math.erf(root * shift)
+    return math.exp(k * low**2 / (2 * slope)) * math.sqrt(math.pi) / (2 * root) * gap
+
+
 INNER_MAXIMA = {
     # The integral of (c W / (a^2 + c^2))^2 over time for one-sided paths in velocity space.
     "linear": (LINEAR, math.pi / 4),
     "trigonometric": (Setting(Trigonometric()), math.pi**2 / 8),
+    # In noise space of (a c)^2, where a^2 + c^2 = 1.
+    "vp": (Setting(VP(), "noise"), shrunk(1) - shrunk(2)),
     # In x0 space of (c^2 / (1 + c^2))^2.
     "edm": (
         Setting(VE(), "x0", 0.1, 3.0),
@@ -145,6 +157,22 @@ OBJECTIVES = [
 IDS = ["UID", "RealUID-up", "RealUID-down", "general", "general-kappa"]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
 
+
+def test_inner_maximum_of_normalised_uid_is_a_multiple_of_the_distance():
+    """The fields differ by ``c W / (a^2 + c^2)`` times the gap of the means, on the linear path pi/4 on average."""
+    gap, setting = torch.tensor([0.3, -2.5, 1.1], dtype=torch.float64), LINEAR
+    t, z, e, weights = quadrature(setting, 64, 2, 2)
+    coef, _, noise = draws(setting, t, e, weights)
+    # The loss is linear in z and e, since the direction depends on neither: coordinates may share them.
+    x, noise = (0.7 + z)[:, None].expand(-1, 3).contiguous(), noise.expand(-1, 3).contiguous()
+    x_t = rf.interpolate(x, coef, noise)
+    fake = field(setting, x_t, t[:, None], 0.7, 1.0)
+    k = setting.columns(t[:, None])
+    teacher = fake + gap * (k["p"] - (k["p"] * k["a"] + k["s"] * k["c"]) / (k["a"] ** 2 + k["c"] ** 2) * k["a"])
+    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, rf.objectives.NormalisedRealUID(1.0, 1.0))
+    assert float(loss) == pytest.approx(math.pi / 4 * float(gap.norm()), rel=1e-9)
+
+
 DATA, GENERATED = (0.4, 0.8), (-0.5, 1.1)  # mean and standard deviation
 
 
@@ -158,7 +186,9 @@ def delta(setting, x_t, t, objective, data, generated):
 
 
 @every_setting
-@every_objective
+@pytest.mark.parametrize(
+    "objective", [*OBJECTIVES, rf.objectives.NormalisedRealUID(0.9, 0.84)], ids=[*IDS, "normalised"]
+)
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
 def test_fake_loss_is_stationary_and_minimal_at_the_inner_optimum(setting, objective, share):
     """At one x_t the expected fake loss is a weighted sum of two rows, one drawn from each density.
@@ -242,3 +272,101 @@ def test_generator_gradient_is_the_derivative_of_the_distance(setting, objective
         numerical = (inner_maximum(setting, objective, high) - inner_maximum(setting, objective, low)) / (2 * h)
         # 1e-5: the central difference's h^2 error and the quadrature of the posterior tails.
         assert float(gradient) == pytest.approx(numerical, rel=1e-5, abs=1e-6)
+
+
+class Plane:
+    """A pair of independent Gaussians in the plane, generated and data, for what takes a direction."""
+
+    data, objective = ((0.4, 0.8), (1.2, 0.8)), rf.objectives.NormalisedRealUID(0.6, 0.8)
+
+    def __init__(self, setting, generated):
+        self.setting, self.generated = setting, generated
+
+    def parts(self, x_t, t):
+        """Fields ``(R, 2)`` and densities ``(R, 1)`` at ``x_t`` ``(R, 2)``, of the data and of the generator."""
+        found = []
+        for two in (self.data, self.generated):
+            f = [field(self.setting, x_t[:, i : i + 1], t, *two[i]) for i in range(2)]
+            p = [density(self.setting, x_t[:, i : i + 1], t, *two[i]) for i in range(2)]
+            found += [torch.cat(f, dim=1), p[0] * p[1]]
+        return found
+
+    def m(self, x_t, t):
+        f_d, p_d, f_g, p_g = self.parts(x_t, t)
+        alpha, beta = self.objective.alpha, self.objective.beta
+        return (alpha * p_g + (beta - alpha) * p_d) * f_d - beta * p_g * f_g, alpha * p_g + (1 - alpha) * p_d
+
+    def maximum(self, t, w_t, nodes=161, reach=7.0):
+        """The integral of ``||m||`` over ``x_t`` and times."""
+        total = 0.0
+        for time, weight in zip(t, w_t, strict=True):
+            axes = []
+            for two in zip(self.data, self.generated, strict=True):
+                ends = [(float(c), float(v) ** 0.5) for c, v in (moments(self.setting, time, *pair) for pair in two)]
+                low, high = min(c - reach * s for c, s in ends), max(c + reach * s for c, s in ends)
+                axes.append(torch.linspace(low, high, nodes, dtype=torch.float64))
+            grid = torch.cartesian_prod(*axes)
+            area = math.prod(float(axis[1] - axis[0]) for axis in axes)
+            total += float(weight) * float(self.m(grid, time.expand(len(grid), 1))[0].norm(dim=1).sum()) * area
+        return total
+
+
+def test_realuids_fake_model_maximises_the_normalised_loss():
+    """No direction does better than that of RealUID's optimum, which reaches ``||m||``."""
+    plane = Plane(LINEAR, ((-0.5, 0.9), (-0.3, 0.7)))
+    generator = torch.Generator().manual_seed(0)
+    x_t = 2 * torch.randn(50, 2, dtype=torch.float64, generator=generator)
+    t = torch.rand(50, 1, dtype=torch.float64, generator=generator)
+    f_d, p_d, f_g, p_g = plane.parts(x_t, t)
+    m, normaliser = plane.m(x_t, t)
+    alpha, beta = plane.objective.alpha, plane.objective.beta
+    # Rows of the loss, one half drawn from either density: <D, r> / ||D|| times densities.
+    halves = ((p_g, alpha, beta, f_g), (p_d, 1 - alpha, 1 - beta, f_d))
+
+    def value(d):
+        return sum((p * d / d.norm(dim=1, keepdim=True) * (a * f_d - b * f)).sum(1) for p, a, b, f in halves)
+
+    best = value(m / normaliser)
+    torch.testing.assert_close(best, m.norm(dim=1), rtol=1e-12, atol=1e-14)
+    for angle in torch.linspace(0.1, 6.1, 7, dtype=torch.float64):
+        turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2)
+        assert (value(m @ turn) < best).all()
+
+
+@pytest.mark.parametrize("setting", [Setting(Linear(), high=0.6), SETTINGS["edm"]], ids=["linear", "edm"])
+def test_gradient_of_the_normalised_loss_is_the_derivative_of_the_distance(setting):
+    """With real data, through the norm as well: with the norm held fixed it is another one."""
+    generated = ((-0.5, 0.9), (-0.3, 0.7))
+    t, w_t = legendre(setting, 4)
+    nodes, w = np.polynomial.hermite_e.hermegauss(14)
+    w = torch.from_numpy(w / w.sum())
+    nodes = torch.from_numpy(nodes)
+    z, e = (torch.cartesian_prod(nodes, nodes) for _ in range(2))
+    pair = (w[:, None] * w).reshape(-1)
+    times, z = t.repeat_interleave(len(z) ** 2), z.repeat_interleave(len(e), dim=0).repeat(len(t), 1)
+    noise = e.repeat(len(pair) * len(t), 1)
+    weights = (w_t[:, None, None] * pair[:, None] * pair).reshape(-1)
+    leaves = torch.tensor(generated, dtype=torch.float64, requires_grad=True)
+    x = leaves[:, 0] + leaves[:, 1] * z
+    coef = setting.path.coefficients(times, setting.match, setting.match, weight=lambda t: weights * len(t))
+    plane = Plane(setting, generated)
+    x_t = rf.interpolate(x, coef, noise)
+    m, normaliser = plane.m(x_t, times[:, None])
+    teacher = plane.parts(x_t, times[:, None])[0]
+    fake = teacher - m / normaliser
+    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, plane.objective)
+    (found,) = torch.autograd.grad(loss, leaves, retain_graph=True)
+    weighed = coef.clone()
+    weighed[:, COLUMNS.index("w")] /= 2 * (teacher - fake).detach().norm(dim=1)
+    held = rf.generator_loss(teacher, fake, x, None, weighed, noise, rf.objectives.RealUID(0.6, 0.8))
+    assert (torch.autograd.grad(held, leaves)[0] - found).abs().min() > 1e-3
+
+    h = 1e-3
+    for i in range(2):
+        for j in range(2):
+            low, high = ([list(two) for two in generated] for _ in range(2))
+            low[i][j] -= h
+            high[i][j] += h
+            numerical = (Plane(setting, high).maximum(t, w_t) - Plane(setting, low).maximum(t, w_t)) / (2 * h)
+            # 1e-5: the central difference's h^2 error; m vanishes nowhere near the bulk, else quadrature would fail.
+            assert float(found[i, j]) == pytest.approx(numerical, rel=1e-5, abs=1e-5)

@@ -1,5 +1,6 @@
 """Several ranks on gloo: a run shared out, its gradients, streams and checkpoints; a rank that dies under torchrun."""
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp  # here, so that forked ranks need not
 import yaml
 from torch import nn
 
@@ -19,8 +21,9 @@ from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
+from realuid_fast.optim import FusedAdam
+from realuid_fast.train import checkpoint, distill, distributed, sharding
 from realuid_fast.train import config as configs
-from realuid_fast.train import distill, distributed
 from realuid_fast.train.checkpoint import Checkpoints, read
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
@@ -28,6 +31,7 @@ from realuid_fast.train.logging import read_csv
 from realuid_fast.train.teacher import TeacherTrainer
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+SHARD = {"shard": True}
 POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
 
 
@@ -114,6 +118,10 @@ def recorded(trainer, record):
     trainer.batches.next = partial(kept, "real", rows)
 
 
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gradients_of(trainer):
     """The gradients that each optimiser of a trainer gets in an update, after the mean over ranks and parts."""
     found = {}
@@ -146,10 +154,11 @@ def assert_as_on_one(place, monkeypatch, found, z, t, real, noise):
                 torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, monkeypatch):
+def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, shard, monkeypatch):
     def work(rank):
-        trainer, record = trainer_in(place, Distiller), {}
+        trainer, record = trainer_in(place, Distiller, run={"shard": shard}), {}
         assert trainer.batch == 16 // size
         recorded(trainer, record)
         gradients = gradients_of(trainer)
@@ -157,21 +166,29 @@ def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, mo
         like = torch.empty(trainer.batch, 2)
         record["n"] = [normal(key, like) for i, key in enumerate(record.pop("keys")) if i in (1, 2, 4)]
         record["real"] = [rows for rows, _ in record["real"]]
-        return record, gradients, [*trainer.fake.state_dict().values(), *trainer.generator.state_dict().values()]
+        weights = [*trainer.fake.state_dict().values(), *trainer.generator.state_dict().values()]
+        return record, gradients, [whole(tensor) for tensor in weights]
 
     ranks = on_ranks(place, size, work)
     for _, _, weights in ranks[1:]:
         assert all(map(torch.equal, weights, ranks[0][2]))
+    gradients = ranks[0][1]
+    if shard:
+        # Ranks hold the rows of a gradient one below another.
+        gradients = {
+            name: [[torch.cat(rows) for rows in zip(*step, strict=True)] for step in zip(*steps, strict=True)]
+            for name, steps in ((name, [r[1][name] for r in ranks]) for name in gradients)
+        }
     # No rank draws what another does.
     for name in ("z", "t", "n", "real"):
         values = torch.cat([record[name][0].flatten() for record, *_ in ranks])
         assert len(values.unique()) == len(values), name
-    whole = {name: [list(parts) for parts in zip(*(r[0][name] for r in ranks), strict=True)] for name in ranks[0][0]}
+    drawn = {name: [list(parts) for parts in zip(*(r[0][name] for r in ranks), strict=True)] for name in ranks[0][0]}
     # Samples of a rank's fake turns lie one after another: its first turn's rows belong to the first turn here.
-    turns = [torch.cat([z[i * 16 // size :][: 16 // size] for z in whole["z"][0]]) for i in range(2)]
-    t, real, noise = ([torch.cat(parts) for parts in whole[name]] for name in ("t", "real", "n"))
-    z = [torch.cat(turns), torch.cat(whole["z"][1])]
-    assert_as_on_one(place, monkeypatch, ranks[0][1], z, t, real, noise)
+    turns = [torch.cat([z[i * 16 // size :][: 16 // size] for z in drawn["z"][0]]) for i in range(2)]
+    t, real, noise = ([torch.cat(parts) for parts in drawn[name]] for name in ("t", "real", "n"))
+    z = [torch.cat(turns), torch.cat(drawn["z"][1])]
+    assert_as_on_one(place, monkeypatch, gradients, z, t, real, noise)
 
 
 def test_a_batch_in_parts_is_the_same_batch(place, monkeypatch):
@@ -206,10 +223,10 @@ def test_a_teacher_in_parts_takes_one_step_an_update(place):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def run_on_ranks(place, name, size, resume=False, **sections):
+def run_on_ranks(place, name, size, resume=False, job="distill", **sections):
     def work(rank):
         torch.manual_seed(0)
-        train("distill", config(place, **sections), place / name, resume, False, "")
+        train(job, config(place, **sections), place / name, resume, False, "")
 
     on_ranks(place, size, work)
     return place / name
@@ -237,15 +254,17 @@ def stopping(step):
     return lambda: setattr(Distiller, "update", update)
 
 
-def test_a_run_on_ranks_stops_together_and_resumes_on_as_many_or_fewer(place):
-    straight = run_on_ranks(place, "straight", 4)
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_on_ranks_stops_together_and_resumes_on_as_many_or_fewer(place, shard):
+    run = {"shard": shard}
+    straight = run_on_ranks(place, "straight", 4, run=run)
     undo = stopping(5)
     try:
 
         def work(rank):
             torch.manual_seed(0)
             with pytest.raises(train_interrupted(), match="SIGTERM"):
-                train("distill", config(place), place / "broken", False, False, "")
+                train("distill", config(place, run=run), place / "broken", False, False, "")
 
         on_ranks(place, 4, work)
     finally:
@@ -258,12 +277,33 @@ def test_a_run_on_ranks_stops_together_and_resumes_on_as_many_or_fewer(place):
     for size in (2, 1):
         fewer = place / f"on{size}"
         subprocess.run(["cp", "-r", str(broken), str(fewer)], check=True)
-        run_on_ranks(place, fewer.name, size, resume=True)
+        run_on_ranks(place, fewer.name, size, resume=True, run=run)
         assert read(Checkpoints(fewer / "checkpoints").files()[-1])["trainer"]["step"] == 8
         assert [row["update"] for row in read_csv(fewer / "log.csv")] == [2, 4, 6, 8]
         assert len(read(Checkpoints(fewer / "checkpoints").files()[-1])["ranks"]) == size
-    run_on_ranks(place, "broken", 4, resume=True)
+    run_on_ranks(place, "broken", 4, resume=True, run=run)
     assert end_of(straight) == end_of(broken)
+
+
+@pytest.mark.parametrize("job", ["distill", "train-teacher"])
+def test_a_sharded_run_ends_as_one_with_whole_copies(place, job):
+    # With clip, accumulation, a rounded teacher, evaluation, pictures, and the average that is exported.
+    sections = {"run": {"accumulate": 2, "sample_every": 4}, "distill": {"teacher_precision": "bf16"}}
+    apart = run_on_ranks(place, "apart", 2, job=job, **configs.merge(sections, {"run": SHARD}))
+    copies = run_on_ranks(place, "copies", 2, job=job, **sections)
+    name = "student" if job == "distill" else "teacher"
+    for file in (f"{name}.safetensors", "best.safetensors"):
+        a, b = (list(teachers.load(folder / file).net.parameters()) for folder in (apart, copies))
+        for one, other in zip(a, b, strict=True):
+            # Eight steps on float32 gradients whose sums are in another order.
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for one, other in zip(*(read_csv(folder / "log.csv") for folder in (apart, copies)), strict=True):
+        clocks = ("images_per_second", "seconds")
+        assert {k: v for k, v in one.items() if k not in clocks} == pytest.approx(
+            {k: v for k, v in other.items() if k not in clocks}, rel=1e-3
+        )
+    a, b = ([row["distance"] for row in read_csv(folder / "distances.csv")] for folder in (apart, copies))
+    assert a == pytest.approx(b, rel=1e-3)
 
 
 def train_interrupted():
@@ -290,10 +330,10 @@ def test_seeds_of_ranks_differ(monkeypatch):
     assert distributed.seed(7) == 7
 
 
-def test_a_killed_rank_ends_the_job_and_torchrun_goes_on(place):
-    (place / "c.yaml").write_text(
-        yaml.safe_dump(configs.to_mapping(config(place, distill={"updates": 150}, run={"evaluate_every": 0})))
-    )
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_killed_rank_ends_the_job_and_torchrun_goes_on(place, shard):
+    sections = {"distill": {"updates": 150}, "run": {"evaluate_every": 0, "shard": shard}}
+    (place / "c.yaml").write_text(yaml.safe_dump(configs.to_mapping(config(place, **sections))))
     out = place / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["--max-restarts=3", "-m", "realuid_fast.cli", "distill", "--config", "c.yaml", "--out", str(out)]
@@ -310,9 +350,303 @@ def test_a_killed_rank_ends_the_job_and_torchrun_goes_on(place):
     assert "Signal 9 (SIGKILL)" in said or "exitcode: -9" in said
     assert "lost another rank" in said
     assert [row["update"] for row in read_csv(out / "log.csv")][-1] == 150
-    run_on_ranks(place, "straight", 2, distill={"updates": 150}, run={"evaluate_every": 0})
+    run_on_ranks(place, "straight", 2, **sections)
     state, expected = (
         read(Checkpoints(folder / "checkpoints").files()[-1])["trainer"]["generator"]
         for folder in (out, place / "straight")
     )
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(state[name][:], tensor[:]) for name, tensor in expected.items())
+
+
+# -- sharded networks
+
+
+def wholes(trainer):
+    """Every tensor of a trainer's state but the streams', whole, by its keys."""
+    found = {}
+
+    def walk(tree, keys):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, (*keys, key))
+            elif isinstance(value, torch.Tensor):
+                found[*keys, key] = whole(value).clone()
+
+    state = trainer.state_dict()
+    walk({name: state[name] for name in ("generator", "fake", "generator_optimiser", "fake_optimiser")}, ())
+    return found
+
+
+def saved_by_ranks(place, size, shard):
+    """A checkpoint after two updates on so many ranks, in a folder of its own, and the state that it holds."""
+    folder = place / f"by{size}{shard}"
+
+    def work(rank):
+        trainer = trainer_in(place, Distiller, distill={"batch": 12}, run={"shard": shard})
+        trainer.update()
+        trainer.update()
+        checkpoints = Checkpoints(folder, sharded=shard)
+        if shard or rank == 0:
+            checkpoints.save(2, {"trainer": trainer.state_dict()})
+        checkpoints.close()
+        return wholes(trainer)
+
+    return folder, on_ranks(place, size, work)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((4, True), (3, True)), ((4, True), (2, False)), ((3, True), (1, True)), ((2, False), (4, True))],
+    ids=["4 to 3", "4 to whole on 2", "3 to 1", "whole to 4"],
+)
+def test_any_number_of_ranks_reads_a_checkpoint_sharded_or_whole(place, before, after):
+    folder, expected = saved_by_ranks(place, *before)
+    size, shard = after
+
+    def work(rank):
+        trainer = trainer_in(place, Distiller, distill={"batch": 12}, run={"shard": shard})
+        saved = Checkpoints(folder).load()["trainer"]
+        trainer.load_state_dict(sharding.taken(trainer.state_dict(), saved))
+        found = wholes(trainer)
+        trainer.update()
+        return found
+
+    for found in on_ranks(place, size, work):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[keys], tensor) for keys, tensor in expected.items())
+
+
+def test_a_sharded_checkpoint_is_there_when_it_is_whole(place):
+    folder, _ = saved_by_ranks(place, 2, True)
+    (file,), shards = folder.glob("*.pt"), sorted(folder.glob("*.shard"))
+    assert len(shards) == 2
+    # Nobody writes what another does: all of it is there once.
+    numel = sum(tensor.numel() for tensor in read(file)["trainer"]["fake"]["first.weight"][:])
+    assert numel == 2 * NETWORK["width"]
+    # A kill before the last file leaves the others of its step.
+    left = [folder / shard.name.replace("00000002", "00000003") for shard in shards]
+    left += [folder / "update-00000003.rank0", folder / "update-00000003.rank1.part"]
+    for name in left:
+        name.write_bytes(shards[0].read_bytes()[:100])
+    assert Checkpoints(folder).load()["trainer"]["step"] == 2
+
+    def work(rank):
+        trainer, checkpoints = trainer_in(place, Distiller, run=SHARD), Checkpoints(folder, keep=1, sharded=True)
+        # Again, which must not touch what is there; and on, which clears away what is not of use any more.
+        for step in (2, 4):
+            trainer.step = step
+            checkpoints.save(step, {"trainer": trainer.state_dict()})
+        checkpoints.close()
+
+    on_ranks(place, 2, work)
+    assert [file.name for file in folder.glob("*.pt")] == ["update-00000004.pt"]
+    assert {file.name[:15] for file in folder.iterdir()} == {"update-00000004"}
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "swap", "gone"])
+def test_a_damaged_shard_sets_its_checkpoint_aside(place, harm):
+    folder, _ = saved_by_ranks(place, 2, True)
+    for file in list(folder.iterdir()):
+        (folder / file.name.replace("00000002", "00000001")).write_bytes(file.read_bytes())
+    # The earlier checkpoint names its own files.
+    content = torch.load(folder / "update-00000001.pt", weights_only=True)
+    content["shards"] = [name.replace("00000002", "00000001") for name in content["shards"]]
+    Checkpoints(folder, keep=9).save(1, {k: v for k, v in content.items() if k not in ("torch_rng",)})
+    first, second = sorted(folder.glob("update-00000002.*.shard"))
+    data = bytearray(first.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+        first.write_bytes(data)
+    elif harm == "cut":
+        first.write_bytes(data[:-1])
+    elif harm == "swap":
+        first.write_bytes(second.read_bytes())
+    else:
+        first.unlink()
+    with pytest.warns(UserWarning, match=rf"update-00000002\.pt is damaged \({first.name[:15]}"):
+        saved = Checkpoints(folder).load()
+    assert saved["trainer"]["fake"]["first.weight"][:].shape == (8, 2)
+    assert not list(folder.glob("update-00000002.*shard"))
+    assert len(list(folder.glob("update-00000002.*damaged*"))) == 2 + (harm != "gone")
+
+
+def test_a_rank_that_cannot_write_stops_all_and_the_checkpoint_before_stays(place):
+    folder, _ = saved_by_ranks(place, 2, True)
+
+    def work(rank):
+        trainer, checkpoints = trainer_in(place, Distiller, run=SHARD), Checkpoints(folder, sharded=True)
+        if rank:
+            from realuid_fast.train import checkpoint
+
+            def full(*_):
+                raise OSError(28, "No space left on device")
+
+            checkpoint._write_verified = full
+        with pytest.raises(UserError, match=r"update-00000003\.pt cannot be written: No space left on device"):
+            checkpoints.save(3, {"trainer": trainer.state_dict()})
+        checkpoints.close()
+
+    on_ranks(place, 2, work)
+    assert [file.name for file in folder.glob("*.pt")] == ["update-00000002.pt"]
+    assert Checkpoints(folder).load()["trainer"]["step"] == 2
+
+
+def held_bytes():
+    """Bytes of all tensors that this process holds."""
+    gc.collect()
+    memory = {}
+    for each in gc.get_objects():
+        if type(each) in (torch.Tensor, nn.Parameter):
+            storage = each.untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+        elif type(each).__name__ == "DTensor":
+            storage = each.to_local().untyped_storage()
+            memory[storage.data_ptr()] = storage.nbytes()
+    return sum(memory.values())
+
+
+def test_a_rank_holds_its_share_of_everything(place):
+    wide = {"kind": "mlp", "shape": [2], "width": 256, "depth": 2}
+    teachers.save(place / "teacher.safetensors", build(wide).state_dict(), teachers.Description(wide, data=POINTS))
+    parameters = sum(p.numel() for p in build(wide).parameters())
+
+    def work(rank):
+        before = held_bytes()
+        trainer = trainer_in(place, Distiller, run=SHARD)
+        trainer.update()
+        trainer.sample(torch.randn(4, 2))
+        return held_bytes() - before
+
+    # Teacher; fake model and generator with the one moment of beta1 = 0; an average.
+    everything = 4 * parameters * (1 + 2 * 2 + 1)
+    for size in (2, 4):
+        for held in on_ranks(place, size, work):
+            # Beside it batches, the tripwires' directions, streams: some kB.
+            assert held == pytest.approx(everything / size, rel=0.01, abs=16384)
+
+
+def test_fused_adam_on_shards_is_fused_adam(place):
+    """Clip, both moments, weight decay, averages; and what is not finite on one rank is skipped by all."""
+
+    def net():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1, "clip": 0.5, "ema_decays": (0.5, 0.9)}
+    expected, single = [], net()
+    adam = FusedAdam(single.parameters(), **settings)
+    for i in range(3):
+        single(torch.full((4, 5), i + 1.0)).square().sum().backward()
+        adam.step()
+        adam.zero_grad()
+        expected.append(float(adam.norm))
+    averages = [adam.averages(0.9)[p] for p in single.parameters()]
+
+    def work(rank):
+        sharded = sharding.shard(net(), torch.device("cpu"))
+        adam, norms = FusedAdam(sharded.parameters(), **settings), []
+        for i in range(3):
+            sharded(torch.full((4, 5), i + 1.0)).square().sum().backward()
+            adam.step()
+            adam.zero_grad()
+            norms.append(float(adam.norm))
+        sharded(torch.ones(4, 5)).sum().backward()
+        if rank == 1:
+            next(sharded.parameters()).grad.to_local()[0] = float("inf")
+        before = [p.to_local().clone() for p in sharded.parameters()]
+        adam.step()
+        assert all(map(torch.equal, before, [p.to_local() for p in sharded.parameters()]))
+        assert adam.counts.tolist() == [4, 1]
+        rows = {name: value.full_tensor() for name, value in adam.state_dict()["state"][0].items() if name != "step"}
+        with pytest.raises(UserError, match="params must be alike, got sharded and whole ones"):
+            FusedAdam([*sharded.parameters(), nn.Parameter(torch.zeros(2))])
+        with pytest.raises(UserError, match="flat storage is for parameters that a process holds whole"):
+            FusedAdam(sharded.parameters(), flat=True)
+        with pytest.raises(UserError, match="state_dict holds a whole exp_avg, the parameters are sharded"):
+            FusedAdam(sharded.parameters(), **settings).load_state_dict(
+                {**adam.state_dict(), "state": {0: {"step": torch.ones(()), "exp_avg": torch.zeros(7, 5)}}}
+            )
+        with torch.no_grad():
+            return norms, [p.full_tensor() for p in sharded.parameters()], rows
+
+    for norms, params, rows in on_ranks(place, 2, work):
+        assert norms == pytest.approx(expected, rel=1e-5)
+        for a, b in zip(params, single.parameters(), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rows["ema"][1], averages[0], rtol=1e-5, atol=1e-6)
+        assert rows["ema"].shape == (2, 7, 5)
+        assert rows["exp_avg"].shape == (7, 5)
+
+
+def test_a_network_stands_in_and_is_frozen_and_is_as_before(place):
+    def work(rank):
+        net, same = build(NETWORK), build(NETWORK)
+        with torch.no_grad():
+            for p in same.parameters():
+                p.fill_(0.1)
+        average = same.state_dict()
+        sharding.shard(net, torch.device("cpu"))
+        before = [p.to_local().clone() for p in net.parameters()]
+        parts = {name: average[name][checkpoint.rows_of(len(average[name]), rank, 2)].clone() for name in average}
+        t, x = torch.full((3,), 0.5), torch.ones(3, 2, requires_grad=True)
+        with sharding.standing_in(net, parts), torch.no_grad():
+            assert not net.training
+            torch.testing.assert_close(net(t, x), same(t, x))
+            exported = sharding.whole(net.state_dict())
+        assert net.training
+        assert all(map(torch.equal, before, [p.to_local() for p in net.parameters()]))
+        expected = average if rank == 0 else {}
+        assert exported.keys() == expected.keys()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+        frozen, kept = sharding.frozen(net), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            out = frozen(t, x)
+        held = len(kept)
+        (g,) = torch.autograd.grad(out.sum(), x)
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            out = net(t, x)
+        # The inputs of its linear layers are kept for their gradients, which a frozen one does not ask for.
+        assert len(kept) - held > held
+        out.sum().backward()
+        torch.testing.assert_close(x.grad, g)
+        assert all(p.grad is not None for p in net.parameters())
+
+    on_ranks(place, 2, work)
+
+
+def test_rows_are_cut_as_torch_cuts_chunks():
+    for length in range(1, 20):
+        for size in range(1, 9):
+            chunks = [len(part) for part in torch.arange(length).chunk(size)]
+            rows = [checkpoint.rows_of(length, rank, size) for rank in range(size)]
+            assert [r.stop - r.start for r in rows] == chunks + [0] * (size - len(chunks))
+
+
+@pytest.mark.parametrize("sections", [{"shard": True}, {"offload_teacher": True, "device": "cuda"}])
+@pytest.mark.parametrize("mode", ["compiled", "graphs"])
+def test_what_is_brought_together_in_parts_runs_eagerly(place, sections, mode):
+    (name, *_) = sections
+    with pytest.raises(UserError, match=rf"run\.{name} must be false with run\.mode {mode}"):
+        config(place, run={**sections, "mode": mode})
+
+
+def test_a_teacher_that_is_offloaded_is_the_same_teacher(place):
+    with pytest.raises(UserError, match=r"run\.offload_teacher must be false with run\.device cpu"):
+        config(place, run={"offload_teacher": True})
+    plain = trainer_in(place, Distiller)
+    plain.update()
+    with distributed.joined("cpu", alone=True):
+        asked = config(place)
+        # The setting is for GPUs; what it does runs here.
+        object.__setattr__(asked.run, "offload_teacher", True)
+        offloaded = Distiller(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
+        assert distributed.size() == 1
+        assert not offloaded.sharded
+        offloaded.update()
+        assert all(hasattr(p, "to_local") for p in offloaded.teacher.parameters())
+    assert not dist.is_initialized()
+    for a, b in zip(plain.generator.parameters(), offloaded.generator.parameters(), strict=True):
+        assert torch.equal(a, b)

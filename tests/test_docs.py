@@ -1,6 +1,9 @@
 """The documents: their code runs, in order and in one namespace, and does what the text around it says."""
 
+import importlib.util
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,81 @@ def test_the_worked_objective_is_realuid_at_equal_weights(adding_a_path):
     assert (built.generated, built.real, built.Q) == (expected.generated, expected.real, expected.Q)
     with pytest.raises(rf.errors.UserError, match="alpha = 1 requires beta = 1"):
         adding_a_path["RealFGM"](1.0, 0.9)
+
+
+class LightningModule(torch.nn.Module):
+    """What the page's module asks of Lightning's."""
+
+    device = torch.device("cpu")
+
+    def optimizers(self):
+        return self._optimisers
+
+    def manual_backward(self, loss):
+        loss.backward()
+
+    def log(self, name, value):
+        pass
+
+
+class Trainer:
+    def __init__(self, max_steps, **_):
+        self._steps = max_steps
+
+    def fit(self, module, loader):
+        module._optimisers = module.configure_optimizers()
+        module.on_fit_start()
+        for index, batch in zip(range(self._steps), loader):  # noqa: B905
+            module.training_step(batch, index)
+
+
+class Accelerator:
+    """What the page's loop asks of accelerate's."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, cpu):
+        assert cpu
+
+    def prepare(self, *things):
+        return things
+
+    def backward(self, loss):
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters, norm):
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def unwrap_model(self, net):
+        return net
+
+
+STAND_INS = {
+    "lightning": {"LightningModule": LightningModule, "Trainer": Trainer},
+    "accelerate": {"Accelerator": Accelerator},
+}
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["stand-ins", "installed"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_framework_examples_train(monkeypatch, real):
+    """With stand-ins for both frameworks; then with those that are installed."""
+    there = {name for name in STAND_INS if importlib.util.find_spec(name) is not None} if real else set()
+    if real and not there:
+        pytest.skip("neither lightning nor accelerate is installed")
+    for name in STAND_INS.keys() - there:
+        module = types.ModuleType(name)
+        vars(module).update(STAND_INS[name])
+        monkeypatch.setitem(sys.modules, name, module)
+    names = run("in_your_trainer.md")
+    assert len(names["history"]) == 6
+    assert all(torch.isfinite(loss) for loss in names["history"])
+    before = names["networks"]()[0].state_dict()
+    module = names["module"]
+    for state in (names["state"], names["fake"].state_dict(), module.student.state_dict(), module.fake.state_dict()):
+        assert all(torch.isfinite(value).all() for value in state.values())
+        assert any(not torch.equal(value, before[name.removeprefix("module.")]) for name, value in state.items())
+    assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
 
 
 def test_pages_name_what_is_there():

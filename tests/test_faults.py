@@ -23,6 +23,7 @@ from torch import nn
 from realuid_fast import functional, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
+from realuid_fast.pack import pack
 from realuid_fast.train import checkpoint, loop, memory
 from realuid_fast.train import config as configs
 from realuid_fast.train.checkpoint import Checkpoints, replacing
@@ -331,23 +332,70 @@ def test_a_log_that_lost_rows_is_a_warning(tmp_path):
         log.cut(log.position + 5)
 
 
-def test_data_deleted_in_a_run(run, after, tmp_path):
+def image_teacher(tmp_path, data):
+    """Writes images and a teacher of them; the arguments of a run on them."""
     rows = torch.randint(0, 256, (12, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte().numpy()
     images = tmp_path / "images"
-    images.mkdir()
     for i, pixels in enumerate(rows):
-        Image.fromarray(pixels).save(images / f"{i}.png")
-    data = {"name": "folder", "path": str(images), "size": 8, "heldout_every": 4}
+        (images / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(images / "ab"[i % 2] / f"{i}.png")
     network = {"kind": "mlp", "shape": [3, 8, 8], "width": 8, "depth": 1}
     teachers.save(
         tmp_path / "images.safetensors", build(network).state_dict(), teachers.Description(network, data=data)
     )
-    straight = run("straight", data=data, teacher="images.safetensors")
+    return {"data": data, "teacher": "images.safetensors"}
+
+
+def test_data_deleted_in_a_run(run, after, tmp_path):
+    images = tmp_path / "images"
+    given = image_teacher(tmp_path, {"name": "folder", "path": str(images), "size": 8, "heldout_every": 4})
+    straight = run("straight", **given)
     after(3, lambda: shutil.rmtree(images))
-    broken = run("broken", data=data, teacher="images.safetensors")
+    broken = run("broken", **given)
     assert end_of(straight) == end_of(broken)
     with pytest.raises(UserError, match="path: there is no folder"):
-        run("broken", resume=True, data=data, teacher="images.safetensors")
+        run("broken", resume=True, **given)
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    """The arguments of a run on images that are read from disk, mirrored and drawn by class; the file of them."""
+    packed = tmp_path / "packed"
+    given = image_teacher(tmp_path, {"name": "packed", "path": str(packed), "flip": True, "balance": True})
+    pack(tmp_path / "images", packed, size=8, heldout_every=4)
+    return given, packed / "train_images.npy"
+
+
+def test_streamed_data_deleted_in_a_run(run, after, streamed):
+    given, file = streamed
+    straight = run("straight", **given)
+    after(3, file.unlink)
+    broken = run("broken", **given)
+    assert end_of(straight) == end_of(broken)
+    with pytest.raises(UserError, match=r"path: there is no file .*train_images\.npy"):
+        run("broken", resume=True, **given)
+
+
+def test_streamed_data_cut_short_in_a_run(run, after, streamed):
+    given, file = streamed
+    straight, whole = run("straight", **given), file.read_bytes()
+    after(7, lambda: os.truncate(file, 200))
+    with pytest.raises(UserError, match=r"train_images\.npy: was cut short.*--resume goes on from update-0+(5|10)\.pt"):
+        run("broken", **given)
+    with pytest.raises(UserError, match=r"path: .*train_images\.npy is cut short"):
+        run("broken", resume=True, **given)
+    file.write_bytes(whole)
+    assert end_of(straight) == end_of(run("broken", resume=True, **given))
+
+
+def test_other_data_in_the_place_of_streamed(run, streamed, after, tmp_path):
+    given, file = streamed
+    after(7, lambda: os.truncate(file, 200))
+    with pytest.raises(UserError, match="was cut short"):
+        run("run", **given)
+    pack(tmp_path / "images", file.parent, size=8, heldout_every=4, filter="box", crop=4, overwrite=True)
+    with pytest.raises(UserError, match="the run was started on other training samples than the data set has now"):
+        run("run", resume=True, **given)
 
 
 # -- two at once

@@ -84,6 +84,8 @@ def calls(b, noise, n_real, noise_rows):
     # The weight of a sample in x0 space, through the same guidance.
     scaled = rf.generator_grads(*inputs[:6], rf.objectives.DMD(), b.endpoint, **guided)
     out["scaled.x"] = scaled.x
+    normalised = rf.objectives.NormalisedRealUID(0.92, 0.94)
+    out |= {f"normalised.{k}": v for k, v in rf.generator_grads(*inputs[:6], normalised, b.endpoint)._asdict().items()}
     return {name: value for name, value in out.items() if value is not None}
 
 
@@ -360,12 +362,14 @@ def test_opcheck(backend, layout):
         (namespace.mean_abs_error, (b.teacher, b.x, b.x_t, b.coef, b.uncond, b.guidance)),
         (namespace.guided_fake, (b.fake, b.x, b.x_t, b.coef, KEY, b.teacher, None, b.uncond, b.guidance, 2, 2, *halves,
                                  True, True)),
-        (namespace.guided_generator, (b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, None, b.uncond, b.guidance, *scalars,
-                                      False, True, False, True, False, True)),
+        (namespace.guided_generator, (b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, None, b.uncond, b.guidance, None,
+                                      *scalars, False, True, False, True, False, True)),
+        (namespace.guided_generator, (b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, None, None, None, b.guidance,
+                                      *scalars, True, True, True, True, True, False)),
         (namespace.guided_fake_loss, (grad[1], b.x, b.x_t, b.coef, KEY, b.teacher, None, b.uncond, b.guidance, 2, 2,
                                       *halves, True)),
         (namespace.guided_generator_loss, (*grad, b.coef, KEY, b.endpoint, b.uncond.clone().requires_grad_(),
-                                           b.guidance, *scalars, True)),
+                                           b.guidance, b.guidance.flip(0), *scalars, True)),
         (namespace.matching, (b.fake, b.x, b.x_t, b.coef, b.noise, None, 4, True, True)),
         (namespace.fake, (b.fake, b.x, b.x_t, b.coef, KEY, b.teacher, None, 2, 2, *halves, True, True)),
         (namespace.generator, (b.teacher, b.fake, b.x, None, zero_k_x(b.coef), KEY, None, *scalars, False, False,

@@ -8,15 +8,20 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import sys
 import tempfile
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from realuid_fast import networks, teachers
+from realuid_fast import networks, packed, teachers
+from realuid_fast.convert import diffusers_folder, edm_pickle
 from realuid_fast.errors import UserError
 from realuid_fast.train import config
 from realuid_fast.train.checkpoint import Checkpoints
@@ -59,6 +64,83 @@ def published():
     return [saved(state), saved({"ema_models": {0.99: state, 0.9: state}}), saved({"net_model": state})]
 
 
+class PickledModule:
+    """A part of an EDM network, pickled as theirs are: by the name of a function and a dictionary."""
+
+    def __init__(self, class_name, **state):
+        self.meta = {"type": "class", "version": 6, "class_name": class_name, "module_src": "raise SystemExit"}
+        self.meta["state"] = {"_parameters": {}, "_buffers": {}, "_modules": {}, **state}
+
+    def __reduce__(self):
+        return _reconstruct_persistent_obj, (self.meta,)
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError("code of the file's ran")
+
+
+def edm_pickles():
+    torch.manual_seed(0)
+    network = {"kind": "song-unet", "dim": [1, 4, 4], "model_channels": 4, "channel_mult": [1], "num_blocks": 1}
+    root = PickledModule(
+        "SongUNet", _init_args=(), _init_kwargs={"img_resolution": 4, "in_channels": 1, "num_blocks": 1}
+    )
+    root.meta["state"]["_init_kwargs"] |= {"model_channels": 4, "channel_mult": [1]}
+    for name, value in networks.build(network).state_dict().items():
+        place, (*folders, last) = root, name.split(".")
+        for folder in folders:
+            place = place.meta["state"]["_modules"].setdefault(folder, PickledModule("Part"))
+        place.meta["state"]["_parameters"][last] = value
+    outer = PickledModule("EDMPrecond", sigma_min=0.0, sigma_max=80.0, sigma_data=0.5, _modules={"model": root})
+    module = sys.modules["torch_utils.persistence"] = types.ModuleType("torch_utils.persistence")
+    sys.modules["torch_utils"] = types.ModuleType("torch_utils")
+    name, module._reconstruct_persistent_obj = _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj
+    try:
+        _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+        return [pickle.dumps({"ema": outer}), pickle.dumps(outer, protocol=3)]
+    finally:
+        _reconstruct_persistent_obj.__module__ = name
+        del sys.modules["torch_utils.persistence"], sys.modules["torch_utils"]
+
+
+def schedulers():
+    named = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", "num_train_timesteps": 20}
+    linear = {"beta_schedule": "linear", "beta_start": 0.01, "beta_end": 0.2, "rescale_betas_zero_snr": True}
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 100}
+    edm = {
+        "_class_name": "EDMEulerScheduler",
+        "prediction_type": "epsilon",
+        "sigma_min": 0.01,
+        "sigma_max": 9,
+        "sigma_data": 1,
+    }
+    table = {**named, "trained_betas": [0.1, 0.2, 0.3, 0.4]}
+    return [json.dumps(content).encode() for content in ({**named, **linear}, flow, edm, table)]
+
+
+def read_scheduler(file):
+    """The path of a scheduler beside a model that is always the same."""
+    folder = file.parent.parent
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel", "sample_size": 4, "in_channels": 1}))
+    save_file({"a": torch.zeros(1)}, str(folder / diffusers_folder.WEIGHTS))
+    described = diffusers_folder.read(folder)[1]
+    described.interpolant()
+
+
+def manifest():
+    entry = {"name": "train_images.npy", "size": 704, "sha256": "0" * 64}
+    split = {"count": 3, "images": entry, "labels": {**entry, "name": "train_labels.npy"}}
+    content = {"format": 1, "kind": "packed images", "shape": [3, 8, 8], "classes": ["cat", "dog"]}
+    content |= {"preprocessing": "as it is", "source": "numbers", "train": split, "heldout": split}
+    return [json.dumps(each).encode() for each in (content, {**content, "classes": []})]
+
+
+def array():
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((3, 3, 8, 8), np.uint8))
+    return [stream.getvalue()]
+
+
 # name: valid contents, the file's name, and what reads it. A new reader is a line here.
 READERS = {
     "configuration": (
@@ -68,7 +150,11 @@ READERS = {
     ),
     "checkpoint": (checkpoint, "update-00000003.pt", lambda file: Checkpoints(file.parent).load()),
     "network": (network_file, "net.safetensors", teachers.load),
+    "edm pickle": (edm_pickles, "net.pkl", lambda file: edm_pickle.read(file)[1].interpolant()),
+    "scheduler": (schedulers, "scheduler/scheduler_config.json", read_scheduler),
     "published": (published, "net.pt", lambda file: teachers.load_teacher(file, NETWORK)),
+    "manifest": (manifest, "manifest.json", packed.read_manifest),
+    "array": (array, "train_images.npy", lambda file: packed.Stored(file, (3, 3, 8, 8))[torch.tensor([0, 2])]),
 }
 
 # What damaged text and numbers tend to turn into.
@@ -127,6 +213,7 @@ def damaged(contents, rng):
 def attempt(name, content, folder):
     """Read ``content``; whether it was valid. Any error but UserError is a finding."""
     _, filename, read = READERS[name]
+    (folder / filename).parent.mkdir(exist_ok=True)
     (folder / filename).write_bytes(content)
     rng_state = torch.get_rng_state()
     try:
@@ -190,7 +277,7 @@ def test_a_network_too_large_for_any_machine_is_not_built(tmp_path):
         ("run: " + "[" * 100_000, "is not valid YAML"),
         (f"run: {{seed: {'9' * 5000}}}", "is not valid YAML"),
         (f"teacher: {{optimiser: {{lr: {'9' * 400}}}}}", "teacher.optimiser.lr is larger than"),
-        ("base: [digits]", "base must be the name"),
+        ("base: [1]", "base must be the name"),
         ("base: {file}", "starts from itself"),
         ("run: !!python/object/apply:os.system [true]", "is not valid YAML"),
         ("a: &a [*a]", "there is no key 'a'"),
@@ -212,7 +299,9 @@ def fuzz(name, arguments):
             (Path(corpus) / str(i)).write_bytes(content)
         readers = (config.load, config.from_mapping, config._fill, config._value, Checkpoints.load, networks.build)
         inner = (teachers.load, teachers._description, teachers.published_state, teachers.load_exactly)
-        for function in (*readers, *inner):
+        others = (edm_pickle.read, edm_pickle._understood, diffusers_folder.read, diffusers_folder._path)
+        others += (packed.read_manifest, packed._header)
+        for function in (*readers, *inner, *others):
             atheris.instrument_func(function)
         atheris.Setup([sys.argv[0], *arguments, corpus], lambda content: attempt(name, content, Path(folder)) and None)
         with contextlib.suppress(SystemExit):

@@ -110,8 +110,16 @@ def assert_agrees(found, evaluate, arguments):
         kind = torch.finfo(got.dtype)
         if not bool((wanted.nan_to_num(0.0, math.inf, -math.inf).abs() < kind.max / 2).all()):
             continue
-        # Rounded to nearest, or to the grid below the normal numbers.
-        rounding = kind.eps * norm(wanted) + kind.eps * kind.smallest_normal * math.sqrt(max(wanted.numel(), 1))
+        # Rounded to nearest, or to the grid below the normal numbers. Where the reference has no more places than the
+        # result, both of them round, and their sums once on every level.
+        places = 1.0
+        if got.dtype == torch.float64:
+            places += math.log2(
+                max((v.numel() for v in arguments.values() if isinstance(v, torch.Tensor)), default=1) + 1
+            )
+        rounding = places * kind.eps * norm(wanted) + kind.eps * kind.smallest_normal * math.sqrt(
+            max(wanted.numel(), 1)
+        )
         error = norm(got.double() - wanted)
         assert error <= 256 * doubt[i] + rounding, f"result {i}: error {error:.2e}, rounding explains {doubt[i]:.2e}"
 
@@ -360,7 +368,7 @@ def check_spoiled(call, evaluate, arguments, what, names):
     except REFUSALS as error:
         assert_named(error, what, names)
         return
-    assert what not in ("meta", "no memory", "missing", "more rows than memory", "many empty rows") or all(
+    assert what not in ("meta", "no memory", "more rows than memory", "many empty rows") or all(
         t.numel() == 0 or t.device.type == "meta" for t in found
     ), f"{what} was computed with"
     if all(t.device.type != "meta" for t in found):
@@ -387,9 +395,12 @@ def test_fused_operator(op, data):
 
     assert_agrees(run(), evaluate_with(op), arguments)
     with silence():
+        before = dict(arguments)
         what = spoil(data.draw, arguments)
         if what is not None:
-            check_spoiled(run, evaluate_with(op), arguments, what, [argument.name for argument in schema(op)])
+            # What a call does without must have no say in its result: a column of zeros, or no rows.
+            given = before if what == "missing" else arguments
+            check_spoiled(run, evaluate_with(op), given, what, [argument.name for argument in schema(op)])
 
 
 def in_place(op, namespace, written):
@@ -490,7 +501,7 @@ def test_begin_step(data):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     grads = parameters(draw, generator, draw(st.sampled_from((torch.float32, torch.float64))))()
     if draw(st.integers(0, 9)) == 0 and grads[0].numel():
-        grads[0].view(-1)[0] = math.inf if grads[0].is_contiguous() else 1.0
+        grads[0][(0,) * grads[0].dim()] = math.inf
     steps = [torch.tensor(float(draw(st.integers(0, 9)))) for _ in range(draw(st.integers(0, 3)))]
     counts = torch.tensor([draw(st.integers(0, 9)), 0])
     check_list_op("begin_step_", ("steps", "counts"), {"grads": grads, "steps": steps, "counts": counts}, draw)
@@ -628,6 +639,9 @@ def evaluate_public(call, wanted):
     return evaluate
 
 
+OF_TEACHER = ("teacher_out", "teacher_uncond", "guidance")
+
+
 @pytest.mark.parametrize("call", CALLS)
 @fuzzed
 @given(st.data())
@@ -643,6 +657,9 @@ def test_public_call(call, data):
     with silence():
         spoilt = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         spoilt |= {name: arguments[name] for name in ("noise_rows", "n_real") if name in arguments}
+        if call.startswith("fake") and not objective.needs_teacher:
+            # Not looked at then.
+            spoilt = {name: value for name, value in spoilt.items() if name not in OF_TEACHER}
         what = spoil(draw, spoilt, leave_out=("missing",))
         if what is None:
             return

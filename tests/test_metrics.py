@@ -41,6 +41,65 @@ def test_frechet_distance_survives_singular_covariances():
     assert distance == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_frechet_distance_of_gaussians_in_closed_form():
+    """Covariances that commute: ``|d|^2 + sum (sqrt a - sqrt b)^2`` over the eigenvalues."""
+    generator = torch.Generator().manual_seed(0)
+    axes, _ = torch.linalg.qr(torch.randn(30, 30, generator=generator, dtype=torch.float64))
+    a, b = torch.rand(2, 30, generator=generator, dtype=torch.float64).square()
+    b[:5] = 0
+    apart = torch.randn(30, generator=generator, dtype=torch.float64)
+    expected = apart.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    covariances = [(axes * values) @ axes.T for values in (a, b)]
+    zero = torch.zeros_like(apart)
+    found = metrics.frechet_of_moments(zero, covariances[0], apart, covariances[1])
+    assert found == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    """Also far from zero, where sums of squares would lose all digits: 1e8 leaves float64 eight of them."""
+    features = cloud(500, 6, 0) + 1e8
+    moments = metrics.Moments()
+    for part in features.split([1, 99, 300, 100]):
+        moments.add(part)
+    mean, covariance = metrics.moments(features)
+    torch.testing.assert_close(moments.mean, mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(moments.covariance, covariance, rtol=1e-6, atol=1e-6)
+    one = metrics.Moments()
+    one.add(features[:1])
+    with pytest.raises(UserError, match="at least 2 features, there are 1"):
+        _ = one.covariance
+
+
+def test_kernel_distance_is_the_double_loop():
+    a, b = cloud(7, 5, 0), cloud(9, 5, 1, shift=0.5)
+
+    def kernel(x, y):
+        return (sum(float(p) * float(q) for p, q in zip(x, y, strict=True)) / 5 + 1) ** 3
+
+    def loop(x, y):
+        n = len(x)
+        within = [sum(kernel(s[i], s[j]) for i in range(n) for j in range(n) if i != j) for s in (x, y)]
+        return sum(within) / (n * (n - 1)) - 2 * sum(kernel(p, q) for p in x for q in y) / n**2
+
+    value, error = metrics.kernel_distance(a, b, subsets=4, size=6, seed=3)
+    generator, found = torch.Generator().manual_seed(3), []
+    for _ in range(4):
+        x = a[torch.randperm(7, generator=generator)[:6]]
+        found.append(loop(x, b[torch.randperm(9, generator=generator)[:6]]))
+    assert value == pytest.approx(np.mean(found), rel=1e-10)
+    assert error == pytest.approx(np.std(found, ddof=1) / 2, rel=1e-10)
+    # A subset is never larger than a set.
+    assert metrics.kernel_distance(a, b[:7], 1, 1000)[0] == pytest.approx(loop(a, b[:7]), rel=1e-10)
+
+
+def test_kernel_distance_of_one_law_is_zero_within_its_error():
+    a, b = torch.randn(2, 2000, 8, generator=torch.Generator().manual_seed(0))
+    value, error = metrics.kernel_distance(a, b, subsets=30, size=200)
+    assert abs(value) < 4 * error
+    far, _ = metrics.kernel_distance(a, b + 1, subsets=30, size=200)
+    assert far > 100 * error
+
+
 def test_sliced_wasserstein_in_one_dimension_is_the_sorted_distance():
     a, b = torch.randn(500, 1), torch.randn(500, 1) + 1
     expected = (a.sort(0).values - b.sort(0).values).square().mean().sqrt().item()
@@ -141,6 +200,10 @@ def test_errors_name_the_argument(tmp_path, monkeypatch):
         metrics.frechet_distance(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="features must have shape"):
         metrics.frechet_distance(points, points[:1])
+    with pytest.raises(UserError, match="a and b must be"):
+        metrics.kernel_distance(points, torch.zeros(10, 3))
+    with pytest.raises(UserError, match="subsets must be at least 1 and size at least 2, got 0 and 10"):
+        metrics.kernel_distance(points, points, subsets=0)
     with pytest.raises(UserError, match="a and b must hold"):
         metrics.sliced_wasserstein(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="real and generated"):

@@ -95,11 +95,13 @@ def trajectory(trainer, updates):
     return rows, [p.detach().clone() for p in (*trainer.generator.parameters(), *averages)]
 
 
+@pytest.mark.parametrize("gan", [False, True], ids=["plain", "gan"])
 @pytest.mark.parametrize("kind", SETS)
-def test_replays_follow_the_eager_trajectory_to_the_bit(kind):
-    trainer, recorder = captured(kind)
+def test_replays_follow_the_eager_trajectory_to_the_bit(kind, gan):
+    settings = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}} if gan else {}
+    trainer, recorder = captured(kind, **settings)
     rows, parameters = trajectory(trainer, WARM_UP + 3)
-    expected, expected_parameters = trajectory(distiller(kind), WARM_UP + 3)
+    expected, expected_parameters = trajectory(distiller(kind, **settings), WARM_UP + 3)
     assert rows == expected
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected_parameters, strict=True))
     # Two fake turns an update warm up sooner than the other two turns.

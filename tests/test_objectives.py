@@ -17,6 +17,7 @@ from realuid_fast.objectives import (
     DiffInstruct,
     GeneralRealUID,
     MomentMatching,
+    NormalisedRealUID,
     Objective,
     RealBridge,
     RealSiD,
@@ -89,6 +90,11 @@ def test_general_realuid_rows(gamma, kappa):
         (lambda: SiD("1"), "alpha_sid must be a finite number, not '1'"),
         (lambda: RealSiD(0.9, 0.95, -1.0), "alpha_sid must be positive"),
         (lambda: RealBridge(1.0, 0.9), "alpha = 1 requires beta = 1"),
+        (lambda: NormalisedRealUID(1.0, 0.9), "alpha = 1 requires beta = 1"),
+        (
+            lambda: Objective("", 1.0, 1.0, 1.0, 1.0, sample_scale=1.0, normalised=True),
+            "normalised objective has its own",
+        ),
     ],
 )
 def test_unbounded_or_meaningless_choices_are_refused(build, sentence):
@@ -131,7 +137,7 @@ def test_presets_that_are_the_same_numbers():
 def test_named_presets_carry_their_names():
     built = {PRESETS[name](*(0.92, 0.94, 0.9)[:count]).name for name, count in
              (("uid", 0), ("realuid", 2), ("general", 3), ("fgm", 0), ("sid", 0), ("realsid", 2), ("ibmd", 0),
-              ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0),
+              ("normalised", 2), ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0),
               ("sds", 0))}  # fmt: skip
     assert len(built) == len(PRESETS)
 
@@ -145,7 +151,7 @@ def network(seed):
     return lambda time, seen: torch.tanh(seen @ weight + torch.sin(time)[:, None])
 
 
-TEACHER, FAKE = network(1), network(2)
+TEACHER, FAKE, UNCONDITIONAL = network(1), network(2), network(3)
 
 
 def draw(path, rows):
@@ -282,6 +288,72 @@ def test_general_realuid_is_its_max_over_delta(kappa):
     # The values differ by what does not depend on the fake model.
     for one, other in zip(*(torch.autograd.grad(v, fake) for v in (fused, -maximised)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("path", "match"), [(Linear(), "velocity"), (VE(), "x0"), (BrownianBridge(), "x0")])
+def test_normalised_realuid_is_the_inner_product_with_a_direction(path, match, guided):
+    """``w <D / ||D||, alpha f* - beta tgt>`` with everything differentiated, the norm too."""
+    alpha, beta, objective = 0.9, 0.95, NormalisedRealUID(0.9, 0.95)
+    t, x, y, n = draw(path, B)
+
+    def weight(t):
+        return 1 / (1 + t)
+
+    coef = path.coefficients(t, match, match, weight)
+    a, b, c, p, q, s, k_out, _, w = (column[:, None] for column in coef.unbind(1))
+    state, target = a * x + b * y + c * n, p * x + q * y + s * n
+    teacher, fake = k_out * TEACHER(t, state), k_out * FAKE(t, state)
+    if guided:
+        teacher = torch.lerp(k_out * UNCONDITIONAL(t, state), teacher, 1.7)
+    d = teacher - fake
+    rows = w[:, 0] * inner(d / d.norm(dim=1, keepdim=True), alpha * teacher - beta * target)
+    mixed = torch.linspace(-1, 2, B, dtype=torch.float64) * rows
+
+    for reduction, expected in (("mean", rows.mean()), ("none", mixed.sum())):
+        x_t = rf.interpolate(x, coef, n, y)
+        inputs = (TEACHER(t, x_t), FAKE(t, x_t), x, x_t, coef, n, objective, y)
+        guidance = {"teacher_uncond": UNCONDITIONAL(t, x_t), "guidance": 1.7} if guided else {}
+        loss = rf.generator_loss(*inputs, reduction, **guidance)
+        if reduction == "none":
+            torch.testing.assert_close(loss, rows, rtol=1e-12, atol=1e-12)
+            loss = (torch.linspace(-1, 2, B, dtype=torch.float64) * loss).sum()
+        found = loss, torch.autograd.grad(loss, x)[0]
+        for one, other in zip(found, (expected, torch.autograd.grad(expected, x, retain_graph=True)[0]), strict=True):
+            # 1e-10: <D, r> / ||D||^2 is large where D is small.
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+    # What reaches x from autograd through the networks is what the explicit gradients seed.
+    x_t = rf.interpolate(x.detach(), coef, n, y).requires_grad_()
+    outs = [TEACHER(t, x_t), FAKE(t, x_t)] + ([UNCONDITIONAL(t, x_t)] if guided else [])
+    last = {"teacher_uncond": outs[2].detach(), "guidance": 1.7} if guided else {}
+    inputs = (*(out.detach() for out in outs[:2]), x.detach(), x_t.detach(), coef, n, objective, y)
+    grads = rf.generator_grads(*inputs, **last)
+    seeds = [grads.teacher_out, grads.fake_out] + ([grads.teacher_uncond] if guided else [])
+    (g_x_t,) = torch.autograd.grad(outs, x_t, seeds)
+    expected = torch.autograd.grad(rows.mean(), x)[0]
+    torch.testing.assert_close(grads.x + a * (g_x_t + grads.x_t), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grads.loss, rows.mean(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grads.rows, rows, rtol=1e-10, atol=1e-10)
+
+
+def test_normalised_realuid_trains_realuids_fake_model():
+    """Whose optimum is a positive multiple of the direction that the maximum asks for: the closed forms show it."""
+    normalised, plain = NormalisedRealUID(0.9, 0.95), RealUID(0.9, 0.95)
+    assert (normalised.generated, normalised.real) == (plain.generated, plain.real)
+    assert not normalised.needs_teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_normalised_loss_is_finite_where_fake_model_and_teacher_agree(dtype):
+    """As they do at the start, where the fake model is the teacher's copy."""
+    x, n, out = torch.randn(3, B, D).to(dtype)
+    coef = Linear().coefficients(torch.linspace(0.1, 0.9, B))
+    grads = rf.generator_grads(out, out.clone(), x, None, coef, n, NormalisedRealUID(0.9, 0.95))
+    assert grads.loss == 0
+    assert not grads.x.any()
+    torch.testing.assert_close(grads.fake_out, -grads.teacher_out, rtol=0, atol=0)
+    assert torch.isfinite(grads.fake_out).all()
 
 
 def test_realsid_changes_the_square_alone():

@@ -19,6 +19,7 @@ from realuid_fast.paths import (
     VE,
     VP,
     BrownianBridge,
+    DiscreteVP,
     FlowMatching,
     Linear,
     StochasticInterpolant,
@@ -35,6 +36,9 @@ ONE_SIDED = {
     "trigonometric": Trigonometric(),
     "vp": VP(),
     "vp-cosine": VPCosine(),
+    "vp-discrete": DiscreteVP(),
+    "vp-discrete-cosine": DiscreteVP(schedule="squaredcos_cap_v2", steps=50),
+    "vp-discrete-table": DiscreteVP(alphas_cumprod=(0.9, 0.7, 0.3, 0.1, 0.02)),
     "ve": VE(),
     "custom": custom(lambda t: 1 - t**2, torch.sqrt, t_range=(0.05, 0.95)),
 }
@@ -265,6 +269,33 @@ def test_time_at_sigma_inverts_the_noise_level(name):
     torch.testing.assert_close(found.double(), t, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_numbered_steps_are_the_table_and_their_number_what_the_network_sees(schedule):
+    path = DiscreteVP(schedule=schedule, beta_start=0.00085, beta_end=0.012)
+    k = torch.arange(1000, dtype=torch.float64)
+    if schedule == "squaredcos_cap_v2":
+        product = [1.0]
+        for i in range(1000):
+            after, before = (math.cos((j / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for j in (i + 1, i))
+            product.append(product[-1] * (1 - min(1 - after / before, 0.999)))
+        table = torch.tensor(product[1:], dtype=torch.float64)
+    else:
+        power = 1 if schedule == "linear" else 2
+        first, last = 0.00085 ** (1 / power), 0.012 ** (1 / power)
+        table = torch.cumprod(1 - torch.linspace(first, last, 1000, dtype=torch.float64) ** power, 0)
+    a, c = path.scales(k / 999)
+    # 1e-10: a hundred roundings of k / 999 on the steepest step of the cosine schedule.
+    torch.testing.assert_close(a**2, table, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(c**2, 1 - table, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(path.network_time(k / 999), k)
+    same = DiscreteVP(alphas_cumprod=tuple(table.tolist()))
+    t = torch.linspace(0, 1, 77)
+    torch.testing.assert_close(same.coefficients(t, "x0", "v"), path.coefficients(t, "x0", "v"))
+    # Between steps it falls monotonically, like the table.
+    between = path.scales(torch.linspace(0, 1, 5000, dtype=torch.float64))[0]
+    assert (between.diff() < 0).all()
+
+
 def test_network_times_of_each_convention():
     t = torch.tensor([0.25, 0.5])
     assert torch.equal(Linear().network_time(t), t)
@@ -464,6 +495,12 @@ def test_every_named_path_builds_and_runs():
         (lambda: VE(sigma_min=1.0, sigma_max=0.5), "sigma_max must lie above 1, got 0.5"),
         (lambda: VP(beta_max=0.05), "beta_max must lie above 0.1"),
         (lambda: VPCosine(offset="0"), "offset must be a finite number, not '0'"),
+        (lambda: DiscreteVP(schedule="cosine"), "schedule must be one of linear, scaled_linear, squaredcos_cap_v2"),
+        (lambda: DiscreteVP(steps=2), "steps must be a whole number from 3 to 100000, got 2"),
+        (lambda: DiscreteVP(beta_end=1.0), "beta_end must lie between 0 and 1"),
+        (lambda: DiscreteVP(alphas_cumprod=(0.9, 0.5, 0.5)), "alphas_cumprod must fall strictly"),
+        (lambda: DiscreteVP(alphas_cumprod=(0.9, 0.5, 0.0)), r"stay inside \(0, 1\)"),
+        (lambda: DiscreteVP(alphas_cumprod=(0.9, None, 0.0)), "alphas_cumprod must hold numbers"),
         (lambda: FlowMatching(sigma=1.0), r"sigma must lie in \[0, 1\), got 1"),
         (lambda: ICFM(sigma=-1.0), "sigma must not be negative"),
         (lambda: BrownianBridge(eps=0.0), "eps must lie above 0"),

@@ -156,6 +156,27 @@ def test_gap_is_the_outputs_relative_distance(monkeypatch):
     )
 
 
+def test_a_bf16_teacher_takes_half_the_memory_and_its_rounding_is_told(exact):
+    stored = {name: digits(batch=32, teacher_precision=name) for name in ("float32", "bf16")}
+    size = {n: sum(p.numel() * p.element_size() for p in trainer.teacher.parameters()) for n, trainer in stored.items()}
+    # Vectors and the output layer stay as they are.
+    assert size["bf16"] < 0.52 * size["float32"]
+    *_, last = stored["bf16"].teacher.children()
+    assert all(p.dtype == torch.float32 for p in last.parameters())
+    # The students start from the teacher as it was, and train in float32.
+    for rounded, whole in zip(stored["bf16"].fake.parameters(), stored["float32"].fake.parameters(), strict=True):
+        assert torch.equal(rounded, whole)
+    found = gradients(stored["bf16"])
+    # In the fake turn the teacher is one term of a target.
+    assert float(F.cosine_similarity(found["fake"], exact["fake"], dim=0)) > 0.999
+    # In the generator's it is one side of a small difference.
+    assert 0.5 < float(F.cosine_similarity(found["generator"], exact["generator"], dim=0)) < 0.9999
+    assert "distill.teacher_precision bf16 is too coarse" in stored["bf16"].concern({"gap": 0.028})
+    assert stored["bf16"].concern({"gap": 0.27}) is None
+    with pytest.raises(UserError, match=r"distill\.teacher_precision must be one of float32, bf16; got 'fp16'"):
+        digits(teacher_precision="fp16")
+
+
 def test_precisions_that_cannot_be_had_are_refused():
     with pytest.raises(
         UserError, match=r"distill\.fake_precision must be one of float32, tf32, bf16, fp16; got 'half'"

@@ -29,6 +29,22 @@ def test_a_cycle_by_hand():
     assert cycle(job, 1, SLOW, share=0.5).fake == 2 * one.fake
 
 
+def test_a_sharded_cycle_by_hand():
+    job = Job(parameters=1000, forward=1e6, batch=10, fake_turns=2, averages=1)
+    # Samples; two fake turns forward and back; the generator forward and back, teacher and fake model likewise.
+    assert sum(job.passes()) == pytest.approx(job.generate + 2 * job.fake_turn + job.generator_turn)
+    assert len(job.passes()) == 1 + 2 * 2 + 2 + 4
+    assert job.sharded(4) == job.state / 4
+    alone = cycle(job, 1, SLOW)
+    assert scaling.sharded(job, 1, SLOW) == pytest.approx((alone.total, alone.total))
+    # Two GPUs gather half of 4 kB for each of eleven passes, and scatter three gradients; a step takes half as long.
+    hidden, bare = scaling.sharded(job, 2, SLOW, latency=0.0)
+    moved = 2e3 / 1e6
+    assert bare == pytest.approx(alone.compute - alone.steps / 2 + 14 * moved)
+    # Every pass takes longer than what it gathers.
+    assert hidden == pytest.approx(alone.compute - alone.steps / 2 + 3 * moved)
+
+
 def test_the_simulation_is_the_model_where_ranks_are_alike_and_slower_where_not():
     job = Job(parameters=10**6, forward=1e9, batch=8, fake_turns=3)
     one = cycle(job, 16, H200)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realuid_fast import paths, teachers
+from realuid_fast import data, paths, sampling, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
+from realuid_fast.train import config as configs
+from realuid_fast.train.distill import Distiller
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
 UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
@@ -74,6 +76,10 @@ def test_missing_and_foreign_files(tmp_path, saved, net):
         teachers.load(tmp_path / "nothing.safetensors")
     with pytest.raises(UserError, match="neither a file nor one of the shipped"):
         teachers.load_teacher("cats")
+    for place in (tmp_path, tmp_path / "edm.pkl"):
+        place.exists() or place.write_bytes(b"")
+        with pytest.raises(UserError, match="realuid-fast convert makes a file"):
+            teachers.load_teacher(place)
     text = tmp_path / "text.safetensors"
     text.write_text("hello")
     with pytest.raises(UserError, match="no safetensors file"):
@@ -162,3 +168,67 @@ def test_unwritable_place_is_a_sentence(tmp_path, net):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         teachers.save(tmp_path / "file" / "x.safetensors", net.state_dict(), teachers.Description(NETWORK))
+
+
+class Reversed(torch.nn.Module):
+    """A network of another signature and no home in this package: ``net(x, t, labels=...)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(4, 16), torch.nn.Linear(16, 2)
+        self.labels = torch.nn.Embedding(3, 1)
+
+    def forward(self, x, t, labels=None):
+        y = torch.zeros_like(t[:, None]) if labels is None else self.labels(labels)
+        return self.last(torch.tanh(self.first(torch.cat([x, t[:, None], y], 1))))
+
+
+def test_any_module_is_a_teacher_and_its_student_is_read_again(tmp_path):
+    torch.manual_seed(0)
+    model = teachers.wrap(Reversed(), (2,), path="vp", predict="noise", call=lambda net, t, x, y: net(x, t / 999, y))
+    content = {"data": {"name": "moons"}, "path": {"match": "x0", "sampler": "log-normal"}}
+    content["distill"] = {"batch": 8, "updates": 2, "fake_turns": 1}
+    held = data.load(content["data"])
+    trainer = Distiller(configs.from_mapping(content), held, model)
+    for _ in range(2):
+        trainer.update()
+    file, z = tmp_path / "student.safetensors", torch.randn(3, 2)
+    teachers.save(file, *trainer.exported())
+    with pytest.raises(UserError, match=r"a module of your own: give it to teachers\.load as 'net'"):
+        teachers.load(file)
+    call = lambda net, t, x, y: net(x, t / 999, y)  # noqa: E731
+    read = teachers.load(file, role="student", net=teachers.wrap(Reversed(), (2,), call=call).net)
+    described = read.description
+    found = sampling.one_step(read.net, z, described.t_start, None, described.interpolant(), described.predict)
+    torch.testing.assert_close(found, trainer.sample(z))
+    assert not torch.equal(read.net.net.first.weight, model.net.net.first.weight)
+    with pytest.raises(UserError, match="does not fit the network: missing"):
+        teachers.load(file, net=build(NETWORK))
+
+
+def test_a_module_with_labels_is_wrapped_with_their_number():
+    model = teachers.wrap(Reversed(), (2,), call=lambda net, t, x, y: net(x, t, y), num_classes=2, null_label=True)
+    assert (model.net.num_classes, model.net.null_label) == (2, 2)
+    t, x, y = torch.rand(3), torch.randn(3, 2), torch.tensor([0, 1, 2])
+    assert torch.equal(model.net(t, x, y), model.net.net(x, t, y))
+    assert not torch.equal(model.net(t, x, y), model.net(t, x, y.flip(0)))
+    guided = sampling.call(model.net, t, x, y[:1].expand(3), guidance=2.0)
+    with_label, without = model.net(t, x, y[:1].expand(3)), model.net(t, x, y[2:].expand(3))
+    torch.testing.assert_close(guided, 2 * with_label - without)
+    plain = teachers.wrap(build(NETWORK), (2,))
+    assert torch.equal(plain.net(t, x), plain.net.net(t, x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"net": torch.sin}, r"net must be a torch\.nn\.Module, whose weights a student can start from"),
+        ({"path": "mine"}, r"path\.name must be one of"),
+        ({"predict": "data"}, "predict must be one of"),
+        ({"path": "ddbm-vp", "predict": "noise"}, "noise gives neither velocity nor data"),
+        ({"null_label": True}, "null_label needs num_classes"),
+    ],
+)
+def test_wrapping_is_refused_in_a_sentence(settings, words):
+    with pytest.raises(UserError, match=words):
+        teachers.wrap(**{"net": torch.nn.Identity(), "dim": (2,), **settings})

@@ -26,6 +26,7 @@ from realuid_fast.train import loop
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.evaluate import sampler
 from realuid_fast.train.generator import Generator, _key, frozen_view
+from realuid_fast.train.jobs import distiller as distiller_of
 from realuid_fast.train.jobs import free_cores, resolve, train
 from realuid_fast.train.logging import CsvLog, Events, convergence_plot, grid, picture, read_csv
 from realuid_fast.train.measure import Measure, evaluation_noise, generate
@@ -507,7 +508,7 @@ def test_every_preset_builds_and_runs_two_updates(name):
         state, description = teacher.exported()
         model = teachers.Model(build(description.network), description)
         model.net.load_state_dict(state)
-    student = Distiller(config, held, model)
+    student = distiller_of(config)(config, held, model)
     for _ in range(2):
         student.update()
     assert all(math.isfinite(value) for value in student.meters.read().values())

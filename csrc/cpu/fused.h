@@ -74,6 +74,7 @@ struct GeneratorArgs {
   Guidance guidance;
   NoiseSource noise;
   double alpha, beta, q, kappa, scale;
+  const void* q_rows;                                 // one a row in the arithmetic type, in place of q; may be null
   void *g_teacher, *g_fake, *g_x, *g_x_t, *g_uncond;  // each may be null
   double* partial;
   bool stream;

@@ -339,16 +339,17 @@ struct GeneratorRow {
   Real half_d;                              // D (u + half_d D) is the loss
   Real outer, teacher_d, g_x, g_x_t;        // gradients: outer (u + teacher_d D), -outer u, g_x D, g_x_t D
 
-  GeneratorRow(const Real* coef, const GeneratorArgs& args) {
+  GeneratorRow(const Real* coef, const GeneratorArgs& args, int64_t row) {
     const double k = args.kappa, w = double(coef[W]) * args.scale, ko = coef[K_OUT], kx = coef[K_X];
+    const double square = args.q_rows == nullptr ? args.q : double(static_cast<const Real*>(args.q_rows)[row]);
     k_out = Real(ko);
     alpha = Real(2 * k * args.alpha * ko);
     x_t = Real(2 * k * args.alpha * kx);
     p = Real(2 * k * args.beta * double(coef[P]));
     q = Real(2 * k * args.beta * double(coef[Q]));
     s = Real(2 * k * args.beta * double(coef[S]));
-    d_in_u = Real(2 * args.q * k * k);
-    half_d = Real(args.q * k * k);
+    d_in_u = Real(2 * square * k * k);
+    half_d = Real(square * k * k);
     outer = Real(w * ko);
     teacher_d = Real(2 * args.alpha * k);
     g_x = Real(-2 * args.beta * k * w * double(coef[P]));
@@ -399,7 +400,7 @@ void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
   Noise<T> noise(args.noise, args.shape, end);
   for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     const Real* coef = coefficient_row<T>(args.coef, span.row);
-    const GeneratorRow<Real> k(coef, args);
+    const GeneratorRow<Real> k(coef, args, span.row);
     const GeneratorInputs<T> in{at<T>(args.teacher, span.offset),
                                 at<T>(args.fake, span.offset),
                                 at<T>(args.x, span.offset),

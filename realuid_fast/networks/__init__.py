@@ -9,21 +9,31 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from .diffusers import Diffusers
+from .edm import DhariwalUNet, SongUNet
 from .mlp import MLP
 from .unet import UNet
 
-KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": MLP}
+KINDS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "mlp": MLP,
+    "song-unet": SongUNet,
+    "dhariwal-unet": DhariwalUNet,
+    "diffusers": Diffusers,
+}
 
-__all__ = ["KINDS", "MLP", "UNet", "build"]
+__all__ = ["KINDS", "MLP", "DhariwalUNet", "Diffusers", "SongUNet", "UNet", "build"]
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """Network of a mapping ``{"kind": "unet" | "mlp", ...}``; the other keys are the constructor's arguments.
+    """Network of a mapping ``{"kind": NAME, ...}``, a name in :data:`KINDS`; the other keys are its constructor's.
 
     Raises :class:`UserError` for an unknown kind, a missing or unknown key, and values the network refuses.
     """
     settings = dict(config)
     kind = settings.pop("kind", None)
+    if kind == "yours":
+        raise UserError("the network is a module of your own: give it to teachers.load as 'net', see teachers.wrap")
     if kind not in KINDS:
         raise UserError(f"network kind must be one of {', '.join(KINDS)}; got {kind!r}")
     known = inspect.signature(KINDS[kind]).parameters

@@ -67,9 +67,12 @@ class MLP(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+    def forward(
+        self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction shaped like ``x`` ``(B, *shape)`` at times ``t`` ``(B,)`` or ``()``, labels ``y``
-        ``(B,)`` if conditional, ``endpoint`` like ``x`` if it takes one.
+        ``(B,)`` if conditional, ``endpoint`` like ``x`` if it takes one; ``with_features`` also the
+        residual stream ``(B, width)`` half-way through the blocks.
         """
         if x.shape[1:] != self.shape:
             raise UserError(f"x must have shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
@@ -86,8 +89,12 @@ class MLP(nn.Module):
         width = self.first.out_features
         modulation = self.modulation(embedding).split(width, dim=1)
         h = self.first(x.flatten(1) if endpoint is None else torch.cat([x.flatten(1), endpoint.flatten(1)], dim=1))
+        middle = h
         for i, (grow, shrink) in enumerate(zip(self.grow, self.shrink, strict=True)):
             scale, shift = modulation[2 * i], modulation[2 * i + 1]
             inner = torch.addcmul(shift, F.layer_norm(h, (width,)), 1.0 + scale)
             h = h + shrink(F.silu(grow(inner)))
-        return in_full(self.last, F.silu(h), self.last.weight).view_as(x)
+            if i == (len(self.grow) - 1) // 2:
+                middle = h
+        out = in_full(self.last, F.silu(h), self.last.weight).view_as(x)
+        return (out, middle) if with_features else out

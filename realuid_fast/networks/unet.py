@@ -8,14 +8,15 @@ Parameter names and shapes are those of the U-Net that published flow-matching c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .layers import Conv3x3, GroupNorm
 
 # Multipliers by image side, as the published configurations choose them.
 DEFAULT_MULT: dict[int, tuple[float, ...]] = {
@@ -44,16 +45,6 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation computed in float32 whatever the storage type."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 or x.dtype == torch.float64:
-            return super().forward(x)
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
-
-
 class Blocks(nn.Sequential):
     """Modules applied in order; residual blocks also get the time embedding."""
 
@@ -69,7 +60,7 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, conv: bool) -> None:
         super().__init__()
         if conv:
-            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+            self.conv = Conv3x3(channels, channels)
         self.has_conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,9 +102,7 @@ class ResBlock(nn.Module):
         self.resample: nn.Module | None = None
         if resample is not None:
             self.resample = Upsample(channels, False) if resample == "up" else Downsample(channels, False)
-        self.in_layers = nn.Sequential(
-            GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(groups, channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
         )
@@ -121,25 +110,25 @@ class ResBlock(nn.Module):
             GroupNorm(groups, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            _zeroed(Conv3x3(out_channels, out_channels)),
         )
         same = out_channels == channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = activation(norm(x))
+        norm, conv = cast(GroupNorm, self.in_layers[0]), self.in_layers[2]
+        h = norm.silu(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv(h)
-        shift = self.emb_layers(embedding).to(h.dtype)[:, :, None, None]
+        shift = self.emb_layers(embedding)
+        norm, (_, activation, dropout, conv) = cast(GroupNorm, self.out_layers[0]), self.out_layers
         if self.scale_shift:
-            scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.out_layers[0](h), 1.0 + scale)
-            h = self.out_layers[3](self.out_layers[2](self.out_layers[1](h)))
+            scale, shift = shift.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
+            h = activation(torch.addcmul(shift, norm(h), 1.0 + scale))
         else:
-            h = self.out_layers(h + shift)
-        return self.skip_connection(x) + h
+            h = norm.silu(h, shift)
+        return self.skip_connection(x) + conv(dropout(h))
 
 
 class Attention(nn.Module):
@@ -266,7 +255,7 @@ class UNet(nn.Module):
             return Attention(channels, heads, norm_groups, use_new_attention_order)
 
         channels = widths[0]
-        self.input_blocks = nn.ModuleList([Blocks(nn.Conv2d((1 + endpoint) * in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Blocks(Conv3x3((1 + endpoint) * in_channels, channels))])
         skips = [channels]
         shrink = 1
         for level, out_channels in enumerate(widths):
@@ -306,9 +295,12 @@ class UNet(nn.Module):
             _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+    def forward(
+        self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction for images ``x`` ``(B, C, H, W)`` at times ``t`` ``(B,)`` or ``()``, with labels
-        ``y`` ``(B,)`` if conditional and ``endpoint`` like ``x`` if the network takes one.
+        ``y`` ``(B,)`` if conditional and ``endpoint`` like ``x`` if the network takes one; ``with_features`` also the
+        middle's output ``(B, C, H', W')``.
         """
         if x.dim() != 4 or x.shape[1] != self.dim[0]:
             raise UserError(f"x must have shape (batch, {self.dim[0]}, height, width), got {tuple(x.shape)}")
@@ -328,10 +320,14 @@ class UNet(nn.Module):
         for block in self.input_blocks:
             x = block(x, embedding)
             skips.append(x)
-        x = self.middle_block(x, embedding)
+        middle = x = self.middle_block(x, embedding)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return in_full(self.out, x, next(self.out[-1].parameters()))
+        out = in_full(self._last, x, next(self.out[-1].parameters()))
+        return (out, middle) if with_features else out
+
+    def _last(self, x: Tensor) -> Tensor:
+        return self.out[2](cast(GroupNorm, self.out[0]).silu(x))
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:
@@ -349,7 +345,7 @@ def check_endpoint(wanted: bool, x: Tensor, endpoint: Tensor | None) -> None:
         raise UserError(f"endpoint must have x's shape {tuple(x.shape)}, got {tuple(endpoint.shape)}")
 
 
-def in_full(layers: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def in_full(layers: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """``layers(x)`` in the storage type of their ``weight``, also under autocast.
 
     A network's last layer sets the rounding of its output, which losses take differences of, and costs next to nothing.

@@ -10,6 +10,7 @@ from ..errors import UserError
 from . import samplers
 from .base import COLUMNS, MATCH_SPACES, PREDICTIONS, Path, Preconditioning, Weight
 from .custom import CustomOneSided, CustomTwoSided, custom
+from .discrete import DiscreteVP
 from .one_sided import VE, VP, FlowMatching, Linear, OneSidedPath, Trigonometric, VPCosine
 from .two_sided import DDBMVE, DDBMVP, I2SB, ICFM, Bridge, BrownianBridge, StochasticInterpolant, TwoSidedPath
 
@@ -20,6 +21,7 @@ PATHS: dict[str, type[Path]] = {
     "trigonometric": Trigonometric,
     "vp": VP,
     "vp-cosine": VPCosine,
+    "vp-discrete": DiscreteVP,
     "ve": VE,
     "i-cfm": ICFM,
     "brownian-bridge": BrownianBridge,
@@ -85,6 +87,7 @@ __all__ = [
     "BrownianBridge",
     "CustomOneSided",
     "CustomTwoSided",
+    "DiscreteVP",
     "FlowMatching",
     "Linear",
     "OneSidedPath",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,56 +15,153 @@ from ..paths import Path
 from ..sampling import needs_endpoint, takes_endpoint
 from . import distributed
 
+AHEAD = 4  # batches that are read from disk before they are asked for
+
+
+class _Pass(NamedTuple):
+    """One shuffle of the samples, and the generator's state after it."""
+
+    order: Tensor
+    generator: Tensor
+
 
 class Batches:
-    """Batches of ``n`` distinct training samples, float32 on ``device``; each pass is a fresh shuffle.
+    """Batches of ``n`` training samples, float32 on ``device``; each pass is a fresh shuffle.
 
     Every rank shuffles alike and takes its own ``n`` of the rows of all, so that no two read the same. A pass' last
-    partial batch is left out. Raises :class:`UserError` when all ranks' batch exceeds the training set.
+    partial batch is left out. A pass has every sample once; of a data set to ``balance`` it has as many rows of each
+    class, of a rare one some sample several times.
+
+    Samples on disk are read by a thread, :data:`AHEAD` batches before they are asked for, on CUDA into pinned memory.
+    What was read and not handed out is no part of the state: a resumed run reads it again. Bytes travel to the device
+    as bytes; there they become floats and, of a data set to ``flip``, half of them are mirrored, by coins of ``draws``.
+
+    Raises:
+        UserError: all ranks' batch exceeds the training set.
     """
 
-    def __init__(self, dataset: Dataset, n: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset, n: int, seed: int, device: torch.device, draws: torch.Generator | None = None
+    ) -> None:
         if (whole := n * distributed.size()) > len(dataset):
             raise UserError(f"batch {whole} is larger than data set '{dataset.name}', which has {len(dataset)} samples")
         self._samples, self._labels, self._n, self._device = dataset.train, dataset.train_labels, n, device
         self._endpoints = dataset.train_endpoints
+        self._balanced, self._flip, self._draws = dataset.balance, dataset.flip, draws
         self._generator = torch.Generator().manual_seed(seed)
-        self._order = torch.randperm(len(dataset), generator=self._generator)
-        self._position = 0
-        self._rows = self._order[:0]
+        self._pass = self._shuffled()
+        # Where the next batch to plan begins, and where the batches handed out end.
+        self._position, self._handed_out = 0, (self._pass, 0)
+        self._thread = None if isinstance(dataset.train, Tensor) else ThreadPoolExecutor(1, "batches")
+        self._ahead: deque[tuple[Future[Tensor], Tensor, tuple[_Pass, int]]] = deque()
+        self._rows = self._pass.order[:0]
 
     def next(self) -> tuple[Tensor, Tensor | None]:
-        """The next batch ``(n, ...)`` and its labels ``(n,)``, None where the data set has none."""
-        everyones = self._n * distributed.size()
-        if self._position + everyones > len(self._order):
-            self._order = torch.randperm(len(self._order), generator=self._generator)
-            self._position = 0
-        first = self._position + distributed.rank() * self._n
-        rows = self._rows = self._order[first : first + self._n]
-        self._position += everyones
-        labels = None if self._labels is None else self._to_device(self._labels[rows])
-        return to_float(self._to_device(self._samples[rows])), labels
+        """The next batch ``(n, ...)`` and its labels ``(n,)``, None where the data set has none.
+
+        Raises:
+            OSError: the samples on disk cannot be read any more.
+        """
+        if self._thread is None:
+            assert isinstance(self._samples, Tensor)
+            self._rows, self._handed_out = self._plan()
+            samples = self._samples[self._rows]
+        else:
+            while len(self._ahead) < AHEAD:
+                rows, end = self._plan()
+                self._ahead.append((self._thread.submit(self._read, self._samples, rows, self._pinned), rows, end))
+            reading, rows, end = self._ahead[0]
+            try:
+                samples = reading.result()
+            except BaseException:
+                self._rewind(*self._handed_out)
+                raise
+            self._ahead.popleft()
+            self._rows, self._handed_out = rows, end
+        labels = None if self._labels is None else self._to_device(self._labels[self._rows])
+        return to_float(self._mirrored(self._to_device(samples))), labels
 
     def endpoints(self) -> Tensor | None:
         """The endpoints ``(n, ...)`` of the batch that :meth:`next` returned last, None where there are none."""
         return None if self._endpoints is None else to_float(self._to_device(self._endpoints[self._rows]))
 
+    def _plan(self) -> tuple[Tensor, tuple[_Pass, int]]:
+        """The rows of one more batch, and where it ends."""
+        everyones = self._n * distributed.size()
+        if self._position + everyones > len(self._pass.order):
+            self._pass, self._position = self._shuffled(), 0
+        first = self._position + distributed.rank() * self._n
+        self._position += everyones
+        return self._pass.order[first : first + self._n], (self._pass, self._position)
+
+    def _shuffled(self) -> _Pass:
+        count = len(self._samples)
+        if self._balanced:
+            assert self._labels is not None
+            order = _balanced(self._labels, count, self._generator)
+        else:
+            order = torch.randperm(count, generator=self._generator)
+        return _Pass(order, self._generator.get_state())
+
+    def _rewind(self, shuffle: _Pass, position: int) -> None:
+        """Go on from where a batch ended, whatever was planned or read after it."""
+        for reading, _, _ in self._ahead:
+            reading.cancel()
+        self._ahead.clear()
+        self._generator.set_state(shuffle.generator)
+        self._pass, self._position, self._handed_out = shuffle, position, (shuffle, position)
+
+    def _mirrored(self, samples: Tensor) -> Tensor:
+        if not self._flip:
+            return samples
+        coins = torch.rand(len(samples), generator=self._draws, device=self._device) < 0.5
+        return torch.where(coins.view(-1, 1, 1, 1), samples.flip(-1), samples)
+
+    @property
+    def _pinned(self) -> bool:
+        return self._device.type == "cuda"
+
     def _to_device(self, tensor: Tensor) -> Tensor:
         """A copy that the host does not wait for; bytes travel as bytes."""
-        if self._device.type == "cuda":
+        if self._pinned and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
 
+    # Without self, which would otherwise live, and keep the thread, as long as a batch is being read.
+    @staticmethod
+    def _read(samples: Any, rows: Tensor, pinned: bool) -> Tensor:
+        return samples.read(rows, torch.empty(len(rows), *samples.shape[1:], dtype=samples.dtype, pin_memory=pinned))
+
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state(), "order": self._order, "position": self._position}
+        shuffle, position = self._handed_out
+        return {
+            "generator": shuffle.generator,
+            "order": shuffle.order,
+            "position": position,
+            "samples": getattr(self._samples, "sha256", ""),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; raises when it belongs to a training set of another size."""
-        if len(state["order"]) != len(self._order):
-            before, now = len(state["order"]), len(self._order)
+        """Continue from :meth:`state_dict`; raises when it belongs to other samples on disk or another number."""
+        before, now = len(state["order"]), len(self._pass.order)
+        if before != now:
             raise UserError(f"the run was started on {before} training samples, the data set has {now} now")
-        self._generator.set_state(state["generator"])
-        self._order, self._position = state["order"], int(state["position"])
+        if state.get("samples", "") != getattr(self._samples, "sha256", ""):
+            raise UserError("the run was started on other training samples than the data set has now")
+        self._rewind(_Pass(state["order"], state["generator"]), int(state["position"]))
+
+
+def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` rows in random order, of each class that occurs as many, or one more: shuffles of its own, repeated."""
+    known = labels.unique()
+    own = torch.full((len(known),), count // len(known))
+    own[torch.randperm(len(known), generator=generator)[: count % len(known)]] += 1
+    rows = []
+    for label, wanted in zip(known, own.tolist(), strict=True):
+        members = (labels == label).nonzero().flatten()
+        shuffles = [torch.randperm(len(members), generator=generator) for _ in range(-(-wanted // len(members)))]
+        rows.append(members[torch.cat(shuffles)[:wanted]] if shuffles else members[:0])
+    return torch.cat(rows)[torch.randperm(count, generator=generator)]
 
 
 def endpoints_to_draw(net: nn.Module, path: Path, dataset: Dataset, device: torch.device) -> Tensor | None:
@@ -79,8 +178,29 @@ def endpoints_to_draw(net: nn.Module, path: Path, dataset: Dataset, device: torc
     return dataset.train_endpoints.to(device)
 
 
+def picked(
+    labels: Tensor | None,
+    endpoints: Tensor | None,
+    count: int,
+    draws: torch.Generator,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Labels ``(count,)`` and endpoints ``(count, ...)`` of random training samples, in the data's proportions.
+
+    ``labels`` and ``endpoints`` are what :func:`labels_to_draw` and :func:`endpoints_to_draw` gave.
+    """
+    conditions = [rows for rows in (labels, endpoints) if rows is not None]
+    if not conditions:
+        return None, None
+    rows = torch.randint(len(conditions[0]), (count,), generator=draws, device=conditions[0].device)
+    ends = None if endpoints is None else to_float(endpoints[rows]).contiguous(memory_format=layout)
+    return None if labels is None else labels[rows], ends
+
+
 def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Tensor | None:
     """The training labels ``(N,)`` that a class-conditional network is called with; None for an unconditional one.
+
+    Of a data set to ``balance`` they are the classes, each once, so that all are drawn alike often.
 
     Raises:
         UserError: a conditional network where the data set has no labels, or more classes than the network knows.
@@ -92,4 +212,5 @@ def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Te
         raise UserError(f"the network is class-conditional, data set '{dataset.name}' has no labels")
     if dataset.classes > known:
         raise UserError(f"the network knows {known} classes, data set '{dataset.name}' has {dataset.classes}")
-    return dataset.train_labels.to(device)
+    labels = dataset.train_labels.unique() if dataset.balance else dataset.train_labels
+    return labels.to(device)

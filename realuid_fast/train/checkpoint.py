@@ -10,14 +10,18 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+from ..optim import is_sharded
+from . import distributed
 
 FORMAT = 3
+SHARDED = 4  # a checkpoint whose sharded tensors are in files beside it
 # After torch's own file: this mark, the length of what it covers, and its SHA-256. torch.load does not mind.
 MARK = b"realuid_fast\x00\x00\x00\x01"
 TRAILER = struct.Struct("<16sQ32s")
@@ -29,10 +33,16 @@ class Checkpoints:
 
     A file appears under its name only when it is complete and on disk, and the oldest goes only then, so that a save
     which is interrupted or fails loses nothing. Every file ends in a checksum of itself.
+
+    With ``sharded`` all ranks save together, and nothing is gathered: each writes its rows of the sharded tensors to
+    ``update-00000500.<checksum>.shard``. When all have, rank 0 writes ``update-00000500.pt`` with everything else and
+    the names of these files, which makes the checkpoint complete. Any number of ranks reads it.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, sharded: bool = False) -> None:
         self.folder, self.keep = folder, keep
+        # Of its own: the writing threads talk while the ranks' training does.
+        self._group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE) if sharded else None
         self._pending: Future[Path] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -88,17 +98,18 @@ class Checkpoints:
             self._thread.shutdown()
             self._thread = None
 
-    def load(self) -> dict[str, Any]:
+    def load(self, verify: bool = True) -> dict[str, Any]:
         """The newest checkpoint that is sound; also restores torch's own generator states. No code in a file runs.
 
-        Damaged ones are renamed to ``*.damaged`` with a warning, and the one before is taken.
+        Damaged ones are renamed to ``*.damaged`` with a warning, and the one before is taken. Sharded tensors are
+        :class:`Rows`; without ``verify`` their files' checksums are not looked at, as where another rank has.
 
         Raises:
             UserError: there is none, none is sound, or one was written by another version.
         """
         for file in reversed(self.files()):
             try:
-                content = read(file)
+                content = read(file, verify)
                 _set_generator_states(content.pop("torch_rng", {}))
             except Damaged as damage:
                 aside = _set_aside(file)
@@ -108,6 +119,9 @@ class Checkpoints:
         why = ": every one was damaged and is set aside there" if self.lost else ""
         raise UserError(f"there is no checkpoint to resume from in {self.folder}{why}")
 
+    def _parts(self, what: str) -> Iterator[Path]:
+        return self.folder.glob(f"update-{'[0-9]' * 8}.{what}")
+
     def _file(self, step: int) -> Path:
         return self.folder / f"update-{step:08d}.pt"
 
@@ -115,39 +129,143 @@ class Checkpoints:
         if ready is not None:
             ready.synchronize()
         file = self._file(step)
-        try:
+        if self._group is not None:
+            content = self._write_shards(file, content)
+            if dist.get_rank(self._group):
+                return file
+        with _sentences(f"the checkpoint {file}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(file) as stream:
-                hashed = _Hashed(stream)
-                torch.save(content, cast(BinaryIO, hashed))
-                stream.write(TRAILER.pack(MARK, hashed.length, hashed.digest()))
+                _write_verified(stream, content)
             for old in self.files()[: -self.keep]:
                 old.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:
-            # torch's writer turns a failed write into a RuntimeError of its own, with the OSError before it.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise UserError(f"the checkpoint {file} cannot be written: {cause.strerror or cause}") from None
+            steps = {_step(file) for file in self.files()}
+            for part in (*self._parts("*.shard"), *self._parts("rank*")):
+                # A later one is of a rank that is ahead already, or of a run that went no further.
+                if _step(part) not in steps and _step(part) < step:
+                    part.unlink(missing_ok=True)
         return file
+
+    def _write_shards(self, file: Path, content: dict[str, Any]) -> dict[str, Any]:
+        """Write this rank's rows; when all ranks have, what is left to write with the names of their files.
+
+        The name tells what is inside, so that a step which is saved again touches nothing that a checkpoint needs.
+        """
+        rest, rows = _split(content)
+        said: tuple[str, str]
+        try:
+            with _sentences(f"the checkpoint {file}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Complete under this name already, but nobody's yet.
+                whole = file.with_name(f"{file.stem}.rank{dist.get_rank(self._group)}")
+                with replacing(whole) as stream:
+                    digest = _write_verified(stream, rows)
+                name = f"{file.stem}.{digest.hex()[:16]}.shard"
+                os.replace(whole, file.with_name(name))
+                _sync(file.parent)
+                said = name, ""
+        except UserError as error:
+            said = "", str(error)
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, said, group=self._group)
+        if failures := [failure for _, failure in everyone if failure]:
+            raise UserError(failures[0])
+        return {**rest, "format": SHARDED, "shards": [name for name, _ in everyone]}
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written."""
 
 
-def read(file: Path) -> dict[str, Any]:
+class Rows:
+    """A saved tensor of which every one of several files has rows; indexed with a slice of rows, it reads those.
+
+    Attributes:
+        shape: the whole tensor's.
+    """
+
+    def __init__(self, shape: tuple[int, ...], files: _Shards, keys: tuple[Any, ...]) -> None:
+        self.shape, self._files, self._keys = shape, files, keys
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, end, _ = rows.indices(self.shape[0])
+        parts: list[Tensor] = []
+        for i in range(len(self._files)):
+            there = rows_of(self.shape[0], i, len(self._files))
+            if not parts or max(first, there.start) < min(end, there.stop):
+                part = self._files.tensor(i, self._keys)
+                if tuple(part.shape) != (there.stop - there.start, *self.shape[1:]):
+                    raise UserError(f"{self._files.names[i]} has rows of another shape than its checkpoint says")
+                parts.append(part[max(first - there.start, 0) : max(end - there.start, 0)])
+        return torch.cat(parts)
+
+
+class _Shards:
+    """The files of a sharded checkpoint, opened when something of them is asked for and read by the page."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.names, self._folder = names, folder
+        self._opened: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tensor(self, i: int, keys: tuple[Any, ...]) -> Tensor:
+        if i not in self._opened:
+            file = self._folder / self.names[i]
+            try:
+                self._opened[i] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+        found = self._opened[i]
+        for key in keys:
+            found = found[key]
+        return found
+
+
+def rows_of(length: int, rank: int, size: int) -> slice:
+    """The rows of ``length`` that ``rank`` of ``size`` has of a tensor that FSDP2 shards: as ``torch.chunk`` cuts."""
+    most = -(-length // size)
+    return slice(min(rank * most, length), min((rank + 1) * most, length))
+
+
+def read(file: Path, verify: bool = True) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU, after its checksum was found right; nothing in it is executed.
 
+    Sharded tensors are :class:`Rows` of the files beside it, whose checksums are looked at with ``verify``.
+
     Raises:
-        Damaged: it is cut short, altered or no checkpoint.
+        Damaged: it is cut short, altered or no checkpoint, or a file beside it is.
         UserError: it may not be read, or is whole but of another version of the format.
     """
+    content = _read_verified(file)
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, SHARDED):
+        raise UserError(f"{file} is no checkpoint of this version")
+    if content["format"] == FORMAT:
+        return content
+    names = content.pop("shards", None)
+    if not isinstance(names, list) or not names or any(Path(str(name)).name != name for name in names):
+        raise Damaged("it does not name its shards")
+    for name in names:
+        try:
+            with (file.parent / name).open("rb") as stream:
+                if verify and _verify(stream).hex()[:16] != name.split(".")[-2]:
+                    raise Damaged(f"{name} is another file")
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        except Damaged as damage:
+            raise Damaged(f"{name}: {damage}") from None
+        except OSError as error:
+            raise UserError(f"{file.parent / name} cannot be read: {error.strerror or error}") from None
+    return _joined(content, _Shards(file.parent, names))
+
+
+def _read_verified(file: Path) -> Any:
     try:
         with file.open("rb") as stream:
             _verify(stream)
             stream.seek(0)
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except (Damaged, MemoryError):
         raise
     except OSError as error:
@@ -155,12 +273,44 @@ def read(file: Path) -> dict[str, Any]:
     except Exception as error:
         # What a foreign file makes the reader raise is anything.
         raise Damaged(f"torch cannot read it: {type(error).__name__}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{file} is no checkpoint of this version")
-    return content
 
 
-def _verify(stream: BinaryIO) -> None:
+# What stands in a checkpoint for a tensor whose rows are in its shards.
+_ELSEWHERE = "rows in the shards, of a tensor of shape"
+
+
+def _split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """A state without its sharded tensors, and this rank's rows of them under the same keys."""
+    rest: dict[Any, Any] = {}
+    rows: dict[Any, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, _Part):
+            rest[key], rows[key] = {_ELSEWHERE: list(value.shape)}, value.rows
+        elif isinstance(value, dict):
+            rest[key], inner = _split(value)
+            if inner:
+                rows[key] = inner
+        else:
+            rest[key] = value
+    return rest, rows
+
+
+def _joined(tree: dict[Any, Any], files: _Shards, keys: tuple[Any, ...] = ()) -> dict[Any, Any]:
+    """The inverse of :func:`_split`, with the rows of all files, none read yet."""
+    joined: dict[Any, Any] = {}
+    for key, value in tree.items():
+        inside = (*keys, key)
+        if not isinstance(value, dict):
+            joined[key] = value
+        elif _ELSEWHERE in value:
+            joined[key] = Rows(tuple(value[_ELSEWHERE]), files, inside)
+        else:
+            joined[key] = _joined(value, files, inside)
+    return joined
+
+
+def _verify(stream: BinaryIO) -> bytes:
+    """The checksum of what is before it; raises :class:`Damaged` where that is not what was written."""
     size = stream.seek(0, os.SEEK_END)
     if size < TRAILER.size:
         raise Damaged("it is cut short")
@@ -180,6 +330,29 @@ def _verify(stream: BinaryIO) -> None:
         length -= len(part)
     if found.digest() != digest:
         raise Damaged("its checksum is wrong")
+    return digest
+
+
+def _write_verified(stream: BinaryIO, content: Any) -> bytes:
+    """Write ``content`` and behind it a checksum of it, which is returned."""
+    hashed = _Hashed(stream)
+    torch.save(content, cast(BinaryIO, hashed))
+    digest = hashed.digest()
+    stream.write(TRAILER.pack(MARK, hashed.length, digest))
+    return digest
+
+
+@contextlib.contextmanager
+def _sentences(what: str) -> Iterator[None]:
+    """Failures to write in a sentence that names ``what``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's writer turns a failed write into a RuntimeError of its own, with the OSError before it.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{what} cannot be written: {cause.strerror or cause}") from None
 
 
 class _Hashed:
@@ -218,15 +391,29 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    # The new name itself is on disk only with its folder.
-    folder = os.open(file.parent, os.O_RDONLY)
+    _sync(file.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's entries to disk, without which a file's new name is not there."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
+
+
+def _step(file: Path) -> int:
+    return int(file.name.split(".")[0].removeprefix("update-"))
 
 
 def _set_aside(file: Path) -> Path:
+    for shard in sorted(file.parent.glob(f"{file.stem}.*.shard")):
+        _renamed(shard)
+    return _renamed(file)
+
+
+def _renamed(file: Path) -> Path:
     aside = file.with_suffix(".damaged")
     count = 1
     while aside.exists():
@@ -237,6 +424,13 @@ def _set_aside(file: Path) -> Path:
     except OSError as error:
         raise UserError(f"{file} is damaged and cannot be set aside: {error.strerror or error}") from None
     return aside
+
+
+class _Part(NamedTuple):
+    """This rank's rows of a sharded tensor of a shape."""
+
+    shape: tuple[int, ...]
+    rows: Tensor
 
 
 def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
@@ -251,6 +445,8 @@ def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event |
         nonlocal on_device
         if isinstance(value, Tensor):
             value = value.detach()
+            if is_sharded(value):
+                return _Part(tuple(value.shape), copy(value.to_local()))
             if value.device.type != "cuda":
                 return value.to("cpu", copy=True)
             on_device = True

@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from .. import paths
 from ..errors import UserError
-from ..objectives import PRESETS, Objective
+from ..objectives import DIVERGENCES, PRESETS, Objective
+from ..sampling import SOLVERS
 from ..teachers import Description
 from .modes import MODES
 from .precision import PRECISIONS
@@ -107,6 +109,7 @@ class OptimiserConfig:
     betas: tuple[float, float] = (0.0, 0.999)
     clip: float = 1.0
     warmup: int = 0
+    warmup_from_zero: bool = False
     decay: str = "constant"
     floor: float = 0.0
 
@@ -117,6 +120,9 @@ class TeacherConfig:
 
     ``label_dropout`` is the share of labels replaced by "none", for classifier-free guidance of the teacher (Ho and
     Salimans, 2207.12598): the network then gets a null label.
+
+    ``reduction`` is what the loss does over a sample's elements, ``sum`` or ``mean``: Adam does not see the factor
+    between them, the clip of the gradient's norm does. ``ema_warmup`` is :class:`realuid_fast.optim.Optimiser`'s.
 
     ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given.
     """
@@ -129,7 +135,9 @@ class TeacherConfig:
     updates: int = 10_000
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(betas=(0.9, 0.999)))
     label_dropout: float = 0.0
+    reduction: str = "sum"
     ema: tuple[float, ...] = (0.999,)
+    ema_warmup: bool = True
     export: float = 0.999
 
 
@@ -137,6 +145,7 @@ class TeacherConfig:
 class ObjectiveConfig:
     """A preset of :data:`realuid_fast.objectives.PRESETS` by name, and those of its settings that are not its default.
 
+    Or ``regression``, the baseline of :mod:`realuid_fast.train.regression`, which is none of them.
     ``alpha``, ``beta`` and ``gamma`` are 0.92, 0.94 and 0.92 where a preset needs them and none are given; what a
     preset does not have is not looked at.
     """
@@ -149,6 +158,11 @@ class ObjectiveConfig:
     l1: float | None = None
     l2: float | None = None
     alpha_sid: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.name if self.name == REGRESSION else self.build().name
 
     def build(self) -> Objective:
         if self.name not in PRESETS:
@@ -163,7 +177,30 @@ class ObjectiveConfig:
         return PRESETS[self.name](**settings)
 
 
+REGRESSION = "regression"
 _PUBLISHED = {"alpha": 0.92, "beta": 0.94, "gamma": 0.92}
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """A discriminator's head on the fake model (:mod:`realuid_fast.train.discriminator`), none while weights are 0.
+
+    ``weight_fake`` is the weight of its loss in the fake turn, ``weight_generator`` that of the generator's term, 0 for
+    a head that only ``distill.divergence`` reads. ``least_share`` is the share of data that an interpolant must hold to
+    be judged; on the linear path that is its time.
+    """
+
+    weight_fake: float = 0.0
+    weight_generator: float = 0.0
+    least_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class RegressionConfig:
+    """The teacher's trajectories for ``objective: {name: regression}``: ``steps`` of ``solver``, euler or heun."""
+
+    steps: int = 20
+    solver: str = "euler"
 
 
 @dataclass(frozen=True)
@@ -172,14 +209,23 @@ class DistillConfig:
 
     ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
     ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
-    averages then remember that start; empty for the teacher's weights. The fake model starts at the teacher either way.
+    averages then remember that start; empty for the teacher's weights. The fake model starts at the ``teacher`` either
+    way, or with ``fake_start`` ``fresh`` as an untrained network. ``dropout`` replaces the teacher's own in both.
+    ``labels`` of generated samples are ``drawn`` from the training set, or those of the real ``batch`` in the same row;
+    then the generator's turn reads a batch too. ``ema_warmup`` is :class:`realuid_fast.optim.Optimiser`'s, by default
+    on unless there is a ``start``.
     ``guidance`` is the scale of the teacher's classifier-free guidance, which the student learns; 1 for none.
+    ``gan`` is a discriminator beside the objective; ``divergence`` the f-divergence that an objective whose gradient
+    flows through the samples alone descends, by its logits (:func:`realuid_fast.objectives.divergence_weight`).
+    ``regression`` is for the baseline of that name, which has neither fake model nor discriminator.
     ``t_start`` is the generator's start time, by default :func:`realuid_fast.sampling.default_start`; ``times`` are
     those of further steps (:class:`.generator.Generator`), none for a one-step generator; ``export`` is the average
     that is evaluated and saved, 0 for the last weights. The precisions are the networks' in either turn:
     ``float32``, ``tf32`` (CUDA only), ``bf16`` or ``fp16``.
     On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
     coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.train.precision`).
+    ``teacher_precision`` is ``float32``, or ``bf16`` to store the teacher's weights in half the memory and compute its
+    outputs in bf16 in both turns, with the same caution.
     """
 
     teacher: str = "digits"
@@ -188,16 +234,24 @@ class DistillConfig:
     start: str = ""
     guidance: float = 1.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
+    divergence: str = "reverse-kl"
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
     batch: int = 64
     updates: int = 1000
     fake_turns: int = 5
     fake_precision: str = "float32"
     generator_precision: str = "float32"
+    teacher_precision: str = "float32"
     t_start: float | None = None
+    fake_start: str = "teacher"
+    dropout: float | None = None
+    labels: str = "drawn"
     times: tuple[float, ...] = ()
     generator: OptimiserConfig = field(default_factory=OptimiserConfig)
     fake: OptimiserConfig = field(default_factory=OptimiserConfig)
     ema: tuple[float, ...] = (0.99,)
+    ema_warmup: bool | None = None
     export: float = 0.99
 
 
@@ -205,13 +259,17 @@ class DistillConfig:
 class RunConfig:
     """What a run does besides training: seeds, device, threads, logs, checkpoints. Intervals are updates, 0 for never.
 
+    ``parity`` follows the published procedure step for step: it sets :data:`PARITY` over whatever is configured.
     ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
-    leave it; ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
+    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated;
+    ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
     ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
     ``stop_after_skips`` is how many updates in a row may have a gradient that is not finite before the run stops;
-    ``timings`` logs the time of every phase of an update.
+    ``shard`` spreads networks, optimisers and averages over all ranks (:mod:`realuid_fast.train.sharding`), where one
+    GPU does not hold them; with one rank it does nothing. ``offload_teacher`` keeps the teacher in host memory, from
+    where it is brought to the GPU part by part. ``timings`` logs the time of every phase of an update.
     """
 
     seed: int = 0
@@ -223,14 +281,55 @@ class RunConfig:
     sample_every: int = 0
     evaluate_every: int = 0
     evaluate_samples: int = 2000
+    inception: str = ""
     teacher_steps: int = 0
     checkpoint_every: int = 0
     keep: int = 2
     accumulate: int = 1
+    shard: bool = False
+    offload_teacher: bool = False
     stop_after_skips: int = 100
     tensorboard: bool = True
     progress: bool = True
     timings: bool = False
+    parity: bool = False
+
+
+_PARITY_STEP = {"warmup_from_zero": True, "decay": "constant"}
+# What ``run.parity`` sets: docs/parity.md says where each of them comes from.
+PARITY: dict[str, dict[str, Any]] = {
+    "path": {
+        "name": "linear",
+        "settings": {},
+        "predict": "velocity",
+        "sampler": "uniform",
+        "sampler_settings": {},
+        "match": "velocity",
+        "weight": "one",
+    },
+    "teacher": {
+        "sampler": None,
+        "sampler_settings": {},
+        "match": None,
+        "weight": None,
+        "optimiser": _PARITY_STEP,
+        "label_dropout": 0.0,
+        "reduction": "mean",
+        "ema_warmup": False,
+    },
+    "distill": {
+        "t_start": 0.0,
+        "fake_start": "fresh",
+        "dropout": 0.0,
+        "labels": "batch",
+        "times": (),
+        "guidance": 1.0,
+        "generator": _PARITY_STEP,
+        "fake": _PARITY_STEP,
+        "ema_warmup": False,
+    },
+}
+PARITY_OBJECTIVES = ("uid", "realuid", "general")
 
 
 @dataclass(frozen=True)
@@ -259,7 +358,7 @@ class Config:
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Configuration of a shipped name (``"digits"``) or a YAML file, with ``key.sub=value`` overrides on top.
 
-    A file may name another one to start from: ``base: digits``.
+    A file may name another one to start from, ``base: digits``, or several, the later over the earlier.
 
     Raises:
         UserError: no such file, an unknown key, or a value of the wrong type, each with the key's full name.
@@ -269,7 +368,16 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def presets() -> dict[str, str]:
     """The shipped presets, each with its first line: ``realuid-fast distill --preset NAME``."""
-    files = sorted((CONFIGS / "presets").glob("*.yaml"))
+    return _titles("presets")
+
+
+def recipes() -> dict[str, str]:
+    """The published recipes, each with its first line: ``realuid-fast distill --config recipes/NAME``."""
+    return _titles("recipes")
+
+
+def _titles(folder: str) -> dict[str, str]:
+    files = sorted((CONFIGS / folder).glob("*.yaml"))
     return {file.stem: file.read_text().partition("\n")[0].removeprefix("# ") for file in files}
 
 
@@ -283,6 +391,8 @@ def preset(name: str) -> str:
 def from_mapping(content: Mapping[str, Any]) -> Config:
     """:class:`Config` of nested plain values, checked."""
     config = _fill(Config, content, "")
+    if config.run.parity:
+        config = _in_parity(config, content)
     _check(config)
     return config
 
@@ -313,7 +423,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     file = CONFIGS / f"{source}.yaml" if (CONFIGS / f"{source}.yaml").is_file() else Path(source)
     if not file.is_file():
-        shipped = ", ".join(sorted(f.stem for f in CONFIGS.glob("*.yaml")))
+        names = [*sorted(f.stem for f in CONFIGS.glob("*.yaml")), *(f"recipes/{name}" for name in recipes())]
+        shipped = ", ".join(names)
         raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped})")
     try:
         content = yaml.safe_load(file.read_text())
@@ -328,9 +439,13 @@ def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = content.pop("base", None)
     if base is None:
         return content
-    if not isinstance(base, str):
-        raise UserError(f"base must be the name of a configuration, got {base!r}")
-    return merge(_read(base, (*above, file.resolve())), content)
+    bases = base if isinstance(base, list) else [base]
+    if not all(isinstance(name, str) for name in bases):
+        raise UserError(f"base must be the name of a configuration, or several in a list, got {base!r}")
+    below: dict[str, Any] = {}
+    for name in bases:
+        below = merge(below, _read(name, (*above, file.resolve())))
+    return merge(below, content)
 
 
 def nested(overrides: Iterable[str]) -> dict[str, Any]:
@@ -408,6 +523,37 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     raise UserError(f"{name} must be {words[kind]}, got {value!r}")
 
 
+def _in_parity(config: Config, content: Mapping[str, Any]) -> Config:
+    """The configuration with :data:`PARITY` in it; a warning names what ``content`` had given otherwise."""
+    name = config.distill.objective.name
+    if name not in PARITY_OBJECTIVES:
+        raise UserError(
+            f"run.parity follows the published procedure, whose objectives are {', '.join(PARITY_OBJECTIVES)}; "
+            f"distill.objective.name is {name!r}"
+        )
+    changed: list[str] = []
+
+    def put(section: Any, values: Mapping[str, Any], given: Any, prefix: str) -> Any:
+        given, new = given if isinstance(given, Mapping) else {}, {}
+        for key, value in values.items():
+            old, full = getattr(section, key), _join(prefix, key)
+            if is_dataclass(old):
+                value = put(old, value, given.get(key), full)
+            elif key in given and old != value:
+                changed.append(f"{full} {old} -> {value}")
+            new[key] = value
+        return replace(section, **new)
+
+    values = dict(PARITY)
+    if config.distill.start:
+        # The published second stage has its fake model from the teacher.
+        values["distill"] = {**PARITY["distill"], "fake_start": "teacher"}
+    config = put(config, values, content, "")
+    if changed:
+        warnings.warn(f"run.parity sets {', '.join(changed)}", stacklevel=3)
+    return config
+
+
 def _check(config: Config) -> None:
     run, teacher, distill = config.run, config.teacher, config.distill
     positive = {
@@ -416,6 +562,7 @@ def _check(config: Config) -> None:
         "distill.batch": distill.batch,
         "distill.updates": distill.updates,
         "distill.fake_turns": distill.fake_turns,
+        "distill.regression.steps": distill.regression.steps,
         "run.log_every": run.log_every,
         "run.keep": run.keep,
         "run.accumulate": run.accumulate,
@@ -439,14 +586,48 @@ def _check(config: Config) -> None:
         "run.mode": (run.mode, MODES),
         "distill.fake_precision": (distill.fake_precision, PRECISIONS),
         "distill.generator_precision": (distill.generator_precision, PRECISIONS),
+        "distill.teacher_precision": (distill.teacher_precision, ("float32", "bf16")),
+        "distill.fake_start": (distill.fake_start, ("teacher", "fresh")),
+        "distill.labels": (distill.labels, ("drawn", "batch")),
+        "teacher.reduction": (teacher.reduction, ("sum", "mean")),
     }
     for name, (word, words) in one_of.items():
         if word not in words:
             raise UserError(f"{name} must be one of {', '.join(words)}; got {word!r}")
     if run.accumulate > 1 and run.mode == "graphs":
         raise UserError("run.accumulate must be 1 with run.mode graphs: a graph holds one whole turn")
+    for name in ("shard", "offload_teacher"):
+        if getattr(run, name) and run.mode != "eager":
+            raise UserError(f"run.{name} must be false with run.mode {run.mode}: only eager turns bring parts together")
+    if run.shard and distill.gan.weight_fake:
+        raise UserError("run.shard must be false with distill.gan, whose head reads inside of the fake model")
+    whole = not (run.shard or run.offload_teacher or distill.teacher_precision == "bf16")
+    if distill.objective.name == REGRESSION and not whole:
+        raise UserError(
+            f"distill.objective.name {REGRESSION} holds its networks whole and in float32: run.shard and "
+            "run.offload_teacher must be false, distill.teacher_precision float32"
+        )
+    if run.offload_teacher and run.device == "cpu":
+        raise UserError("run.offload_teacher must be false with run.device cpu: the teacher is in host memory there")
+    if distill.dropout is not None and not 0 <= distill.dropout < 1:
+        raise UserError(f"distill.dropout must lie in [0, 1), got {distill.dropout:g}")
     if not 0 <= teacher.label_dropout < 1:
         raise UserError(f"teacher.label_dropout must lie in [0, 1), got {teacher.label_dropout:g}")
+    gan = distill.gan
+    for name, weight in (("weight_fake", gan.weight_fake), ("weight_generator", gan.weight_generator)):
+        if not 0 <= weight < math.inf:
+            raise UserError(f"distill.gan.{name} must be finite and not negative, got {weight:g}")
+    if not 0 <= gan.least_share <= 1:
+        raise UserError(f"distill.gan.least_share must lie in [0, 1], got {gan.least_share:g}")
+    if gan.weight_generator and not gan.weight_fake:
+        raise UserError("distill.gan.weight_generator needs a weight_fake: nothing else trains the discriminator")
+    if distill.divergence not in DIVERGENCES:
+        raise UserError(f"distill.divergence must be one of {', '.join(DIVERGENCES)}; got {distill.divergence!r}")
+    if distill.divergence != "reverse-kl" and not gan.weight_fake:
+        raise UserError(f"distill.divergence {distill.divergence} needs a discriminator: set distill.gan.weight_fake")
+    if distill.regression.solver not in SOLVERS:
+        solver = distill.regression.solver
+        raise UserError(f"distill.regression.solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
     if not math.isfinite(distill.guidance):
         raise UserError(f"distill.guidance must be finite, got {distill.guidance}")
     for section, part in (("teacher", teacher), ("distill", distill)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from .. import teachers
-from ..data import Dataset, to_float
+from ..data import Dataset
 from ..errors import UserError
+from ..networks import build
 from ..noise import NoiseStream, normal
+from ..objectives import divergence_weight
 from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
 from ..sampling import arguments, both, null_labels
 from ..teachers import Description, Model
-from . import distributed, modes, precision
-from .batches import Batches, endpoints_to_draw, labels_to_draw
+from . import distributed, modes, precision, sharding
+from .batches import Batches, endpoints_to_draw, labels_to_draw, picked
 from .config import Config
+from .discriminator import Judged, softplus_term
 from .generator import Generator, frozen_view
 from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
@@ -63,6 +68,12 @@ class Distiller:
         self.mode = config.run.mode
         self._fake_precision = Precision(settings.fake_precision, self.device)
         self._generator_precision = Precision(settings.generator_precision, self.device)
+        self._teacher_precision = Precision(settings.teacher_precision, self.device)
+        self._precisions = {
+            "fake": self._fake_precision,
+            "generator": self._generator_precision,
+            "teacher": self._teacher_precision,
+        }
         self._check_device()
         # What one forward pass takes: an update's batch is made of so many, on so many ranks.
         self.parts = config.run.accumulate
@@ -73,59 +84,101 @@ class Distiller:
         images = len(dataset.shape) == 3
         self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
 
-        net = teacher.net.to(self.device)
-        if images:
-            net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
+        net = teacher.net
+        self.sharded = config.run.shard and distributed.size() > 1
+        if not self.sharded:
+            net = net.to(self.device)
+            if images:
+                net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.guidance = settings.guidance
         if self.guidance != 1.0:
             null_labels(net, torch.zeros(0, dtype=torch.int64))
-        self.teacher = frozen_view(net).eval()
-        self.fake = copy.deepcopy(net).train().requires_grad_(True)
+        trained = copy.deepcopy(net).train().requires_grad_(True)
+        if settings.dropout is not None:
+            for module in trained.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = settings.dropout
+        self.fake = copy.deepcopy(trained)
+        if settings.fake_start == "fresh":
+            self.fake.load_state_dict(_untrained(described, seed))
+        self.gan = settings.gan if settings.gan.weight_fake else None
+        if self.gan is not None and not self.objective.needs_fake:
+            raise UserError(f"distill.gan judges by the fake model, and {self.objective.name} has none")
+        self._divergence = None if settings.divergence == "reverse-kl" else settings.divergence
+        if self._divergence is not None and self.objective.flows != "x":
+            raise UserError(
+                f"distill.divergence {self._divergence} needs an objective whose gradient flows through the samples "
+                f"alone, such as dmd, not {self.objective.name}"
+            )
+        # The fake model with the discriminator's head, where there is one.
+        self.judged = self.fake if self.gan is None else Judged(self.fake, dataset.shape, seed)
         start = (settings.t_start, self.path, self._predict, settings.times)
-        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)
+        self.generator = Generator(trained, *start)
         if settings.start:
             student = _student(settings.start, described, self.generator.t_start)
             self.generator.net.load_state_dict(student.state_dict())
+        if self.sharded:
+            sharding.shard(self.fake, self.device)
+            # Anew, for what it holds itself to be where its network is.
+            self.generator = Generator(sharding.shard(self.generator.net, self.device), *start)
+        self.teacher = self._frozen_teacher(net, config)
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
             self.generator.net,
             **vars(generator),
             ema_decays=settings.ema,
             total=self.updates,
-            ema_warmup=not settings.start,
+            ema_warmup=not settings.start if settings.ema_warmup is None else settings.ema_warmup,
         )
-        self.fake_optimiser = Optimiser(self.fake, **vars(fake), total=self.updates * max(self.turns, 1))
+        self.fake_optimiser = Optimiser(self.judged, **vars(fake), total=self.updates * max(self.turns, 1))
         for optimiser in self.optimisers.values():
-            distributed.average(optimiser, self.parts)
+            distributed.average(optimiser, self.parts, self.sharded)
         # Views come after the optimisers, which may move the parameters into one buffer.
-        self.frozen_fake = frozen_view(self.fake)
+        self.frozen_fake: Any = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
         average = self.generator_optimiser.ema.get(settings.export)
-        self.student = Generator(frozen_view(self.generator.net, average).eval(), *start)
+        exported, self._exporting = sharding.exported(self.generator.net, average, self.sharded)
+        self.student = Generator(exported, *start)
 
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device) if self.objective.needs_real else None
+        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.takes_real = self.objective.needs_real or self.gan is not None
+        self._labels_of_batch = settings.labels == "batch"
+        needs_batches = self.takes_real or self._labels_of_batch
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws) if needs_batches else None
+        self._ahead: deque[tuple[Tensor, Tensor | None, Tensor | None]] = deque()
         self.labels = labels_to_draw(net, dataset, self.device)
         self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
+        if self._labels_of_batch and self.labels is not None and self.endpoints is not None:
+            raise UserError("distill.labels batch is for generators without an endpoint, which goes with the label")
         self._on_path = not isinstance(self.path, OneSidedPath)
-        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self.noise = NoiseStream(distributed.seed(seed), self.device)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
         self._rows_made = self.turns * self.parts * self.batch
         self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
         # What a fake turn reads: generated rows and, below them, real ones, with their labels.
-        self._n_real = 0 if self.batches is None else self.batch
+        self._n_real = self.batch if self.takes_real else 0
         rows = self.batch + self._n_real
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
         self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
+        # Rows that the fake loss takes: without real ones where they are there for the discriminator alone.
+        self._own_rows = rows if self.objective.needs_real else self.batch
+        self._signs = torch.ones(rows, device=self.device)
+        self._signs[self.batch :] = -1
+        # The labels of the batches read ahead: of the fake turns' samples, and of the generator turn's.
+        given = self.labels if self._labels_of_batch else None
+        self._given_cycle = None if given is None else given.new_zeros(self._rows_made)
+        self._given_turn = None if given is None else given.new_zeros(self.batch)
         self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
         self.tripwires = Tripwires(dataset, self.batch, self.device)
         names = ["generator loss", "generator gradient", "gap", *Tripwires.names]
         if self.turns:
             names = ["fake loss", names[0], "fake gradient", *names[1:]]
+        if self.gan is not None:
+            names += ["discriminator loss", "adversarial loss"]
         self.meters = Meters(names, self.device)
         self.phases = Phases(config.run.timings, self.device)
-        compiled = modes.compiled if self.mode != "eager" else lambda net: net
-        self._run_generator, self._run_fake = compiled(self.generator), compiled(self.fake)
+        compiled: Callable[[Any], Callable[..., Any]] = modes.compiled if self.mode != "eager" else lambda net: net
+        self._run_generator, self._run_fake = compiled(self.generator), compiled(self.judged)
         self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
         self._generate: Turn = self._generate_rows
         self._fake_step: Turn = self._fake_step_plain
@@ -154,13 +207,13 @@ class Distiller:
     @property
     def images_per_update(self) -> int:
         """Training samples, generated or real, that one update's losses are evaluated on."""
-        rows = 2 if self.objective.needs_real else 1
+        rows = 2 if self.takes_real else 1
         return self.parts * self.batch * (self.turns * rows + 1)
 
     @property
     def rows(self) -> int:
         """Rows for every sample of the batch that a turn holds activations of at once, at most."""
-        return max(2 if self.objective.needs_real else 1, 3 if self.objective.flows == "all" else 1)
+        return max(2 if self.takes_real else 1, 3 if self.objective.flows == "all" else 1)
 
     @property
     def optimisers(self) -> dict[str, Optimiser]:
@@ -168,6 +221,8 @@ class Distiller:
 
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
+        if self._labels_of_batch:
+            self._read_ahead()
         made = self._run("generate", self._generate) if self.turns else {}
         for i in range(self.turns * self.parts):
             rows = slice(i * self.batch, (i + 1) * self.batch)
@@ -176,8 +231,22 @@ class Distiller:
             self.fake_turn(part["x"], part.get("labels"), part.get("endpoint"))
         for i in range(self.parts):
             self._whole = i + 1 == self.parts
+            if self._labels_of_batch:
+                _, labels, _ = self._ahead.popleft()
+                if self._given_turn is not None and labels is not None:
+                    self._given_turn.copy_(labels)
             self.generator_turn()
         self.step += 1
+
+    def _read_ahead(self) -> None:
+        """A batch for every turn of an update, the generator's too, whose images nobody uses."""
+        assert self.batches is not None
+        with self.phases("data"):
+            for _ in range((self.turns + 1) * self.parts):
+                self._ahead.append((*self.batches.next(), self.batches.endpoints()))
+            labels = [labels for _, labels, _ in self._ahead if labels is not None]
+            if self._given_cycle is not None:
+                self._given_cycle.copy_(torch.cat(labels)[: self._rows_made])
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> None:
         """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones.
@@ -187,7 +256,9 @@ class Distiller:
         with self.phases("data"):
             parts: list[tuple[Tensor | None, ...]] = [(generated, labels, endpoint)]
             if self.batches is not None:
-                parts.append((*self.batches.next(), self.batches.endpoints()))
+                real = self._ahead.popleft() if self._ahead else (*self.batches.next(), self.batches.endpoints())
+                if self._n_real:
+                    parts.append(real)
             for i, part in enumerate(parts):
                 place = slice(i * self.batch, (i + 1) * self.batch)
                 for rows, values in zip((self._rows, self._row_labels, self._row_ends), part, strict=True):
@@ -202,7 +273,7 @@ class Distiller:
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
         with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
-            y, ends = self._draw_conditions(self._rows_made)
+            y, ends = self._draw_conditions(self._rows_made, self._given_cycle)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self._fake_precision.networks():
                 x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
@@ -222,20 +293,29 @@ class Distiller:
                 x_t = rf.interpolate(x, coef, key, on_path, noise_rows=self.batch)
                 seen = self._seen(t, x_t, y, ends)
             with self.phases("fake forward"), self._fake_precision.networks():
-                out = self._float(self._run_fake(*seen))
+                out, logits = self._ask_fake(self._run_fake, seen)
+            own = slice(self._own_rows)
             teacher_out = uncond = None
             if self.objective.needs_teacher:
                 with self.phases("teacher forward"), torch.no_grad(), self._fake_precision.networks():
-                    teacher_out, uncond = self._ask_teacher(seen)
+                    teacher_out, uncond = self._ask_teacher(_rows_of(own, *seen))
             with self.phases("fake loss"):
                 at = x_t if self._reads_x_t else None
+                out_own, x, at, coef_own, on_path = _rows_of(own, out.detach(), x, at, coef, on_path)
+                n_real = self._own_rows - self.batch
                 grads = rf.fake_grads(
-                    out.detach(), x, at, coef, key, self.objective, self._n_real, teacher_out, on_path, self.batch,
+                    out_own, x, at, coef_own, key, self.objective, n_real, teacher_out, on_path, self.batch,
                     uncond, self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
+                watched, seeds = {"fake loss": grads.loss}, [grads.fake_out]
+                outs = [out if self._own_rows == len(out) else out[own]]
+                if self.gan is not None and logits is not None:
+                    loss, seed = softplus_term(logits, self._signs, coef, self.gan.least_share, self.batch)
+                    watched["discriminator loss"] = loss
+                    outs, seeds = [*outs, logits], [*seeds, self.gan.weight_fake * seed]
             with self.phases("fake backward"):
-                out.backward(grads.fake_out)
-        return {"fake loss": grads.loss, **self._advance("fake")}
+                torch.autograd.backward(outs, seeds)
+        return {**watched, **self._advance("fake")}
 
     def _generator_step_plain(self) -> dict[str, Tensor]:
         loss, watched = self.generator_backward()
@@ -260,7 +340,7 @@ class Distiller:
         """
         with self._generator_precision.turn():
             with self.phases("generator forward"):
-                y, ends = self._draw_conditions(self.batch)
+                y, ends = self._draw_conditions(self.batch, self._given_turn)
                 on_path = ends if self._on_path else None
                 z = normal(self.noise.next_key(), self._like)
                 with self._generator_precision.networks():
@@ -274,33 +354,44 @@ class Distiller:
                 x_t = rf.interpolate(x.detach(), coef, key, on_path).requires_grad_()
             # Where the gradient flows through x alone, no network here needs a backward pass.
             backward = self.objective.flows == "all"
-            with (
-                self.phases("frozen forward"),
-                torch.set_grad_enabled(backward),
-                self._generator_precision.networks(),
-            ):
-                seen = self._seen(t, x_t, y, ends)
-                teacher_out, uncond = self._ask_teacher(seen)
-                at = x_t.detach() if self._reads_x_t else None
-                if self.turns:
-                    fake_out = self._float(self._run_frozen_fake(*seen))
-                else:
-                    fake_out = rf.sample_output(x, at, coef)
+            adversarial = self.gan is not None and self.gan.weight_generator > 0
+            with self.phases("frozen forward"), self._generator_precision.networks():
+                logits = None
+                with torch.set_grad_enabled(backward or adversarial):
+                    seen = self._seen(t, x_t, y, ends)
+                    at = x_t.detach() if self._reads_x_t else None
+                    if self.turns:
+                        fake_out, logits = self._ask_fake(self._run_frozen_fake, seen)
+                    else:
+                        fake_out = rf.sample_output(x, at, coef)
+                with torch.set_grad_enabled(backward):
+                    teacher_out, uncond = self._ask_teacher(seen)
             with self.phases("generator loss"), torch.no_grad():
+                weighed = coef
+                if self._divergence is not None and logits is not None:
+                    weighed = coef.clone()
+                    weighed[:, WEIGHT] *= divergence_weight(self._divergence, logits.mean(1))
                 grads = rf.generator_grads(
-                    teacher_out.detach(), fake_out.detach(), x.detach(), at, coef, key, self.objective, on_path,
+                    teacher_out.detach(), fake_out.detach(), x.detach(), at, weighed, key, self.objective, on_path,
                     None if uncond is None else uncond.detach(), self.guidance,
                 )  # fmt: skip
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
                 gap = torch.linalg.vector_norm(fake_out - asked) / torch.linalg.vector_norm(asked)
                 wires = self.tripwires(asked.detach(), fake_out.detach(), x.detach(), at, coef, key, on_path)
                 watched = {"gap": gap, Tripwires.names[0]: wires}
-            g_x = grads.x
+            g_x, outs, seeds = grads.x, [], []
             if grads.teacher_out is not None:
+                outs, seeds = [teacher_out, fake_out], [grads.teacher_out, grads.fake_out]
+                if uncond is not None:
+                    outs, seeds = [*outs, uncond], [*seeds, grads.teacher_uncond]
+            if self.gan is not None and logits is not None:
+                # Called real: the generator's own rows are to be taken for them.
+                loss, seed = softplus_term(logits, self._signs[-self.batch :], coef, self.gan.least_share, self.batch)
+                watched["adversarial loss"] = loss
+                if adversarial:
+                    outs, seeds = [*outs, logits], [*seeds, self.gan.weight_generator * self._seed_scale * seed]
+            if outs:
                 with self.phases("frozen backward"):
-                    outs, seeds = [teacher_out, fake_out], [grads.teacher_out, grads.fake_out]
-                    if uncond is not None:
-                        outs, seeds = [*outs, uncond], [*seeds, grads.teacher_uncond]
                     (g_x_t,) = torch.autograd.grad(outs, x_t, seeds)
                     if grads.x_t is not None:
                         g_x_t = g_x_t + grads.x_t
@@ -310,19 +401,19 @@ class Distiller:
                 if self._seed_scale == 1.0:
                     return grads.loss, watched
                 if self._whole:
-                    gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
-                    torch._foreach_mul_(gradients, 1 / self._seed_scale)
+                    self.generator_optimiser.scale_grads(1 / self._seed_scale)
                 return grads.loss / self._seed_scale, watched
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """What a row of the log says is wrong with the settings, in a sentence."""
-        error = self._generator_precision.gradient_error(row["gap"])
+        coarsest = max(("generator", "teacher"), key=lambda turn: self._precisions[turn].gradient_error(row["gap"]))
+        error = self._precisions[coarsest].gradient_error(row["gap"])
         if not error > precision.TOO_COARSE:
             return None
-        name = self._generator_precision.name
         return (
-            f"distill.generator_precision {name} is too coarse: fake model and teacher differ by {row['gap']:.2%}, so "
-            f"that rounding puts the generator's gradient about {min(error, 1.0):.0%} off; use a finer one"
+            f"distill.{coarsest}_precision {self._precisions[coarsest].name} is too coarse: fake model and teacher "
+            f"differ by {row['gap']:.2%}, so that rounding puts the generator's gradient about {min(error, 1.0):.0%} "
+            "off; use a finer one"
         )
 
     def capture(self, recorder: Recorder | None = None) -> None:
@@ -334,12 +425,13 @@ class Distiller:
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
-        with torch.no_grad():
+        with torch.no_grad(), self._exporting():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the student's weights and their description."""
-        return self.student.net.state_dict(), self.description
+        with self._exporting():
+            return sharding.whole(self.student.net.state_dict()), self.description
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -352,6 +444,7 @@ class Distiller:
             "noise": self.noise.state_dict(),
             "draws": self.draws.get_state(),
             "batches": None if self.batches is None else self.batches.state_dict(),
+            "head": self.judged.head.state_dict() if isinstance(self.judged, Judged) else None,
             "meters": self.meters.state_dict(),
         }
 
@@ -360,6 +453,8 @@ class Distiller:
         self.step = int(state["step"])
         self.generator.net.load_state_dict(state["generator"])
         self.fake.load_state_dict(state["fake"])
+        if isinstance(self.judged, Judged):
+            self.judged.head.load_state_dict(state["head"])
         self.generator_optimiser.load_state_dict(state["generator_optimiser"])
         self.fake_optimiser.load_state_dict(state["fake_optimiser"])
         self.noise.load_state_dict(state["noise"])
@@ -371,14 +466,14 @@ class Distiller:
                 turn.reset()
         self.meters.load_state_dict(state["meters"])
 
-    def _draw_conditions(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions."""
-        conditions = [rows for rows in (self.labels, self.endpoints) if rows is not None]
-        if not conditions:
-            return None, None
-        picked = torch.randint(len(conditions[0]), (count,), generator=self.draws, device=self.device)
-        labels = None if self.labels is None else self.labels[picked]
-        return labels, None if self.endpoints is None else self._laid_out(to_float(self.endpoints[picked]))
+    def _draw_conditions(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions.
+
+        Labels that are ``given`` are taken as they are.
+        """
+        if given is not None:
+            return given, None
+        return picked(self.labels, self.endpoints, count, self.draws, self._layout)
 
     def _draw_steps(self, count: int) -> Tensor | None:
         """Which of the generator's steps each of ``count`` rows comes from, where it has several."""
@@ -398,12 +493,34 @@ class Distiller:
         time, x = self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict)
         return arguments(self.fake, time, x, labels, endpoint)
 
+    def _ask_fake(self, run: Callable[..., Any], seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+        """The fake model's output and its head's logits ``(R, n)``, where it has one."""
+        if self.gan is None:
+            return self._float(run(*seen)), None
+        out, logits = run(*seen)
+        return self._float(out), logits.float()
+
     def _ask_teacher(self, seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """The teacher's output and, with guidance, the one without labels, from one forward."""
-        if self.guidance == 1.0:
-            return self._float(self._run_teacher(*seen)), None
-        conditional, unconditional = self._float(self._run_teacher(*both(self.teacher, seen))).chunk(2)
+        guided = self.guidance != 1.0
+        # Float32 storage is computed with in the turn's own precision.
+        rounded = self._teacher_precision.name != "float32"
+        with self._teacher_precision.networks() if rounded else contextlib.nullcontext():
+            out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
+        if not guided:
+            return out, None
+        conditional, unconditional = out.chunk(2)
         return conditional, unconditional
+
+    def _frozen_teacher(self, net: nn.Module, config: Config) -> nn.Module:
+        """The teacher from ``net``, which keeps its own memory unless neither rounded nor sharded."""
+        offload = config.run.offload_teacher
+        if self._teacher_precision.name == "float32" and not (self.sharded or offload):
+            return frozen_view(net).eval()
+        net = copy.deepcopy(net).requires_grad_(False).eval()
+        if self._teacher_precision.name == "bf16":
+            precision.round_weights(net)
+        return sharding.shard(net, self.device, offload) if self.sharded or offload else net
 
     def _check_device(self) -> None:
         """Refuse a mode or a precision that the device does not have."""
@@ -411,7 +528,7 @@ class Distiller:
             ("run.mode", self.mode, modes.why_not(self.mode, self.device)),
             *(
                 (f"distill.{turn}_precision", chosen.name, precision.why_not(chosen.name, self.device))
-                for turn, chosen in (("fake", self._fake_precision), ("generator", self._generator_precision))
+                for turn, chosen in self._precisions.items()
             ),
         )
         for key, value, reason in asked:
@@ -436,6 +553,20 @@ class Distiller:
     def _laid_out(self, tensor: Tensor) -> Tensor:
         # The fused calls want one layout; a tensor that has it already is passed on as it is.
         return tensor.contiguous(memory_format=self._layout)
+
+
+def _rows_of(own: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """These rows of every tensor that is there."""
+    return tuple(None if tensor is None else tensor[own] for tensor in tensors)
+
+
+def _untrained(described: Description, seed: int) -> dict[str, Tensor]:
+    """The parameters of a network like the teacher's before training."""
+    if not described.network:
+        raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(described.network).state_dict()
 
 
 def _student(source: str, teacher: Description, t_start: float) -> nn.Module:

@@ -1,8 +1,9 @@
 """One run on several processes, each with a device and a share of the batch: torchrun's ranks over torch.distributed.
 
-Every rank holds the whole state and takes the same steps: it draws its own noise, times and labels, reads its own rows
-of every real batch, and the gradients are averaged over all ranks in one call before each optimiser step. So the state
-is written by rank 0 alone, and goes on with any number of ranks that divides the batch.
+Every rank takes the same steps: it draws its own noise, times and labels, reads its own rows of every real batch, and
+the gradients are averaged over all ranks before each optimiser step. Either every rank holds the whole state, gradients
+come together in one call and rank 0 alone writes the state; or state is shared out as well (:mod:`.sharding`). Both go
+on with any number of ranks that divides the batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 from ..optim import Optimiser
@@ -48,17 +50,22 @@ def restarted(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def joined(on: str) -> Iterator[None]:
-    """The process group that torchrun's environment describes, for a run on device ``on``; none without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+def joined(on: str, alone: bool = False) -> Iterator[None]:
+    """The process group that torchrun's environment describes, for a run on device ``on``; none without torchrun.
+
+    With ``alone`` a process without others is a group too, as what FSDP2 holds needs one.
+    """
+    single = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if (single and not alone) or dist.is_initialized():
         yield
         return
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else _place()
     if torch.device(on).type == "cuda":
-        torch.cuda.set_device(device(on))
+        torch.cuda.set_device(device(on) if not single else on)
         # What is agreed between hosts goes past the GPUs, which need not be waited for then.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, **place)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=PATIENCE, **place)
     try:
         yield
     except RuntimeError as error:
@@ -71,6 +78,18 @@ def joined(on: str) -> Iterator[None]:
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _place() -> dict[str, Any]:
+    """Where ranks meet by torchrun's environment, apart from those before a restart.
+
+    Restarted processes get the store of the first ones, whose addresses are still in it: a rank that reads one before
+    it is replaced waits for a connection that nobody makes. On several hosts not all count the same restarts.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def share(batch: int, parts: int, name: str) -> int:
@@ -90,21 +109,27 @@ def seed(common: int) -> int:
     return (common + rank() * _STRIDE) % 2**63
 
 
-def average(optimiser: Optimiser, parts: int = 1) -> None:
+def average(optimiser: Optimiser, parts: int = 1, sharded: bool = False) -> None:
     """From now on the optimiser steps along the mean over all ranks of gradients that were summed over ``parts`` goes.
+
+    Those of ``sharded`` networks are means over the ranks already: FSDP2 takes them, part by part, while the backward
+    pass goes on.
 
     The mean is taken inside :meth:`Optimiser.step`, after every other thing that is done to gradients: one all-reduce
     of one buffer. It is the same memory in the same order in every step, so that a resumed run adds the ranks up in the
     order of the uninterrupted one; DDP's buckets change after its first backward.
     """
-    if size() * parts == 1:
+    ranks = 1 if sharded else size()
+    if ranks * parts == 1:
         return
 
     def reduce(gradients: Sequence[Tensor]) -> None:
+        if ranks == 1:
+            torch._foreach_mul_(list(gradients), 1 / parts)
+            return
         whole = gradients[0] if len(gradients) == 1 else torch._utils._flatten_dense_tensors(list(gradients))
-        if size() > 1:
-            dist.all_reduce(whole)
-        whole.mul_(1 / (size() * parts))
+        dist.all_reduce(whole)
+        whole.mul_(1 / (ranks * parts))
         if whole is not gradients[0]:
             torch._foreach_copy_(list(gradients), torch._utils._unflatten_dense_tensors(whole, list(gradients)))
 

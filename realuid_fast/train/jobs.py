@@ -15,9 +15,11 @@ from . import config as configs
 from . import distributed
 from .config import Config
 from .distill import Distiller
+from .inception import Inception
 from .lock import held
 from .loop import Trainer, open_folder, run
 from .measure import Measure
+from .regression import RegressionTrainer
 from .teacher import TeacherTrainer
 
 
@@ -71,19 +73,28 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     trainer: Trainer
     if job == "distill":
         settings = config.distill
-        teacher = teachers.load_teacher(
-            settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config
+        # Named nowhere: where the trainer keeps the teacher in another form, this one goes.
+        trainer = distiller(config)(
+            config,
+            dataset,
+            teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config),
+            command,
         )
-        trainer = Distiller(config, dataset, teacher, command)
     else:
         trainer = TeacherTrainer(config, dataset, command)
-    measure = Measure(dataset)
+    weights = config.run.inception if distributed.rank() == 0 else ""
+    measure = Measure(dataset, Inception(weights, config.run.device) if weights else None)
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             stack.enter_context(held(folder))
             open_folder(folder, resume, overwrite)
         distributed.wait()
         return run(asked, trainer, folder, measure, dataset.shape, resume), measure
+
+
+def distiller(config: Config) -> type[Distiller] | type[RegressionTrainer]:
+    """What trains the student that a configuration asks for."""
+    return RegressionTrainer if config.distill.objective.name == configs.REGRESSION else Distiller
 
 
 def free_cores() -> int:

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..noise import NoiseStream
 from ..optim import Optimiser
 from . import config as configs
-from . import distributed, memory
+from . import distributed, memory, sharding
 from .checkpoint import Checkpoints, replacing
 from .config import Config
 from .lock import LOCK
@@ -65,6 +65,8 @@ class Trainer(Protocol):
     phases: Phases
     noise: NoiseStream
     draws: torch.Generator
+    sharded: bool
+    description: teachers.Description
 
     @property
     def network(self) -> nn.Module: ...
@@ -145,7 +147,9 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         Interrupted: after a signal.
     """
     settings, leader = config.run, distributed.rank() == 0
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, trainer.sharded)
+    # What ranks do not have in full takes all of them to evaluate and to save.
+    together = leader or trainer.sharded
     saved = _load(checkpoints, leader) if resume else None
     _restore(trainer, saved, settings.seed)
     if leader:
@@ -191,16 +195,21 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     def show() -> None:
         count = 100 if len(shape) == 3 else 2000
         noise = evaluation_noise(shape, count, trainer.device)
-        pixels = picture(trainer.sample(noise, *measure.shown(trainer.network, count, trainer.device)))
+        samples = trainer.sample(noise, *measure.shown(trainer.network, count, trainer.device))
+        if not leader:
+            return
+        pixels = picture(samples)
         save_png(pixels, folder / "samples" / f"update-{trainer.step:08d}.png")
         events.image("samples", pixels, trainer.step)
 
     def evaluate() -> float:
         noise = evaluation_noise(shape, settings.evaluate_samples, trainer.device)
         conditions = measure.conditions(trainer.network, len(noise))
-        values = measure(generate(trainer.sample, noise, *conditions)[0]).as_dict()
-        distances.write({"update": trainer.step, **values})
-        events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
+        samples, _ = generate(trainer.sample, noise, *conditions)
+        values = measure(samples).as_dict() if leader else {"distance": math.inf}
+        if leader:
+            distances.write({"update": trainer.step, **values})
+            events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
         best.consider(values["distance"])
         return values["distance"]
 
@@ -211,7 +220,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         if observed == step:
             return
         observed = step
-        if not leader:
+        if not together:
             return
         if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
             shown["distance"] = f"{evaluate():.4g}"
@@ -262,14 +271,15 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                         # While no update changes anything, older checkpoints are worth more than a newer one.
                         if not skips.running:
                             now = state()
-                            if leader:
+                            if together:
                                 checkpoints.save_soon(step, now)
         except OSError:
-            if leader:
+            # Other ranks are in the middle of something and do not come to make up a state.
+            if distributed.size() == 1:
                 _rescue(config, trainer, folder, measure, checkpoints, state)
             raise
         now = state()
-        if leader:
+        if together:
             checkpoints.save(trainer.step, now)
         if trainer.step < trainer.updates or observed != trainer.step:
             raise Interrupted((received or [signal.SIGTERM])[0], folder)
@@ -317,7 +327,7 @@ def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
     if not leader:
         # Behind rank 0, which sets damaged files aside.
         distributed.wait()
-    saved = checkpoints.load() if checkpoints.files() or checkpoints.lost else None
+    saved = checkpoints.load(verify=leader) if checkpoints.files() or checkpoints.lost else None
     if leader:
         distributed.wait()
     return saved
@@ -340,7 +350,7 @@ def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
             torch.manual_seed(distributed.seed(seed))
         return
     try:
-        trainer.load_state_dict(saved["trainer"])
+        trainer.load_state_dict(sharding.taken(trainer.state_dict(), saved["trainer"]))
         noise = trainer.noise.state
         noise[0] = distributed.seed(int(noise[0]))
         ranks = saved["ranks"]
@@ -411,13 +421,19 @@ class _Best:
         self._file, self._trainer, self.state = folder / "best.safetensors", trainer, state
         if state is not None:
             # The file may be from after the checkpoint.
-            teachers.save(self._file, state["network"], trainer.exported()[1])
+            teachers.save(self._file, state["network"], trainer.description)
 
     def consider(self, distance: float) -> None:
-        """Keep the network as it is now if it is better than all before; an infinite distance never is."""
-        if not distance < (math.inf if self.state is None else self.state["distance"]):
+        """Keep the network as it is now if it is better than all before; an infinite distance never is.
+
+        Of sharded networks all ranks ask, of whom rank 0 alone knows the distance and gets the network.
+        """
+        better = distance < (math.inf if self.state is None else self.state["distance"])
+        if not (distributed.agreed(better) if self._trainer.sharded else better):
             return
         network, description = self._trainer.exported()
+        if not better:
+            return
         network = {name: tensor.to("cpu", copy=True) for name, tensor in network.items()}
         self.state = {"update": self._trainer.step, "distance": distance, "network": network}
         teachers.save(self._file, network, description)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,9 +14,13 @@ from ..data import Dataset, to_float
 from ..errors import UserError
 from ..metrics import digit_features, frechet_distance, precision_recall, sliced_wasserstein
 from ..noise import NoiseStream, normal
+from .inception import Inception
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists
 MOST = 2000  # samples that precision, recall and the principal components look at
+# Samples of a split on disk that are held in memory to compare with, at even distances, and values of all of them.
+STORED, STORED_VALUES = 10_000, 1 << 28
+INCEPTION_BATCH = 100  # images that go through the Inception network at a time
 Sampler = Callable[..., Tensor]  # noise, and labels and endpoints, if any, to samples
 NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
 
@@ -49,9 +54,11 @@ class Measure:
         UserError: fewer than two held-out samples.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.heldout = dataset.pixels("heldout")
-        self.train = dataset.pixels("train")
+    def __init__(self, dataset: Dataset, inception: Inception | None = None) -> None:
+        self.heldout, self.train = (
+            dataset.pixels(split, None if isinstance(rows, Tensor) else _bounded(STORED, dataset.shape))
+            for split, rows in (("heldout", dataset.heldout), ("train", dataset.train))
+        )
         if len(self.heldout) < 2:
             raise UserError(f"data set '{dataset.name}' needs at least 2 held-out samples to measure a distance to")
         self._labels, self._heldout_labels = dataset.train_labels, dataset.heldout_labels
@@ -59,12 +66,19 @@ class Measure:
         self._paired = dataset.paired
         self._points = len(dataset.shape) == 1
         self.features: Callable[[Tensor], Tensor] = _flat
-        if dataset.name in ("digits", "digit_pairs"):
+        if inception is not None:
+            if self._points:
+                raise UserError(f"run.inception is for images, '{dataset.name}' holds points")
+            self.name = f"Fréchet Inception distance, weights {inception.sha256[:8]}"
+            self.features = lambda samples: torch.cat(
+                [inception(part).cpu() for part in samples.split(INCEPTION_BATCH)]
+            )
+        elif dataset.name in ("digits", "digit_pairs"):
             self.name, self.features = "Fréchet distance, digit classifier features", digit_features
         elif self._points:
             self.name = "sliced Wasserstein distance, points"
         else:
-            self.features = _principal_components(self.train)
+            self.features = _principal_components(dataset.pixels("train", _bounded(MOST, dataset.shape)))
             count = self.features(self.heldout[:1]).shape[1]
             self.name = f"Fréchet distance, {count} principal components of the pixels"
         self._heldout_features = self.features(self.heldout)
@@ -138,8 +152,12 @@ class Measure:
         return self._labels[order].repeat(-(-count // len(order)))[:count]
 
     def floor(self) -> Distances:
-        """Distances of the training split itself: what a perfect generator of the training data would reach."""
+        """Distances of the training split, or of a part of it: what a perfect generator of it would reach."""
         return self._distances(self.train)
+
+
+def _bounded(most: int, shape: tuple[int, ...]) -> int:
+    return max(2, min(most, STORED_VALUES // math.prod(shape)))
 
 
 def _flat(samples: Tensor) -> Tensor:
@@ -147,7 +165,7 @@ def _flat(samples: Tensor) -> Tensor:
 
 
 def _principal_components(train: Tensor) -> Callable[[Tensor], Tensor]:
-    flat = _flat(train[:MOST])
+    flat = _flat(train)
     mean = flat.mean(0)
     count = max(min(COMPONENTS, len(flat) - 1, flat.shape[1]), 1)
     with torch.random.fork_rng(devices=[]):

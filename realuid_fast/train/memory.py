@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..optim import is_sharded
+from ..sampling import arguments, takes_endpoint
+
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error is an allocation that failed, on whatever device."""
@@ -18,9 +21,15 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 def bytes_per_sample(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass, the parameters aside: counted in one pass.
+    """Bytes that one sample's forward pass keeps for the backward pass: what a second one adds to the first."""
+    return kept_bytes(net, shape, device, 2) - kept_bytes(net, shape, device, 1)
 
-    Every piece of memory counts once, however many operations keep it.
+
+def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, batch: int, to_input: bool = False) -> int:
+    """Bytes that a forward pass of ``batch`` samples keeps for the backward pass, the parameters aside: counted in one.
+
+    Every piece of memory counts once, however many operations keep it; what autocast makes of the parameters counts
+    too. ``to_input``: for a backward pass to the samples.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
     kept: dict[int, int] = {}
@@ -31,10 +40,12 @@ def bytes_per_sample(net: nn.Module, shape: tuple[int, ...], device: torch.devic
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    labels = torch.zeros(1, dtype=torch.int64, device=device) if getattr(net, "num_classes", 0) else None
+    labels = torch.zeros(batch, dtype=torch.int64, device=device) if getattr(net, "num_classes", 0) else None
+    x = torch.zeros(batch, *shape, device=device, requires_grad=to_input)
+    end = torch.zeros_like(x) if takes_endpoint(net) else None
     # What is kept stays alive until the output goes, so that no address is counted for two.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net(torch.zeros(1, device=device), torch.zeros(1, *shape, device=device), labels)
+        out = net(*arguments(net, torch.zeros(batch, device=device), x, labels, end))
     del out
     return sum(kept.values())
 
@@ -59,6 +70,9 @@ def free_bytes(device: torch.device) -> int | None:
 def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
     """What it takes to have ``batch`` samples, one of ``parts``, in ``rows`` passes each, and what would fit."""
     asked = f"the memory of {device} does not suffice for a batch of {batch}"
+    if any(is_sharded(p) for p in net.parameters()):
+        # Counting takes a forward pass, which takes all ranks.
+        return f"{asked}; with a larger run.accumulate it goes through in smaller parts"
     free = free_bytes(device)
     try:
         size = rows * bytes_per_sample(net, shape, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,21 +15,23 @@ from ..errors import UserError
 from ..networks import build
 from ..noise import NoiseStream
 from ..optim import Optimiser
-from ..paths import OneSidedPath
+from ..paths import COLUMNS, OneSidedPath
 from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
-from . import distributed
+from . import distributed, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
-from .generator import frozen_view
 from .meters import Meters
 from .phases import Phases
 
+WEIGHT = COLUMNS.index("w")
 SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows while it trains
 
 
 class TeacherTrainer:
     """Trains a fresh network on the path's conditional target, ``w ||f - tgt||^2``; one batch an update.
+
+    With ``reduction`` ``mean`` it is the mean over a sample's elements in place of the sum.
 
     Raises:
         UserError: a prediction that no sample can be drawn from, or that the path does not take into the match space.
@@ -49,22 +52,34 @@ class TeacherTrainer:
         network = network_for(config, dataset)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = build(network).to(self.device)
-        if images:
-            net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
+            net = build(network)
+        self.sharded = config.run.shard and distributed.size() > 1
+        if self.sharded:
+            sharding.shard(net, self.device)
+        else:
+            net = net.to(self.device)
+            if images:
+                net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
         self.net = net.train()
         self._label_dropout = settings.label_dropout
         if settings.label_dropout and getattr(net, "null_label", None) is None:
             raise UserError("teacher.label_dropout needs a class-conditional network with null_label: true")
-        self.optimiser = Optimiser(self.net, **vars(settings.optimiser), ema_decays=settings.ema, total=self.updates)
-        distributed.average(self.optimiser, self.parts)
-        self.averaged = frozen_view(self.net, self.optimiser.ema.get(settings.export)).eval()
+        self.optimiser = Optimiser(
+            self.net,
+            **vars(settings.optimiser),
+            ema_decays=settings.ema,
+            total=self.updates,
+            ema_warmup=settings.ema_warmup,
+        )
+        self._scale = 1 / math.prod(dataset.shape) if settings.reduction == "mean" else 1.0
+        distributed.average(self.optimiser, self.parts, self.sharded)
+        self.averaged, self._exporting = sharding.exported(net, self.optimiser.ema.get(settings.export), self.sharded)
         self.labels = labels_to_draw(self.net, dataset, self.device)
         # Only to refuse data without endpoints: batches bring their own.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
         self._two_sided = not isinstance(self.path, OneSidedPath)
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device)
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
+        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws)
         self.noise = NoiseStream(distributed.seed(seed), self.device)
         self.meters = Meters(("loss", "gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
@@ -115,6 +130,8 @@ class TeacherTrainer:
             on_path = ends if self._two_sided else None
             t = self.path.sample_time(self.batch, self.draws, self.device)
             coef = self.interpolant.coefficients(t)
+            if self._scale != 1.0:
+                coef[:, WEIGHT] *= self._scale
             key = self.noise.next_key()
             x_t = rf.interpolate(x, coef, key, on_path)
         with self.phases("forward"):
@@ -140,11 +157,15 @@ class TeacherTrainer:
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Samples of the exported network in Euler steps, for noise ``z`` and the endpoints if it has them."""
         endpoint = endpoint if self._endpoint else None
-        return integrate(self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self._predict, endpoint)
+        with self._exporting():
+            return integrate(
+                self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self._predict, endpoint
+            )
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """What the run saves at its end: the exported weights and their description."""
-        return self.averaged.state_dict(), self.description
+        with self._exporting():
+            return sharding.whole(self.averaged.state_dict()), self.description
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on."""
@@ -173,7 +194,7 @@ def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
     """The configured network, with the samples' shape and classes filled in where they are not given."""
     network = dict(config.network)
     network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
-    network.setdefault("dim" if network["kind"] == "unet" else "shape", list(dataset.shape))
+    network.setdefault("shape" if network["kind"] == "mlp" else "dim", list(dataset.shape))
     if network.get("class_cond"):
         network.setdefault("num_classes", dataset.classes)
     if config.teacher.label_dropout:

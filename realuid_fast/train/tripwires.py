@@ -43,7 +43,7 @@ class Tripwires:
     )
 
     def __init__(self, dataset: Dataset, batch: int, device: torch.device) -> None:
-        held = dataset.pixels("heldout")[:MOST].flatten(1)
+        held = dataset.pixels("heldout", MOST).flatten(1)
         directions = torch.randn(held.shape[1], PROJECTIONS, generator=torch.Generator().manual_seed(0))
         directions = F.normalize(directions, dim=0)
         ranks = ((torch.arange(batch) + 0.5) / batch * len(held)).long()

@@ -59,6 +59,7 @@ class Case:
         self.noise_rows = -(-rows // parts)
         self.x, self.out, self.other, self.uncond = (memory_like(shape, layout, dtype) for _ in range(4))
         self.guidance = 1 + torch.rand(rows)
+        self.q_rows = torch.randn(rows)
         self.endpoint = memory_like(shape, layout, dtype) if endpoint else None
         self.x_t = memory_like(shape, layout, dtype) if x_t else None
         self.coef = torch.randn(rows, 9)
@@ -132,10 +133,17 @@ def check_generator(case: Case, name: str, dtype: torch.dtype, wants: tuple[bool
     def guided(c: Case) -> tuple[object, ...]:
         first, scalars = arguments(c)[:7], arguments(c)[7:]
         # The second output's gradient is wanted where x's is.
-        return *first, c.uncond, c.guidance, *scalars, wants[2]
+        return *first, c.uncond, c.guidance, None, *scalars, wants[2]
 
-    got, want = run("guided_generator", *guided(case)), reference.guided_generator(*guided(case.double()))
-    compare(name.replace("generator", "guided_generator"), dtype, got, want)
+    def by_row(c: Case) -> tuple[object, ...]:
+        first, scalars = arguments(c)[:7], arguments(c)[7:]
+        # A Q of each row's own, with guidance where x's gradient is wanted and without it elsewhere.
+        guidance = (c.uncond, c.guidance) if wants[2] else (None, None)
+        return *first, *guidance, c.q_rows, *scalars, wants[0] and wants[2]
+
+    for kind, inputs in (("guided_generator", guided), ("q_rows_generator", by_row)):
+        got, want = run("guided_generator", *inputs(case)), reference.guided_generator(*inputs(case.double()))
+        compare(name.replace("generator", kind), dtype, got, want)
 
 
 def check_fake(case: Case, name: str, dtype: torch.dtype, teacher: bool, want: bool, mean: bool) -> None:

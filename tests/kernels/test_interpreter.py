@@ -31,6 +31,7 @@ def cases() -> dict[str, tuple[float, float]]:
         "generator",
         "guided_fake",
         "guided_generator",
+        "q_rows_generator",
         "mean_abs_error",
         "guided_mean_abs_error",
         "scale",

@@ -1,0 +1,72 @@
+// What every operator does with its arguments: naming what is wrong with them, finding their memory, making results.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/storage.h"
+
+namespace realuid_fast::arguments {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+// One sentence and no source location: it is for whoever called the operator.
+#define REQUIRE(condition, ...) \
+  do {                          \
+    if (!(condition)) refuse(__VA_ARGS__); \
+  } while (false)
+
+inline Dtype storage(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::Double:
+      return Dtype::float64;
+    default:
+      refuse(name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+// Where `t` lies. A tensor whose storage was taken from it (as sharded training does) has a shape and no memory.
+inline const void* memory_of(const Tensor& t, const char* name) {
+  const void* memory = t.const_data_ptr();
+  REQUIRE(memory != nullptr || t.numel() == 0, name, " has no memory: its storage was freed");
+  return memory;
+}
+
+inline void* writable(const Tensor& t, const char* name) {
+  memory_of(t, name);
+  return t.mutable_data_ptr();
+}
+
+// The C shim rather than a dispatched empty: a small call spends most of its time here.
+inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  static const int64_t nothing = 0;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  REQUIRE(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
+                                   aoti_torch_device_type_cpu(), 0, &handle) == 0,
+          "no memory for the result");
+  return Tensor(handle);
+}
+
+}  // namespace realuid_fast::arguments

@@ -1,0 +1,104 @@
+// 3x3 convolutions of stride 1 and padding 1 on channels_last images, by Winograd's minimal filtering (Lavin and Gray,
+// arXiv:1509.09308): a tile of 4x4 outputs takes 36 multiplications a pair of channels in place of 144.
+//
+// With points 0, +-3/4, +-3/2 and infinity (their products are exact, and an error of about five times the direct sum's is
+// what they leave; 0, +-1, +-2 leave twice to three times that):
+//   output = A^T [ (G filter G^T) . (B^T patch B) ] A       summed over input channels, one matrix product a point pair
+//   filter gradient = G^T [ (A grad A^T) . (B^T patch B) ] G    summed over tiles
+// and the input's gradient is a convolution of the output's with the filters turned around.
+//
+// Matrices lie in panels: `panel` columns side by side, one row after another, so that a product reads and writes in order.
+// Storage is float32, bfloat16, float16 or float64; filters and all arithmetic are float32, or float64 for float64.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace realuid_fast {
+
+constexpr int TILE = 4, PATCH = 6, POINTS = PATCH * PATCH;
+
+struct Images {
+  int64_t batch, height, width;
+  int64_t down() const { return (height + TILE - 1) / TILE; }
+  int64_t across() const { return (width + TILE - 1) / TILE; }
+  int64_t tiles() const { return batch * down() * across(); }
+};
+
+// Filters [out, in, 3, 3] by their strides in elements, which turn them around where they are negative.
+struct Filters {
+  int64_t in, out;
+  int64_t by_in, by_out, by_row, by_column;
+};
+
+// G filter G^T of the panels [begin, end) of output channels: to[point][panel][in].
+struct FilterArgs {
+  Filters filters;
+  const void* weight;
+  void* to;
+};
+
+// Tiles [begin, end) of one convolution.
+struct ConvArgs {
+  Images images;
+  int64_t in, out;
+  const void *x, *filters, *bias;  // bias may be null
+  void* y;
+  void *patches, *products;        // scratch of patch_size() and product_size() of end - begin tiles
+};
+
+// Tiles [first + begin, first + end) of x and grad taken to the points, for a block of `count` tiles from `first` on.
+struct SpreadArgs {
+  Images images;
+  int64_t in, out, first, count;
+  const void *x, *grad;
+  void *patches, *grads;  // [point][count][row of in], [point][panel][count]
+};
+
+// sums[point][panel][in] += patches^T grads for the points [begin, end).
+struct SumArgs {
+  int64_t in, out, count;
+  const void *patches, *grads;
+  void* sums;
+  bool first;  // = instead of +=
+};
+
+// G^T sums G for the panels [begin, end), to the gradient of the filters.
+struct FoldArgs {
+  Filters filters;
+  const void* sums;
+  void* grad;
+};
+
+struct ConvKernels {
+  int64_t panel;  // columns
+  int64_t rows;   // what a block of tiles is best a multiple of
+  int64_t lanes;  // of a vector: what a row of patches is padded by
+  void (*filters)(const FilterArgs&, int64_t begin, int64_t end);
+  void (*convolve)(const ConvArgs&, int64_t begin, int64_t end);
+  void (*spread)(const SpreadArgs&, int64_t begin, int64_t end);
+  void (*sum)(const SumArgs&, int64_t begin, int64_t end);
+  void (*fold)(const FoldArgs&, int64_t begin, int64_t end);
+
+  int64_t panels(int64_t channels) const { return (channels + panel - 1) / panel; }
+  // One vector more than needed, so that rows below each other do not fall on the same lines of the cache.
+  int64_t row(int64_t channels) const { return (channels + lanes - 1) / lanes * lanes + lanes; }
+  int64_t patch_size(int64_t tiles, int64_t channels) const { return POINTS * tiles * row(channels); }
+  int64_t product_size(int64_t rows_of_panel, int64_t channels) const { return POINTS * rows_of_panel * panels(channels) * panel; }
+};
+
+// The kernels for one storage type of the images on the instruction set in use.
+const ConvKernels& conv_kernels(Dtype dtype);
+
+namespace avx512 {
+extern const ConvKernels conv_table[DTYPES];
+}
+namespace avx2 {
+extern const ConvKernels conv_table[DTYPES];
+}
+namespace baseline {
+extern const ConvKernels conv_table[DTYPES];
+}
+
+}  // namespace realuid_fast

@@ -1,0 +1,51 @@
+// Group normalisation and SiLU in one pass each way over channels_last images [batch, pixels, channels].
+//
+//   n = (x + shift - mean) rstd over a group of channels of one image,  z = weight n + bias,  y = z sigmoid(z)
+//
+// Nothing but the input and every group's mean and rstd is kept for the way back: n and z are computed again. Storage is
+// float32, bfloat16, float16 or float64; parameters, statistics and arithmetic are float32, or float64 for float64.
+#pragma once
+
+#include <cstdint>
+
+#include "storage.h"
+
+namespace realuid_fast {
+
+struct NormArgs {
+  int64_t batch, pixels, channels, groups;
+  double eps;
+  const void *x, *shift, *weight, *bias;  // shift [batch, channels], may be null
+  void* statistics;                       // [batch, groups, 2]: mean, rstd
+  void* y;
+};
+
+struct NormGradArgs {
+  int64_t batch, pixels, channels, groups;
+  const void *x, *shift, *weight, *bias, *statistics, *grad;
+  void *g_x, *g_shift;   // g_shift may be null
+  double* of_images;     // [batch, 2, channels]: every image's part of the gradients of weight and bias
+};
+
+struct NormKernels {
+  // Images [begin, end). `scratch` is what scratch() asks for, in bytes.
+  void (*forward)(const NormArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*backward)(const NormGradArgs&, int64_t begin, int64_t end, void* scratch);
+};
+
+// Six rows of channels in double: the sums, or what they become.
+constexpr int NORM_ROWS = 6;
+
+const NormKernels& norm_kernels(Dtype dtype);
+
+namespace avx512 {
+extern const NormKernels norm_table[DTYPES];
+}
+namespace avx2 {
+extern const NormKernels norm_table[DTYPES];
+}
+namespace baseline {
+extern const NormKernels norm_table[DTYPES];
+}
+
+}  // namespace realuid_fast

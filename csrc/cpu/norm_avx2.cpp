@@ -1,0 +1,11 @@
+// Group normalisation and SiLU, compiled for AVX2.
+#include "arch.h"
+#include "norm.h"
+
+#if REALUID_X86
+#include "target_avx2.h"
+
+#include "norm_impl.h"
+
+#include "target_end.h"
+#endif

@@ -1,0 +1,130 @@
+"""U-Nets and transformers of the package diffusers (extra ``diffusers``), called as ``net(t, x, y=None)``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .unet import check_null_label
+
+CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+
+
+class Diffusers(nn.Module):
+    """A model of the package diffusers, built from its class' name and configuration alone: nothing is downloaded.
+
+    Parameters are those of the model under the prefix ``net.``.
+
+    Args:
+        class_name: ``"UNet2DModel"``, ``"UNet2DConditionModel"`` without text (blocks without cross-attention, or with
+            class labels alone), or ``"DiTTransformer2DModel"``.
+        config: what the model's ``config.json`` holds. Keys of no meaning to the class are refused where they are set.
+        dim: ``(C, H, W)`` of the samples.
+        null_label: whether the last of a U-Net's class embeddings is "no label"; transformers say so themselves.
+        negate: whether the prediction is the model's negative output.
+
+    Raises:
+        UserError: diffusers is not installed, another class, or a configuration that the class or this adapter refuses.
+    """
+
+    def __init__(
+        self,
+        class_name: str,
+        config: Mapping[str, Any],
+        dim: Sequence[int],
+        null_label: bool = False,
+        negate: bool = False,
+    ) -> None:
+        super().__init__()
+        if class_name not in CLASSES:
+            raise UserError(f"class_name must be one of {', '.join(CLASSES)}; got {class_name!r}")
+        if len(dim) != 3:
+            raise UserError(f"dim must be (channels, height, width), got {tuple(dim)}")
+        self.dim, self.negate = tuple(int(v) for v in dim), negate
+        settings = _settings(class_name, config)
+        if settings.get("in_channels", self.dim[0]) != self.dim[0]:
+            raise UserError(
+                f"dim {self.dim} has {self.dim[0]} channels, the {class_name} takes {settings['in_channels']}"
+            )
+        self.num_classes, self.null_label = _labels(class_name, settings, null_label)
+        self.transformer = class_name == "DiTTransformer2DModel"
+        self.text = class_name == "UNet2DConditionModel"
+        try:
+            self.net: nn.Module = _class(class_name)(**settings)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{class_name} refuses its configuration: {str(error).splitlines()[0]}") from None
+        for module in self.net.modules():
+            # Labels are dropped by who trains, on purpose; here it would change what a frozen teacher is compared with.
+            if type(module).__name__ == "LabelEmbedding":
+                module.__dict__["dropout_prob"] = 0.0
+
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Prediction like ``x`` ``(B, C, H, W)`` at the model's timesteps ``t`` ``(B,)`` or ``()``.
+
+        The channels of a learned variance are left off.
+        """
+        if x.shape[1:] != self.dim:
+            raise UserError(f"x must have shape (batch, {', '.join(map(str, self.dim))}), got {tuple(x.shape)}")
+        if (y is None) != (self.num_classes is None):
+            raise UserError("y must be given to a class-conditional network and to no other")
+        t = t.expand(x.shape[0]) if t.dim() == 0 else t
+        if t.shape != x.shape[:1]:
+            raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
+        arguments: dict[str, Any] = {"return_dict": False}
+        if self.text:
+            arguments["encoder_hidden_states"] = None
+        if y is not None:
+            arguments["class_labels"] = y
+        out: Tensor = self.net(x, timestep=t, **arguments)[0][:, : self.dim[0]]
+        return -out if self.negate else out
+
+
+def _class(name: str) -> Callable[..., nn.Module]:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(
+            f"this network needs the package diffusers, pip install 'realuid-fast[diffusers]': {error}"
+        ) from None
+    return getattr(diffusers, name)
+
+
+def _settings(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration's entries that the class takes."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"config must be a mapping, got {config!r:.60}")
+    known = inspect.signature(_class(class_name).__init__).parameters
+    # What older releases wrote for several classes at once is there with nothing set.
+    unknown = [k for k, v in config.items() if not k.startswith("_") and k not in known and v not in (None, False)]
+    if unknown:
+        raise UserError(f"{class_name} has no setting {', '.join(sorted(unknown))}")
+    return {key: value for key, value in config.items() if key in known}
+
+
+def _labels(class_name: str, settings: Mapping[str, Any], null_label: bool) -> tuple[int | None, int | None]:
+    """Number of classes and the null label, None where there are none."""
+    if class_name == "DiTTransformer2DModel":
+        # Its embedding has one row more than classes, which training with dropped labels used.
+        classes = int(settings.get("num_embeds_ada_norm") or 0)
+        if not classes:
+            raise UserError("a DiTTransformer2DModel needs num_embeds_ada_norm, its number of classes")
+        return classes, check_null_label(True, classes)
+    if class_name == "UNet2DConditionModel":
+        blocks = [*(settings.get("down_block_types") or ("Cross",)), settings.get("mid_block_type", "Cross") or ""]
+        blocks += settings.get("up_block_types") or ("Cross",)
+        if any("Cross" in str(block) for block in blocks) or settings.get("addition_embed_type"):
+            raise UserError("this UNet2DConditionModel is conditioned on text, which this package has no place for")
+    kind, classes = settings.get("class_embed_type"), int(settings.get("num_class_embeds") or 0)
+    if kind is not None:
+        raise UserError(f"class_embed_type must be null, labels by number; this model has {kind!r}")
+    classes -= null_label
+    if classes < 1:
+        check_null_label(null_label, 0)
+        return None, None
+    return classes, check_null_label(null_label, classes)

@@ -1,0 +1,492 @@
+"""The U-Nets of Karras et al. (2206.00364), called as ``net(t, x, y=None)`` with ``t`` their ``c_noise``.
+
+These are the raw networks ``F``; their preconditioning is a path's prediction (``edm``, ``vp`` or ``ve``). Names and
+shapes of parameters and buffers are those of the published networks' inner ``model``, so that their states load as they
+are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .unet import GroupNorm, check_null_label, timestep_embedding
+
+MOST_BLOCKS = 256  # a level; a damaged file may ask for any number
+ROOT_HALF = math.sqrt(0.5)
+
+
+class Conv(nn.Module):
+    """Resampling by a factor of two with a separable filter, then a convolution; ``kernel`` 0 leaves the latter out.
+
+    ``resample`` is ``"up"``, ``"down"`` or None. With ``late`` the convolution comes before the downsampling, on inputs
+    padded for both.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        kernel: int,
+        resample: str | None = None,
+        taps: Sequence[float] = (1, 1),
+        late: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resample, self.late = resample, late
+        self.box = tuple(taps) == (1, 1)
+        self.padding, self.margin = kernel // 2, (len(taps) - 1) // 2
+        self.weight: nn.Parameter | None = None
+        if kernel:
+            self.weight = nn.Parameter(torch.empty(out_channels, channels, kernel, kernel))
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        if resample is not None:
+            row = torch.tensor([float(tap) for tap in taps])
+            self.register_buffer("resample_filter", torch.outer(row, row)[None, None] / row.sum() ** 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.late:
+            assert self.weight is not None
+            x = F.conv2d(x, self.weight, self.bias, padding=self.padding + self.margin)
+            return self._down(x, 0)
+        if self.resample == "up":
+            x = self._up(x)
+        elif self.resample == "down":
+            x = self._down(x, self.margin)
+        return x if self.weight is None else F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def _up(self, x: Tensor) -> Tensor:
+        if self.box:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        taps = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv_transpose2d(x, taps, stride=2, padding=self.margin, groups=x.shape[1])
+
+    def _down(self, x: Tensor, padding: int) -> Tensor:
+        if self.box:
+            return F.avg_pool2d(x, 2)
+        taps = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, taps, stride=2, padding=padding, groups=x.shape[1])
+
+
+class Norm(GroupNorm):
+    """Group normalisation with 32 groups, fewer where they would hold less than four channels."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(min(32, channels // 4), channels, eps)
+
+
+class Block(nn.Module):
+    """Residual block with the embedding in its middle and, perhaps, attention after it.
+
+    ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in
+    the embedding; with ``modulated`` ``norm1(h) (1 + scale) + shift`` in place of ``norm1(h + e)``. ``heads`` add
+    attention, ``skip_scale (out + proj(attention(norm2(out))))``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        resample: str | None = None,
+        heads: int = 0,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        taps: Sequence[float] = (1, 1),
+        project: bool = False,
+        modulated: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.skip_scale, self.modulated = heads, dropout, skip_scale, modulated
+        self.norm0 = Norm(channels, eps)
+        self.conv0 = Conv(channels, out_channels, 3, resample, taps)
+        self.affine = nn.Linear(embedding, out_channels * (2 if modulated else 1))
+        self.norm1 = Norm(out_channels, eps)
+        self.conv1 = Conv(out_channels, out_channels, 3)
+        self.skip: Conv | None = None
+        if out_channels != channels or resample is not None:
+            kernel = 1 if project or out_channels != channels else 0
+            self.skip = Conv(channels, out_channels, kernel, resample, taps)
+        if heads:
+            self.norm2 = Norm(out_channels, eps)
+            self.qkv = Conv(out_channels, 3 * out_channels, 1)
+            self.proj = Conv(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        shift = self.affine(embedding).to(h.dtype)[:, :, None, None]
+        if self.modulated:
+            scale, shift = shift.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm1(h), 1.0 + scale)
+        else:
+            h = self.norm1(h + shift)
+        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+        x = self._scaled(h + (x if self.skip is None else self.skip(x)))
+        return self._scaled(x + self._attention(x)) if self.heads else x
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.skip_scale == 1.0 else x * self.skip_scale
+
+    def _attention(self, x: Tensor) -> Tensor:
+        # The projection's channels run head by head and, inside, (q, k, v) for each channel.
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(2, 3).reshape(batch, channels, height, width))
+
+
+class _Common(nn.Module):
+    """What both networks share: checks, the labels' one-hot rows, and the last layer in full precision."""
+
+    def __init__(
+        self,
+        dim: Sequence[int],
+        levels: int,
+        num_blocks: int,
+        out_channels: int | None,
+        label_dim: int,
+        null_label: bool,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_blocks <= MOST_BLOCKS:
+            raise UserError(f"num_blocks must be from 1 to {MOST_BLOCKS}, got {num_blocks}")
+        if len(dim) != 3 or dim[1] != dim[2]:
+            raise UserError(f"dim must be (channels, side, side), got {tuple(dim)}")
+        if levels < 1 or int(dim[1]) % 2 ** (levels - 1):
+            raise UserError(
+                f"dim {tuple(dim)} must be divisible by 2 once for each level of channel_mult but the first"
+            )
+        self.dim = tuple(int(v) for v in dim)
+        self.out_channels = self.dim[0] if out_channels is None else out_channels
+        if self.out_channels < self.dim[0]:
+            raise UserError(f"out_channels must be at least the images' {self.dim[0]} channels, got {out_channels}")
+        self.num_classes = label_dim or None
+        self.null_label = check_null_label(null_label, label_dim)
+
+    def _checked(self, t: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+        """The times as ``(B,)``."""
+        if x.shape[1:] != self.dim:
+            raise UserError(f"x must have shape (batch, {', '.join(map(str, self.dim))}), got {tuple(x.shape)}")
+        if (y is None) != (self.num_classes is None):
+            raise UserError("y must be given to a class-conditional network and to no other")
+        t = t.expand(x.shape[0]) if t.dim() == 0 else t
+        if t.shape != x.shape[:1]:
+            raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
+        return t
+
+    def _one_hot(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Rows ``(B, num_classes)``; zeros for the null label."""
+        assert self.num_classes is not None
+        return F.one_hot(y, self.num_classes + 1)[:, :-1].to(weight.dtype)
+
+    def _last(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
+        """The images' channels; a learned variance's, beyond them, are left off."""
+        weight = next(conv.parameters())
+        with torch.autocast(x.device.type, enabled=False):
+            return conv(F.silu(norm(x.to(weight.dtype))))[:, : self.dim[0]]
+
+
+class SongUNet(_Common):
+    """DDPM++ and NCSN++ (Song et al., 2011.13456) as Karras et al. (2206.00364) train them.
+
+    Args:
+        dim: ``(C, R, R)`` of the images; ``R`` divisible by ``2 ** (len(channel_mult) - 1)``.
+        out_channels: channels of the last layer, ``C`` when None; what is beyond ``C`` is left off.
+        label_dim: number of classes, 0 for none; then ``y`` ``(B,)`` int64 is required.
+        null_label: whether it also knows ``label_dim`` as "no label" (a row of zeros), as networks trained with
+            label dropout do.
+        augment_dim: size of the augmentation labels it was trained with. Images are taken as not augmented, so that
+            their weight is kept and plays no part.
+        model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions, dropout: widths, the embedding's
+            width as a multiple, blocks a level, sides of the levels with attention, dropout in the blocks.
+        embedding_type, channel_mult_noise: ``"positional"`` and 1 in DDPM++, ``"fourier"`` and 2 in NCSN++.
+        encoder_type: ``"standard"`` in DDPM++, ``"residual"`` in NCSN++, or ``"skip"``.
+        decoder_type: ``"standard"`` or ``"skip"``.
+        resample_filter: taps of the resampling, ``(1, 1)`` in DDPM++, ``(1, 3, 3, 1)`` in NCSN++.
+
+    Raises:
+        UserError: for a setting, shape or label that the network cannot take.
+    """
+
+    def __init__(
+        self,
+        dim: Sequence[int],
+        out_channels: int | None = None,
+        label_dim: int = 0,
+        null_label: bool = False,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+    ) -> None:
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
+        _check("embedding_type", embedding_type, ("positional", "fourier"))
+        _check("encoder_type", encoder_type, ("standard", "skip", "residual"))
+        _check("decoder_type", decoder_type, ("standard", "skip"))
+        if not resample_filter or len(resample_filter) % 2 or sum(resample_filter) == 0:
+            raise UserError(f"resample_filter must hold an even number of taps, got {tuple(resample_filter)}")
+        taps = tuple(resample_filter)
+        self.encoder_type, self.decoder_type, self.num_blocks = encoder_type, decoder_type, num_blocks
+        self.sides = [self.dim[1] >> level for level in range(len(channel_mult))]
+        embedding, noise = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+
+        self.map_noise = Frequencies(noise) if embedding_type == "fourier" else Positions(noise)
+        self.map_label = nn.Linear(label_dim, noise) if label_dim else None
+        self.map_augment = _unused(noise, augment_dim) if augment_dim else None
+        self.map_layer0 = nn.Linear(noise, embedding)
+        self.map_layer1 = nn.Linear(embedding, embedding)
+
+        def block(channels: int, out: int, resample: str | None = None, attention: bool = False) -> Block:
+            return Block(
+                channels, out, embedding, resample, int(attention), dropout, ROOT_HALF, 1e-6, taps, True, False
+            )  # fmt: skip
+
+        widths = [model_channels * mult for mult in channel_mult]
+        channels, aux = model_channels, self.dim[0]
+        self.enc = nn.ModuleDict({f"{_square(self.sides[0])}_conv": Conv(aux, channels, 3)})
+        skips = [channels]
+        for level, (side, width) in enumerate(zip(self.sides, widths, strict=True)):
+            at = _square(side)
+            if level:
+                self.enc[f"{at}_down"] = block(channels, channels, "down")
+                skips.append(channels)
+                if encoder_type == "skip":
+                    self.enc[f"{at}_aux_down"] = Conv(aux, aux, 0, "down", taps)
+                    self.enc[f"{at}_aux_skip"] = Conv(aux, channels, 1)
+                elif encoder_type == "residual":
+                    self.enc[f"{at}_aux_residual"] = Conv(aux, channels, 3, "down", taps, late=True)
+                    aux = channels
+            for i in range(num_blocks):
+                self.enc[f"{at}_block{i}"] = block(channels, width, attention=side in attn_resolutions)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for level, (side, width) in reversed(list(enumerate(zip(self.sides, widths, strict=True)))):
+            at, lowest = _square(side), level == len(widths) - 1
+            if lowest:
+                self.dec[f"{at}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{at}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{at}_up"] = block(channels, channels, "up")
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and side in attn_resolutions
+                self.dec[f"{at}_block{i}"] = block(channels + skips.pop(), width, attention=attention)
+                channels = width
+            if decoder_type == "skip" or level == 0:
+                if decoder_type == "skip" and not lowest:
+                    self.dec[f"{at}_aux_up"] = Conv(self.out_channels, self.out_channels, 0, "up", taps)
+                self.dec[f"{at}_aux_norm"] = Norm(channels, 1e-6)
+                self.dec[f"{at}_aux_conv"] = Conv(channels, self.out_channels, 3)
+        self._initialise()
+
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``."""
+        t = self._checked(t, x, y)
+        cosine, sine = self.map_noise(t).chunk(2, dim=1)
+        features = torch.cat([sine, cosine], dim=1).to(self.map_layer0.weight.dtype)
+        if y is not None:
+            assert self.map_label is not None
+            rows = self._one_hot(y, self.map_label.weight)
+            features = features + self.map_label(rows * math.sqrt(rows.shape[1]))
+        embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
+
+        aux, x = x, self.enc[f"{_square(self.sides[0])}_conv"](x)
+        skips = [x]
+        for level, side in enumerate(self.sides):
+            at = _square(side)
+            if level:
+                x = self.enc[f"{at}_down"](x, embedding)
+                if self.encoder_type == "skip":
+                    aux = self.enc[f"{at}_aux_down"](aux)
+                    x = x + self.enc[f"{at}_aux_skip"](aux)
+                elif self.encoder_type == "residual":
+                    x = aux = (x + self.enc[f"{at}_aux_residual"](aux)) * ROOT_HALF
+                skips.append(x)
+            for i in range(self.num_blocks):
+                x = self.enc[f"{at}_block{i}"](x, embedding)
+                skips.append(x)
+
+        out = None
+        for level, side in reversed(list(enumerate(self.sides))):
+            at = _square(side)
+            if level == len(self.sides) - 1:
+                x = self.dec[f"{at}_in1"](self.dec[f"{at}_in0"](x, embedding), embedding)
+            else:
+                x = self.dec[f"{at}_up"](x, embedding)
+            for i in range(self.num_blocks + 1):
+                x = self.dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), embedding)
+            if self.decoder_type == "skip" or level == 0:
+                image = self._last(self.dec[f"{at}_aux_norm"], self.dec[f"{at}_aux_conv"], x)
+                out = image if out is None else image + self.dec[f"{at}_aux_up"](out)
+        assert out is not None
+        return out
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Xavier's uniform law and no bias; branches' last layers next to nothing."""
+        for name, module in self.named_modules():
+            if isinstance(module, (Conv, nn.Linear)) and module.weight is not None:
+                last = name.endswith(("conv1", "proj", "aux_conv"))
+                gain = 1e-5 if last else math.sqrt(0.2) if name.endswith("qkv") else 1.0
+                nn.init.xavier_uniform_(module.weight, gain)
+                nn.init.zeros_(module.bias)
+
+
+class DhariwalUNet(_Common):
+    """ADM (Dhariwal and Nichol, 2105.05233) as Karras et al. (2206.00364) train it.
+
+    Args:
+        dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb,
+            num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`; attention has heads of 64 channels.
+
+    Raises:
+        UserError: for a setting, shape or label that the network cannot take.
+    """
+
+    def __init__(
+        self,
+        dim: Sequence[int],
+        out_channels: int | None = None,
+        label_dim: int = 0,
+        null_label: bool = False,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+    ) -> None:
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
+        sides = [self.dim[1] >> level for level in range(len(channel_mult))]
+        embedding = model_channels * channel_mult_emb
+        self.model_channels = model_channels
+        self.map_augment = _unused(model_channels, augment_dim) if augment_dim else None
+        self.map_layer0 = nn.Linear(model_channels, embedding)
+        self.map_layer1 = nn.Linear(embedding, embedding)
+        self.map_label = nn.Linear(label_dim, embedding, bias=False) if label_dim else None
+
+        def block(channels: int, out: int, resample: str | None = None, attention: bool = False) -> Block:
+            return Block(channels, out, embedding, resample, out // 64 if attention else 0, dropout)
+
+        widths = [model_channels * mult for mult in channel_mult]
+        channels = widths[0]
+        self.enc = nn.ModuleDict({f"{_square(sides[0])}_conv": Conv(self.dim[0], channels, 3)})
+        skips = [channels]
+        for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
+            at = _square(side)
+            if level:
+                self.enc[f"{at}_down"] = block(channels, channels, "down")
+                skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{at}_block{i}"] = block(channels, width, attention=side in attn_resolutions)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        self.joined = []
+        for level, (side, width) in reversed(list(enumerate(zip(sides, widths, strict=True)))):
+            at = _square(side)
+            if level == len(widths) - 1:
+                self.dec[f"{at}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{at}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{at}_up"] = block(channels, channels, "up")
+            for i in range(num_blocks + 1):
+                name = f"{at}_block{i}"
+                self.dec[name] = block(channels + skips.pop(), width, attention=side in attn_resolutions)
+                self.joined.append(name)
+                channels = width
+        self.out_norm = Norm(channels, 1e-5)
+        self.out_conv = Conv(channels, self.out_channels, 3)
+        self._initialise()
+
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``."""
+        t = self._checked(t, x, y)
+        features = timestep_embedding(t, self.model_channels).to(self.map_layer0.weight.dtype)
+        embedding = self.map_layer1(F.silu(self.map_layer0(features)))
+        if y is not None:
+            assert self.map_label is not None
+            embedding = embedding + self.map_label(self._one_hot(y, self.map_label.weight))
+        embedding = F.silu(embedding)
+        skips = []
+        for block in self.enc.values():
+            x = block(x, embedding) if isinstance(block, Block) else block(x)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(torch.cat([x, skips.pop()], dim=1) if name in self.joined else x, embedding)
+        return self._last(self.out_norm, self.out_conv, x)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Uniform within ``1 / sqrt(fan_in)``, weights and biases; branches' last layers at zero."""
+        for name, module in self.named_modules():
+            if isinstance(module, (Conv, nn.Linear)) and module.weight is not None:
+                bound = 0.0 if name.endswith(("conv1", "proj", "out_conv")) else module.weight[0].numel() ** -0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -bound, bound)
+        if self.map_label is not None:
+            nn.init.normal_(self.map_label.weight)
+
+
+class Positions(nn.Module):
+    """``[cos(t w_i), sin(t w_i)]`` with ``w_i`` from 1 down to 1e-4, both included: ``(B,)`` to ``(B, width)``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.count = width // 2
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(self.count, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(steps * (-math.log(10_000.0) / (self.count - 1)))
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Frequencies(nn.Module):
+    """``[cos(2 pi t w_i), sin(2 pi t w_i)]`` with fixed random ``w_i ~ N(0, 16^2)``: ``(B,)`` to ``(B, width)``."""
+
+    freqs: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(width // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.float()[:, None] * (2 * math.pi * self.freqs.float())
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _unused(width: int, size: int) -> nn.Module:
+    """A weight that is kept with the network and has no gradient: a buffer under the parameter's name."""
+    module = nn.Module()
+    module.register_buffer("weight", torch.zeros(width, size))
+    return module
+
+
+def _square(side: int) -> str:
+    return f"{side}x{side}"
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{name} must be one of {', '.join(known)}; got {value!r}")

@@ -1,0 +1,83 @@
+"""Layers of the image networks: torch's own, and on CPU the package's operators where those are faster.
+
+The operators want images in channels_last order; other layouts, and everything inside ``rf.backend("torch")``, run as
+plain torch. They have no second derivative.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+
+# Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN, which multiplies half types at
+# twice the speed of float32; the operator does not.
+LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_HALF = 16, 8, 96
+# The parameters' type that the operators take with images of each type.
+_PARAMETERS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1 with padding 1."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            # As autocast has a convolution take it; the operator takes its filters in float32.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if serves(x, self.weight) and self._pays(x):
+            return torch.ops.realuid_fast.conv3x3.default(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def _pays(self, x: Tensor) -> bool:
+        if min(self.in_channels, self.out_channels) < LEAST_CHANNELS:
+            return False
+        batch, _, height, width = x.shape
+        tiles = batch * -(-height // 4) * -(-width // 4)
+        if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+            return tiles >= LEAST_TILES_HALF and not _has_matrix_unit()
+        return tiles >= LEAST_TILES
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation computed in float32 whatever the storage type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 or x.dtype == torch.float64:
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+    def silu(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """``SiLU(norm(x + shift))``, the shift ``(B, C)`` added to every pixel."""
+        if serves(x, self.weight):
+            shift = None if shift is None else shift.to(self.weight.dtype)
+            groups, eps = self.num_groups, self.eps
+            return torch.ops.realuid_fast.norm_silu.default(x, shift, self.weight, self.bias, groups, eps)[0]
+        return F.silu(self(x if shift is None else x + shift.to(x.dtype)[:, :, None, None]))
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operators take images ``x`` with the parameter ``weight``: on CPU, channels_last, float types."""
+    return (
+        x.is_contiguous(memory_format=torch.channels_last)
+        and weight.dtype == _PARAMETERS.get(x.dtype)
+        and backends.compiled(x.device)
+    )
+
+
+@functools.cache
+def _has_matrix_unit() -> bool:
+    """Whether oneDNN multiplies half types many times faster than float32."""
+    return torch.cpu._is_amx_tile_supported()

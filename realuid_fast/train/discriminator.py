@@ -1,0 +1,103 @@
+"""A discriminator on the fake model: a small head on its features, and softplus GAN terms in both turns.
+
+The head reads what the fake model computes anyway, so that the turns make no further pass. With its logits ``h``::
+
+    fake turn        + weight_fake      (mean m softplus(h(generated)) + mean m softplus(-h(real)))
+    generator turn   + weight_generator  mean m softplus(-h(generated))
+
+of interpolants ``x_t``; ``m`` is 1 where one holds at least ``least_share`` of data, else 0. Source: the published
+RealUID code's comparison with a GAN, after DMD2 (Yin et al., 2405.14867, section 4.3). It judges further ``x_t``, at
+times in [0.8, 1], with weights of 15 and 5; here they are those of the turn.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..networks.unet import GroupNorm
+from ..paths import COLUMNS
+from ..sampling import takes_endpoint
+
+GROUP = 8  # channels normalised together, as 256 in 32 groups
+SCALES = COLUMNS.index("p")  # columns a, b, c before it
+
+
+class Head(nn.Module):
+    """Logits of features ``(B, C, H, W)`` or ``(B, C)``: real above 0, generated below.
+
+    Of images: as long as both sides are at least 2, and twice at most, a convolution that halves them, normalisation
+    and SiLU; then one logit for every place that is left. Else one hidden layer and one logit.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        channels, *sides = shape
+        layers: list[nn.Module] = []
+        if sides:
+            for _ in range(2):
+                if min(sides) < 2:
+                    break
+                groups = channels // GROUP if channels % GROUP == 0 else 1
+                layers += [nn.Conv2d(channels, channels, 2, stride=2), GroupNorm(groups, channels), nn.SiLU()]
+                sides = [side // 2 for side in sides]
+            layers.append(nn.Conv2d(channels, 1, 1))
+        else:
+            layers += [nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``(B, n)``."""
+        return self.layers(features).flatten(1)
+
+
+class Judged(nn.Module):
+    """``net`` with a :class:`Head` on its features: called as ``net`` it returns output and logits ``(B, n)``.
+
+    The head's weights follow from ``seed``.
+
+    Raises:
+        UserError: a network that does not give its features.
+    """
+
+    def __init__(self, net: nn.Module, shape: tuple[int, ...], seed: int) -> None:
+        super().__init__()
+        if "with_features" not in inspect.signature(net.forward).parameters:
+            raise UserError(f"distill.gan needs a network that gives its features, {type(net).__name__} does not")
+        self.net = net
+        # What it must be called with, as far as callers look.
+        self.num_classes, self.endpoint = getattr(net, "num_classes", None), takes_endpoint(net)
+        parameter = next(net.parameters())
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            x = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+            labels = x.new_zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
+            ends = (x,) if self.endpoint else ()
+            _, features = net(x.new_zeros(1, dtype=torch.float32), x, labels, *ends, with_features=True)
+            self.head = Head(tuple(features.shape[1:])).to(parameter.device)
+
+    def forward(self, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, features = self.net(*arguments, with_features=True)
+        return out, self.head(features)
+
+
+def softplus_term(logits: Tensor, signs: Tensor, coef: Tensor, least_share: float, count: int) -> tuple[Tensor, Tensor]:
+    """``sum_i m_i mean softplus(signs_i logits_i) / count`` ``()`` and its gradient in ``logits`` ``(R, n)``.
+
+    Args:
+        logits: the head's.
+        signs: ``(R,)``, 1 for rows that are to be called generated, -1 for real.
+        coef: the rows' coefficients ``(R, 9)``, of which ``m`` takes the shares of data.
+        least_share: of data, for ``m = 1``.
+        count: rows of one half.
+    """
+    logits = logits.detach()
+    scales = coef[:, :SCALES].abs()
+    judged = (scales[:, 0] >= least_share * scales.sum(1)).to(logits) / (count * logits.shape[1])
+    signed = signs[:, None] * logits
+    value = (judged[:, None] * F.softplus(signed)).sum()
+    return value, (judged * signs)[:, None] * torch.sigmoid(signed)

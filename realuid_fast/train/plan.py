@@ -1,0 +1,424 @@
+"""What a run would take, without making it: networks, memory by part, operations by turn, hours from a measurement.
+
+Parameters, activations and operations are counted, on this machine's CPU or on tensors without memory; hours are only
+said where updates of this very configuration could be timed on its device. Neither the data nor the teacher need to be
+there: what is missing is named, and images and networks of the configured shape stand in for them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import data, networks, teachers
+from ..data import Dataset
+from ..errors import UserError
+from ..sampling import arguments, needs_endpoint, takes_endpoint
+from ..teachers import SHIPPED, Description, Model
+from . import memory
+from .config import REGRESSION, Config, OptimiserConfig
+from .distill import Distiller
+from .precision import Precision
+from .teacher import TeacherTrainer, network_for
+
+STEPS = 20
+BOUND = 120.0  # seconds that a measurement may take before it makes do with less
+LEAST = 3  # updates that it times at least
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Updates that were timed: their number, batch and median seconds, and how and why they are not the run's."""
+
+    updates: int
+    batch: int
+    seconds: float
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``parameters`` by network; ``memory`` in bytes by part; ``operations`` of an update by turn, two for each
+    multiply-add; ``missing`` in sentences. ``measured`` and ``hours`` are None where ``unmeasured`` says why.
+
+    Memory is that of one process that holds everything; of a discriminator's head the parameters are counted alone.
+    """
+
+    job: str
+    parameters: dict[str, int]
+    memory: dict[str, int]
+    batch: int
+    updates: int
+    images_per_update: int
+    operations: dict[str, int]
+    missing: list[str] = field(default_factory=list)
+    measured: Measured | None = None
+    unmeasured: str = ""
+    hours: float | None = None
+    device: str = "cpu"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it and the totals, as JSON can hold them."""
+        totals = {
+            "memory_total": sum(self.memory.values()),
+            "operations_total": sum(self.operations.values()),
+            "images": self.images_per_update * self.updates,
+        }
+        return asdict(self) | totals
+
+
+def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND) -> Plan:
+    """The plan of ``"train-teacher"`` or ``"distill"``; ``steps`` updates are timed, 0 for none.
+
+    Where so many of the configured batch would not fit into the free memory or into ``bound`` seconds, the batch is
+    halved until they do, down to one sample, and then fewer updates are timed. Time is taken to grow with the batch.
+
+    Raises:
+        UserError: settings that a run would refuse too, or a shape that nothing says.
+    """
+    if steps < 0:
+        raise UserError(f"--measure must not be negative, got {steps}")
+    if job == "distill" and config.distill.objective.name == REGRESSION:
+        raise UserError(
+            "--dry-run plans turns of a fake model and a generator, which distill.objective regression has not"
+        )
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    missing: list[str] = []
+    dataset = _dataset(config, missing)
+    if job == "distill":
+        if config.distill.objective.name == REGRESSION:
+            raise UserError("--dry-run plans runs with a fake model, not distill.objective regression")
+        model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
+        if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
+            dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
+        plan = _distillation(config, dataset, model)
+    else:
+        if _endpoints_needed(config, dataset):
+            dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
+        model, plan = None, _teaching(config, dataset)
+    plan = replace(plan, missing=missing)
+    return (
+        _with_hours(plan, config, dataset, model, steps, bound) if steps else replace(plan, unmeasured="not asked for")
+    )
+
+
+def markdown(plan: Plan) -> str:
+    """The plan as tables."""
+    names = ", ".join(f"{name} {count / 1e6:,.2f} M" for name, count in plan.parameters.items())
+    lines = [f"{plan.job}: {names} parameters"]
+    lines += [f"missing: {sentence}" for sentence in plan.missing]
+    lines += ["", "| memory | MB |", "|---|---:|"]
+    lines += [f"| {name} | {size / 1e6:,.1f} |" for name, size in plan.memory.items()]
+    lines += [f"| **all** | {sum(plan.memory.values()) / 1e6:,.1f} |"]
+    lines += ["", "| an update | operations, G |", "|---|---:|"]
+    lines += [f"| {name} | {count / 1e9:,.3g} |" for name, count in plan.operations.items()]
+    lines += [f"| **all** | {sum(plan.operations.values()) / 1e9:,.3g} |", ""]
+    total = plan.images_per_update * plan.updates
+    lines.append(
+        f"{plan.updates:,} updates of batch {plan.batch:,}: {plan.images_per_update:,} images each, {total:,} in all"
+    )
+    if plan.measured is None:
+        lines.append(f"no hours: {plan.unmeasured}")
+    else:
+        found = plan.measured
+        speed = sum(plan.operations.values()) * found.batch / plan.batch / found.seconds / 1e9
+        lines.append(
+            f"measured on {plan.device}: {found.updates} updates of batch {found.batch}, {found.seconds:.3g} s each "
+            f"(median), {speed:,.3g} G operations a second" + (f"; {found.remark}" if found.remark else "")
+        )
+        lines.append(f"predicted: {plan.hours:,.3g} hours")
+    return "\n".join(lines)
+
+
+def _dataset(config: Config, missing: list[str]) -> Dataset:
+    """Images of the configured shape; the data themselves only where nothing else says the shape."""
+    network, source = config.network, config.data
+    shape = network.get("dim", network.get("shape"))
+    if shape is None and source.get("name") == "folder":
+        shape = (source.get("channels", 3), *[source.get("size", 32)] * 2)
+    if shape is None and source.get("name") == "cifar10":
+        shape = (3, 32, 32)
+    if (path := source.get("path")) is not None and not Path(path).exists():
+        missing.append(f"data.path {path} is not there")
+    if shape is None:
+        return data.load(source)
+    classes = int(network.get("num_classes", 10 if source.get("name") == "cifar10" else 0))
+    batch = max(config.teacher.batch, config.distill.batch)
+    draws = torch.Generator().manual_seed(0)
+    if len(shape) == 3:
+        samples = torch.randint(256, (batch, *shape), dtype=torch.uint8, generator=draws)
+    else:
+        samples = torch.randn(batch, *shape, generator=draws)
+    # The last row has the last class, whatever the batch: the number of classes is read off the labels.
+    labels = classes - 1 - torch.arange(batch).flip(0) % classes if classes else None
+    return Dataset(str(source.get("name")), samples, samples, labels, labels, config=dict(source))
+
+
+def _teacher(config: Config, dataset: Dataset, missing: list[str]) -> Model:
+    """The teacher, or an untrained network in its place."""
+    settings = config.distill
+    if settings.teacher in SHIPPED or Path(settings.teacher).exists():
+        return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config)
+    network = settings.teacher_network or config.network
+    if not network:
+        raise UserError(f"the teacher {settings.teacher!r} is not there, and no section network says what it is")
+    missing.append(f"distill.teacher {settings.teacher} is not there")
+    network = network_for(replace(config, network=network), dataset)
+    path = config.path
+    described = Description(
+        network, path=path.name or "linear", path_settings=path.settings, predict=path.predict or "velocity"
+    )
+    return Model(networks.build(network).eval(), described)
+
+
+def _from_the_teacher(config: Config, missing: list[str]) -> Config:
+    """Without a start that is not there: it costs what the teacher's weights cost."""
+    if not config.distill.start or Path(config.distill.start).exists():
+        return config
+    missing.append(f"distill.start {config.distill.start} is not there")
+    return replace(config, distill=replace(config.distill, start=""))
+
+
+def _endpoints_needed(config: Config, dataset: Dataset) -> bool:
+    network = network_for(config, dataset)
+    with torch.device("meta"):
+        net = networks.build(network)
+    return dataset.train_endpoints is None and needs_endpoint(net, config.teachers_path().build().path)
+
+
+def _teaching(config: Config, dataset: Dataset) -> Plan:
+    settings = config.teacher
+    counted = TeacherTrainer(_to_count(config, settings.batch), dataset)
+    pixels, batch, net = 4 * math.prod(dataset.shape), settings.batch, counted.net
+    part = batch // config.run.accumulate
+    size = _count(net)
+    operations = _operations(counted.description.network)
+    return Plan(
+        job="train-teacher",
+        parameters={"network": size},
+        memory={
+            "parameters": 4 * size,
+            **_kept(size, settings.optimiser, settings.ema),
+            "activations of the backward pass": _activations(net, dataset.shape, part),
+            "batch buffers": 2 * part * pixels,
+        },
+        batch=batch,
+        updates=settings.updates,
+        images_per_update=batch,
+        operations={"forward and backward": batch * operations.training},
+    )
+
+
+def _distillation(config: Config, dataset: Dataset, model: Model) -> Plan:
+    settings = config.distill
+    counted = Distiller(_to_count(config, settings.batch), dataset, model)
+    objective, turns, steps = counted.objective, counted.turns, counted.generator.steps
+    size = _count(model.net)
+    parameters = {"teacher": size, "generator": _count(counted.generator.net)}
+    trained = {"generator": (parameters["generator"], settings.generator, settings.ema)}
+    if turns:
+        parameters["fake model"] = _count(counted.judged)
+        trained["fake model"] = (parameters["fake model"], settings.fake, ())
+    kept: dict[str, int] = {}
+    for of_one in (_kept(*each) for each in trained.values()):
+        kept = {name: kept.get(name, 0) + value for name, value in of_one.items()}
+
+    batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
+    part = batch // config.run.accumulate
+    rows = 1 + counted.takes_real
+    backward = objective.flows == "all"
+    judged = counted.gan is not None and counted.gan.weight_generator > 0
+    fake_kept, shape = 0, dataset.shape
+    with Precision(settings.fake_precision, CPU).networks():
+        if turns:
+            fake_kept = _activations(counted.judged, shape, rows * part)
+    with Precision(settings.generator_precision, CPU).networks():
+        generator_kept = _activations(counted.generator.net, shape, part)
+        if backward:
+            generator_kept += _activations(counted.teacher, shape, asked * part, to_input=True)
+        if turns and (backward or judged):
+            # The fake model is a network like the teacher.
+            generator_kept += _activations(counted.teacher, shape, part, to_input=True)
+    turn = "fake" if fake_kept > generator_kept else "generator"
+    made = turns * batch
+    # Rows of the fake turn; noise and samples of all of them; noise, samples and interpolants of the generator's turn.
+    buffers = rows * part + 2 * made + 3 * part
+
+    one = _operations(model.description.network)
+    frozen = asked * (one.input if backward else one.forward)
+    frozen += bool(turns) * (one.input if backward or judged else one.forward)
+    operations = {"samples for the fake turns": made * steps * one.forward} if turns else {}
+    if turns:
+        each = one.training + (asked * one.forward if objective.needs_teacher else 0)
+        operations[f"fake turns ({settings.fake_turns})"] = made * rows * each
+    operations["generator turn"] = batch * (one.training + (steps - 1) * one.forward + frozen)
+    return Plan(
+        job="distill",
+        parameters=parameters,
+        memory={
+            "parameters": 4 * sum(count for count, *_ in trained.values()),
+            **kept,
+            "teacher": 4 * size,
+            f"activations of the {turn} turn, the largest": max(fake_kept, generator_kept),
+            "batch buffers": 4 * math.prod(shape) * buffers,
+        },
+        batch=batch,
+        updates=settings.updates,
+        images_per_update=batch * (turns * rows + 1),
+        operations=operations,
+    )
+
+
+def _to_count(config: Config, batch: int) -> Config:
+    """The configuration with which to build what is only counted: eager, in float32, on the CPU, one sample a part.
+
+    A batch that does not go into its parts is left as it is, for the trainer to refuse.
+    """
+    run = replace(config.run, device="cpu", mode="eager", timings=False)
+    if batch % run.accumulate:
+        return replace(config, run=run)
+    return _with_batch(
+        replace(
+            config, run=run, distill=replace(config.distill, fake_precision="float32", generator_precision="float32")
+        ),
+        run.accumulate,
+    )
+
+
+def _with_batch(config: Config, batch: int) -> Config:
+    return replace(config, teacher=replace(config.teacher, batch=batch), distill=replace(config.distill, batch=batch))
+
+
+def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, to_input: bool = False) -> int:
+    """Bytes that ``rows`` samples keep for a backward pass, counted with one and with two of them."""
+    one, two = (memory.kept_bytes(net, shape, CPU, count, to_input) for count in (1, 2))
+    return one + (rows - 1) * (two - one)
+
+
+def _count(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> dict[str, int]:
+    """Bytes beside the parameters themselves: gradients, Adam's moments (no first one without ``beta1``), averages."""
+    return {
+        "gradients": 4 * parameters,
+        "moments": 4 * parameters * (1 + (step.betas[0] > 0)),
+        "averages": 4 * parameters * len(averages),
+    }
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one sample: a forward pass alone, with a backward pass to the parameters, with one to the input."""
+
+    forward: int
+    training: int
+    input: int
+
+
+def _operations(network: dict[str, Any]) -> Operations:
+    """Counted by torch's counter on tensors without memory."""
+    # The counter knows attention on the CPU by its products alone.
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        net = networks.build(network).train()
+        shape = tuple(network.get("dim", network.get("shape", ())))
+
+        def count(trained: bool, to_input: bool) -> int:
+            net.requires_grad_(trained)
+            x = torch.zeros(1, *shape, requires_grad=to_input)
+            labels = torch.zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
+            end = torch.zeros(1, *shape) if takes_endpoint(net) else None
+            with FlopCounterMode(display=False) as counter:
+                out = net(*arguments(net, torch.zeros(1), x, labels, end))
+                if trained or to_input:
+                    out.sum().backward()
+            return int(counter.get_total_flops())
+
+        return Operations(count(False, False), count(True, False), count(False, True))
+
+
+def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | None, steps: int, bound: float) -> Plan:
+    """The plan with the measurement, or with the reason why there is none."""
+    device = config.run.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        return replace(
+            plan, unmeasured=f"run.device {device} is not here; --set run.device=cpu run.mode=eager measures the CPU"
+        )
+
+    def trainer(batch: int) -> Distiller | TeacherTrainer:
+        sized = _with_batch(config, batch)
+        if model is None:
+            return TeacherTrainer(sized, dataset)
+        # A trainer takes the network over.
+        net = networks.build(model.description.network)
+        net.load_state_dict(model.net.state_dict())
+        return Distiller(sized, dataset, Model(net.eval(), model.description))
+
+    try:
+        measured = _measure(plan, trainer, config, steps, bound)
+    except UserError as error:
+        return replace(plan, unmeasured=str(error))
+    hours = measured.seconds * plan.batch / measured.batch * plan.updates / 3600
+    return replace(plan, measured=measured, unmeasured="", hours=hours, device=_name(torch.device(device)))
+
+
+def _measure(
+    plan: Plan, trainer: Callable[[int], Distiller | TeacherTrainer], config: Config, steps: int, bound: float
+) -> Measured:
+    device, parts = torch.device(config.run.device), config.run.accumulate
+    sizes = [plan.batch]
+    while sizes[-1] % (2 * parts) == 0:
+        sizes.append(sizes[-1] // 2)
+    free = memory.free_bytes(device)
+    growing = sum(size for name, size in plan.memory.items() if name.startswith(("activations", "batch")))
+    fixed = sum(plan.memory.values()) - growing
+    batch, taken, why = 0, 0.0, "the batch does not fit into the free memory"
+    # From the smallest up, as long as the next one's updates can be expected to be done in time.
+    for size in reversed(sizes):
+        if batch and free is not None and fixed + growing * size / plan.batch > free:
+            break
+        if batch and 2 * taken * steps > bound:
+            why = f"so many of the whole batch would take longer than {bound:g} s"
+            break
+        batch, made = size, trainer(size)
+        for _ in range(1 if config.run.mode == "eager" else 4):
+            made.update()
+        taken = _timed(made, device)
+    done = max(min(steps, int(bound / taken)), min(steps, LEAST))
+    seconds = median(_timed(made, device) for _ in range(done))
+    remarks = [f"in place of {plan.batch}: {why}; its time is taken to be {plan.batch / batch:g} times as long"]
+    remarks = remarks if batch < plan.batch else []
+    if done < steps:
+        remarks.append(f"{done} updates in place of {steps}: more would take longer than {bound:g} s")
+    return Measured(done, batch, seconds, "; ".join(remarks))
+
+
+def _timed(trainer: Distiller | TeacherTrainer, device: torch.device) -> float:
+    begin = time.perf_counter()
+    trainer.update()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"

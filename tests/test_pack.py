@@ -1,0 +1,313 @@
+"""Packing: what is written is what the in-memory loaders read, whole or not at all, and traps are refused by name."""
+
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from realuid_fast import cli, data, pack, packed
+from realuid_fast.errors import UserError
+
+
+def picture(width, height, seed, kind="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images in two classes."""
+    for i in range(12):
+        file = tmp_path / "images" / ("cats", "dogs")[i % 2] / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(20 + i, 24, i))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def celeba(tmp_path):
+    """An archive as the aligned images come, with six of them."""
+    file = tmp_path / "img_align_celeba.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        for i in range(1, 7):
+            archive.writestr(f"img_align_celeba/{i:06}.jpg", picture(178, 218, i, "JPEG"))
+    return file
+
+
+def write_cifar(folder, records=4):
+    generator = np.random.default_rng(0)
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        rows = generator.integers(0, 256, (records, 3073), dtype=np.uint8)
+        rows[:, 0] = np.arange(records) % 10
+        rows.tofile(folder / name)
+
+
+def everything(rows):
+    return rows[torch.arange(len(rows))]
+
+
+def test_a_folder_is_packed_as_the_loader_reads_it(folder, tmp_path):
+    manifest = pack.pack(folder, tmp_path / "packed", size=16, heldout_every=4, threads=2)
+    found, expected = data.load({"name": "packed", "path": str(tmp_path / "packed")}), data.folder(folder, 16)
+    assert manifest.classes == ("cats", "dogs")
+    assert found.shape == (3, 16, 16)
+    assert found.classes == 2
+    assert (len(found), len(found.heldout)) == (9, 3)
+    assert found.train_labels.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    again = data.folder(folder, 16, heldout_every=4)
+    assert torch.equal(everything(found.train), again.train)
+    assert torch.equal(everything(found.heldout), again.heldout)
+    assert found.train_labels.dtype == torch.int64
+    assert "to 16x16 (lanczos)" in found.preprocessing
+    assert len(expected.train) == 11
+    # Plain arrays, which anything can map.
+    mapped = np.load(tmp_path / "packed" / "train_images.npy", mmap_mode="r")
+    assert np.array_equal(mapped, again.train.numpy())
+    assert packed.verify(tmp_path / "packed") == manifest
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "packed"]
+
+
+def test_cifar10_is_packed_as_it_is(tmp_path):
+    inner = tmp_path / "cifar-10-batches-bin"
+    inner.mkdir()
+    write_cifar(inner)
+    pack.pack(tmp_path, tmp_path / "packed")
+    found, expected = data.packed(tmp_path / "packed"), data.cifar10(tmp_path)
+    for split in ("train", "heldout"):
+        assert torch.equal(everything(getattr(found, split)), getattr(expected, split))
+        assert torch.equal(getattr(found, f"{split}_labels"), getattr(expected, f"{split}_labels"))
+    assert packed.read_manifest(tmp_path / "packed" / "manifest.json").classes[3] == "cat"
+    for settings in ({"size": 64}, {"limit": 3}, {"crop": 30}):
+        with pytest.raises(UserError, match="CIFAR-10 is packed as it is"):
+            pack.pack(tmp_path, tmp_path / "other", **settings)
+
+
+def test_celeba_keeps_the_faces(celeba, tmp_path):
+    manifest = pack.pack(celeba, tmp_path / "packed", heldout_every=3, filter="bilinear")
+    assert manifest.shape == (3, 64, 64)
+    assert manifest.classes == ()
+    assert "central 140x140 pixels, to 64x64 (bilinear)" in manifest.preprocessing
+    with zipfile.ZipFile(celeba) as archive, archive.open("img_align_celeba/000001.jpg") as stream:
+        whole = Image.open(stream).convert("RGB")
+    face = whole.crop((19, 39, 159, 179)).resize((64, 64), Image.Resampling.BILINEAR)
+    found = data.packed(tmp_path / "packed")
+    assert found.train_labels is None
+    assert torch.equal(everything(found.train)[0], torch.from_numpy(np.array(face)).permute(2, 0, 1))
+    wide = pack.pack(celeba, tmp_path / "wide", crop=178, size=32)
+    assert wide.shape == (3, 32, 32)
+    with pytest.raises(UserError, match=r"000001\.jpg cannot be read as an image \(178 x 218 pixels are less than"):
+        pack.pack(celeba, tmp_path / "none", crop=200)
+
+
+def test_the_published_partition_of_celeba(celeba, tmp_path):
+    lines = tmp_path / "list_eval_partition.txt"
+    lines.write_text("".join(f"{i:06}.jpg {number}\n" for i, number in enumerate((0, 0, 1, 0, 2, 2), 1)))
+    pack.pack(celeba, tmp_path / "all", heldout_every=0, size=8)
+    manifest = pack.pack(celeba, tmp_path / "packed", partition=lines, size=8)
+    assert (manifest.train.count, manifest.heldout.count) == (3, 2)
+    rows = everything(data.packed(tmp_path / "all").train)
+    found = data.packed(tmp_path / "packed")
+    assert torch.equal(everything(found.train), rows[[0, 1, 3]])
+    assert torch.equal(everything(found.heldout), rows[[4, 5]])
+    # Nothing held out: one file serves as both.
+    assert torch.equal(everything(data.packed(tmp_path / "all").heldout), rows)
+    assert len(list((tmp_path / "all").glob("*.npy"))) == 1
+    lines.write_text("000001.jpg 0\n")
+    with pytest.raises(UserError, match=r"does not name img_align_celeba/000002\.jpg"):
+        pack.pack(celeba, tmp_path / "none", partition=lines)
+    lines.write_text("000001.jpg\n")
+    with pytest.raises(UserError, match="is no file of lines NAME NUMBER"):
+        pack.pack(celeba, tmp_path / "none", partition=lines)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (("a/1.png", "b/2.png"), ("a", "b")),
+        (("all/train/a/1.png", "all/train/b/x/2.png"), ("a", "b")),
+        (("a/1.png", "2.png"), ()),
+        (("a/1.png", "a/2.png"), ()),
+        (("1.png", "2.png"), ()),
+    ],
+)
+def test_folders_that_are_classes(names, classes):
+    assert pack._classes(names) == (classes, list(range(len(classes))))
+
+
+def test_what_is_there_is_not_touched_unasked(folder, tmp_path):
+    out = tmp_path / "packed"
+    pack.pack(folder, out, size=8)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(UserError, match="is not empty: give --overwrite"):
+        pack.pack(folder, out, size=16)
+    (folder / "cats" / "99.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cats/99\.png cannot be read as an image"):
+        pack.pack(folder, out, size=16, overwrite=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    (folder / "cats" / "99.png").unlink()
+    pack.pack(folder, out, size=16, overwrite=True)
+    assert data.packed(out).shape == (3, 16, 16)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "packed"]
+    with pytest.raises(UserError, match="is not empty: give another folder"):
+        pack.pack(folder, folder, overwrite=True)
+
+
+def test_a_packing_that_was_killed_starts_afresh(folder, tmp_path):
+    """Killed while it writes, it leaves no data set; one that runs keeps others out."""
+    code = f"""
+import time
+from realuid_fast import data, pack
+square = data.square
+def slow(*given):
+    print("decoding", flush=True)
+    time.sleep(60)
+data.square = slow
+pack.pack({str(folder)!r}, {str(tmp_path / "packed")!r}, size=8)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"decoding\n"
+        with pytest.raises(UserError, match="is being written by another process"):
+            pack.pack(folder, tmp_path / "packed", size=8)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "packed").exists()
+    assert (tmp_path / "packed.part" / "train_images.npy").exists()
+    pack.pack(folder, tmp_path / "packed", size=8)
+    packed.verify(tmp_path / "packed")
+    assert not (tmp_path / "packed.part").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, raw):
+            raise OSError(28, "No space left on device")
+
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *given: Full(self, "x") if mode == "xb" else opened(self, mode, *given)
+    )
+    with pytest.raises(UserError, match=r"train_images\.npy cannot be written: No space left"):
+        pack.pack(folder, tmp_path / "packed", size=8)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images"]
+
+
+def archive(tmp_path, name, content, **attributes):
+    file = tmp_path / "images.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        member = zipfile.ZipInfo(name)
+        member.compress_type = zipfile.ZIP_DEFLATED
+        for key, value in attributes.items():
+            setattr(member, key, value)
+        made.writestr(member, content)
+        made.writestr("b.png", picture(8, 8, 0))
+    return file
+
+
+@pytest.mark.parametrize("name", ["../../etc/a.png", "/etc/a.png", "x/../../a.png", "C:\\a.png", "x\\..\\a.png"])
+def test_archives_that_point_out_of_themselves(name, tmp_path):
+    with pytest.raises(UserError, match="points out of the archive"):
+        pack.pack(archive(tmp_path, name, picture(8, 8, 1)), tmp_path / "packed", size=8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_archives_that_are_traps(tmp_path, monkeypatch):
+    bomb = archive(tmp_path, "bomb.png", b"\0" * (pack.MEMBER_BYTES + 1))
+    assert bomb.stat().st_size < 200_000
+    with pytest.raises(UserError, match=r"images\.zip: bomb\.png unpacks to more than 64 MiB"):
+        pack.pack(bomb, tmp_path / "packed", size=8)
+    # A header that lies about the size: what comes out is counted.
+    members = pack._members
+
+    def lied(source, opened):
+        for member in opened.infolist():
+            member.file_size = min(member.file_size, 100)
+        found = members(source, opened)
+        for member in found.values():
+            member.file_size = pack.MEMBER_BYTES + 1
+        return found
+
+    monkeypatch.setattr(pack, "_members", lied)
+    with pytest.raises(UserError, match=r"bomb\.png unpacks to more than 64 MiB"):
+        pack.pack(bomb, tmp_path / "packed", size=8)
+    monkeypatch.undo()
+    link = archive(tmp_path, "a.png", b"/etc/passwd", external_attr=(stat.S_IFLNK | 0o777) << 16)
+    with pytest.raises(UserError, match=r"a\.png is a link"):
+        pack.pack(link, tmp_path / "packed", size=8)
+    wide = io.BytesIO()
+    Image.new("1", (2**14, 2**13)).save(wide, "PNG")
+    with pytest.raises(UserError, match=r"wide\.png cannot be read as an image \(16384 x 8192 pixels are more"):
+        pack.pack(archive(tmp_path, "wide.png", wide.getvalue()), tmp_path / "packed", size=8)
+    script = archive(tmp_path, "a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
+        pack.pack(script, tmp_path / "packed", size=8)
+    assert not (tmp_path / "packed").exists()
+    assert not (tmp_path / "packed.part").exists()
+
+
+def test_damaged_archives(tmp_path):
+    whole = archive(tmp_path, "a.png", picture(64, 64, 0))
+    raw = bytearray(whole.read_bytes())
+    raw[200] ^= 1
+    whole.write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.png cannot be unpacked"):
+        pack.pack(whole, tmp_path / "packed", size=8)
+    whole.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match="cannot be read as a zip archive"):
+        pack.pack(whole, tmp_path / "packed", size=8)
+    with zipfile.ZipFile(whole, "w") as made:
+        made.writestr("notes.txt", "nothing")
+    with pytest.raises(UserError, match="holds no images"):
+        pack.pack(whole, tmp_path / "packed")
+    raw = bytearray(archive(tmp_path, "a.png", picture(8, 8, 0)).read_bytes())
+    at = raw.index(b"PK\x01\x02")
+    raw[at + 8] |= 1
+    whole.write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.png is encrypted"):
+        pack.pack(whole, tmp_path / "packed")
+
+
+def test_errors_name_the_argument(folder, tmp_path):
+    for settings, sentence in (
+        ({"kind": "video"}, "kind must be one of images, celeba, cifar10; got 'video'"),
+        ({"size": 0}, "size and crop must be positive"),
+        ({"crop": 0}, "size and crop must be positive"),
+        ({"channels": 2}, "channels 1 or 3"),
+        ({"filter": "nearest"}, "filter must be one of lanczos"),
+        ({"heldout_every": 1}, "heldout_every must be 0"),
+        ({"limit": 0}, "threads and limit must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            pack.pack(folder, tmp_path / "packed", **settings)
+    with pytest.raises(UserError, match="there is no folder or archive"):
+        pack.pack(tmp_path / "none", tmp_path / "packed")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file: give the name of a folder"):
+        pack.pack(folder, tmp_path / "file")
+
+
+def test_the_command(folder, tmp_path, capsys):
+    out = str(tmp_path / "packed")
+    assert cli.main(["pack", str(folder), "--out", out, "--size", "8", "--no-labels", "--limit", "10"]) == 0
+    assert "9 images 3x8x8 and 1 held out; use it with --set data.name=packed" in capsys.readouterr().out
+    assert cli.main(["pack", "--verify", "--out", out]) == 0
+    assert "every checksum is right" in capsys.readouterr().out
+    with (tmp_path / "packed" / "train_images.npy").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    assert cli.main(["pack", "--verify", "--out", out]) == 2
+    assert "train_images.npy is damaged" in capsys.readouterr().err
+    assert cli.main(["pack", "--out", out]) == 2
+    assert "give either a source to pack or --verify" in capsys.readouterr().err

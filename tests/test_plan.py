@@ -1,0 +1,234 @@
+"""The plan of a run: counted parameters, memory and operations against the trainers', measurements, missing parts."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from realuid_fast import cli, data, teachers
+from realuid_fast.errors import UserError
+from realuid_fast.networks import build
+from realuid_fast.train import config as configs
+from realuid_fast.train import memory, plan
+from realuid_fast.train.distill import Distiller
+from realuid_fast.train.teacher import TeacherTrainer
+
+NETWORK = {
+    "kind": "unet", "dim": [3, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4,
+    "attention_resolutions": "4", "class_cond": True, "num_classes": 3,
+}  # fmt: skip
+CONTENT = {
+    "data": {"name": "cifar10", "path": "nowhere"},
+    "network": NETWORK,
+    "teacher": {"batch": 8, "updates": 10, "ema": [0.9, 0.99], "export": 0.9},
+    "distill": {"teacher": "gone.safetensors", "batch": 8, "fake_turns": 3, "updates": 10, "ema": [0.9], "export": 0.9},
+}
+
+
+def configured(*changes, **sections):
+    return configs.from_mapping(configs.merge(configs.merge(CONTENT, sections), configs.nested(changes)))
+
+
+def images(classes=3):
+    pixels = torch.randint(256, (30, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(30) % classes
+    return data.Dataset("images", pixels, pixels, labels, labels)
+
+
+def teacher():
+    return teachers.Model(build(NETWORK), teachers.Description(NETWORK))
+
+
+class Counter(TorchDispatchMode):
+    """Operations by torch's formulas. Its own counter follows modules, by hooks that autograd.grad does not take."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        self.total += formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+        return out
+
+
+def counted(update):
+    with sdpa_kernel(SDPBackend.MATH), Counter() as counter:
+        update()
+    return counter.total
+
+
+def size(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("objective", ["realuid", "uid", "general", "diff-instruct", "sds"])
+def test_a_distillation_is_counted_as_it_runs(objective):
+    config = configured(f"distill.objective.name={objective}")
+    found = plan.make("distill", config, steps=0)
+    trainer = Distiller(config, images(), teacher())
+    assert found.images_per_update == trainer.images_per_update
+    trainer.update()
+    # The plan's generator turn goes back to the noise too, in no layer but the first.
+    assert sum(found.operations.values()) == pytest.approx(counted(trainer.update), rel=0.01)
+
+    state = trainer.state_dict()
+    turns = ["generator", *(["fake"] if objective != "sds" else [])]
+    moments = [
+        value for turn in turns for each in state[f"{turn}_optimiser"]["adam"]["state"].values()
+        for name, value in each.items() if name.startswith("exp_avg")
+    ]  # fmt: skip
+    assert found.memory["moments"] == size(moments)
+    assert found.memory["averages"] == size(state["generator_optimiser"]["ema"][0.9].values())
+    nets = [state["generator"], *([state["fake"]] if objective != "sds" else [])]
+    assert found.memory["parameters"] == found.memory["gradients"] == sum(size(net.values()) for net in nets)
+    assert found.memory["teacher"] == size(trainer.teacher.state_dict().values())
+    assert set(found.parameters) == {"teacher", "generator", *(["fake model"] if objective != "sds" else [])}
+
+
+def test_a_discriminator_takes_real_rows_and_a_head():
+    config = configured("distill.objective.name=uid", "distill.gan.weight_fake=1.0")
+    found, trainer = plan.make("distill", config, steps=0), Distiller(config, images(), teacher())
+    assert found.images_per_update == trainer.images_per_update == 8 * 7
+    assert found.parameters["fake model"] == sum(p.numel() for p in trainer.judged.parameters())
+    trainer.update()
+    assert sum(found.operations.values()) == pytest.approx(counted(trainer.update), rel=0.05)
+
+
+def test_a_teacher_is_counted_as_it_trains():
+    config = configured()
+    found = plan.make("train-teacher", config, steps=0)
+    trainer = TeacherTrainer(config, images())
+    trainer.update()
+    assert found.operations == {"forward and backward": pytest.approx(counted(trainer.update), rel=0.01)}
+    assert (found.images_per_update, found.batch, found.updates) == (8, 8, 10)
+    parameters = size(trainer.net.parameters())
+    assert found.memory["averages"] == found.memory["moments"] == 2 * parameters  # beta1 is not zero
+
+
+def kept(trainer, update):
+    """Bytes that the backward passes of an update hold at once, at most: saved by its largest turn."""
+    nets = (trainer.generator, trainer.fake, trainer.teacher)
+    own = {tensor.untyped_storage().data_ptr() for net in nets for tensor in net.parameters()}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        update()
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_activations_are_what_a_turn_keeps(precision):
+    config = configured(f"distill.generator_precision={precision}")
+    found = plan.make("distill", config, steps=0)
+    trainer = Distiller(config, images(), teacher())
+    (activations,) = (value for name, value in found.memory.items() if name.startswith("activations of the generator"))
+    # The turn keeps a little beside its networks, and may use an address again for what comes after a backward pass.
+    assert activations == pytest.approx(kept(trainer, trainer.generator_turn), rel=0.1)
+
+
+def test_a_sample_more_is_a_samples_bytes_more():
+    net, cpu = build(NETWORK), torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        one, four = (memory.kept_bytes(net, (3, 8, 8), cpu, batch) for batch in (1, 4))
+        assert four == one + 3 * memory.bytes_per_sample(net, (3, 8, 8), cpu)
+    # The parameters that autocast has converted are there once.
+    assert one > memory.bytes_per_sample(net, (3, 8, 8), cpu)
+
+
+def test_hours_are_the_measured_time_of_all_updates():
+    found = plan.make("distill", configured("distill.updates=1000"), steps=4)
+    assert (found.measured.updates, found.measured.batch, found.measured.remark) == (4, 8, "")
+    assert found.hours == pytest.approx(found.measured.seconds * 1000 / 3600)
+
+
+def test_a_slow_machine_measures_less_and_says_so(monkeypatch):
+    monkeypatch.setattr(plan, "_timed", lambda trainer, device: float(trainer.batch))
+    found = plan.make("distill", configured("distill.updates=3600"), steps=20, bound=41.0)
+    # Twenty updates of one sample take 20 s, of two 40 s, of four more than 41.
+    assert (found.measured.updates, found.measured.batch, found.measured.seconds) == (20, 2, 2.0)
+    assert found.measured.remark.startswith("in place of 8: so many of the whole batch would take longer than 41 s")
+    assert found.hours == pytest.approx(8.0)
+    found = plan.make("distill", configured(), steps=20, bound=5.0)
+    assert (found.measured.updates, found.measured.batch) == (5, 1)
+    assert "5 updates in place of 20" in found.measured.remark
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    found = plan.make("train-teacher", configured(), steps=2)
+    assert found.measured.remark.startswith("in place of 8: the batch does not fit into the free memory")
+
+
+def test_what_the_device_does_not_have_is_not_guessed():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = plan.make(
+        "distill", configs.load("recipes/cifar10_fast", ["network.num_channels=32", "distill.batch=2"]), 3
+    )
+    assert found.hours is None
+    assert "run.device cuda is not here" in found.unmeasured
+    assert found.missing == [
+        "data.path data/cifar-10-batches-bin is not there",
+        "distill.teacher runs/cifar10-teacher/teacher.safetensors is not there",
+    ]
+    assert "no hours: run.device cuda" in plan.markdown(found)
+    found = plan.make("distill", configured("run.mode=graphs"), 3)
+    assert "needs a CUDA device" in found.unmeasured
+
+
+def test_configurations_of_every_kind_can_be_planned():
+    small = [
+        f"network.{word}" for word in ("num_channels=8", "norm_groups=4", "num_head_channels=8", "channel_mult=[1]")
+    ]
+    for name in ("digits_tune", "mixture", "presets/ibmd", "recipes/cifar10_cond_tune"):
+        changes = small if name.startswith("recipes") else []
+        for job in ("distill", "train-teacher"):
+            found = plan.make(job, configs.load(name, changes), steps=0)
+            assert min(found.operations.values()) > 0, (name, job)
+            assert sum(found.memory.values()) > 0
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(UserError, match="--measure must not be negative"):
+        plan.make("distill", configured(), steps=-1)
+    with pytest.raises(UserError, match=r"gone.safetensors' is not there, and no section network says what it is"):
+        plan.make(
+            "distill", configs.from_mapping({"data": {"name": "cifar10"}, "distill": CONTENT["distill"]}), steps=0
+        )
+    with pytest.raises(UserError, match="regression has not"):
+        plan.make("distill", configured("distill.objective.name=regression"), steps=0)
+    with pytest.raises(UserError, match="does not divide"):
+        plan.make("distill", configured("run.accumulate=3"), steps=0)
+
+
+def test_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["distill", "--config", "digits", "--dry-run", "--measure", "2", "--json", "plan.json", "--out", "run"]
+    words += ["--set", "distill.batch=4"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "| moments |",
+        "| generator turn |",
+        "4,000 updates of batch 4",
+        "measured on 1 CPU thread: 2 updates",
+    ):
+        assert line in said, line
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["images"] == content["images_per_update"] * content["updates"]
+    assert content["hours"] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    for wrong, sentence in (
+        (words, "--json plan.json exists"),
+        (["distill", "--config", "digits"], "--out must be given"),
+        (["distill", "--config", "digits", "--out", "run", "--measure", "3"], "--measure goes with --dry-run"),
+        (["distill", "--dry-run", "--resume"], "leave --resume out"),
+    ):
+        assert cli.main(wrong) == 2
+        assert sentence in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""The published recipes: every number as published, and the networks that they describe."""
+
+import pytest
+import torch
+
+from realuid_fast.networks import build
+from realuid_fast.train import config as configs
+
+# Of run.sh in the published code: alpha, beta, rate, batch.
+PUBLISHED = {
+    "cifar10": (0.92, 0.94, 3e-5, 256),
+    "cifar10_cond": (0.98, 0.96, 3e-5, 256),
+    "celeba64": (0.90, 0.88, 5e-6, 64),
+    "cifar10_tune": (0.92, 0.86, 1e-5, 256),
+    "cifar10_cond_tune": (0.94, 1.00, 1e-5, 256),
+}
+
+
+def recipe(name):
+    return configs.load(f"recipes/{name}")
+
+
+def test_there_is_a_recipe_for_each_and_a_fast_one():
+    assert set(configs.recipes()) == {*PUBLISHED, *(f"{name}_fast" for name in PUBLISHED), "fast"}
+    assert all(title and title[0].isupper() for title in configs.recipes().values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name):
+    config = recipe(name)
+    alpha, beta, rate, batch = PUBLISHED[name]
+    settings, stage = config.distill, name.endswith("_tune")
+    objective = settings.objective.build()
+    assert (objective.alpha, objective.beta) == (alpha, beta)
+    assert settings.objective.name == "realuid"
+    for step in (settings.generator, settings.fake):
+        assert (step.lr, step.betas, step.clip, step.warmup) == (rate, (0.0, 0.999), 1.0, 1 if stage else 500)
+    assert (settings.batch, settings.fake_turns, settings.t_start, settings.dropout) == (batch, 5, 0.0, 0.0)
+    assert settings.ema == config.teacher.ema == (0.999, 0.9996, 0.9999)
+    assert bool(settings.start) == stage
+    # An iteration of the published code is a turn, and an update is six of them.
+    assert round(settings.updates * 6, -2) == (1_600_000 if name == "celeba64" else 500_000)
+    if stage:
+        assert beta / alpha == pytest.approx(0.94 if name == "cifar10_tune" else 1.06, abs=0.006)
+    teacher = config.teacher
+    celeba = name == "celeba64"
+    assert (teacher.batch, teacher.updates, teacher.reduction) == (256, 240_000 if celeba else 400_000, "mean")
+    step = teacher.optimiser
+    assert (step.lr, step.betas, step.clip, step.warmup) == (4e-5 if celeba else 2e-4, (0.9, 0.999), 1.0, 5000)
+    assert teacher.export == 0.999
+    assert config.data["flip"] is True
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks(name):
+    config = recipe(name)
+    with torch.device("meta"):
+        net = build(config.network)
+    side = 64 if name == "celeba64" else 32
+    assert net.dim == (3, side, side)
+    assert net.num_classes == (10 if "cond" in name else None)
+    # As bench/step.py's, which is torchcfm's; classes add an embedding of ten rows.
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(35.75e6, rel=2e-3)
+    assert config.network["dropout"] == 0.1
+    # Heads of 64 channels.
+    assert {m.heads for m in net.modules() if hasattr(m, "heads")} == {4}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_fast_recipe_changes_no_hyper_parameter(name):
+    plain, fast = configs.to_mapping(recipe(name)), configs.to_mapping(recipe(f"{name}_fast"))
+    assert (fast["run"].pop("device"), fast["run"].pop("mode")) == ("cuda", "graphs")
+    assert [fast["distill"].pop(f"{turn}_precision") for turn in ("fake", "generator")] == ["bf16", "fp16"]
+    for turn in ("fake", "generator"):
+        assert plain["distill"].pop(f"{turn}_precision") == "float32"
+    del plain["run"]["device"], plain["run"]["mode"]
+    assert plain == fast
+
+
+def test_several_bases_lie_over_one_another(tmp_path):
+    (tmp_path / "c.yaml").write_text("base: [recipes/cifar10, recipes/fast]\nrun: {mode: eager}\n")
+    config = configs.load(tmp_path / "c.yaml")
+    assert (config.run.device, config.run.mode, config.distill.batch) == ("cuda", "eager", 256)
+    (tmp_path / "c.yaml").write_text("base: [3]\n")
+    with pytest.raises(configs.UserError, match="base must be the name of a configuration, or several in a list"):
+        configs.load(tmp_path / "c.yaml")
+    with pytest.raises(configs.UserError, match=r"neither a file nor one of the shipped .*recipes/cifar10_cond"):
+        configs.load("recipes/nothing")
