@@ -306,8 +306,8 @@ def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> P
     with Precision(settings.generator_precision, CPU).networks():
         activations = _activations(net, dataset.shape, part)
     one = _operations(model.description.network, config.run.checkpoint_activations)
-    flow = config.path.build(model.description)
-    asked = evaluations(*vars(settings.regression).values(), flow.path, flow.predict)
+    flow, how = config.path.build(model.description), settings.regression
+    asked = evaluations(how.steps, how.solver, flow.path, flow.predict)
     asked *= 1 if settings.guidance == 1.0 else 2
     return Plan(
         job="distill",
