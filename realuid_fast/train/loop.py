@@ -346,8 +346,8 @@ def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
     """Continue from a checkpoint, of however many ranks; without one, give a rank its own random numbers."""
     rank = distributed.rank()
     if saved is None:
-        if rank:
-            torch.manual_seed(distributed.seed(seed))
+        # What dropout draws from.
+        torch.manual_seed(distributed.seed(seed))
         return
     try:
         trainer.load_state_dict(sharding.taken(trainer.state_dict(), saved["trainer"]))
