@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import sys
 import types
@@ -372,6 +373,16 @@ def test_hostile_pickles_run_nothing_and_are_told_what_is_wrong(published, name,
     if name == "shell":  # the payload itself is one that works
         pickle.loads(content)
         assert mark.exists()
+
+
+def test_a_pickle_with_a_number_for_memory_takes_none(tmp_path):
+    file = tmp_path / "net.pkl"
+    # An empty dictionary, remembered as object number 2^28: an index into a table of 4 GB in the interpreter's reader.
+    file.write_bytes(b"\x80\x04}r" + struct.pack("<I", 1 << 28) + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="no entry 'ema'"):
+        edm_pickle.read(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB
 
 
 def test_networks_that_edm_pickles_describe_wrongly(published, tmp_path):

@@ -135,8 +135,11 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-class _Reader(pickle.Unpickler):
-    """An unpickler that knows no names but :data:`ALLOWED`."""
+class _Reader(pickle._Unpickler):
+    """An unpickler that knows no names but :data:`ALLOWED`.
+
+    The one in Python, since the one in C takes memory by the largest number that a file gives to one of its objects.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:

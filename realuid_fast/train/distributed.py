@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 from ..optim import Optimiser
@@ -58,7 +59,7 @@ def joined(on: str, alone: bool = False) -> Iterator[None]:
     if (single and not alone) or dist.is_initialized():
         yield
         return
-    place: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else {}
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else _place()
     if torch.device(on).type == "cuda":
         torch.cuda.set_device(device(on) if not single else on)
         # What is agreed between hosts goes past the GPUs, which need not be waited for then.
@@ -77,6 +78,18 @@ def joined(on: str, alone: bool = False) -> Iterator[None]:
         ) from None
     finally:
         dist.destroy_process_group()
+
+
+def _place() -> dict[str, Any]:
+    """Where ranks meet by torchrun's environment, apart from those before a restart.
+
+    Restarted processes get the store of the first ones, whose addresses are still in it: a rank that reads one before
+    it is replaced waits for a connection that nobody makes. On several hosts not all count the same restarts.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def share(batch: int, parts: int, name: str) -> int:
