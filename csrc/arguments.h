@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "cpu/storage.h"
 
@@ -58,14 +60,32 @@ inline void* writable(const Tensor& t, const char* name) {
   return t.mutable_data_ptr();
 }
 
+// The memory of `t` holds its elements once and without gaps, in whatever order.
+inline bool gapless(const Tensor& t) {
+  if (t.is_contiguous() || t.numel() == 0) return true;
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t dims = t.dim();
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < dims; ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return strides[i] < strides[j]; });
+  int64_t expected = 1;
+  for (int64_t d : order) {
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
 // The C shim rather than a dispatched empty: a small call spends most of its time here.
-inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype) {
+inline Tensor allocate(const int64_t* sizes, const int64_t* strides, int64_t dims, ScalarType dtype,
+                       const char* what = "the result") {
   AtenTensorHandle handle = nullptr;
   static const int64_t nothing = 0;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   REQUIRE(aoti_torch_empty_strided(dims, dims ? sizes : &nothing, dims ? strides : &nothing, code,
                                    aoti_torch_device_type_cpu(), 0, &handle) == 0,
-          "no memory for the result");
+          "no memory for ", what);
   return Tensor(handle);
 }
 

@@ -64,7 +64,7 @@ void check_images(const Tensor& t, const char* name) {
 Tensor images_like(const Tensor& t, int64_t channels) {
   const int64_t sizes[4] = {t.size(0), channels, t.size(2), t.size(3)};
   const int64_t strides[4] = {channels * sizes[2] * sizes[3], 1, channels * sizes[3], channels};
-  return allocate(sizes, strides, 4, t.scalar_type());
+  return allocate(sizes, strides, 4, t.scalar_type(), "images like those of x");
 }
 
 Tensor nothing(ScalarType dtype) {
@@ -156,8 +156,10 @@ std::tuple<Tensor, Tensor> conv3x3_grads(const Tensor& grad, const Tensor& x, co
       conv.convolve(from, conv.turned(), conv.last_weight(), nullptr, g_x.mutable_data_ptr());
   }
   if (want_weight) {
+    // Laid out like the filters, unless these lie with gaps or on top of each other.
     const auto sizes = weight.sizes(), strides = weight.strides();
-    g_weight = allocate(sizes.data(), strides.data(), 4, weight.scalar_type());
+    const int64_t in_order[4] = {9 * sizes[1], 9, 3, 1};
+    g_weight = allocate(sizes.data(), gapless(weight) ? strides.data() : in_order, 4, weight.scalar_type());
     if (conv.images.tiles() == 0 || weight.numel() == 0) {
       zero(g_weight);
     } else {
@@ -176,7 +178,7 @@ std::tuple<Tensor, Tensor> conv3x3_grads(const Tensor& grad, const Tensor& x, co
         const rf::SumArgs sum{in, out, count, patches, grads, sums, first == 0};
         torch::stable::parallel_for(0, rf::POINTS, 1, [&](int64_t begin, int64_t end) { k.sum(sum, begin, end); });
       }
-      rf::Filters written = conv.filters;
+      const rf::Filters written{in, out, g_weight.stride(1), g_weight.stride(0), g_weight.stride(2), g_weight.stride(3)};
       const rf::FoldArgs fold{written, sums, g_weight.mutable_data_ptr()};
       torch::stable::parallel_for(0, k.panels(out), 1, [&](int64_t begin, int64_t end) { k.fold(fold, begin, end); });
     }
@@ -201,7 +203,7 @@ struct Norm {
       : dtype(storage(images, "x")), real(arithmetic(images.scalar_type())), groups(in_groups) {
     check_images(images, "x");
     batch = images.size(0), channels = images.size(1), pixels = images.size(2) * images.size(3);
-    REQUIRE(groups > 0 && channels % groups == 0, "groups must divide the ", channels, " channels of x, got ", groups);
+    REQUIRE(groups > 0 && groups <= channels && channels % groups == 0, "groups must divide the ", channels, " channels of x, got ", groups);
     x = memory_of(images, "x");
     weight = of_channels(w, "weight", channels, real);
     bias = of_channels(b, "bias", channels, real);
@@ -230,7 +232,7 @@ std::tuple<Tensor, Tensor> norm_silu(const Tensor& x, const Optional& shift, con
   const Norm norm(x, shift, weight, bias, groups);
   Tensor y = images_like(x, norm.channels);
   const int64_t sizes[3] = {norm.batch, groups, 2}, strides[3] = {2 * groups, 2, 1};
-  Tensor statistics = allocate(sizes, strides, 3, norm.real);
+  Tensor statistics = allocate(sizes, strides, 3, norm.real, "the statistics of x");
   if (norm.empty()) {
     zero(statistics);
     return {y, statistics};

@@ -25,24 +25,7 @@ constexpr int64_t ELEMENTS_PER_THREAD = 32768;
 // Outputs larger than this leave the caches before anyone reads them: write them past the caches.
 constexpr int64_t STREAM_BYTES = int64_t(1) << 20;
 
-// The memory of `t` holds its elements once and without gaps, in whatever order.
-bool gapless(const Tensor& t) {
-  if (t.is_contiguous() || t.numel() == 0) return true;
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dims = t.dim();
-  std::vector<int64_t> order;
-  for (int64_t d = 0; d < dims; ++d)
-    if (sizes[d] != 1) order.push_back(d);
-  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return strides[i] < strides[j]; });
-  int64_t expected = 1;
-  for (int64_t d : order) {
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
-
-// The same with samples outermost.
+// Gapless with samples outermost.
 bool dense(const Tensor& t) {
   if (t.is_contiguous() || t.numel() == 0) return true;
   return gapless(t) && (t.size(0) == 1 || t.stride(0) * t.size(0) == t.numel());

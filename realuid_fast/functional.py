@@ -19,6 +19,7 @@ they are.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,7 +34,13 @@ Reduction = Literal["mean", "none"]
 
 _LEAST_ERROR = 1e-5
 _LEAST_NORM = 1e-5
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The types that tensors may have, and the one that their arithmetic and their coefficients have then.
+_REAL = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 class MatchingGrads(NamedTuple):
@@ -128,9 +135,8 @@ def matching_grads(
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
-    with torch.no_grad():
-        op = ops.current(x.device).matching
-        return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
+    op = ops.current(x.device).matching
+    return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
 
 
 def fake_loss(
@@ -195,8 +201,7 @@ def fake_grads(
     op, arguments = _fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
-    with torch.no_grad():
-        return FakeGrads(*getattr(ops.current(x.device), op)(*arguments, True, True))
+    return FakeGrads(*getattr(ops.current(x.device), op)(*arguments, True, True))
 
 
 def generator_loss(
@@ -239,23 +244,21 @@ def generator_loss(
 
     Source: RealUID paper, the general real-data loss, as a loss in the generator.
     """
-    fake_out = _of_fake(fake_out, x, x_t, coef, objective)
-    tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
-    _check(x, coef, noise, None, endpoint=endpoint, **tensors)
+    fake_out, guided = _generator_arguments(
+        teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
+    )
     _refuse_gradients("generator_loss", endpoint=endpoint)
-    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
-    weighed = _weighed(objective, *inputs, *_guided(teacher_uncond, guidance, coef))
-    coef, extra = weighed.coef, weighed.extra
+    coef, extra, own_rows = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
         extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
     namespace = ops.current(x.device)
     op, mean = namespace.guided_generator_loss if extra else namespace.generator_loss, _is_mean(reduction)
     loss = op(teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
-    if weighed.rows is None:
+    if own_rows is None:
         return loss
     # The gradients are right as they are, the value is that of another loss.
-    return loss + ((_mean(weighed.rows) if mean else weighed.rows) - loss).detach()
+    return loss + ((_mean(own_rows) if mean else own_rows) - loss).detach()
 
 
 def generator_grads(
@@ -271,24 +274,22 @@ def generator_grads(
     guidance: float | Tensor = 1.0,
 ) -> GeneratorGrads:
     """:func:`generator_loss` with its gradients, without autograd."""
-    fake_out = _of_fake(fake_out, x, x_t, coef, objective)
-    tensors = {"teacher_out": teacher_out, "fake_out": fake_out, "x_t": x_t, "teacher_uncond": teacher_uncond}
-    _check(x, coef, noise, None, endpoint=endpoint, **tensors)
+    fake_out, guided = _generator_arguments(
+        teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
+    )
+    coef, extra, own_rows = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
     networks = objective.flows == "all"
     want_x_t = networks and x_t is not None
-    guided = _guided(teacher_uncond, guidance, coef)
     namespace, g_uncond = ops.current(x.device), None
-    with torch.no_grad():
-        weighed = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, *guided)
-        inputs = (teacher_out, fake_out, x, x_t, weighed.coef, noise, endpoint, *weighed.extra)
-        switches = (*objective.generator_scalars, True, networks, networks, True, want_x_t)
-        if weighed.extra:
-            found = namespace.guided_generator(*inputs, *switches, networks and bool(guided))
-            loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
-        else:
-            loss, rows, g_teacher, g_fake, g_x, g_x_t = namespace.generator(*inputs, *switches)
-        if weighed.rows is not None:
-            loss, rows = _mean(weighed.rows), weighed.rows
+    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars)
+    if extra:
+        found = namespace.guided_generator(*inputs, True, networks, networks, True, want_x_t, networks and bool(guided))
+        loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
+    else:
+        found = namespace.generator(*inputs, True, networks, networks, True, want_x_t)
+        loss, rows, g_teacher, g_fake, g_x, g_x_t = found
+    if own_rows is not None:
+        loss, rows = _mean(own_rows), own_rows
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
     return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond if guided else None)
@@ -315,12 +316,35 @@ def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
         )
 
 
-def _of_fake(fake_out: Tensor | None, x: Tensor, x_t: Tensor | None, coef: Tensor, objective: Objective) -> Tensor:
-    if fake_out is not None:
-        return fake_out
-    if objective.needs_fake:
-        raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
-    return sample_output(x, x_t, coef)
+def _generator_arguments(
+    teacher_out: Tensor,
+    fake_out: Tensor | None,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    endpoint: Tensor | None,
+    teacher_uncond: Tensor | None,
+    guidance: float | Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The fake model's output and what the guided operator takes beside the others, with everything checked."""
+    if fake_out is None:
+        if objective.needs_fake:
+            raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
+        fake_out = sample_output(x, x_t, coef)
+    _check(
+        x,
+        coef,
+        noise,
+        None,
+        endpoint=endpoint,
+        teacher_out=teacher_out,
+        fake_out=fake_out,
+        x_t=x_t,
+        teacher_uncond=teacher_uncond,
+    )
+    return fake_out, _guided(teacher_uncond, guidance, coef)
 
 
 def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
@@ -344,18 +368,6 @@ def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tenso
     return teacher_uncond, guidance.contiguous()
 
 
-class _Weighed(NamedTuple):
-    """How an objective weighs the samples of a generator call.
-
-    Coefficient rows with the weight in ``w``; what the guided operator takes beside the plain one's arguments, nothing
-    for the plain one; the rows' losses where the operator's own are those of another loss with the same gradients.
-    """
-
-    coef: Tensor
-    extra: tuple[Tensor | None, ...]
-    rows: Tensor | None = None
-
-
 def _weighed(
     objective: Objective,
     teacher_out: Tensor,
@@ -365,14 +377,22 @@ def _weighed(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None,
-    uncond: Tensor | None = None,
-    scales: Tensor | None = None,
-) -> _Weighed:
-    """With :func:`~realuid_fast.objectives.SiD`'s weight, or with a normalised objective's weight and ``Q``.
+    guided: tuple[Tensor, ...],
+) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]:
+    """How an objective weighs the samples of a generator call.
 
-    The latter takes two passes that write nothing: for ``<D, r>`` and, of the two outputs alone, for ``||D||^2``.
+    With :func:`~realuid_fast.objectives.SiD`'s weight, or with a normalised objective's weight and ``Q``, which takes
+    two passes that write nothing: for ``<D, r>`` and, of the two outputs alone, for ``||D||^2``.
+
+    Returns:
+        Coefficient rows with the weight in ``w``; what the guided operator takes beside the plain one's arguments,
+        nothing for the plain one; the rows' losses where the operator's own are those of another loss with the same
+        gradients, else None.
     """
-    namespace, extra = ops.current(x.device), () if uncond is None else (uncond, scales, None)
+    extra = (*guided, None) if guided else ()
+    if not (objective.sample_scale or objective.normalised):
+        return coef, extra, None
+    namespace, (uncond, scales) = ops.current(x.device), guided or (None, None)
     with torch.no_grad():
         if objective.sample_scale:
             other = None if uncond is None else uncond.to(x.dtype)
@@ -380,9 +400,7 @@ def _weighed(
             scale = torch.ones_like(coef)
             # A sample that the teacher leaves as it is would get an infinite weight.
             scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
-            return _Weighed(coef * scale, extra)
-        if not objective.normalised:
-            return _Weighed(coef, extra)
+            return coef * scale, extra, None
         loss, last = namespace.guided_generator_loss, (uncond, scales, None)
         one, apart, weights = coef.clone(), torch.zeros_like(coef), coef.clone()
         one[:, 8] = apart[:, 8] = 1.0
@@ -394,7 +412,7 @@ def _weighed(
         weights[:, 8] /= norms
         # Below its least value the norm is a constant.
         q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
-        return _Weighed(weights, (uncond, scales, q_rows), weights[:, 8] * dots)
+        return weights, (uncond, scales, q_rows), weights[:, 8] * dots
 
 
 def _mean(rows: Tensor) -> Tensor:
@@ -416,8 +434,17 @@ def _fake_arguments(
     guidance: float | Tensor,
 ) -> tuple[str, tuple[object, ...]]:
     """The fake operator's name and its arguments up to the switches, checked."""
-    tensors = {"fake_out": fake_out, "x_t": x_t, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
-    noise_rows = _check(x, coef, noise, noise_rows, endpoint=endpoint, **tensors)
+    noise_rows = _check(
+        x,
+        coef,
+        noise,
+        noise_rows,
+        endpoint=endpoint,
+        fake_out=fake_out,
+        x_t=x_t,
+        teacher_out=teacher_out,
+        teacher_uncond=teacher_uncond,
+    )
     guided = _guided(teacher_uncond, guidance, coef)
     if not objective.needs_fake:
         raise UserError(f"{objective.name} has no fake model, and so no loss for one")
@@ -457,11 +484,13 @@ def _refuse_gradients(call: str, **tensors: Tensor | None) -> None:
 
 def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
     """Refuse tensors that one pass cannot run over; ``noise_rows`` with its default filled in. Reads metadata only."""
+    if _fits(x, coef, noise, noise_rows, others):
+        return x.shape[0] if noise_rows is None else noise_rows
     if x.dim() == 0:
         raise UserError("x must have a batch dimension, got a scalar")
     # Under autocast the losses' inputs are cast to float32 on their way into the operator.
     autocast = torch.is_autocast_enabled(x.device.type)
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _REAL:
         raise UserError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
     rows = x.shape[0]
     noise_rows = rows if noise_rows is None else noise_rows
@@ -478,7 +507,7 @@ def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **oth
         _check_like("noise", noise, x, torch.Size((noise_rows, *x.shape[1:])), autocast)
         _refuse_gradients("a fused call", noise=noise)
 
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = _REAL[x.dtype]
     if coef.shape != (rows, 9):
         raise UserError(f"coef must have shape ({rows}, 9), one row a sample of x, not {tuple(coef.shape)}")
     if coef.dtype != wanted or coef.device != x.device or not coef.is_contiguous():
@@ -487,6 +516,40 @@ def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **oth
         )
     _refuse_gradients("a fused call", coef=coef)
     return noise_rows
+
+
+def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others: Mapping[str, Tensor | None]) -> bool:
+    """Whether this is the common call: all tensors contiguous and of one type, noise for every row or a key.
+
+    On a few samples :func:`_check` would take as long as the kernel, one question after the other, so whatever passes
+    here passes there; what does not may still be right, and is named there if it is not.
+    """
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for tensor in others.values():
+        if tensor is not None and not (
+            tensor.shape == shape and tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous()
+        ):
+            return False
+    return (
+        len(shape) > 0
+        and (noise_rows is None or 0 < noise_rows <= shape[0])
+        and x.is_contiguous()
+        and coef.shape == (shape[0], 9)
+        and coef.dtype == _REAL.get(dtype)
+        and coef.device == device
+        and coef.is_contiguous()
+        and not coef.requires_grad
+        and noise.device == device
+        and (
+            noise.shape == (2,)
+            if noise.dtype == torch.int64
+            else noise.shape == shape
+            and noise_rows in (None, shape[0])
+            and noise.dtype == dtype
+            and noise.is_contiguous()
+            and not noise.requires_grad
+        )
+    )
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocast: bool) -> None:

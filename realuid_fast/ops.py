@@ -170,7 +170,7 @@ def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..
     """``function`` for plain tensors of one device.
 
     Dispatch is by the rarest kind among the arguments: a meta or a quantised tensor sends a call here whose other
-    tensors are ordinary, and would give those a result that nobody computed.
+    tensors are ordinary, and would give those a result that nobody computed. Nothing is recorded for autograd.
     """
 
     def checked(*inputs: Any) -> Any:
@@ -188,7 +188,8 @@ def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..
                 first = first or (argument.name, tensor.device)
                 if tensor.device != first[1]:
                     raise UserError(f"{argument.name} must be on {first[1]} like {first[0]}, not on {tensor.device}")
-        return function(*inputs)
+        with torch.no_grad():
+            return function(*inputs)
 
     return checked
 
@@ -216,25 +217,23 @@ def _per_row(scale: Tensor, grad: Tensor) -> Tensor:
 
 
 class _LossFunction(torch.autograd.Function):
-    """Runs a loss kernel forward, keeps the gradients it computed, hands them on backward."""
+    """Runs a loss kernel forward, keeps the gradients it computed, hands them on backward.
+
+    Autograd is shown the tensors that want a gradient, ``leaves``, and nothing else: it spends time on every argument,
+    in both directions, and a kernel has up to twenty.
+    """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Any, loss: Loss, wants: tuple[bool, ...], *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            mean, rows, *grads = kernel(*inputs, *wants)
-        ctx.loss, ctx.wants, ctx.n_inputs = loss, wants, len(inputs)
+    def forward(ctx: Any, kernel: Any, wants: tuple[bool, ...], inputs: tuple[Any, ...], *leaves: Tensor) -> Tensor:
+        mean, rows, *grads = kernel(*inputs, *wants)
+        ctx.kernel = kernel
         ctx.save_for_backward(*(grad for grad, wanted in zip(grads, wants, strict=True) if wanted))
         return mean if inputs[-1] else rows
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        _refuse_second_derivative(scale, f"{ctx.loss.kernel}_loss")
-        scaled = iter(_scaled(ctx.saved_tensors, scale))
-        result: list[Tensor | None] = [None] * ctx.n_inputs
-        for position, wanted in zip(ctx.loss.differentiable, ctx.wants, strict=True):
-            if wanted:
-                result[position] = next(scaled)
-        return None, None, None, *result
+        _refuse_second_derivative(scale, f"{ctx.kernel._opname}_loss")
+        return None, None, None, *_scaled(ctx.saved_tensors, scale)
 
 
 def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
@@ -253,9 +252,9 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
         if torch.is_grad_enabled():
             wants = tuple(inputs[i] is not None and inputs[i].requires_grad for i in loss.differentiable)
             if any(wants):
-                return _LossFunction.apply(kernel, loss, wants, *inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return without_gradients(*inputs)
+                leaves = (inputs[i] for i, wanted in zip(loss.differentiable, wants, strict=True) if wanted)
+                return _LossFunction.apply(kernel, wants, inputs, *leaves)
+        return without_gradients(*inputs)
 
     def shapes(*inputs: Any) -> Tensor:
         rows = inputs[coef]
@@ -269,17 +268,21 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
         torch.library.register_autocast(f"{name}::{op}", device, torch.float32, lib=library)
 
 
-def _interpolate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+class _InterpolateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, x: Tensor, coef: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(coef)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(x, coef, *rest)
 
-
-def _interpolate_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    _refuse_second_derivative(grad, "interpolate")
-    want_x, _, _, want_endpoint, _ = ctx.needs_input_grad
-    (coef,) = ctx.saved_tensors
-    # Whatever consumed x_t may hand back a gradient in another layout; the operator takes dense rows.
-    g_x, g_y = torch.ops.realuid_fast.interpolate_grads(_dense(grad), coef, want_x, want_endpoint)
-    return g_x if want_x else None, None, None, g_y if want_endpoint else None, None
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative(grad, "interpolate")
+        _, want_x, _, _, want_endpoint, _ = ctx.needs_input_grad
+        (coef,) = ctx.saved_tensors
+        # Whatever consumed x_t may hand back a gradient in another layout; the operator takes dense rows.
+        g_x, g_y = torch.ops.realuid_fast.interpolate_grads(_dense(grad), coef, want_x, want_endpoint)
+        return None, g_x if want_x else None, None, None, g_y if want_endpoint else None, None
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -344,6 +347,9 @@ def _differentiate(library: torch.library.Library, name: str, op: str, function:
     library.impl(op, with_gradients, "Autograd")
 
 
+DIFFERENTIABLE = {"interpolate": _InterpolateFunction, "conv3x3": _Conv3x3Function, "norm_silu": _NormSiluFunction}
+
+
 def _define(name: str) -> torch.library.Library:
     library = torch.library.Library(name, "DEF")
     for schema in (*KERNELS, *LAYERS):
@@ -351,13 +357,13 @@ def _define(name: str) -> torch.library.Library:
         library.define(schema)
         library.impl(op, _checked(name, op, getattr(reference, op)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{name}::{op}", _checked(name, op, globals()[f"_fake_{op}"]), lib=library)
+        if op in DIFFERENTIABLE:
+            _differentiate(library, name, op, DIFFERENTIABLE[op])
+        elif not op.endswith("_"):
+            # These are what gradients are computed with; their own results take no part.
+            library.impl(op, torch.library.fallthrough_kernel, "Autograd")
     for loss in LOSSES:
         _define_loss(library, name, loss)
-    torch.library.register_autograd(
-        f"{name}::interpolate", _interpolate_backward, setup_context=_interpolate_setup, lib=library
-    )
-    _differentiate(library, name, "conv3x3", _Conv3x3Function)
-    _differentiate(library, name, "norm_silu", _NormSiluFunction)
     return library
 
 

@@ -392,15 +392,24 @@ def _scale(mean: bool, count: int) -> float:
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = F.conv2d(x.to(weight.dtype), weight, bias, padding=1)
+    if x.numel() == 0 or weight.numel() == 0:
+        # Without pixels or channels there are no products, which torch will not have.
+        y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:], dtype=weight.dtype)
+        y = y if bias is None else y + _of_channels(bias)
+    else:
+        y = F.conv2d(x.to(weight.dtype), weight, bias, padding=1)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
     wanted = [want_x, want_weight, False]
+    if x.numel() == 0 or weight.numel() == 0:
+        g_x, g_weight = torch.zeros_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        return g_x if want_x else x.new_empty(0), g_weight if want_weight else weight.new_empty(0)
     around = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, not transposed, one group
+    # torch's own wants its filters in order.
     up = [tensor.to(weight.dtype) for tensor in (grad, x)]
-    g_x, g_weight, _ = torch.ops.aten.convolution_backward(*up, weight, None, *around, wanted)
+    g_x, g_weight, _ = torch.ops.aten.convolution_backward(*up, weight.contiguous(), None, *around, wanted)
     return (
         g_x.to(x.dtype).contiguous(memory_format=torch.channels_last) if want_x else x.new_empty(0),
         torch.empty_like(weight).copy_(g_weight) if want_weight else weight.new_empty(0),
@@ -410,6 +419,8 @@ def conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_we
 def norm_silu(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.empty_like(x), weight.new_zeros(x.shape[0], groups, 2)
     h = _shifted(x, shift, weight)
     grouped = h.unflatten(1, (groups, -1)).flatten(2)
     mean = grouped.mean(2)

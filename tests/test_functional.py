@@ -308,6 +308,19 @@ def test_only_wanted_gradients_exist_and_others_are_refused():
         torch.autograd.grad(rf.generator_loss(b.teacher, b.fake, x, b.x_t, b.coef, KEY, UID), x, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explicit_forms_record_nothing(backend, dtype):
+    b = batch((4, 5), dtype)
+    for tensor in (b.teacher, b.fake, b.x, b.x_t, b.endpoint, b.uncond):
+        tensor.requires_grad_()
+    with rf.backend(backend):
+        found = calls(b, KEY, 2, 2)
+    assert found.pop("x_t").requires_grad
+    for name, value in found.items():
+        assert not value.requires_grad, name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_rows_and_zero_columns(backend):
     with rf.backend(backend):

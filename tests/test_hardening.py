@@ -15,6 +15,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,9 @@ FUSED = [
     )
     if op not in (*OPTIMISER, "scale_grads_")
 ]
+LAYERS = [schema[: schema.index("(")] for schema in operators.LAYERS]
+# Below, at and beyond a vector and a panel.
+CHANNELS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 33)
 
 
 def schema(op):
@@ -78,12 +82,13 @@ def shaken(value, eps, generator):
     return value
 
 
-def assert_agrees(found, evaluate, arguments):
+def assert_agrees(found, evaluate, arguments, terms=None):
     """``found`` is ``evaluate(arguments in float64)`` but for rounding.
 
     The yardstick is what the result changes by when every input changes in its last place, 256 times that: random
     changes cancel by luck, and sums of thousands of elements round more than once. Results are then rounded once to
-    their own type.
+    their own type. ``terms`` tells of some results how large the terms are whose sum they are: they may cancel whatever
+    the inputs.
     """
     expected = evaluate(widened_all(arguments))
     assert len(found) == len(expected)
@@ -101,6 +106,8 @@ def assert_agrees(found, evaluate, arguments):
             )
         for i, (a, b) in enumerate(zip(evaluate(near), expected, strict=True)):
             doubt[i] = math.hypot(doubt[i], norm(a - b))
+    for i, size in (terms or {}).items():
+        doubt[i] = math.hypot(doubt[i], eps * size / 16)
     if "key" in arguments:
         doubt = [absolute * math.sqrt(t.numel()) for t in found]
     for i, (got, wanted) in enumerate(zip(found, expected, strict=True)):
@@ -359,7 +366,7 @@ def assert_named(error, what, names):
         assert any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names), f"{what}: {error}"
 
 
-def check_spoiled(call, evaluate, arguments, what, names):
+def check_spoiled(call, evaluate, arguments, what, names, terms=None):
     """``call()`` refuses, naming an argument where the fault is ours to see, or computes what float64 does."""
     try:
         with warnings.catch_warnings():
@@ -371,8 +378,8 @@ def check_spoiled(call, evaluate, arguments, what, names):
     assert what not in ("meta", "no memory", "more rows than memory", "many empty rows") or all(
         t.numel() == 0 or t.device.type == "meta" for t in found
     ), f"{what} was computed with"
-    if all(t.device.type != "meta" for t in found):
-        assert_agrees([t.detach() for t in found], evaluate, arguments)
+    if what != "more rows than memory" and all(t.device.type != "meta" for t in found):
+        assert_agrees([t.detach() for t in found], evaluate, arguments, terms)
 
 
 @contextlib.contextmanager
@@ -389,18 +396,185 @@ def silence():
 @given(st.data())
 def test_fused_operator(op, data):
     arguments = fused_arguments(op, Batch(data.draw, public=False))
+    check_operator(op, arguments, data.draw, fake_terms(op, arguments) if "n_real" in arguments else None)
+
+
+def fake_terms(op, arguments):
+    """What a fake loss is made of where its square is completed, ``e^2 / A - (B tgt + D f*)^2 / A + C tgt^2``.
+
+    The first two cancel where ``f`` is small. No objective has a ``C`` that is small beside them.
+    """
+    wide = widened_all(arguments)
+    teacher = wide["fake_out"] * 0 if wide["teacher_out"] is None else wide["teacher_out"]
+    if op.startswith("guided"):
+        guidance = wide.pop("guidance").view(-1, *[1] * (teacher.dim() - 1))
+        uncond = wide.pop("teacher_uncond")
+        teacher = uncond + guidance * (teacher - uncond)
+    for half in ("gen", "real"):
+        a, b, d = (wide[f"{name}_{half}"] for name in "abd")
+        by_a = 2 / abs(a) if a and max(abs(b), abs(d)) <= 16 * abs(a) else 0.0
+        wide |= {f"a_{half}": by_a * d**2, f"b_{half}": 0.0, f"d_{half}": 0.0, f"c_{half}": by_a * b**2}
+    wide |= {"fake_out": teacher, "teacher_out": None, "mean": True, "want_fake": False}
+    rows = reference.fake(**wide)[1].nan_to_num(0.0, 0.0, 0.0).abs().sum().item()
+    # The mean's own factor is at most 1.
+    return {0: rows} if op.endswith("loss") else {0: rows, 1: rows}
+
+
+def check_operator(op, arguments, draw, terms=None):
+    """The call gives what float64 gives, and with one argument replaced that or a refusal."""
 
     def run():
         return outputs(getattr(ops, op)(**arguments))
 
-    assert_agrees(run(), evaluate_with(op), arguments)
+    assert_agrees(run(), evaluate_with(op), arguments, terms)
     with silence():
         before = dict(arguments)
-        what = spoil(data.draw, arguments)
+        what = spoil(draw, arguments)
         if what is not None:
-            # What a call does without must have no say in its result: a column of zeros, or no rows.
-            given = before if what == "missing" else arguments
-            check_spoiled(run, evaluate_with(op), given, what, [argument.name for argument in schema(op)])
+            # What a fused call does without must have no say in its result: a column of zeros, or no rows.
+            given = before if what == "missing" and op in FUSED else arguments
+            check_spoiled(run, evaluate_with(op), given, what, [argument.name for argument in schema(op)], terms)
+
+
+class Layer:
+    """Images of one call, each with its own offset and perhaps in the same memory, and the parameters beside them."""
+
+    def __init__(self, draw, least=0):
+        self.batch, self.height, self.width = (draw(st.integers(least, most)) for most in (3, 9, 9))
+        self.channels, self.out = (draw(st.sampled_from([c for c in CHANNELS if c >= least])) for _ in range(2))
+        self.dtype = draw(st.sampled_from(DTYPES))
+        self.real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        seed = draw(st.integers(0, 2**32))
+        self.generator, self.pick = torch.Generator().manual_seed(seed), random.Random(seed)
+        self.groups = self.pick.choice([g for g in range(1, self.channels + 1) if self.channels % g == 0] or [1])
+        self.scale = self.pick.choice((1.0, 1.0, 0.0, 1e-2, 30.0))
+        self.pool = self.random(self.batch * max(self.channels, self.out) * self.height * self.width + 9)
+
+    def random(self, *shape, dtype=None):
+        return (torch.randn(shape, generator=self.generator) * self.scale).to(dtype or self.dtype)
+
+    def images(self, channels):
+        shape = (self.batch, channels, self.height, self.width)
+        memory = self.pool if self.pick.randrange(4) == 0 else self.random(math.prod(shape) + 9)
+        strides = [channels * self.height * self.width, 1, channels * self.width, channels]
+        # The stride of a dimension of size 1 says nothing.
+        strides = [self.pick.choice((0, 1, s, 1000)) if n == 1 else s for n, s in zip(shape, strides, strict=True)]
+        return memory.as_strided(shape, strides, self.pick.randrange(9))
+
+    def filters(self):
+        """3x3 filters with their dimensions in any order, perhaps with gaps, perhaps some of them the same memory."""
+        sizes, order = (self.out, self.channels, 3, 3), self.pick.sample(range(4), 4)
+        weight = self.random(*(sizes[d] for d in order), dtype=self.real).permute([order.index(d) for d in range(4)])
+        return self.pick.choice((weight, weight, strided(weight), weight[:1, :1].expand(sizes)))
+
+    def of_channels(self, channels):
+        return self.random(channels, dtype=self.real)
+
+    def maybe(self, value):
+        return self.pick.choice((None, value))
+
+    def arguments(self, op):
+        x = self.images(self.channels)
+        if op.startswith("conv"):
+            weight = self.filters()
+            if op == "conv3x3":
+                return {"x": x, "weight": weight, "bias": self.maybe(self.of_channels(self.out))}
+            wants = {name: self.pick.choice((True, False)) for name in ("want_x", "want_weight")}
+            return {"grad": self.images(self.out), "x": x, "weight": weight, **wants}
+        shift = self.maybe(self.random(self.batch, self.channels, dtype=self.real))
+        weight, bias = self.of_channels(self.channels), self.of_channels(self.channels)
+        common = {"x": x, "shift": shift, "weight": weight, "bias": bias}
+        if op == "norm_silu":
+            return {**common, "groups": self.groups, "eps": self.pick.choice((1e-5, 1e-2))}
+        statistics = self.random(self.batch, self.groups, 2, dtype=self.real)
+        return {"grad": self.images(self.channels), **common, "statistics": statistics}
+
+
+@needs_extension
+@pytest.mark.parametrize("op", LAYERS)
+@fuzzed
+@given(st.data())
+def test_layer_operator(op, data):
+    layer = Layer(data.draw)
+    if op.startswith("norm") and layer.channels == 0:
+        with pytest.raises(RuntimeError, match="groups must divide the 0 channels of x"):
+            getattr(ops, op)(**layer.arguments(op))
+        return
+    arguments = layer.arguments(op)
+    check_operator(op, arguments, data.draw, norm_terms(arguments) if op.startswith("norm") else None)
+
+
+def largest(tensor):
+    return tensor.abs().max().item() if tensor is not None and tensor.numel() else 0.0
+
+
+def norm_terms(arguments):
+    """What a normalisation's results are made of, which cancels where a group has but few values.
+
+    ``z = h weight rstd + (bias - mean weight rstd)`` loses the mean; a gradient in ``h`` its mean over the group and
+    its part along ``n``, of which ``h rstd`` is a term.
+    """
+    wide = widened_all(arguments)
+    x, shift, weight = wide["x"], wide["shift"], wide["weight"]
+    statistics = wide.get("statistics")
+    if statistics is None:
+        statistics = reference.norm_silu(**{name: wide[name] for name in wide if name != "grad"})[1]
+    rstd, h = largest(statistics[..., 1]), x if shift is None else x + shift[..., None, None]
+    if "grad" not in arguments:
+        return {0: norm(h) * rstd * largest(weight)}
+    size = norm(wide["grad"]) * (1 + rstd) * (1 + largest(weight)) * (1 + rstd * largest(h))
+    return dict.fromkeys(range(4), size)
+
+
+def plain_conv3x3(x, weight, bias):
+    # torch's own way back refuses filters in some orders.
+    return F.conv2d(x, weight.contiguous(), bias, padding=1)
+
+
+def plain_norm_silu(x, shift, weight, bias, groups, eps):
+    # Written out: torch's own way back reads memory it has not got where its input wants no gradient.
+    h = x if shift is None else x + shift[..., None, None]
+    grouped = h.reshape(h.shape[0], groups, -1)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    n = centred * (centred.square().mean(2, keepdim=True) + eps).rsqrt()
+    return F.silu(n.reshape(h.shape) * weight[:, None, None] + bias[:, None, None])
+
+
+PLAIN = {"conv3x3": plain_conv3x3, "norm_silu": plain_norm_silu}
+
+
+@needs_extension
+@pytest.mark.parametrize("op", PLAIN)
+@fuzzed
+@given(st.data())
+def test_layer_gradients(op, data):
+    """Whatever requires a gradient and in whatever layout the incoming one comes: torch's own layers in float64."""
+    layer = Layer(data.draw, least=1)
+    arguments = layer.arguments(op)
+    floats = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    wanted = [name for name in floats if layer.pick.randrange(2)]
+    channels = layer.out if op == "conv3x3" else layer.channels
+    grad = layer.images(channels)
+    grad = layer.pick.choice((grad, grad.contiguous(), grad[:1, :1, :1, :1].expand(grad.shape)))
+
+    def results(function):
+        def evaluate(arguments):
+            arguments = dict(arguments)
+            grad = arguments.pop("grad")
+            leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
+            y = function(**arguments | leaves)
+            y = y[0] if isinstance(y, tuple) else y
+            assert y.requires_grad == bool(wanted)
+            return [y.detach(), *(torch.autograd.grad(y, list(leaves.values()), grad) if wanted else ())]
+
+        return evaluate
+
+    arguments["grad"] = grad
+    found, terms = results(getattr(ops, op))(arguments), {}
+    if op == "norm_silu":
+        of_y = norm_terms({name: value for name, value in arguments.items() if name != "grad"})
+        terms = dict.fromkeys(range(len(found)), norm_terms(arguments)[0]) | of_y
+    assert_agrees(found, results(PLAIN[op]), arguments, terms)
 
 
 def in_place(op, namespace, written):

@@ -25,7 +25,7 @@ REALUID_INLINE vf exponential(vf v) {
   q = q * r + 0.1666652113199234f;
   q = q * r + 0.4999999403953552f;
   const vf p = (q * r) * r + r + 1.0f;
-  return beyond ? vf{} + __builtin_inff() : bits<vf>(bits<vi>(p) + (bits<vi>(shifted) << 23));
+  return beyond ? vf{} + __builtin_inff() : bits<vf>(bits<vu>(p) + (bits<vu>(shifted) << 23));
 }
 
 REALUID_INLINE vd exponential(vd v) {
