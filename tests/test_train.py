@@ -16,13 +16,15 @@ import yaml
 from safetensors.torch import load_file
 
 import realuid_fast as rf
-from realuid_fast import data, paths, sampling, teachers
+from realuid_fast import data, functional, paths, sampling, teachers
+from realuid_fast.couplings import couple
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
 from realuid_fast.sampling import starting, state_from, step_at
 from realuid_fast.train import config as configs
 from realuid_fast.train import loop
+from realuid_fast.train.batches import Batches
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.evaluate import sampler
 from realuid_fast.train.generator import Generator, _key, frozen_view
@@ -513,6 +515,45 @@ def test_every_preset_builds_and_runs_two_updates(name):
         student.update()
     assert all(math.isfinite(value) for value in student.meters.read().values())
     assert configs.presets()[name][0].isupper()
+
+
+@pytest.mark.parametrize("case", ["noise", "noise inside classes", "endpoints"])
+def test_a_teacher_on_coupled_batches(case, monkeypatch):
+    """The pairs of a run without coupling, and the same noise or endpoints in the order of least distance."""
+    held = data.load({"noise": POINTS, "endpoints": {"name": "transport", "n": 200}}.get(case, "digits"))
+    path = {"name": "stochastic-interpolant"} if case == "endpoints" else {}
+    network = {"kind": "mlp", "width": 8, "depth": 1} | ({"num_classes": 10} if "classes" in case else {})
+    seen = []
+
+    def recorded(x, coef, noise, endpoint=None):
+        other = endpoint if case == "endpoints" else noise if noise.is_floating_point() else normal(noise, x)
+        seen.append((x, other))
+        return interpolate(x, coef, noise, endpoint)
+
+    interpolate = rf.interpolate
+    monkeypatch.setattr(functional, "interpolate", recorded)
+    for coupling in (False, True):
+        own = {"coupling": coupling, "batch": 32}
+        content = settings("x", data=held.config, path=path, network=network, teacher=own)
+        trainer = TeacherTrainer(configs.from_mapping(content), held)
+        labels = trainer.batches.next()[1] if "classes" in case else None
+        trainer.batches = Batches(held, 32, 0, torch.device("cpu"), trainer.draws)
+        trainer.update()
+        assert all(math.isfinite(value) for value in trainer.meters.read().values())
+    (x, apart), (same, coupled) = seen
+    assert torch.equal(x, same)
+    torch.testing.assert_close(coupled, apart[couple(x, apart, labels)], rtol=0, atol=0)
+    assert float((x - coupled).square().sum()) < float((x - apart).square().sum())
+    if labels is not None:
+        rows = {tuple(row.flatten().tolist()): int(label) for row, label in zip(apart, labels, strict=True)}
+        assert [rows[tuple(row.flatten().tolist())] for row in coupled] == labels.tolist()
+
+
+def test_couplings_of_what_is_paired_already_are_refused():
+    content = settings("x", path={"name": "brownian-bridge"}, network=MLP, teacher={"coupling": True})
+    held = data.load("digit_pairs")
+    with pytest.raises(UserError, match="data set 'digit_pairs' is one of pairs"):
+        TeacherTrainer(configs.from_mapping(content | {"network": {"kind": "mlp", "width": 8, "depth": 1}}), held)
 
 
 def test_the_teachers_own_times_and_distance():

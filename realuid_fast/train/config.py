@@ -124,6 +124,9 @@ class TeacherConfig:
     ``reduction`` is what the loss does over a sample's elements, ``sum`` or ``mean``: Adam does not see the factor
     between them, the clip of the gradient's norm does. ``ema_warmup`` is :class:`realuid_fast.optim.Optimiser`'s.
 
+    ``coupling`` pairs each batch with its noise, or with endpoints that are not its own, by optimal transport, inside
+    classes where the network sees them (:func:`realuid_fast.couplings.couple`, solved on the host).
+
     ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given.
     """
 
@@ -136,6 +139,7 @@ class TeacherConfig:
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(betas=(0.9, 0.999)))
     label_dropout: float = 0.0
     reduction: str = "sum"
+    coupling: bool = False
     ema: tuple[float, ...] = (0.999,)
     ema_warmup: bool = True
     export: float = 0.999

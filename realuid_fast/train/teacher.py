@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
+from ..couplings import couple
 from ..data import Dataset
 from ..errors import UserError
 from ..networks import build
 from ..networks.recompute import recompute
-from ..noise import NoiseStream
+from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
 from ..sampling import call, follows_flow, integrate
@@ -81,6 +82,11 @@ class TeacherTrainer:
         # Only to refuse data without endpoints: batches bring their own.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
         self._two_sided = not isinstance(self.path, OneSidedPath)
+        self._coupled = settings.coupling
+        if self._coupled and dataset.paired:
+            raise UserError(f"teacher.coupling pairs what is drawn apart, data set '{dataset.name}' is one of pairs")
+        if self._coupled and self._endpoint and not self._two_sided:
+            raise UserError("teacher.coupling pairs a path's endpoints, this path has none for the network to see")
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws)
         self.noise = NoiseStream(distributed.seed(seed), self.device)
@@ -135,16 +141,26 @@ class TeacherTrainer:
             coef = self.interpolant.coefficients(t)
             if self._scale != 1.0:
                 coef[:, WEIGHT] *= self._scale
-            key = self.noise.next_key()
-            x_t = rf.interpolate(x, coef, key, on_path)
+            noise = self.noise.next_key()
+            if self._coupled:
+                classes = None if self.labels is None else labels
+                if on_path is None:
+                    noise = self._coupled_with(x, normal(noise, x), classes)
+                else:
+                    on_path = ends = self._coupled_with(x, on_path, classes)
+            x_t = rf.interpolate(x, coef, noise, on_path)
         with self.phases("forward"):
             y = self._dropped(labels)
             out = call(self.net, t, x_t, y, self.path, self._predict, ends).contiguous(memory_format=self._layout)
         with self.phases("loss"):
-            grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, key, on_path)
+            grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, noise, on_path)
         with self.phases("backward"):
             out.backward(grads.out)
         self.meters.add("loss", grads.loss)
+
+    def _coupled_with(self, x: Tensor, other: Tensor, classes: Tensor | None) -> Tensor:
+        """``other``, noise or endpoints, in the order that goes with ``x``."""
+        return other[couple(x, other, classes)].contiguous(memory_format=self._layout)
 
     def _dropped(self, labels: Tensor | None) -> Tensor | None:
         """The labels of a batch, some of them replaced by the null label."""
