@@ -274,6 +274,29 @@ def test_generator_gradient_is_the_derivative_of_the_distance(setting, objective
         assert float(gradient) == pytest.approx(numerical, rel=1e-5, abs=1e-6)
 
 
+@every_setting
+@every_objective
+def test_fake_loss_falls_by_the_inner_maximum(setting, objective):
+    """From ``f = f*``, where what is maximised is 0, to the optimum, on generated and real rows, at any weights."""
+    t, z, e, weights = quadrature(setting, 48, 48, 48)
+    coef, endpoint, noise = draws(setting, t, e, weights)
+    halves = [GENERATED, DATA] if objective.needs_real else [GENERATED]
+    x = torch.cat([(mean + std * z)[:, None] for mean, std in halves])
+    coef, endpoint, noise, time = (v.repeat(len(halves), 1) for v in (coef, endpoint, noise, t[:, None]))
+    x_t = rf.interpolate(x, coef, noise, endpoint)
+    teacher = field(setting, x_t, time, *DATA)
+    m, normaliser = delta(setting, x_t, time, objective, DATA, GENERATED)
+
+    def loss(fake):
+        given = teacher if objective.needs_teacher else None
+        real = len(x) - len(t)
+        return rf.fake_loss(fake, x, None, coef, noise, objective, real, teacher_out=given, endpoint=endpoint)
+
+    fall = float(loss(teacher) - loss(teacher - m / normaliser / objective.kappa))
+    # 1e-5: as for the gradient, the quadrature of the posterior tails.
+    assert fall == pytest.approx(inner_maximum(setting, objective, GENERATED), rel=1e-5)
+
+
 class Plane:
     """A pair of independent Gaussians in the plane, generated and data, for what takes a direction."""
 
