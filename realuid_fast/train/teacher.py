@@ -159,7 +159,10 @@ class TeacherTrainer:
         self.meters.add("loss", grads.loss)
 
     def _coupled_with(self, x: Tensor, other: Tensor, classes: Tensor | None) -> Tensor:
-        """``other``, noise or endpoints, in the order that goes with ``x``."""
+        """``other``, noise or endpoints, in the order that goes with ``x``.
+
+        The one place of an update that waits for the device: the assignment is solved on the host.
+        """
         return other[couple(x, other, classes)].contiguous(memory_format=self._layout)
 
     def _dropped(self, labels: Tensor | None) -> Tensor | None:
