@@ -206,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.peak is not None:
         torch.set_num_threads(args.threads)
         network, way = args.peak
+        if network not in PROBLEMS or way not in ways():
+            parser.error(f"--peak takes one of {', '.join(PROBLEMS)} and one of {', '.join(ways())}")
         print(json.dumps(peak_of_fake_turn(trainer(PROBLEMS[network], way))))
         return 0
     chosen = [name for name in PROBLEMS if args.only in name and not (args.quick and name != "digits")]

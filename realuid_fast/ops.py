@@ -307,13 +307,18 @@ class _Conv3x3Function(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative(grad, "conv3x3")
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        _, want_x, want_weight, want_bias = ctx.needs_input_grad
-        g_x = g_weight = None
-        if want_x or want_weight:
-            g_x, g_weight = torch.ops.realuid_fast.conv3x3_grads(grad, x, weight, want_x, want_weight)
-        g_bias = grad.sum((0, 2, 3), dtype=weight.dtype) if want_bias else None
-        return None, g_x if want_x else None, g_weight if want_weight else None, g_bias
+        return None, *_conv3x3_backward(grad, x, weight, ctx.needs_input_grad[1:])
+
+
+def _conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients with respect to the images, the filters and the bias, where wanted."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    want_x, want_weight, want_bias = wanted
+    g_x = g_weight = None
+    if want_x or want_weight:
+        g_x, g_weight = torch.ops.realuid_fast.conv3x3_grads(grad, x, weight, want_x, want_weight)
+    g_bias = grad.sum((0, 2, 3), dtype=weight.dtype) if want_bias else None
+    return [g_x if want_x else None, g_weight if want_weight else None, g_bias]
 
 
 class _NormSiluFunction(torch.autograd.Function):
@@ -328,10 +333,66 @@ class _NormSiluFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         _refuse_second_derivative(grad, "norm_silu")
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grads = torch.ops.realuid_fast.norm_silu_grads(grad, *ctx.saved_tensors)
-        wanted = (g if want else None for g, want in zip(grads, ctx.needs_input_grad[1:], strict=False))
-        return None, *wanted, None, None
+        return None, *_norm_silu_backward(grad, ctx.saved_tensors, ctx.needs_input_grad[1:5]), None, None
+
+
+def _norm_silu_backward(grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients with respect to the images, the shift, the weight and the bias, where wanted."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    grads = torch.ops.realuid_fast.norm_silu_grads(grad, *saved)
+    return [g if want else None for g, want in zip(grads, wanted, strict=True)]
+
+
+class NormSiluConv3x3(torch.autograd.Function):
+    """``conv3x3(dropout(SiLU(norm(x + shift))))`` that keeps ``x`` for the backward pass and not what it convolves.
+
+    The two operators in one node of the graph: half their memory, for the normalisation once more in the backward. Of
+    ``dropout``, a probability, it keeps a byte a value.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        groups: int,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        y, statistics = torch.ops.realuid_fast.norm_silu(x, shift, norm_weight, norm_bias, groups, eps)
+        kept = None
+        if dropout:
+            kept = torch.empty_like(y, dtype=torch.bool).bernoulli_(1 - dropout)
+            y = _dropped(y, kept, dropout)
+        ctx.save_for_backward(x, shift, norm_weight, norm_bias, statistics, weight, kept)
+        ctx.groups, ctx.eps, ctx.dropout = groups, eps, dropout
+        return torch.ops.realuid_fast.conv3x3(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_derivative(grad, "norm_silu with conv3x3")
+        *of_norm, weight, kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        # Only the filters' gradient reads what was convolved; the images' takes its shape.
+        y = of_norm[0]
+        if wanted[6]:
+            y = torch.ops.realuid_fast.norm_silu(*of_norm[:4], ctx.groups, ctx.eps)[0]
+            y = _dropped(y, kept, ctx.dropout)
+        g_y, g_weight, g_bias = _conv3x3_backward(grad, y, weight, (any(wanted[:4]), *wanted[6:8]))
+        del y
+        grads = (
+            [None] * 4 if g_y is None else _norm_silu_backward(_dropped(g_y, kept, ctx.dropout), of_norm, wanted[:4])
+        )
+        return *grads, None, None, g_weight, g_bias, None
+
+
+def _dropped(values: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
+    """``values`` without those that are not ``kept``, the rest scaled to the same mean; in place."""
+    return values if kept is None else values.mul_(kept).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))
 
 
 def _differentiate(library: torch.library.Library, name: str, op: str, function: Any) -> None:

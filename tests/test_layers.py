@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import realuid_fast as rf
 from realuid_fast import extension, reference
 from realuid_fast.networks import UNet
-from realuid_fast.networks.layers import Conv3x3, GroupNorm, serves
+from realuid_fast.networks.layers import Conv3x3, GroupNorm, norm_silu_conv, serves
+from realuid_fast.networks.unet import ResBlock
+from realuid_fast.ops import NormSiluConv3x3
 
 needs_extension = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
 pytestmark = needs_extension
@@ -348,12 +350,149 @@ def test_a_network_is_the_same_function_on_the_operators(dtype):
         assert (a - b).norm() <= tolerance * torch.maximum(b.norm(), 1e-3 * whole)
 
 
+def pair(dtype=torch.float32, channels=16, out=24):
+    """A normalisation and a convolution with parameters of every size, images and a shift."""
+    torch.manual_seed(0)
+    norm, conv = GroupNorm(4, channels), Conv3x3(channels, out)
+    for parameter in norm.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    x, shift = draw(4, channels, 24, 20, dtype=dtype), draw(4, channels, dtype=real(dtype), seed=5)
+    return norm.to(real(dtype)), conv.to(real(dtype)), x, shift
+
+
+@pytest.mark.parametrize("wanted", ["all", "images", "filters", "bias", "norm", "shift"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shifted"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_joined_is_the_two_operators_to_the_bit(dtype, shifted, wanted, monkeypatch):
+    monkeypatch.setattr("realuid_fast.networks.layers._has_matrix_unit", lambda: False)
+    norm, conv, x, shift = pair(dtype)
+    inputs = {"images": [x], "shift": [shift] if shifted else [], "filters": [conv.weight], "bias": [conv.bias]}
+    inputs["norm"] = list(norm.parameters())
+    inputs["all"] = [tensor for group in inputs.values() for tensor in group]
+    for tensor in (x, shift, *conv.parameters(), *norm.parameters()):
+        tensor.requires_grad_(False)
+    for tensor in inputs[wanted]:
+        tensor.requires_grad_()
+    arguments = (x, shift) if shifted else (x,)
+    expected = conv(norm.silu(*arguments))
+    found = norm_silu_conv(norm, x, conv, *arguments[1:])
+    assert torch.equal(found, expected)
+    if not inputs[wanted]:
+        assert not found.requires_grad
+        return
+    assert type(found.grad_fn).__name__ == "NormSiluConv3x3Backward"
+    grad = torch.randn_like(found)
+    poison(x, found)
+    of_found = torch.autograd.grad(found, inputs[wanted], grad)
+    for a, b in zip(of_found, torch.autograd.grad(expected, inputs[wanted], grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def kept_for_the_backward(call):
+    """Bytes of the tensors that the graph of ``call()`` holds, each once, parameters apart."""
+    kept = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def test_joined_keeps_images_and_a_byte_a_value_of_dropout():
+    norm, conv, x, shift = pair()
+    x.requires_grad_()
+    statistics = 4 * 4 * 2 * 4
+    apart = kept_for_the_backward(lambda: conv(norm.silu(x, shift)))
+    assert apart == 2 * x.nbytes + shift.nbytes + statistics
+    assert kept_for_the_backward(lambda: norm_silu_conv(norm, x, conv, shift)) == apart - x.nbytes
+    assert kept_for_the_backward(lambda: norm_silu_conv(norm, x, conv, shift, 0.1)) == apart - x.nbytes + x.numel()
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_joined_dropout_draws_what_torch_draws(dtype, dropout, monkeypatch):
+    monkeypatch.setattr("realuid_fast.networks.layers._has_matrix_unit", lambda: False)
+    norm, conv, x, shift = pair(dtype)
+    x.requires_grad_()
+    inputs = [x, *norm.parameters(), *conv.parameters()]
+    torch.manual_seed(3)
+    expected = conv(F.dropout(norm.silu(x, shift), dropout))
+    torch.manual_seed(3)
+    found = norm_silu_conv(norm, x, conv, shift, dropout)
+    assert type(found.grad_fn).__name__ == "NormSiluConv3x3Backward"
+    grad = torch.randn_like(found)
+    draws = torch.get_rng_state()
+    pairs = zip(
+        (found, *torch.autograd.grad(found, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, inputs, grad)),
+        strict=True,
+    )
+    assert torch.equal(draws, torch.get_rng_state())
+    for a, b in pairs:
+        # Half types: the scale is rounded to them in torch's mask, and not here.
+        assert_near(a, b.detach().double(), dtype, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True}, {"resample": "down"}, {"dropout": 0.5}], ids=str)
+def test_a_residual_block_joins_what_nothing_stands_between(options):
+    torch.manual_seed(0)
+    block = ResBlock(16, 32, 16, 4, **options).to(memory_format=LAST)
+    for parameter in block.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x, embedding = draw(4, 16, 24, 24).requires_grad_(), torch.randn(4, 32)
+
+    def joins(training):
+        block.train(training)
+        found, todo = 0, [block(x, embedding).grad_fn]
+        while todo:
+            node = todo.pop()
+            found += type(node).__name__ == "NormSiluConv3x3Backward"
+            todo += [before for before, _ in node.next_functions if before is not None]
+        return found
+
+    assert joins(True) == joins(False) == (1 if "scale_shift" in options or "resample" in options else 2)
+    # A hook on the convolution is for its call.
+    block.out_layers[3].register_forward_hook(lambda *_: None)
+    assert joins(False) == ("resample" not in options)
+
+
+def test_joined_outside_the_operators_is_the_two_modules():
+    norm, conv, x, shift = pair()
+    x.requires_grad_()
+    with rf.backend("torch"):
+        assert type(norm_silu_conv(norm, x, conv, shift).grad_fn).__name__ == "ConvolutionBackward0"
+    plain = norm_silu_conv(norm, x.contiguous(), conv, shift)
+    torch.testing.assert_close(plain, norm_silu_conv(norm, x, conv, shift), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm_silu_conv(norm, x, conv, shift).dtype == torch.bfloat16
+
+
+def test_joined_gradcheck():
+    norm, conv, x, shift = pair(torch.float64, 4, 4)
+    norm, x = GroupNorm(2, 4).double(), draw(1, 4, 4, 5, dtype=torch.float64)
+    shift = draw(1, 4, dtype=torch.float64, seed=5)
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, shift, *norm.parameters(), *conv.parameters())]
+
+    def joined(x, shift, norm_weight, norm_bias, weight, bias, dropout=0.0):
+        torch.manual_seed(0)
+        return NormSiluConv3x3.apply(x, shift, norm_weight, norm_bias, 2, 1e-5, weight, bias, dropout)
+
+    assert torch.autograd.gradcheck(joined, inputs)
+    assert torch.autograd.gradcheck(lambda *inputs: joined(*inputs, 0.4), inputs)
+    with pytest.raises(RuntimeError, match="norm_silu with conv3x3 has no second derivative"):
+        torch.autograd.grad(joined(*inputs).sum(), inputs, create_graph=True)
+
+
 def test_compiled_networks_hold_the_operators():
     torch.manual_seed(0)
     conv, norm = Conv3x3(16, 16), GroupNorm(4, 16)
 
     def both(x):
-        return conv(norm.silu(x)).square().sum()
+        return conv(norm.silu(x)).square().sum() + norm_silu_conv(norm, x, conv).sum()
 
     x = draw(4, 16, 8, 8).requires_grad_()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")

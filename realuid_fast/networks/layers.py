@@ -7,12 +7,14 @@ plain torch. They have no second derivative.
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..ops import NormSiluConv3x3
 
 # Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN, which multiplies half types at
 # twice the speed of float32; the operator does not.
@@ -33,12 +35,17 @@ class Conv3x3(nn.Conv2d):
         super().__init__(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             # As autocast has a convolution take it; the operator takes its filters in float32.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if serves(x, self.weight) and self._pays(x):
             return torch.ops.realuid_fast.conv3x3.default(x, self.weight, self.bias)
         return super().forward(x)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether calling it with images like ``x`` is the operator on them as they are, and nothing else."""
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return not (hooked or _autocasts(x)) and serves(x, self.weight) and self._pays(x)
 
     def _pays(self, x: Tensor) -> bool:
         if min(self.in_channels, self.out_channels) < LEAST_CHANNELS:
@@ -68,6 +75,20 @@ class GroupNorm(nn.GroupNorm):
         return F.silu(self(x if shift is None else x + shift.to(x.dtype)[:, :, None, None]))
 
 
+def norm_silu_conv(
+    norm: GroupNorm, x: Tensor, conv: nn.Module, shift: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """``conv(dropout(SiLU(norm(x + shift))))``, the shift ``(B, C)`` added to every pixel, ``dropout`` a probability.
+
+    Where both are operators, what is convolved is not kept for the backward pass but computed again.
+    """
+    if isinstance(conv, Conv3x3) and conv.joins(x) and serves(x, norm.weight):
+        shift = None if shift is None else shift.to(norm.weight.dtype)
+        of_norm = (x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return cast(Tensor, NormSiluConv3x3.apply(*of_norm, conv.weight, conv.bias, dropout))
+    return cast(Tensor, conv(F.dropout(norm.silu(x, shift), dropout)))
+
+
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether the operators take images ``x`` with the parameter ``weight``: on CPU, channels_last, float types."""
     return (
@@ -75,6 +96,10 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype == _PARAMETERS.get(x.dtype)
         and backends.compiled(x.device)
     )
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .layers import Conv3x3, GroupNorm
+from .layers import Conv3x3, GroupNorm, norm_silu_conv
 from .recompute import Part, once_more
 
 # Multipliers by image side, as the published configurations choose them.
@@ -119,18 +119,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         norm, conv = cast(GroupNorm, self.in_layers[0]), self.in_layers[2]
-        h = norm.silu(x)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = conv(h)
+        if self.resample is None:
+            h = norm_silu_conv(norm, x, conv)
+        else:
+            h, x = conv(self.resample(norm.silu(x))), self.resample(x)
         shift = self.emb_layers(embedding)
         norm, (_, activation, dropout, conv) = cast(GroupNorm, self.out_layers[0]), self.out_layers
         if self.scale_shift:
             scale, shift = shift.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
-            h = activation(torch.addcmul(shift, norm(h), 1.0 + scale))
+            h = conv(dropout(activation(torch.addcmul(shift, norm(h), 1.0 + scale))))
         else:
-            h = norm.silu(h, shift)
-        return self.skip_connection(x) + conv(dropout(h))
+            h = norm_silu_conv(norm, h, conv, shift, cast(nn.Dropout, dropout).p if dropout.training else 0.0)
+        return self.skip_connection(x) + h
 
 
 class Attention(nn.Module):
