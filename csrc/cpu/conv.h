@@ -71,6 +71,13 @@ struct FoldArgs {
   void* grad;
 };
 
+// Elements of a row of patches. Rows of many lines get one more, so that those below each other do not fall on the same
+// places of the cache.
+inline int64_t patch_row(int64_t channels, int64_t lanes) {
+  const int64_t whole = (channels + lanes - 1) / lanes * lanes;
+  return whole < 4 * lanes ? whole : whole + lanes;
+}
+
 struct ConvKernels {
   int64_t panel;  // columns
   int64_t rows;   // what a block of tiles is best a multiple of
@@ -82,8 +89,7 @@ struct ConvKernels {
   void (*fold)(const FoldArgs&, int64_t begin, int64_t end);
 
   int64_t panels(int64_t channels) const { return (channels + panel - 1) / panel; }
-  // One vector more than needed, so that rows below each other do not fall on the same lines of the cache.
-  int64_t row(int64_t channels) const { return (channels + lanes - 1) / lanes * lanes + lanes; }
+  int64_t row(int64_t channels) const { return patch_row(channels, lanes); }
   int64_t patch_size(int64_t tiles, int64_t channels) const { return POINTS * tiles * row(channels); }
   int64_t product_size(int64_t rows_of_panel, int64_t channels) const { return POINTS * rows_of_panel * panels(channels) * panel; }
 };

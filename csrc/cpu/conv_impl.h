@@ -11,7 +11,7 @@ namespace REALUID_ISA {
 // The points and what the transformations are made of; every one is exact in float32.
 constexpr float P = 0.75f, Q = 1.5f, P2 = P * P, Q2 = Q * Q, P3 = P * P2, Q3 = Q * Q2;
 
-constexpr int COLUMNS = 2;                                                           // vectors of a panel
+constexpr int COLUMNS = 2;                                                           // vectors of a panel, as product() has it
 constexpr int ROWS = REALUID_LEVEL == 2 ? 12 : REALUID_LEVEL == 1 ? 6 : 3;           // of a product kept in registers
 template <class Real>
 constexpr int PANEL = COLUMNS * VectorOf<Real>::width;
@@ -91,28 +91,31 @@ REALUID_INLINE void filter_grads(const V s[PATCH], V f[3]) {
 
 // --- the matrix product ------------------------------------------------------------------------------------------------
 
-// out[i][:] (+)= sum over k of a(i, k) b[k][:] for N rows; a(i, k) lies at a + i * by_row + k * by_step.
-template <class Real, int N>
+// out[i][:] (+)= sum over k of a(i, k) b[k][:] for N rows and the first VECTORS of a panel; a(i, k) lies at
+// a + i * by_row + k * by_step.
+template <class Real, int VECTORS, int N>
 REALUID_INLINE void product_rows(const Real* a, int64_t by_row, int64_t by_step, const Real* b, int64_t depth, Real* out,
                                  bool add) {
   using V = typename VectorOf<Real>::type;
   constexpr int WIDE = VectorOf<Real>::width;
-  V sum[N][COLUMNS];
+  V sum[N][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < COLUMNS; ++j) sum[i][j] = add ? load(out + i * PANEL<Real> + j * WIDE) : V{};
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = add ? load(out + i * PANEL<Real> + j * WIDE) : V{};
   // One pointer for every three rows: the others are one and two strides from it, which an address can say.
   const Real* base[(N + 2) / 3];
 #pragma GCC unroll 16
   for (int i = 0; i < (N + 2) / 3; ++i) base[i] = a + 3 * i * by_row;
   for (int64_t k = 0; k < depth; ++k) {
-    const V b0 = load(b), b1 = load(b + WIDE);
+    V row[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) row[j] = load(b + j * WIDE);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
       const Real factor = base[i / 3][(i % 3) * by_row];
-      sum[i][0] += factor * b0;
-      sum[i][1] += factor * b1;
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] += factor * row[j];
     }
 #pragma GCC unroll 16
     for (int i = 0; i < (N + 2) / 3; ++i) base[i] += by_step;
@@ -121,27 +124,37 @@ REALUID_INLINE void product_rows(const Real* a, int64_t by_row, int64_t by_step,
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < COLUMNS; ++j) store(out + i * PANEL<Real> + j * WIDE, sum[i][j]);
+    for (int j = 0; j < VECTORS; ++j) store(out + i * PANEL<Real> + j * WIDE, sum[i][j]);
 }
 
-template <class Real, int N, class... Arguments>
+template <class Real, int VECTORS, int N, class... Arguments>
 REALUID_INLINE void product_rest(int64_t rows, Arguments... arguments) {
   if constexpr (N > 0) {
     if (rows == N)
-      product_rows<Real, N>(arguments...);
+      product_rows<Real, VECTORS, N>(arguments...);
     else
-      product_rest<Real, N - 1>(rows, arguments...);
+      product_rest<Real, VECTORS, N - 1>(rows, arguments...);
   }
 }
 
-// One panel of out = a b. TRANSPOSED: a's rows are its memory's columns.
-template <class Real, bool TRANSPOSED>
-void product(const Real* a, int64_t stride, int64_t rows, const Real* b, int64_t depth, Real* out, bool add) {
-  const int64_t by_row = TRANSPOSED ? 1 : stride, by_step = TRANSPOSED ? stride : 1;
+template <class Real, int VECTORS>
+void product_of(const Real* a, int64_t by_row, int64_t by_step, int64_t rows, const Real* b, int64_t depth, Real* out,
+                bool add) {
   int64_t i = 0;
   for (; i + ROWS <= rows; i += ROWS)
-    product_rows<Real, ROWS>(a + i * by_row, by_row, by_step, b, depth, out + i * PANEL<Real>, add);
-  product_rest<Real, ROWS - 1>(rows - i, a + i * by_row, by_row, by_step, b, depth, out + i * PANEL<Real>, add);
+    product_rows<Real, VECTORS, ROWS>(a + i * by_row, by_row, by_step, b, depth, out + i * PANEL<Real>, add);
+  product_rest<Real, VECTORS, ROWS - 1>(rows - i, a + i * by_row, by_row, by_step, b, depth, out + i * PANEL<Real>, add);
+}
+
+// One panel of out = a b, of which `columns` from its first one are wanted. TRANSPOSED: a's rows are its memory's columns.
+template <class Real, bool TRANSPOSED>
+REALUID_INLINE void product(const Real* a, int64_t stride, int64_t rows, const Real* b, int64_t depth, Real* out,
+                            int64_t columns, bool add) {
+  const int64_t by_row = TRANSPOSED ? 1 : stride, by_step = TRANSPOSED ? stride : 1;
+  if (columns > VectorOf<Real>::width)
+    product_of<Real, 2>(a, by_row, by_step, rows, b, depth, out, add);
+  else
+    product_of<Real, 1>(a, by_row, by_step, rows, b, depth, out, add);
 }
 
 // --- filters -------------------------------------------------------------------------------------------------------------
@@ -186,6 +199,7 @@ void filters(const FilterArgs& args, int64_t begin, int64_t end) {
   for (int64_t vector = begin * COLUMNS; vector < end * COLUMNS; ++vector) {
     const int64_t first = vector * WIDE;
     const int lanes = lanes_of<Real>(f, first);
+    if (lanes == 0) break;
     if (lanes < WIDE) chunk = {};
     Real* to = static_cast<Real*>(args.to) + (vector / COLUMNS) * f.in * PANEL<Real> + (vector % COLUMNS) * WIDE;
     for (int64_t c = 0; c < f.in; ++c) {
@@ -221,6 +235,7 @@ void fold(const FoldArgs& args, int64_t begin, int64_t end) {
   for (int64_t vector = begin * COLUMNS; vector < end * COLUMNS; ++vector) {
     const int64_t first = vector * WIDE;
     const int lanes = lanes_of<Real>(f, first);
+    if (lanes == 0) break;
     const Real* from = static_cast<const Real*>(args.sums) + (vector / COLUMNS) * f.in * PANEL<Real> + (vector % COLUMNS) * WIDE;
     for (int64_t c = 0; c < f.in; ++c) {
       V half[3][PATCH];
@@ -342,7 +357,7 @@ template <class T>
 void convolve(const ConvArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
   constexpr int64_t WIDE = VectorOf<Real>::width;
-  const int64_t count = end - begin, row = (args.in + WIDE - 1) / WIDE * WIDE + WIDE;
+  const int64_t count = end - begin, row = patch_row(args.in, WIDE);
   const int64_t panels = (args.out + PANEL<Real> - 1) / PANEL<Real>, by_panel = count * PANEL<Real>;
   Real *const patches = static_cast<Real*>(args.patches), *const products = static_cast<Real*>(args.products);
   for (int64_t tile = 0; tile < count; ++tile) {
@@ -354,7 +369,7 @@ void convolve(const ConvArgs& args, int64_t begin, int64_t end) {
   for (int64_t point = 0; point < POINTS; ++point)
     for (int64_t panel = 0; panel < panels; ++panel)
       product<Real, false>(patches + point * count * row, row, count, filters + (point * panels + panel) * args.in * PANEL<Real>,
-                           args.in, products + (point * panels + panel) * by_panel, false);
+                           args.in, products + (point * panels + panel) * by_panel, args.out - panel * PANEL<Real>, false);
   for (int64_t tile = 0; tile < count; ++tile)
     gather_tile<T>(args, Place(args.images, begin + tile), products + tile * PANEL<Real>, panels * by_panel, by_panel);
 }
@@ -364,17 +379,13 @@ void spread(const SpreadArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
   using V = VectorFor<T>;
   constexpr int64_t WIDE = VectorOf<Real>::width;
-  const int64_t row = (args.in + WIDE - 1) / WIDE * WIDE + WIDE;
+  const int64_t row = patch_row(args.in, WIDE);
   const int64_t panels = (args.out + PANEL<Real> - 1) / PANEL<Real>, by_panel = args.count * PANEL<Real>;
   for (int64_t tile = begin; tile < end; ++tile) {
     const Place place(args.images, args.first + tile);
     const Pixels<T> pixels(args.x, args.images, args.in, place, place.y - 1, place.x - 1);
     spread_patch<T>(pixels, args.in, static_cast<Real*>(args.patches) + tile * row, args.count * row);
     const Pixels<T> grads(args.grad, args.images, args.out, place, place.y, place.x);
-    // Columns that fill up the last panel: nobody looks at their sums, but they must be numbers.
-    for (int64_t k = (args.out + WIDE - 1) / WIDE * WIDE; k < panels * PANEL<Real>; k += WIDE)
-      for (int64_t point = 0; point < POINTS; ++point)
-        store(static_cast<Real*>(args.grads) + (point * panels + panels - 1) * by_panel + tile * PANEL<Real> + k % PANEL<Real>, V{});
     for_vectors<T>(false, args.out, [&](auto access, int64_t k) {
       Real* const to = static_cast<Real*>(args.grads) + k / PANEL<Real> * by_panel + tile * PANEL<Real> + k % PANEL<Real>;
       V half[TILE][PATCH];
@@ -401,14 +412,14 @@ template <class T>
 void sum(const SumArgs& args, int64_t begin, int64_t end) {
   using Real = ArithmeticOf<T>;
   constexpr int64_t WIDE = VectorOf<Real>::width;
-  const int64_t row = (args.in + WIDE - 1) / WIDE * WIDE + WIDE;
+  const int64_t row = patch_row(args.in, WIDE);
   const int64_t panels = (args.out + PANEL<Real> - 1) / PANEL<Real>;
   const Real *const patches = static_cast<const Real*>(args.patches), *const grads = static_cast<const Real*>(args.grads);
   for (int64_t point = begin; point < end; ++point)
     for (int64_t panel = 0; panel < panels; ++panel)
       product<Real, true>(patches + point * args.count * row, row, args.in, grads + (point * panels + panel) * args.count * PANEL<Real>,
                           args.count, static_cast<Real*>(args.sums) + (point * panels + panel) * args.in * PANEL<Real>,
-                          !args.first);
+                          args.out - panel * PANEL<Real>, !args.first);
 }
 
 template <class T>

@@ -11,11 +11,10 @@ namespace REALUID_ISA {
 constexpr int64_t PIXELS = 256;  // summed in single precision at most
 constexpr int SIDE_BY_SIDE = 4;  // vectors of channels summed at once: whole lines, and sums that do not wait for each other
 
-// e^v; infinity above 88, and what it is at -87 below that. With v = k ln 2 + r and r up to half of ln 2, e^r is
+// e^v for v up to 87, and what it is at -87 below that. With v = k ln 2 + r and r up to half of ln 2, e^r is
 // 1 + r + r^2 q(r), q minimax of degree 4, relative error 4e-9; ln 2 has two parts, the first with few enough digits that k
 // times it is exact.
 REALUID_INLINE vf exponential(vf v) {
-  const vi beyond = v > 88.0f;
   v = v < -87.0f ? vf{} - 87.0f : v;
   // Adding 1.5 2^23 leaves the nearest integer in the low bits.
   const vf shifted = v * 1.4426950408889634f + 12582912.0f, k = shifted - 12582912.0f;
@@ -25,7 +24,7 @@ REALUID_INLINE vf exponential(vf v) {
   q = q * r + 0.1666652113199234f;
   q = q * r + 0.4999999403953552f;
   const vf p = (q * r) * r + r + 1.0f;
-  return beyond ? vf{} + __builtin_inff() : bits<vf>(bits<vu>(p) + (bits<vu>(shifted) << 23));
+  return bits<vf>(bits<vu>(p) + (bits<vu>(shifted) << 23));
 }
 
 REALUID_INLINE vd exponential(vd v) {
@@ -33,9 +32,11 @@ REALUID_INLINE vd exponential(vd v) {
   return v;
 }
 
+// 0 below -87, where float32 has no more than 1e-38 to say.
 template <class V>
 REALUID_INLINE V sigmoid(V z) {
-  return 1 / (1 + exponential(-z));
+  const V of_e = reciprocal(1 + exponential(-z));
+  return z < -87 ? V{} : of_e;
 }
 
 // Adds up `SUMS` numbers of every channel over an image's pixels: value(access, pixel's offset, channel, sums) adds to sums[0..].
@@ -99,11 +100,12 @@ void norm_forward(const NormArgs& args, int64_t begin, int64_t end, void* scratc
       sums[0] += d;
       sums[1] += d * d;
     });
+    const double of_pixels = 1 / double(pixels);
     for (int64_t group = 0; group < args.groups; ++group) {
       const int64_t from = group * members, to = from + members;
       double mean = 0, spread = 0;
       for (int64_t c = from; c < to; ++c) {
-        const double of_channel = sum[c] / double(pixels);
+        const double of_channel = sum[c] * of_pixels;
         square[c] -= sum[c] * of_channel;
         sum[c] = double(start[c]) + of_channel + (shift == nullptr ? 0.0 : double(shift[c]));
         mean += sum[c];
@@ -157,8 +159,11 @@ void norm_backward(const NormGradArgs& args, int64_t begin, int64_t end, void* s
       const V z = n * access.in(weight, c) + access.in(bias, c), gate = sigmoid(z);
       return access.in(grad + pixel, c) * (gate * (1 + z * (1 - gate)));
     };
+    // Where g_x has the type of sums it keeps g_z from the sums to the values.
+    constexpr bool KEEPS = sizeof(T) == sizeof(Real);
     sum_channels<T, 3>(pixels, channels, {g_weight, g_bias, of_n}, [&](auto access, int64_t pixel, int64_t c, V* sums) {
       const V n = access.in(x + pixel, c) * access.in(scale, c) + access.in(offset, c), g_z = to_z(access, pixel, c, n);
+      if constexpr (KEEPS) access.out(g_x + pixel, c, g_z);
       sums[0] += g_z * n;
       sums[1] += g_z;
       sums[2] += n;
@@ -184,7 +189,12 @@ void norm_backward(const NormGradArgs& args, int64_t begin, int64_t end, void* s
     }
     for (int64_t pixel = 0; pixel < pixels * channels; pixel += channels)
       for_vectors<T>(false, channels, [&](auto access, int64_t c) {
-        const V n = access.in(x + pixel, c) * access.in(scale, c) + access.in(offset, c), g_z = to_z(access, pixel, c, n);
+        const V n = access.in(x + pixel, c) * access.in(scale, c) + access.in(offset, c);
+        V g_z;
+        if constexpr (KEEPS)
+          g_z = access.in(g_x + pixel, c);
+        else
+          g_z = to_z(access, pixel, c, n);
         access.out(g_x + pixel, c, V(access.in(outer, c) * g_z - access.in(flat, c) - access.in(slope, c) * n));
       });
   }

@@ -168,6 +168,23 @@ REALUID_INLINE vd square_root(vd v) {
   return v;
 }
 
+// 1 / v for v from 1 to 2^125, relative error 2e-7 at most: the processor's approximation and one step of Newton's, a third of
+// a division's cost.
+REALUID_INLINE vf reciprocal(vf v) {
+#if REALUID_LEVEL == 2
+  const vf r = (vf)_mm512_rcp14_ps((__m512)v);
+#elif REALUID_LEVEL == 1
+  const vf r = (vf)_mm256_rcp_ps((__m256)v);
+#else
+  return 1 / v;
+#endif
+#if REALUID_LEVEL >= 1
+  return r * (2 - v * r);
+#endif
+}
+
+REALUID_INLINE vd reciprocal(vd v) { return 1 / v; }
+
 // Fixed order, in double.
 template <class V>
 REALUID_INLINE double sum_lanes(V v) {
