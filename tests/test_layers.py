@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import realuid_fast as rf
 from realuid_fast import extension, reference
 from realuid_fast.networks import UNet
-from realuid_fast.networks.layers import Conv3x3, GroupNorm, norm_silu_conv, serves
+from realuid_fast.networks.layers import Conv1x1, Conv3x3, GroupNorm, norm_silu_conv, serves
 from realuid_fast.networks.unet import ResBlock
 from realuid_fast.ops import NormSiluConv3x3
 
@@ -299,7 +299,7 @@ def assert_module(module, plain, x, *arguments):
     assert serves(x, module.weight)
     with rf.backend("torch"):
         expected = plain(x, *arguments)
-    found = module(x, *arguments) if isinstance(module, Conv3x3) else module.silu(x, *arguments)
+    found = module(x, *arguments) if isinstance(module, (Conv1x1, Conv3x3)) else module.silu(x, *arguments)
     grad = torch.randn_like(found)
     parameters = [x, *module.parameters()]
     for a, b in zip(
@@ -315,6 +315,9 @@ def test_modules_run_the_operators_and_agree_with_torch():
     conv, norm = Conv3x3(16, 24), GroupNorm(4, 16)
     assert_module(conv, conv, draw(4, 16, 8, 8))
     assert type(conv(draw(4, 16, 8, 8).requires_grad_()).grad_fn).__name__ != "ConvolutionBackward0"
+    pointwise = Conv1x1(16, 24)
+    assert_module(pointwise, pointwise, draw(4, 16, 8, 8))
+    assert pointwise(draw(4, 16, 8, 8)).is_contiguous(memory_format=LAST)
     assert_module(norm, norm.silu, draw(4, 16, 8, 8))
     assert_module(norm, norm.silu, draw(4, 16, 8, 8), draw(4, 16, seed=5))
     # Contiguous images and the torch backend are torch's own layers.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .layers import Conv3x3, GroupNorm, norm_silu_conv
+from .layers import Conv1x1, Conv3x3, GroupNorm, norm_silu_conv
 from .recompute import Part, once_more
 
 # Multipliers by image side, as the published configurations choose them.
@@ -115,7 +115,7 @@ class ResBlock(nn.Module):
             _zeroed(Conv3x3(out_channels, out_channels)),
         )
         same = out_channels == channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else Conv1x1(channels, out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         norm, conv = cast(GroupNorm, self.in_layers[0]), self.in_layers[2]
