@@ -9,6 +9,7 @@ namespace {
 namespace REALUID_ISA {
 
 constexpr int64_t PIXELS = 256;  // summed in single precision at most
+constexpr int64_t PIXELS_TOGETHER = 16;
 constexpr int SIDE_BY_SIDE = 4;  // vectors of channels summed at once: whole lines, and sums that do not wait for each other
 
 // e^v for v up to 87, and what it is at -87 below that. With v = k ln 2 + r and r up to half of ln 2, e^r is
@@ -71,6 +72,18 @@ REALUID_INLINE void sum_channels(int64_t pixels, int64_t channels, double* const
   }
 }
 
+// body(access, pixel's offset, channel) for every vector, some pixels of a vector of channels one after another: what they have
+// in common stays in registers.
+template <class T, class F>
+REALUID_INLINE void for_pixels(int64_t pixels, int64_t channels, F&& body) {
+  for (int64_t first = 0; first < pixels; first += PIXELS_TOGETHER) {
+    const int64_t last = first + PIXELS_TOGETHER < pixels ? first + PIXELS_TOGETHER : pixels;
+    for_vectors<T>(false, channels, [&](auto access, int64_t c) {
+      for (int64_t pixel = first; pixel < last; ++pixel) body(access, pixel * channels, c);
+    });
+  }
+}
+
 // The rows of scratch as numbers of the arithmetic type.
 template <class Real>
 REALUID_INLINE Real* row_of(void* scratch, int64_t channels, int row) {
@@ -122,11 +135,10 @@ void norm_forward(const NormArgs& args, int64_t begin, int64_t end, void* scratc
         offset[c] = Real(double(bias[c]) + ((shift == nullptr ? 0.0 : double(shift[c])) - mean) * double(weight[c]) * rstd);
       }
     }
-    for (int64_t pixel = 0; pixel < pixels * channels; pixel += channels)
-      for_vectors<T>(false, channels, [&](auto access, int64_t c) {
-        const V z = access.in(x + pixel, c) * access.in(factor, c) + access.in(offset, c);
-        access.out(y + pixel, c, V(z * sigmoid(z)));
-      });
+    for_pixels<T>(pixels, channels, [&](auto access, int64_t pixel, int64_t c) {
+      const V z = access.in(x + pixel, c) * access.in(factor, c) + access.in(offset, c);
+      access.out(y + pixel, c, V(z * sigmoid(z)));
+    });
   }
 }
 
@@ -187,16 +199,15 @@ void norm_backward(const NormGradArgs& args, int64_t begin, int64_t end, void* s
               Real(rstd * double(weight[c]) * g_bias[c] - double(pixels) * mean - along * of_n[c]);
       }
     }
-    for (int64_t pixel = 0; pixel < pixels * channels; pixel += channels)
-      for_vectors<T>(false, channels, [&](auto access, int64_t c) {
-        const V n = access.in(x + pixel, c) * access.in(scale, c) + access.in(offset, c);
-        V g_z;
-        if constexpr (KEEPS)
-          g_z = access.in(g_x + pixel, c);
-        else
-          g_z = to_z(access, pixel, c, n);
-        access.out(g_x + pixel, c, V(access.in(outer, c) * g_z - access.in(flat, c) - access.in(slope, c) * n));
-      });
+    for_pixels<T>(pixels, channels, [&](auto access, int64_t pixel, int64_t c) {
+      const V n = access.in(x + pixel, c) * access.in(scale, c) + access.in(offset, c);
+      V g_z;
+      if constexpr (KEEPS)
+        g_z = access.in(g_x + pixel, c);
+      else
+        g_z = to_z(access, pixel, c, n);
+      access.out(g_x + pixel, c, V(access.in(outer, c) * g_z - access.in(flat, c) - access.in(slope, c) * n));
+    });
   }
 }
 
