@@ -36,13 +36,14 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
     one of them keeps then.
     """
     again, most = parts_of(net), 0
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    # Known by themselves and not by where they lie: the network's may be fake tensors, which lie nowhere.
+    own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     labels = torch.zeros(batch, dtype=torch.int64, device=device) if getattr(net, "num_classes", 0) else None

@@ -8,6 +8,7 @@ there: what is missing is named, and images and networks of the configured shape
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -222,7 +223,7 @@ def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
         memory={
             **_shared({"parameters": 4 * size, **_kept(size, settings.optimiser, settings.ema)}, share),
             **_together([net] if share > 1 else []),
-            "activations of the backward pass": _activations(net, dataset.shape, part),
+            "activations of the backward pass": _activations(net, dataset.shape, part, config.run.device),
             "batch buffers": 2 * part * pixels,
         },
         batch=batch,
@@ -251,19 +252,19 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     rows = 1 + counted.takes_real
     backward = objective.flows == "all"
     judged = counted.gan is not None and counted.gan.weight_generator > 0
-    fake_kept, shape = 0, dataset.shape
+    fake_kept, shape, device = 0, dataset.shape, config.run.device
     with Precision(settings.fake_precision, CPU).networks():
         if turns:
-            fake_kept = _activations(counted.judged, shape, rows * part)
+            fake_kept = _activations(counted.judged, shape, rows * part, device)
     with Precision(settings.generator_precision, CPU).networks():
-        generator_kept = _activations(counted.generator.net, shape, part)
+        generator_kept = _activations(counted.generator.net, shape, part, device)
         if turns and (backward or judged):
-            generator_kept += _activations(counted.frozen_fake, shape, part, to_input=True)
+            generator_kept += _activations(counted.frozen_fake, shape, part, device, to_input=True)
         if backward:
             rounded = settings.teacher_precision != "float32"
             own = Precision(settings.teacher_precision, CPU).networks() if rounded else contextlib.nullcontext()
             with own:
-                generator_kept += _activations(counted.teacher, shape, asked * part, to_input=True)
+                generator_kept += _activations(counted.teacher, shape, asked * part, device, to_input=True)
     turn = "fake" if fake_kept > generator_kept else "generator"
     made = turns * batch
     share = ranks if config.run.shard else 1
@@ -304,7 +305,7 @@ def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> P
     batch, part, net = settings.batch, settings.batch // (ranks * config.run.accumulate), counted.generator.net
     size = _count(net)
     with Precision(settings.generator_precision, CPU).networks():
-        activations = _activations(net, dataset.shape, part)
+        activations = _activations(net, dataset.shape, part, config.run.device)
     one = _operations(model.description.network, config.run.checkpoint_activations)
     flow, how = config.path.build(model.description), settings.regression
     asked = evaluations(how.steps, how.solver, flow.path, flow.predict)
@@ -347,10 +348,17 @@ def _with_batch(config: Config, batch: int) -> Config:
     return replace(config, teacher=replace(config.teacher, batch=batch), distill=replace(config.distill, batch=batch))
 
 
-def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, to_input: bool = False) -> int:
-    """Bytes that ``rows`` samples keep for a backward pass, counted with one and with two of them."""
-    one, two = (memory.kept_bytes(net, shape, CPU, count, to_input) for count in (1, 2))
-    return one + (rows - 1) * (two - one)
+def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, device: str, to_input: bool = False) -> int:
+    """Bytes that ``rows`` samples keep for a backward pass: counted on tensors without memory.
+
+    The package's layers keep less than torch's, and serve the CPU alone.
+    """
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        net = copy.deepcopy(net)
+    plain = contextlib.nullcontext() if torch.device(device).type == "cpu" else backends.backend("torch")
+    with mode, plain:
+        return memory.kept_bytes(net, shape, CPU, rows, to_input)
 
 
 def _count(net: nn.Module) -> int:
