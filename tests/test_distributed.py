@@ -139,9 +139,9 @@ def gradients_of(trainer):
     return found
 
 
-def assert_as_on_one(place, monkeypatch, found, z, t, real, noise):
+def assert_as_on_one(place, monkeypatch, found, z, t, real, noise, **sections):
     """``found`` are the gradients that one process gets on the batches of 16 that the draws make up."""
-    single, keys = trainer_in(place, Distiller), [None, noise[0], noise[1], None, noise[2]]
+    single, keys = trainer_in(place, Distiller, **sections), [None, noise[0], noise[1], None, noise[2]]
     monkeypatch.setattr(distill, "normal", lambda key, like: z.pop(0))
     object.__setattr__(single.path, "sample_time", lambda *_: t.pop(0))
     monkeypatch.setattr(single.noise, "next_key", lambda: keys.pop(0))
@@ -155,11 +155,14 @@ def assert_as_on_one(place, monkeypatch, found, z, t, real, noise):
                 torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 
-@pytest.mark.parametrize("shard", [False, True])
+GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0}, "objective": {"name": "uid"}}
+
+
+@pytest.mark.parametrize(("shard", "settings"), [(False, {}), (True, {}), (False, GAN)], ids=["", "shard", "gan"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, shard, monkeypatch):
+def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, shard, settings, monkeypatch):
     def work(rank):
-        trainer, record = trainer_in(place, Distiller, run={"shard": shard}), {}
+        trainer, record = trainer_in(place, Distiller, run={"shard": shard}, distill=settings), {}
         assert trainer.batch == 16 // size
         recorded(trainer, record)
         gradients = gradients_of(trainer)
@@ -189,13 +192,13 @@ def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, sh
     turns = [torch.cat([z[i * 16 // size :][: 16 // size] for z in drawn["z"][0]]) for i in range(2)]
     t, real, noise = ([torch.cat(parts) for parts in drawn[name]] for name in ("t", "real", "n"))
     z = [torch.cat(turns), torch.cat(drawn["z"][1])]
-    assert_as_on_one(place, monkeypatch, gradients, z, t, real, noise)
+    assert_as_on_one(place, monkeypatch, gradients, z, t, real, noise, distill=settings)
 
 
 @pytest.mark.parametrize(
     "distill",
     [
-        {"gan": {"weight_fake": 3.0, "weight_generator": 2.0}, "objective": {"name": "uid"}},
+        GAN,
         {"objective": {"name": "regression"}, "regression": {"steps": 3}},
     ],
     ids=["gan", "regression"],
