@@ -30,6 +30,8 @@ MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 2}
 LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 2, "num_classes": 10, "null_label": True}
 UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
 POINTS = {"name": "eight_gaussians", "n": 2000, "n_heldout": 500}
+SONG = {"kind": "song-unet", "dim": [3, 8, 8], "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+ADM = {"kind": "dhariwal-unet", "dim": [3, 8, 8], "model_channels": 64, "channel_mult": [1, 1], "num_blocks": 1}
 GAN = {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.3}
 REGRESSION = {"objective": {"name": "regression"}, "regression": {"steps": 3}}
 
@@ -116,9 +118,9 @@ def test_the_head_of_the_published_network_is_the_published_one():
     assert sum(p.numel() for p in layers.parameters()) == 2 * (256 * 256 * 4 + 256 + 2 * 256) + 257
 
 
-@pytest.mark.parametrize("network", [MLP, LABELLED, UNET], ids=["points", "labelled", "unet"])
+@pytest.mark.parametrize("network", [MLP, LABELLED, UNET, SONG, ADM], ids=["points", "labelled", "unet", "song", "adm"])
 def test_features_come_with_the_same_output(network):
-    net = random_network(network)
+    net = random_network(network).eval()
     shape = tuple(network.get("shape") or network["dim"])
     t, x = torch.rand(4), torch.randn(4, *shape)
     y = torch.arange(4) if network is LABELLED else None

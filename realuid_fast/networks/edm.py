@@ -299,8 +299,12 @@ class SongUNet(_Common):
                 self.dec[f"{at}_aux_conv"] = Conv(channels, self.out_channels, 3)
         self._initialise()
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``."""
+    def forward(
+        self, t: Tensor, x: Tensor, y: Tensor | None = None, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``; ``with_features`` also
+        the middle's output, on the lowest level.
+        """
         t = self._checked(t, x, y)
         cosine, sine = self.map_noise(t).chunk(2, dim=1)
         features = torch.cat([sine, cosine], dim=1).to(self.map_layer0.weight.dtype)
@@ -330,7 +334,7 @@ class SongUNet(_Common):
         for level, side in reversed(list(enumerate(self.sides))):
             at = _square(side)
             if level == len(self.sides) - 1:
-                x = self.dec[f"{at}_in1"](self.dec[f"{at}_in0"](x, embedding), embedding)
+                x = middle = self.dec[f"{at}_in1"](self.dec[f"{at}_in0"](x, embedding), embedding)
             else:
                 x = self.dec[f"{at}_up"](x, embedding)
             for i in range(self.num_blocks + 1):
@@ -339,7 +343,7 @@ class SongUNet(_Common):
                 image = self._last(self.dec[f"{at}_aux_norm"], self.dec[f"{at}_aux_conv"], x)
                 out = image if out is None else image + self.dec[f"{at}_aux_up"](out)
         assert out is not None
-        return out
+        return (out, middle) if with_features else out
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -421,8 +425,12 @@ class DhariwalUNet(_Common):
         self.out_conv = Conv(channels, self.out_channels, 3)
         self._initialise()
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``."""
+    def forward(
+        self, t: Tensor, x: Tensor, y: Tensor | None = None, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``; ``with_features`` also
+        the middle's output, on the lowest level.
+        """
         t = self._checked(t, x, y)
         features = timestep_embedding(t, self.model_channels).to(self.map_layer0.weight.dtype)
         embedding = self.map_layer1(F.silu(self.map_layer0(features)))
@@ -436,7 +444,10 @@ class DhariwalUNet(_Common):
             skips.append(x)
         for name, block in self.dec.items():
             x = block(torch.cat([x, skips.pop()], dim=1) if name in self.joined else x, embedding)
-        return self._last(self.out_norm, self.out_conv, x)
+            if name.endswith("_in1"):
+                middle = x
+        out = self._last(self.out_norm, self.out_conv, x)
+        return (out, middle) if with_features else out
 
     @torch.no_grad()
     def _initialise(self) -> None:
