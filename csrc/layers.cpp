@@ -17,8 +17,8 @@ namespace {
 namespace rf = realuid_fast;
 using namespace realuid_fast::arguments;
 
-// Tiles are taken in blocks whose patches and products take about this many bytes: half of a core's own cache, the rest for
-// a part of the filters. More bytes leave the cache; fewer tiles would have all filters read again more often.
+// Tiles are taken in blocks whose patches and products take about this many bytes a thread: half of a core's own cache, the
+// rest for a part of the filters. More bytes leave the cache; fewer tiles would have all filters read again more often.
 constexpr int64_t BLOCK_BYTES = int64_t(1) << 20;
 
 // Below this many elements of images a second thread costs more than it saves.
@@ -166,7 +166,9 @@ std::tuple<Tensor, Tensor> conv3x3_grads(const Tensor& grad, const Tensor& x, co
       const auto& k = conv.k;
       const int64_t in = conv.filters.in, out = conv.filters.out, tiles = conv.images.tiles();
       const int64_t a_tile = (k.patch_size(1, in) + k.product_size(1, out)) * conv.real;
-      const int64_t block = std::min(tiles, std::max<int64_t>(64, BLOCK_BYTES / a_tile));
+      // All threads share a block here.
+      const int64_t bytes = BLOCK_BYTES * torch::stable::get_num_threads();
+      const int64_t block = std::min(tiles, std::max<int64_t>(64, bytes / a_tile));
       static thread_local Scratch of_tiles, of_sums;
       char* const patches = static_cast<char*>(of_tiles.get(block * a_tile + 64));
       char* const grads = patches + (k.patch_size(block, in) * conv.real + 63) / 64 * 64;
