@@ -189,6 +189,8 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
                 }
             )
         before += stage.distill.updates
+    # What the training data are to be held against: fewer samples lie further away.
+    floor_samples = len(judge.measure.train)
     target = statistics.mean(next(row for row in reversed(rows) if row["method"] == "UID")["curve_end"])
     content: dict[str, Any] = {
         "metric": judge.measure.name,
@@ -198,6 +200,8 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
         "teacher_100_steps": teacher_distance,
         "teacher_100_steps_curve": teacher_curve,
         "floor": judge.measure.floor().distance,
+        "floor_samples": floor_samples,
+        "teacher_100_steps_floor": judge(judge.teacher, 100, floor_samples).distance,
         "rows": rows,
         "updates_to": {
             name: {
@@ -234,7 +238,9 @@ def _markdown(content: dict[str, Any]) -> str:
             f"| {statistics.mean(row['recall']):.3f} |"
         )
     lines.append(f"| teacher, 100 Euler steps | | {content['teacher_100_steps']:.3g} | | |")
-    lines.append(f"| real training data | | {content['floor']:.3g} | | |")
+    number = f"{content['floor_samples']:,} samples"
+    lines.append(f"| teacher, 100 Euler steps, {number} | | {content['teacher_100_steps_floor']:.3g} | | |")
+    lines.append(f"| real training data, {number} | | {content['floor']:.3g} | | |")
     lines += [
         "",
         f"| on the curve ({content['curve_samples']:,} samples a point) | updates to the teacher's distance "
