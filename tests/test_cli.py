@@ -349,6 +349,10 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
     table = (place / "c/compare.md").read_text()
     assert "UID (alpha = 1, beta = 1)" in table
     assert "never" in table
+    # The training data stand beside the teacher at as many samples.
+    number = f"{result['floor_samples']:,} samples"
+    assert f"| real training data, {number} | | {result['floor']:.3g} |" in table
+    assert f"| teacher, 100 Euler steps, {number} | | {result['teacher_100_steps_floor']:.3g} |" in table
     assert (place / "c/compare.png").stat().st_size > 1000
     assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"
     assert "holds compare.json already" in refused(capsys, "compare", *words, "--out", "c")
