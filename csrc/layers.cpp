@@ -268,6 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_silu_grads(const Tensor& grad, c
   REQUIRE(grad.scalar_type() == x.scalar_type() && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
               grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
           "grad must have the dtype and the shape of x");
+  const void *const from = memory_of(grad, "grad"), *const kept = memory_of(statistics, "statistics");
   const int64_t channels = norm.channels, one = 1;
   const int64_t sizes[2] = {norm.batch, channels}, strides[2] = {channels, 1};
   Tensor g_x = images_like(x, channels), g_weight = allocate(&channels, &one, 1, norm.real),
@@ -279,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_silu_grads(const Tensor& grad, c
   }
   std::vector<double> of_images(norm.batch * 2 * channels);
   const rf::NormGradArgs args{norm.batch, norm.pixels, channels, norm.groups, norm.x, norm.shift, norm.weight, norm.bias,
-                              memory_of(statistics, "statistics"), memory_of(grad, "grad"), g_x.mutable_data_ptr(),
+                              kept, from, g_x.mutable_data_ptr(),
                               norm.shift == nullptr ? nullptr : g_shift.mutable_data_ptr(), of_images.data()};
   const auto& k = rf::norm_kernels(norm.dtype);
   norm.run([&](int64_t begin, int64_t end, void* scratch) { k.backward(args, begin, end, scratch); });

@@ -271,6 +271,11 @@ def test_freed_memory_is_refused():
     weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="weight has no memory"):
         ops.conv3x3(x, weight, bias)
+    # Also where there are no pixels to read it for.
+    x, ones, statistics = draw(1, 4, 0, 3), torch.ones(4), torch.ones(1, 2, 2)
+    statistics.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="statistics has no memory"):
+        ops.norm_silu_grads(x, x, None, ones, ones, statistics)
 
 
 def test_there_is_no_second_derivative():
