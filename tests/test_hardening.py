@@ -122,9 +122,9 @@ def assert_agrees(found, evaluate, arguments, terms=None):
         # result, both of them round, and their sums once on every level.
         places = 1.0
         if got.dtype == torch.float64:
-            places += math.log2(
-                max((v.numel() for v in arguments.values() if isinstance(v, torch.Tensor)), default=1) + 1
-            )
+            lists = (value if isinstance(value, list) else [value] for value in arguments.values())
+            sizes = (v.numel() for values in lists for v in values if isinstance(v, torch.Tensor))
+            places += math.log2(max(sizes, default=1) + 1)
         rounding = places * kind.eps * norm(wanted) + kind.eps * kind.smallest_normal * math.sqrt(
             max(wanted.numel(), 1)
         )
