@@ -1,8 +1,8 @@
 """Times whole training updates against the algorithm as published: ``python -m bench.step``, minutes; ``--quick`` one.
 
-Two networks: the digits U-Net of the shipped configuration, and the 36-million-parameter CIFAR-10 U-Net of torchcfm's
-example at batch 16; weights and images are random, which costs the same. Writes step.json, step.md (time, and peak
-memory of a fake turn), step_phases.md and a plot of the phases. The ways take turns in one process
+Two configurations: the shipped one of digits, and the CIFAR-10 recipe (a 36-million-parameter U-Net, five fake turns)
+at batch 16; weights and images are random, which costs the same. Writes step.json, step.md (time, and peak memory of a
+fake turn and of the whole update), step_phases.md and a plot of the phases. The ways take turns in one process
 (:mod:`bench.timing`); memory is measured in a process of its own for each way, in which freed blocks go back to the
 system at once.
 """
@@ -41,12 +41,13 @@ IMAGES = 512
 
 @dataclass(frozen=True)
 class Problem:
-    """A network on random images, with what differs from the digits configuration in how it is distilled."""
+    """A configuration's network on random images, with what differs in how it is distilled."""
 
     title: str
     network: Mapping[str, Any]
     shape: tuple[int, int, int]
     classes: int = 0
+    config: str = "digits"
     distill: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self) -> tuple[Config, Dataset, Model]:
@@ -60,7 +61,7 @@ class Problem:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draws))
         images = torch.randint(256, (IMAGES, *self.shape), dtype=torch.uint8, generator=draws)
         labels = torch.arange(IMAGES) % self.classes if self.classes else None
-        config = configs.load("digits")
+        config = configs.load(self.config)
         distill = replace(config.distill, **self.distill)
         return (
             replace(config, distill=distill),
@@ -72,19 +73,7 @@ class Problem:
 PROBLEMS = {
     "digits": Problem("digits network", configs.load("digits").network, (1, 8, 8), classes=10),
     "cifar10": Problem(
-        "CIFAR-10 network",
-        {
-            "kind": "unet",
-            "num_channels": 128,
-            "num_res_blocks": 2,
-            "channel_mult": [1, 2, 2, 2],
-            "num_heads": 4,
-            "num_head_channels": 64,
-            "attention_resolutions": "16",
-            "dropout": 0.1,
-        },
-        (3, 32, 32),
-        distill={"batch": 16, "ema": (0.999, 0.9996, 0.9999), "export": 0.0},
+        "CIFAR-10 network", configs.load("recipes/cifar10").network, (3, 32, 32), 0, "recipes/cifar10", {"batch": 16}
     ),
 }
 
@@ -136,20 +125,25 @@ def _recorded(trained: Distiller | Published, phases: list[dict[str, float]]) ->
     return update
 
 
-def peak_of_fake_turn(trained: Distiller | Published) -> dict[str, float]:
-    """Resident megabytes (10^6 bytes) before all fake turns of an update and at their peak; Linux only.
+def peaks(trained: Distiller | Published) -> dict[str, float]:
+    """Resident megabytes (10^6 bytes) before an update, at the peak of its fake turns and at that of all of it.
+
+    Linux only.
 
     Raises:
         OSError: the system does not let a process reset its own peak.
     """
     trained.update()
-    # The update is left without its generator turn, so the peak is the fake turns'.
-    setattr(trained, "generator_turn", lambda *_: None)  # noqa: B010
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    trained.update()
-    return {"held_MB": before, "peak_MB": _resident("VmHWM")}
+    found = {"held_MB": _resident("VmRSS")}
+    for name in ("update_peak_MB", "peak_MB"):
+        Path("/proc/self/clear_refs").write_text("5")
+        trained.update()
+        gc.collect()
+        found[name] = _resident("VmHWM")
+        # The next update goes without its generator turn, so that its peak is the fake turns'.
+        setattr(trained, "generator_turn", lambda *_: None)  # noqa: B010
+    return found
 
 
 def _resident(entry: str) -> float:
@@ -158,7 +152,7 @@ def _resident(entry: str) -> float:
 
 
 def _peak_in_a_process(name: str, way: str) -> dict[str, float]:
-    """:func:`peak_of_fake_turn` in a fresh process; empty where it cannot be measured."""
+    """:func:`peaks` in a fresh process; empty where they cannot be measured."""
     # A fixed threshold: blocks above it are mapped for themselves, and leave the process when they are freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "bench.step", "--peak", name, way]
@@ -172,12 +166,12 @@ def _peak_in_a_process(name: str, way: str) -> dict[str, float]:
 
 def table(rows: Sequence[Row], described: Mapping[str, Any]) -> str:
     """Time and memory of every way, the machine below."""
-    memory_header = ["resident at a fake turn's peak, MB", "of it the turn's own"]
+    memory_header = ["resident at a fake turn's peak, MB", "of it the turn's own", "at the update's peak, MB"]
     header = ["update", "batch", "way", "ms", "times realuid_fast", *memory_header]
     lines = []
     for row in rows:
         own = row["peak_MB"] - row["held_MB"] if "peak_MB" in row else None
-        memory = [report.number(row.get("peak_MB")), report.number(own)]
+        memory = [report.number(row.get("peak_MB")), report.number(own), report.number(row.get("update_peak_MB"))]
         times = [report.number(row["median_ms"]), f"{row['ratio']:.2f}"]
         lines.append([row["case"].removeprefix("update, "), report.shape(row), row["way"], *times, *memory])
     return report.markdown(header, lines, words=3) + (
@@ -201,14 +195,14 @@ def phase_table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = report.parser("bench.step", __doc__, "time of a network after warming up (default 120, quick 20)")
     parser.add_argument("--threads", type=report.threads, default=1, help="torch threads (default 1)")
-    parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "WAY"), help="only print the memory of its fake turn")
+    parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "WAY"), help="only print its memory")
     args = parser.parse_args(argv)
     if args.peak is not None:
         torch.set_num_threads(args.threads)
         network, way = args.peak
         if network not in PROBLEMS or way not in ways():
             parser.error(f"--peak takes one of {', '.join(PROBLEMS)} and one of {', '.join(ways())}")
-        print(json.dumps(peak_of_fake_turn(trainer(PROBLEMS[network], way))))
+        print(json.dumps(peaks(trainer(PROBLEMS[network], way))))
         return 0
     chosen = [name for name in PROBLEMS if args.only in name and not (args.quick and name != "digits")]
     if not chosen:

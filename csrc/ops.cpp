@@ -556,6 +556,7 @@ void adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
            const Tensor& lr, const Tensor& counts, const Tensor& ema_decays, double clip, double beta1, double beta2,
            double eps, double weight_decay, bool maximize, bool ema_warmup) {
   const bool wide = wide_reals(params, "params");
+  REQUIRE(ema_decays.defined(), "ema_decays must be a tensor, empty where there are no averages");
   const int64_t rows = ema_decays.numel();
   REQUIRE(!exp_avgs.empty() || beta1 == 0, "exp_avgs are needed unless beta1 is 0");
   Apart apart;
@@ -570,13 +571,14 @@ void adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
     tensors.push_back({p[i], g[i], m[i], v[i], e[i], rows == 0 ? 0 : emas[i].stride(0)});
 
   const double length = number(norm, 0, "norm");
-  if (!std::isfinite(length)) return;
   const int64_t before = counters(counts)[0] - 1;
-  const double taken = number(step, 0, "step");
+  // A step skipped before the first one taken counts none.
+  const double taken = std::max(number(step, 0, "step"), 1.0);
   const double rate = number(lr, std::max<int64_t>(0, std::min(before, lr.numel() - 1)), "lr");
   const double ramp = ema_warmup ? double(1 + before) / double(10 + before) : 1.0;
   std::vector<double> weights;
   for (int64_t k = 0; k < rows; ++k) weights.push_back(1 - std::min(number(ema_decays, k, "ema_decays"), ramp));
+  if (!std::isfinite(length)) return;
   const double factor = clip > 0 && length > clip ? clip / length : 1.0;
   const rf::AdamStep numbers{maximize ? -factor : factor,
                              weight_decay,

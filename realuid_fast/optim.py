@@ -69,20 +69,27 @@ class FlatParameters:
             for p, offset in zip(self.params, self._offsets, strict=True)
         ]
 
-    def attach(self) -> None:
+    def attach(self, part: slice = slice(None)) -> None:
         """Make every ``p.grad`` a view of :attr:`grad`, for backward to add to; clear it with ``set_to_none=False``."""
-        for p, view in zip(self.params, self._grads, strict=True):
+        for p, view in zip(self.params[part], self._grads[part], strict=True):
             p.grad = view
 
-    def gather(self) -> bool:
+    def gradients(self, part: slice) -> Tensor:
+        """The part of :attr:`grad` that belongs to neighbouring parameters."""
+        first, end, _ = part.indices(len(self.params))
+        return self.grad[self._offsets[first] : self._offsets[end] if end < len(self.params) else self._size]
+
+    def gather(self, part: slice = slice(None)) -> bool:
         """Bring all gradients into :attr:`grad`; False, and nothing done, where a parameter has none.
+
+        ``part`` is of the list of parameters, as for :meth:`attach`.
 
         Raises:
             UserError: a parameter is not in the buffer any more.
         """
         strays: list[Tensor] = []
         homes: list[Tensor] = []
-        for p, view, home in zip(self.params, self._views, self._grads, strict=True):
+        for p, view, home in zip(self.params[part], self._views[part], self._grads[part], strict=True):
             if p.data_ptr() != view.data_ptr():
                 raise UserError("a parameter has left its flat buffer: it was moved or cast after it was laid there")
             if p.grad is None:
@@ -148,6 +155,7 @@ class FusedAdam(torch.optim.Optimizer):
         counts: int64 ``(2,)`` on the device: calls of :meth:`step`, and those skipped.
         flat_storage: every group's :class:`FlatParameters`, or None.
         reduce: called by :meth:`step` with all gradients, to change them in place before anything reads them; None.
+        settle: called before anything else changes gradients that ``reduce``'s owner may be at work on; None.
 
     Raises:
         UserError: a setting outside its range, or parameters that are not alike.
@@ -175,6 +183,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._lay_flat = flat
         self.flat_storage: list[FlatParameters | None] = []
         self.reduce: Callable[[Sequence[Tensor]], None] | None = None
+        self.settle: Callable[[], None] | None = None
         self._buffers: list[dict[str, Tensor]] = []
         self._rates: list[Tensor] = []
         self._written: list[float] = []
@@ -567,6 +576,8 @@ class Optimiser:
     @torch.no_grad()
     def scale_grads(self, factor: float) -> None:
         """Multiply all gradients by a number."""
+        if self.adam.settle is not None:
+            self.adam.settle()
         grads = [_local(p.grad) for group in self.adam.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(grads, factor)
 

@@ -38,9 +38,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return [c0, c1, c2, c3]
 
 
-def normals(key: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """The stream's first ``n`` normals for ``key``, plainly and in float64, rounded to ``dtype``; shape ``(n,)``."""
-    group = torch.arange((n + 3) // 4, dtype=torch.int64, device=key.device)
+def normals(key: Tensor, n: int, dtype: torch.dtype, first: int = 0) -> Tensor:
+    """``n`` normals of the stream for ``key``, plainly and in float64, rounded to ``dtype``; shape ``(n,)``.
+
+    They begin with element ``first``, a multiple of 4.
+    """
+    group = torch.arange(first // 4, (first + n + 3) // 4, dtype=torch.int64, device=key.device)
     seed, offset = key[0], key[1]
     counter = (
         group & _MASK,

@@ -268,7 +268,7 @@ def adam_(
     def kept(decay: float) -> Tensor:
         return number(1 - (1 - decay) * finite.double())
 
-    factor = (clip / norm.double()).clamp(max=1.0) if clip else torch.ones_like(norm)
+    factor = torch.where(norm > clip, clip / norm.double(), 1.0) if clip else torch.ones_like(norm)
     scaled = list(torch._foreach_mul(grads, number(-factor if maximize else factor)))
     if weight_decay:
         torch._foreach_add_(scaled, params, alpha=weight_decay)

@@ -29,6 +29,7 @@ from bench import (
 from realuid_fast import cli, data
 from realuid_fast.errors import UserError
 from realuid_fast.noise import normal
+from realuid_fast.train import config as configs
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LOSSES = [call for call in micro.CALLS if "loss" in call]
@@ -333,7 +334,9 @@ def test_every_axis_of_growth_grows_and_can_be_built():
 
 def test_step_benchmark_of_a_tiny_network(tmp_path, monkeypatch):
     monkeypatch.setitem(step.PROBLEMS, "tiny", TINY)
-    monkeypatch.setattr(step, "_peak_in_a_process", lambda name, way: {"held_MB": 10.0, "peak_MB": 30.0})
+    monkeypatch.setattr(
+        step, "_peak_in_a_process", lambda *_: {"held_MB": 10.0, "peak_MB": 30.0, "update_peak_MB": 40.0}
+    )
     rows = step.measure("tiny", rounds=3, seconds=0.0)
     assert [row["way"] for row in rows] == step.ways()
     for found in rows:
@@ -351,7 +354,7 @@ def test_step_benchmark_of_a_tiny_network(tmp_path, monkeypatch):
     }
     text = step.table(rows, {**described, "clock": "clock"})
     assert "| tiny network | 4x1x4x4 | as published | " in text
-    assert text.count("| 30 | 20 |") == len(rows)
+    assert text.count("| 30 | 20 | 40 |") == len(rows)
     assert "| fake backward | " in step.phase_table(rows)
     plots.breakdown(rows, tmp_path / "phases.png")
     assert (tmp_path / "phases.png").stat().st_size > 1000
@@ -359,20 +362,32 @@ def test_step_benchmark_of_a_tiny_network(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", step.ways())
-def test_memory_of_a_fake_turn(way):
+def test_memory_of_an_update_and_of_its_fake_turns(way, monkeypatch):
     trained = step.trainer(TINY, way)
+    generator_turn, kept = type(trained).generator_turn, 100_000_000
+
+    def larger(self, *given):
+        """What the generator's turn takes beside its own shows in the update's peak alone."""
+        torch.ones(kept // 4).sum()
+        generator_turn(self, *given)
+
+    monkeypatch.setattr(type(trained), "generator_turn", larger)
     try:
-        found = step.peak_of_fake_turn(trained)
+        found = step.peaks(trained)
     except OSError as error:
         pytest.skip(f"a process' peak memory cannot be reset here: {error}")
     assert 0 < found["held_MB"] <= found["peak_MB"] + 0.1
+    assert found["update_peak_MB"] > found["peak_MB"] + 0.5 * kept / 1e6
 
 
-def test_the_cifar_network_is_the_published_one():
+def test_the_cifar_problem_is_the_published_one_but_for_its_batch():
+    problem = step.PROBLEMS["cifar10"]
     with torch.device("meta"):
-        problem = step.PROBLEMS["cifar10"]
         net = rf.networks.build({**problem.network, "dim": problem.shape})
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(35.7e6, rel=0.01)
+    recipe = configs.load("recipes/cifar10").distill
+    assert recipe.fake_turns == 5
+    assert replace(recipe, **problem.distill) == replace(recipe, batch=16)
 
 
 def test_a_table_without_its_results_is_a_sentence():

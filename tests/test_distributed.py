@@ -21,7 +21,7 @@ from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
-from realuid_fast.optim import FusedAdam
+from realuid_fast.optim import FusedAdam, Optimiser
 from realuid_fast.train import checkpoint, distill, distributed, regression, sharding
 from realuid_fast.train import config as configs
 from realuid_fast.train.checkpoint import Checkpoints, read
@@ -253,6 +253,79 @@ def test_a_regression_on_ranks_equals_one_on_the_concatenated_batch(place, monke
     for a, b in zip(expected, found, strict=True):
         # Float32 sums of 16 rows in another order.
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, monkeypatch):
+    """In pieces of any size they are what all of them at once are, for two ranks to the bit; one may have no part."""
+    layers, reduce = 6, dist.all_reduce
+
+    def gradients(rank, least, order):
+        monkeypatch.setattr(distributed, "PIECE", least)
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(layers)))
+        if not flat:
+            net.register_parameter("idle", nn.Parameter(torch.ones(3)))
+        optimiser, found = Optimiser(net, 0.1), []
+        optimiser.adam = FusedAdam(net.parameters(), 0.1, flat=flat)
+        distributed.average(optimiser, parts)
+        mean = optimiser.adam.reduce
+
+        def keep(given):
+            mean(given)
+            found.extend(g.clone() for g in given)
+
+        optimiser.adam.reduce = keep
+        monkeypatch.setattr(dist, "all_reduce", lambda *given, **named: order.append("sent") or reduce(*given, **named))
+        for i, layer in enumerate(net):
+            layer.weight.register_post_accumulate_grad_hook(lambda _, i=i: order.append(i))
+        rows = torch.arange(20.0).view(4, 5).sin() + rank
+        for _ in range(3):
+            for _ in range(parts):
+                net(rows).square().sum().backward()
+            order.append("step")
+            optimiser.adam.step()
+            optimiser.adam.zero_grad()
+        monkeypatch.setattr(dist, "all_reduce", reduce)
+        return found
+
+    def work(rank):
+        orders = {2**40: [], 200: [], 1: []}
+        found = [gradients(rank, least, order) for least, order in orders.items()]
+        for again in found[1:]:
+            assert all(map(torch.equal, again, found[0]))
+        return *orders.values(), found[0]
+
+    (at_once, in_twos, singly, found), (*_, other) = on_ranks(place, 2, work)
+    assert found
+    assert all(map(torch.equal, found, other))
+    before = [*reversed(range(layers))] * (parts - 1)
+    # What has no gradient is waited for until the step. A layer here is 100 bytes.
+    whole = ["sent", 0, "step"] if flat else [0, "step", "sent"]
+    assert at_once == [*before, 5, 4, 3, 2, 1, *whole] * 3
+    assert in_twos == [*before, 5, "sent", 4, 3, "sent", 2, 1, "sent", 0, "step"] * 3
+    assert singly == [*before, *(x for i in reversed(range(layers)) for x in ("sent", i)), "step"] * 3
+
+
+def test_pieces_are_neighbours_from_the_end():
+    assert distributed.pieces([4, 4, 4, 4, 4], 8) == [slice(3, 5), slice(1, 3), slice(0, 1)]
+    assert distributed.pieces([1, 9], 8) == [slice(1, 2), slice(0, 1)]
+    assert distributed.pieces([9, 1], 100) == [slice(0, 2)]
+    assert distributed.pieces([], 8) == []
+
+
+def test_a_gradient_that_changes_after_it_has_set_out_is_noticed(place):
+    def work(rank):
+        net = nn.Linear(2, 1)
+        optimiser = Optimiser(net, 0.1)
+        distributed.average(optimiser)
+        net(torch.ones(1, 2)).backward()
+        with pytest.raises(RuntimeError, match="1 a step"):
+            net(torch.ones(1, 2)).backward()
+        return True
+
+    assert on_ranks(place, 2, work) == [True, True]
 
 
 def test_a_batch_in_parts_is_the_same_batch(place, monkeypatch):

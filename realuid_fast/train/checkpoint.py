@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ SHARDED = 4  # a checkpoint whose sharded tensors are in files beside it
 # After torch's own file: this mark, the length of what it covers, and its SHA-256. torch.load does not mind.
 MARK = b"realuid_fast\x00\x00\x00\x01"
 TRAILER = struct.Struct("<16sQ32s")
+_SHARD = re.compile(r"update-\d{8}\.[0-9a-f]{16}\.shard")
 _CHUNK = 1 << 20
 
 
@@ -215,11 +217,17 @@ class _Shards:
             file = self._folder / self.names[i]
             try:
                 self._opened[i] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except MemoryError:
+                raise
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+            except Exception as error:
+                raise UserError(f"{file} cannot be read: {type(error).__name__}") from None
         found = self._opened[i]
         for key in keys:
-            found = found[key]
+            found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, Tensor):
+            raise UserError(f"{self.names[i]} has no rows of {'.'.join(map(str, keys))}")
         return found
 
 
@@ -239,12 +247,14 @@ def read(file: Path, verify: bool = True) -> dict[str, Any]:
         UserError: it may not be read, or is whole but of another version of the format.
     """
     content = _read_verified(file)
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, SHARDED):
+    version = content.get("format") if isinstance(content, dict) else None
+    # By its type too: a tensor compares with anything.
+    if not isinstance(version, int) or version not in (FORMAT, SHARDED):
         raise UserError(f"{file} is no checkpoint of this version")
-    if content["format"] == FORMAT:
+    if version == FORMAT:
         return content
     names = content.pop("shards", None)
-    if not isinstance(names, list) or not names or any(Path(str(name)).name != name for name in names):
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) and _SHARD.fullmatch(n) for n in names):
         raise Damaged("it does not name its shards")
     for name in names:
         try:
@@ -303,7 +313,10 @@ def _joined(tree: dict[Any, Any], files: _Shards, keys: tuple[Any, ...] = ()) ->
         if not isinstance(value, dict):
             joined[key] = value
         elif _ELSEWHERE in value:
-            joined[key] = Rows(tuple(value[_ELSEWHERE]), files, inside)
+            shape = value[_ELSEWHERE]
+            if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
+                raise Damaged("it does not say how large a tensor is")
+            joined[key] = Rows(tuple(shape), files, inside)
         else:
             joined[key] = _joined(value, files, inside)
     return joined
@@ -475,5 +488,6 @@ def _set_generator_states(states: dict[str, Tensor]) -> None:
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
-    except (KeyError, TypeError, RuntimeError):
+    except Exception:
+        # What is there in the place of states makes torch raise anything.
         raise Damaged("it lacks torch's generator states") from None

@@ -2,8 +2,8 @@
 
 Every rank takes the same steps: it draws its own noise, times and labels, reads its own rows of every real batch, and
 the gradients are averaged over all ranks before each optimiser step. Either every rank holds the whole state, gradients
-come together in one call and rank 0 alone writes the state; or state is shared out as well (:mod:`.sharding`). Both go
-on with any number of ranks that divides the batch.
+come together while the backward pass goes on and rank 0 alone writes the state; or state is shared out as well
+(:mod:`.sharding`). Both go on with any number of ranks that divides the batch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
-from ..optim import Optimiser
+from ..optim import FusedAdam, Optimiser
 
 # Rank 0 evaluates and draws pictures while the others wait. A rank that dies is noticed by torchrun at once.
 PATIENCE = timedelta(hours=2)
+# Bytes of gradients that go round together: long enough for the wires to matter more than a message's latency.
+PIECE = 2**25
 # Odd, so that its multiples modulo 2^63 are all different: 2^63 over the golden ratio.
 _STRIDE = 0x4F1BBCDCBFA53E0B
 
@@ -114,26 +117,88 @@ def average(optimiser: Optimiser, parts: int = 1, sharded: bool = False) -> None
 
     Those of ``sharded`` networks are means over the ranks already: FSDP2 takes them, part by part, while the backward
     pass goes on.
-
-    The mean is taken inside :meth:`Optimiser.step`, after every other thing that is done to gradients: one all-reduce
-    of one buffer. It is the same memory in the same order in every step, so that a resumed run adds the ranks up in the
-    order of the uninterrupted one; DDP's buckets change after its first backward.
     """
     ranks = 1 if sharded else size()
-    if ranks * parts == 1:
-        return
+    if ranks > 1:
+        mean = Mean(optimiser.adam, ranks, parts)
+        optimiser.adam.reduce, optimiser.adam.settle = mean, mean.settle
+    elif parts > 1:
+        optimiser.adam.reduce = lambda gradients: torch._foreach_mul_(list(gradients), 1 / parts)
 
-    def reduce(gradients: Sequence[Tensor]) -> None:
-        if ranks == 1:
-            torch._foreach_mul_(list(gradients), 1 / parts)
+
+class Mean:
+    """Takes the mean over all ranks of an optimiser's gradients, summed over ``parts`` backward passes.
+
+    The flat gradient goes round in pieces of :data:`PIECE` bytes or more, from its end to its beginning: a piece sets
+    out when the last backward pass has made all of its gradients, while those of the layers before are still to come.
+    Pieces are what the parameters' sizes make of them and set out in one order, so that every run of as many ranks adds
+    them up alike; DDP lays its buckets anew after its first backward pass, and again when a run is resumed.
+
+    Calling it, which :meth:`FusedAdam.step` does, sends what has not set out (a piece with a parameter that takes no
+    part) and waits for the rest.
+    """
+
+    def __init__(self, adam: FusedAdam, ranks: int, parts: int) -> None:
+        self._params: list[nn.Parameter] = [p for group in adam.param_groups for p in group["params"]]
+        self._flat = adam.flat_storage[0] if len(adam.flat_storage) == 1 else None
+        self._factor, self._parts = 1 / (ranks * parts), parts
+        self._pieces = pieces([p.numel() * p.element_size() for p in self._params], PIECE)
+        self._sent, self._running = 0, list[tuple[Tensor, list[Tensor], Any]]()
+        self._missing = self._all()
+        for i, piece in enumerate(self._pieces):
+            for p in self._params[piece]:
+                p.register_post_accumulate_grad_hook(partial(self._arrived, i))
+
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        while self._sent < len(self._pieces):
+            self._send()
+        self.settle()
+        self._sent, self._missing = 0, self._all()
+
+    def settle(self) -> None:
+        """Wait for what is on its way; gradients that have set out are means then."""
+        for buffer, homes, work in self._running:
+            work.wait()
+            buffer.mul_(self._factor)
+            if homes:
+                torch._foreach_copy_(homes, torch._utils._unflatten_dense_tensors(buffer, homes))
+        self._running.clear()
+
+    def _all(self) -> list[int]:
+        return [self._parts * len(self._params[piece]) for piece in self._pieces]
+
+    def _arrived(self, i: int, _: Tensor) -> None:
+        """A backward pass has added to the gradient of a parameter of piece ``i``."""
+        self._missing[i] -= 1
+        if self._missing[i] < 0:
+            raise RuntimeError(f"a gradient was added to after it had gone to the other ranks: {self._parts} a step")
+        while self._sent < len(self._pieces) and self._missing[self._sent] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        piece = self._pieces[self._sent]
+        self._sent += 1
+        homes = [p.grad for p in self._params[piece] if p.grad is not None]
+        if self._flat is not None and self._flat.gather(piece):
+            # Where the step looks for gradients; else it would bring those of this rank there once more.
+            self._flat.attach(piece)
+            buffer, homes = self._flat.gradients(piece), []
+        elif homes:
+            buffer = torch._utils._flatten_dense_tensors(homes)
+        else:
             return
-        whole = gradients[0] if len(gradients) == 1 else torch._utils._flatten_dense_tensors(list(gradients))
-        dist.all_reduce(whole)
-        whole.mul_(1 / (ranks * parts))
-        if whole is not gradients[0]:
-            torch._foreach_copy_(list(gradients), torch._utils._unflatten_dense_tensors(whole, list(gradients)))
+        self._running.append((buffer, homes, dist.all_reduce(buffer, async_op=True)))
 
-    optimiser.adam.reduce = reduce
+
+def pieces(sizes: Sequence[int], least: int) -> list[slice]:
+    """Neighbours that make at least so much together, from the last to the first, where less may be left."""
+    found, end, held = [], len(sizes), 0
+    for first in reversed(range(len(sizes))):
+        held += sizes[first]
+        if held >= least or first == 0:
+            found.append(slice(first, end))
+            end, held = first, 0
+    return found
 
 
 def averaged(sums: Tensor) -> Tensor:
