@@ -134,15 +134,16 @@ def peaks(trained: Distiller | Published) -> dict[str, float]:
         OSError: the system does not let a process reset its own peak.
     """
     trained.update()
+    # Without its generator's turn the peak of an update is its fake turns'.
+    setattr(trained, "generator_turn", lambda *_: None)  # noqa: B010
     gc.collect()
     found = {"held_MB": _resident("VmRSS")}
-    for name in ("update_peak_MB", "peak_MB"):
+    for name in ("peak_MB", "update_peak_MB"):
         Path("/proc/self/clear_refs").write_text("5")
         trained.update()
-        gc.collect()
         found[name] = _resident("VmHWM")
-        # The next update goes without its generator turn, so that its peak is the fake turns'.
-        setattr(trained, "generator_turn", lambda *_: None)  # noqa: B010
+        vars(trained).pop("generator_turn", None)
+        gc.collect()
     return found
 
 
