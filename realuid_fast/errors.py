@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the sentence without a traceback; in a program it is an ordinary ``ValueError``.
     """
+
+
+class NotWritten(UserError):
+    """A file that the disk did not take."""

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from . import data
 from .errors import UserError
+from .files import sync
 from .packed import MANIFEST, File, Manifest, Split, read_manifest
 
 KINDS = ("images", "celeba", "cifar10")
@@ -376,7 +377,7 @@ def _replace(part: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     part.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -388,16 +389,8 @@ def _finish(part: Path, manifest: Manifest) -> None:
             stream.write(manifest.text().encode())
             stream.flush()
             os.fsync(stream.fileno())
-        _sync(part)
+        sync(part)
 
     _writing(part / MANIFEST, write)
     # What the reader would refuse must not get its name.
     read_manifest(part / MANIFEST)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

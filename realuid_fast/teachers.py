@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import paths
-from .errors import UserError
+from .errors import NotWritten, UserError
+from .files import replacing
 from .networks import build
 from .sampling import follows_flow
 
@@ -132,16 +132,12 @@ def save(file: str | Path, state: Mapping[str, Tensor], description: Description
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {KEY: json.dumps(asdict(description), sort_keys=True)}
     file = Path(file)
-    part = file.with_name(file.name + ".part")
     try:
         # Written by ourselves: the library's own writer makes files that only their owner can read.
-        with part.open("wb") as stream:
+        with replacing(file) as stream:
             stream.write(serialise(tensors, metadata=metadata))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+        raise NotWritten(f"{file} cannot be written: {error.strerror or error}") from None
 
 
 def load(file: str | Path, role: str | None = None, net: nn.Module | None = None) -> Model:

@@ -22,11 +22,12 @@ from torch import nn
 
 from realuid_fast import functional, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.files import replacing
 from realuid_fast.networks import build
 from realuid_fast.pack import pack
 from realuid_fast.train import checkpoint, loop, memory
 from realuid_fast.train import config as configs
-from realuid_fast.train.checkpoint import Checkpoints, replacing
+from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
 from realuid_fast.train.lock import LOCK, held
@@ -291,6 +292,24 @@ def test_a_full_disk_under_the_log_is_a_sentence(run, monkeypatch):
     assert end_of(run("full", resume=True)) == end_of(run("straight"))
 
 
+@pytest.mark.parametrize("name", ["best", "student"])
+def test_a_full_disk_under_an_exported_network_is_a_sentence(run, monkeypatch, name):
+    replace, failed = os.replace, []
+
+    def full(source, target):
+        if Path(target).stem == name and not failed:
+            failed.append(target)
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    after = r"stopped after update (4|8|12): .*safetensors cannot be written: No space left on device; --resume goes on"
+    with pytest.raises(UserError, match=after if name == "student" else "cannot be written: No space left on device; "):
+        run("full")
+    assert not list(Path(failed[0]).parent.glob("*.part"))
+    assert end_of(run("full", resume=True)) == end_of(run("straight"))
+
+
 def test_a_folder_that_cannot_be_written_is_refused():
     with (
         pytest.raises(UserError, match="the folder /proc/nothing/run cannot be written"),
@@ -304,6 +323,30 @@ def test_a_folder_that_vanishes_is_made_again(run, after, tmp_path):
     with pytest.raises(UserError, match=r"stopped after update \d+: .*; --resume goes on from update-"):
         run("gone")
     gone, straight = run("gone", resume=True), run("straight")
+    assert end_of(gone)[0][0] == end_of(straight)[0][0]
+
+
+def test_a_folder_that_vanishes_under_a_checkpoint_is_made_again(run, monkeypatch, tmp_path):
+    """Between the beginning and the end of a write in the background, which alone notices."""
+    begun = []
+    write_verified = checkpoint._write_verified
+
+    def vanishing(stream, content):
+        if not begun:
+            begun.append(stream)
+            shutil.rmtree(tmp_path / "gone")
+        return write_verified(stream, content)
+
+    monkeypatch.setattr(checkpoint, "_write_verified", vanishing)
+    # The update after it waits until it has failed, which is before the next row of the log.
+    monkeypatch.setattr(Checkpoints, "check", Checkpoints.wait)
+    message = (
+        r"stopped after update \d+: the checkpoint .*update-00000005.pt cannot be written: No such file.*; --resume"
+    )
+    with pytest.raises(UserError, match=message):
+        run("gone", log_every=12)
+    monkeypatch.undo()
+    gone, straight = run("gone", resume=True, log_every=12), run("straight", log_every=12)
     assert end_of(gone)[0][0] == end_of(straight)[0][0]
 
 
@@ -482,6 +525,44 @@ def test_memory_that_does_not_suffice_says_what_would_fit(run, after):
     ):
         run("large")
     assert end_of(run("large", resume=True)) == end_of(run("straight"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "free", "said"),
+    [
+        (64, 1, 10.5, r"about 10 would fit; with run.accumulate=8 the batch goes through in parts of 8$"),
+        (
+            64,
+            2,
+            10.5,
+            r"in 2 passes .* about 5 would fit; with run.accumulate=16 the batch goes through in parts of 4$",
+        ),
+        (7, 1, 100.0, r"about 6 would fit; with run.accumulate=7 the batch goes through in parts of 1$"),
+        (64, 1, 0.5, r"about 0 would fit$"),
+        (64, 1, None, r"does not suffice for a batch of 64$"),
+    ],
+)
+def test_what_would_fit_is_what_is_free_over_what_a_sample_takes(monkeypatch, batch, rows, free, said):
+    net = build(NETWORK)
+    size = memory.bytes_per_sample(net, (2,), torch.device("cpu"))
+    assert size > 0
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None if free is None else int(free * size))
+    advice = memory.advice(net, batch, 1, rows, (2,), torch.device("cpu"))
+    assert re.search(said, advice), advice
+    # Of a batch that goes through in parts already.
+    if "goes through" in advice:
+        parts = int(re.search(r"accumulate=(\d+)", advice)[1])
+        assert f"run.accumulate={3 * parts} " in memory.advice(net, batch, 3, rows, (2,), torch.device("cpu"))
+
+
+def test_memory_that_one_sample_exhausts_is_said(monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(memory, "bytes_per_sample", exhausted)
+    assert memory.advice(build(NETWORK), 8, 1, 1, (2,), torch.device("cpu")).endswith(
+        "a batch of 8, nor for a batch of 1"
+    )
 
 
 def test_a_run_that_was_too_large_goes_on_in_parts(run, after):

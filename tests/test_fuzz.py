@@ -5,8 +5,12 @@ installed, ``python tests/test_fuzz.py READER`` lets libFuzzer look for them, gu
 """
 
 import contextlib
+import copy
+import functools
+import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -20,11 +24,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import realuid_fast as rf
 from realuid_fast import networks, packed, teachers
 from realuid_fast.convert import diffusers_folder, edm_pickle
 from realuid_fast.errors import UserError
-from realuid_fast.train import config
-from realuid_fast.train.checkpoint import Checkpoints
+from realuid_fast.train import config, loop
+from realuid_fast.train.checkpoint import ELSEWHERE, MARK, SHARDED, TRAILER, Checkpoints, rows_of
+from realuid_fast.train.meters import Meters
 
 EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "300"))
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}
@@ -141,6 +147,99 @@ def array():
     return [stream.getvalue()]
 
 
+def payload():
+    """Of a checkpoint, without the checksum that keeps all damage from going any further."""
+    return [content[: -TRAILER.size] for content in checkpoint()]
+
+
+def read_sealed(file):
+    seal(file)
+    return Checkpoints(file.parent).load()
+
+
+def seal(file):
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).digest()
+    file.write_bytes(content + TRAILER.pack(MARK, len(content), digest))
+    return digest.hex()[:16]
+
+
+class Run:
+    """A trainer of the network that a checkpoint is read into."""
+
+    def __init__(self):
+        self.net, self.step, self.noise = small_network(), 0, rf.NoiseStream(0)
+        self.draws, self.meters = torch.Generator(), Meters(["loss"])
+
+    def state_dict(self):
+        return {"step": self.step, "net": self.net.state_dict(), "noise": self.noise.state_dict()}
+
+    def load_state_dict(self, state):
+        self.step = int(state["step"])
+        self.net.load_state_dict(state["net"])
+        self.noise.load_state_dict(state["noise"])
+
+
+def structure():
+    """Nothing: a checkpoint as it is. Other contents are seeds of what is wrong in one."""
+    return [b""]
+
+
+WRONG = (None, 0, -1, 2**70, 0.5, math.nan, True, "", "x", "../x", [], {}, [None], {"a": 1})
+WRONG += (torch.zeros(()), torch.tensor([2, 3]), torch.ones(2), torch.zeros(3, 0))
+WRONG += (torch.zeros(2, dtype=torch.bool), torch.zeros(1, dtype=torch.complex64))
+
+
+def read_structure(file):
+    """A sharded checkpoint with some entries replaced, lost, renamed or of another size, under right checksums."""
+    seed = file.read_bytes()
+    rng = random.Random(seed)
+    change = functools.partial(altered, rng=rng) if seed else copy.deepcopy
+    folder = file.parent / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    run, names = Run(), []
+    whole = {name: p.shape for name, p in run.net.state_dict().items()}
+    for rank in range(2):
+        rows = {name: torch.ones(shape)[rows_of(shape[0], rank, 2)] for name, shape in whole.items()}
+        (folder / "shard").write_bytes(saved(change({"trainer": {"net": rows}})))
+        names.append(f"update-00000003.{seal(folder / 'shard')}.shard")
+        (folder / "shard").rename(folder / names[-1])
+    net = {name: {ELSEWHERE: list(shape)} for name, shape in whole.items()}
+    own = {"draws": run.draws.get_state(), "meters": run.meters.state_dict(), "torch_rng": torch.get_rng_state()}
+    content = {"format": SHARDED, "shards": names, "torch_rng": {"cpu": torch.get_rng_state()}, "ranks": [own, own]}
+    content |= {"trainer": {"step": 3, "net": net, "noise": run.noise.state_dict()}}
+    content |= dict.fromkeys(("log", "distances", "best", "observed"))
+    (folder / "update-00000003.pt").write_bytes(saved(change(content)))
+    seal(folder / "update-00000003.pt")
+    loop._restore(run, Checkpoints(folder).load(), 0)
+
+
+def altered(tree, rng):
+    """A copy of nested dictionaries and lists with up to two of their entries changed."""
+    tree = copy.deepcopy(tree)
+    for _ in range(rng.randrange(3)):
+        place = tree or {"nothing": None}
+        while True:
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.3:
+                break
+            place = place[key]
+        kind = rng.randrange(4)
+        if kind == 0:
+            del place[key]
+        elif kind == 1 and isinstance(place, dict):
+            place[rng.choice(("x", 3, "step", "net"))] = place.pop(key)
+        elif kind == 2 and isinstance(place[key], torch.Tensor):
+            place[key] = (
+                place[key][:-1] if place[key].dim() and rng.random() < 0.5 else place[key].double().unsqueeze(0)
+            )
+        else:
+            place[key] = rng.choice(WRONG)
+    return tree
+
+
 # name: valid contents, the file's name, and what reads it. A new reader is a line here.
 READERS = {
     "configuration": (
@@ -149,6 +248,8 @@ READERS = {
         config.load,
     ),
     "checkpoint": (checkpoint, "update-00000003.pt", lambda file: Checkpoints(file.parent).load()),
+    "checkpoint, sealed": (payload, "update-00000003.pt", read_sealed),
+    "checkpoint's structure": (structure, "seed", read_structure),
     "network": (network_file, "net.safetensors", teachers.load),
     "edm pickle": (edm_pickles, "net.pkl", lambda file: edm_pickle.read(file)[1].interpolant()),
     "scheduler": (schedulers, "scheduler/scheduler_config.json", read_scheduler),

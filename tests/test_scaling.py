@@ -35,9 +35,26 @@ def test_a_cycle_by_hand():
     assert one.generator == pytest.approx(10 * 7 * 1e6 / 1e9)
     assert one.steps == pytest.approx(4 * 1000 * (2 * 6 + 8) / 1e9)
     assert one.total == one.compute == pytest.approx(0.02 + 2 * 0.06 + 0.07 + 8e-5)
+    # A gradient of 4 kB goes round in one piece, which sets out when all of it is there.
     two = cycle(job, 2, SLOW, latency=0.0)
-    assert two.total == pytest.approx(one.total + 3 * 4e3 / 1e6)
+    assert two.total == two.one_after_another == pytest.approx(one.total + 3 * 4e3 / 1e6)
     assert cycle(job, 1, SLOW, share=0.5).fake == 2 * one.fake
+
+
+def test_what_a_backward_pass_hides_by_hand(monkeypatch):
+    # Four pieces of 1 s set out after 2, 4, 6 and 8 s: the last one is left. After 0.5, 1, 1.5 and 2 s: all but 1.5 s.
+    assert scaling.exposed(4.0, 4, 8.0) == 1.0
+    assert scaling.exposed(4.0, 4, 2.0) == 2.5
+    assert scaling.exposed(4.0, 1, 8.0) == 4.0
+    monkeypatch.setattr(scaling, "PIECE", 1000)
+    job = Job(parameters=1000, forward=1e6, batch=10, fake_turns=2, averages=1)
+    one, two = cycle(job, 1, SLOW), cycle(job, 2, SLOW, latency=1e-5)
+    # 4 kB in four pieces, 1 ms and a message to and fro each; 40 and 20 ms of backward passes hide three of them.
+    piece = 1e-3 + 2e-5
+    assert two.all_reduce == pytest.approx(4 * piece)
+    assert two.exposed == pytest.approx(3 * piece)
+    assert two.total == pytest.approx(one.total + 3 * piece)
+    assert two.one_after_another == pytest.approx(one.total + 12 * piece)
 
 
 def test_a_sharded_cycle_by_hand():

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import NotWritten, UserError
+from ..files import replacing, sync
 from ..optim import is_sharded
 from . import distributed
 
@@ -164,14 +165,14 @@ class Checkpoints:
                     digest = _write_verified(stream, rows)
                 name = f"{file.stem}.{digest.hex()[:16]}.shard"
                 os.replace(whole, file.with_name(name))
-                _sync(file.parent)
+                sync(file.parent)
                 said = name, ""
         except UserError as error:
             said = "", str(error)
         everyone: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, said, group=self._group)
         if failures := [failure for _, failure in everyone if failure]:
-            raise UserError(failures[0])
+            raise NotWritten(failures[0])
         return {**rest, "format": SHARDED, "shards": [name for name, _ in everyone]}
 
 
@@ -286,7 +287,7 @@ def _read_verified(file: Path) -> Any:
 
 
 # What stands in a checkpoint for a tensor whose rows are in its shards.
-_ELSEWHERE = "rows in the shards, of a tensor of shape"
+ELSEWHERE = "rows in the shards, of a tensor of shape"
 
 
 def _split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -295,7 +296,7 @@ def _split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     rows: dict[Any, Any] = {}
     for key, value in tree.items():
         if isinstance(value, _Part):
-            rest[key], rows[key] = {_ELSEWHERE: list(value.shape)}, value.rows
+            rest[key], rows[key] = {ELSEWHERE: list(value.shape)}, value.rows
         elif isinstance(value, dict):
             rest[key], inner = _split(value)
             if inner:
@@ -312,8 +313,8 @@ def _joined(tree: dict[Any, Any], files: _Shards, keys: tuple[Any, ...] = ()) ->
         inside = (*keys, key)
         if not isinstance(value, dict):
             joined[key] = value
-        elif _ELSEWHERE in value:
-            shape = value[_ELSEWHERE]
+        elif ELSEWHERE in value:
+            shape = value[ELSEWHERE]
             if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
                 raise Damaged("it does not say how large a tensor is")
             joined[key] = Rows(tuple(shape), files, inside)
@@ -365,7 +366,7 @@ def _sentences(what: str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{what} cannot be written: {cause.strerror or cause}") from None
+        raise NotWritten(f"{what} cannot be written: {cause.strerror or cause}") from None
 
 
 class _Hashed:
@@ -385,35 +386,6 @@ class _Hashed:
 
     def digest(self) -> bytes:
         return self._hash.digest()
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A stream whose content replaces ``file`` in one step when the block ends, and is on disk then.
-
-    Where the block or the disk fails, ``file`` stays as it was.
-    """
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    _sync(file.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's entries to disk, without which a file's new name is not there."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _step(file: Path) -> int:

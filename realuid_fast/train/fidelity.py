@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from ..data import Dataset
 from ..errors import UserError
+from ..files import replacing
 from ..metrics import Moments, frechet_of_moments, kernel_distance, precision_recall
 from ..noise import NoiseStream, normal
 from ..sampling import evaluations
 from ..teachers import Model
-from .checkpoint import replacing
 from .evaluate import sampler
 from .inception import Inception
 from .measure import NOISE_SEED, Sampler

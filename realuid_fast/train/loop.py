@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import teachers
-from ..errors import UserError
+from ..errors import NotWritten, UserError
+from ..files import replacing
 from ..noise import NoiseStream
 from ..optim import Optimiser
 from . import config as configs
 from . import distributed, memory, sharding
-from .checkpoint import Checkpoints, replacing
+from .checkpoint import Checkpoints
 from .config import Config
 from .lock import LOCK
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
@@ -273,7 +274,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                             now = state()
                             if together:
                                 checkpoints.save_soon(step, now)
-        except OSError:
+        except (OSError, UserError):
             # Other ranks are in the middle of something and do not come to make up a state.
             if distributed.size() == 1:
                 _rescue(config, trainer, folder, measure, checkpoints, state)
@@ -288,7 +289,8 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     if leader:
         if settings.timings:
             _write_timings(folder, trainer, trainer.step - first)
-        teachers.save(file, exported, description)
+        with _explained(trainer, checkpoints, shape):
+            teachers.save(file, exported, description)
     return file
 
 
@@ -400,6 +402,8 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
         yield
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except NotWritten as error:
+        what = str(error)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_exhausted(error):
             raise
