@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +26,8 @@ ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
 ROLES = ("teacher", "student")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
+# Networks of the published code hold a discriminator's head, trained or not, which the U-Net's own output never reads.
+HEAD = frozenset(f"cls_pred_branch.{layer}.{kind}" for layer in (0, 1, 3, 4, 6) for kind in ("weight", "bias"))
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,18 @@ def load_teacher(
 
 
 def published_state(file: str | Path, decay: float | None = None) -> dict[str, Tensor]:
-    """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off."""
+    """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off.
+
+    The published code's networks carry a discriminator's head, the parameters :data:`HEAD`: it is left out, with a
+    warning, since no sample depends on it. Every other name is handed on.
+
+    Args:
+        file: the checkpoint.
+        decay: which of its averages to take; the largest when not given.
+
+    Raises:
+        UserError: a damaged or foreign file, an average that it does not have, or no state dict inside.
+    """
     file = Path(file)
     _check_archive(file)
     try:
@@ -286,7 +300,10 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
         content = content.get("ema_model", content.get("net_model", content))
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} holds no state dict, plain or under ema_models, ema_model or net_model")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    if HEAD & set(state):
+        warnings.warn(f"{file} has a discriminator's head, cls_pred_branch: it is left out", stacklevel=3)
+    return {name: value for name, value in state.items() if name not in HEAD}
 
 
 def _check_archive(file: Path) -> None:
