@@ -5,15 +5,18 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from . import paths
 from .errors import UserError
@@ -28,6 +31,8 @@ ROLES = ("teacher", "student")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
 # Networks of the published code hold a discriminator's head, trained or not, which the U-Net's own output never reads.
 HEAD = frozenset(f"cls_pred_branch.{layer}.{kind}" for layer in (0, 1, 3, 4, 6) for kind in ("weight", "bias"))
+MOST_MISSING = 1_000  # parameters that a file may lack and still have them named
+MOST_UNSAVED = 2**28  # numbers in tables that no file holds, such as a transformer's positions: 1 GB
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,16 @@ def filled(
 
     What may be missing keeps the values of a fresh network, the same every time.
     """
+    # Twice what the file has, since a layer may be made and replaced.
+    most = 2 * len(state) + MOST_MISSING * (10 if allow_missing else 1)
     try:
         # First without memory: a damaged description may ask for more than there is.
-        with torch.device("meta"):
-            _check_fit(build(network), state, where, allow_missing, allow_unexpected)
+        with torch.device("meta"), _at_most(most, where):
+            net = build(network)
+        _check_fit(net, state, where, allow_missing, allow_unexpected)
+        own = net.state_dict()
+        if sum(table.numel() for name, table in net.named_buffers() if name not in own) > MOST_UNSAVED:
+            raise UserError(f"{where} describes a network with tables of more than {MOST_UNSAVED:,} numbers")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = build(network)
@@ -210,6 +221,30 @@ def filled(
         raise UserError(f"{where} describes a network that cannot be built: {_first_line(error)}") from None
     load_exactly(net, state, where, allow_missing, allow_unexpected)
     return net.eval()
+
+
+@contextmanager
+def _at_most(count: int, where: str) -> Iterator[None]:
+    """Stops the building of a network with more parameters than ``count``.
+
+    A description of a hundred bytes may ask for any number of layers, and each takes its time, even on the device meta.
+    """
+    here, made = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal made
+        # Other threads' networks are shown to the hook too.
+        if threading.get_ident() != here:
+            return
+        made += 1
+        if made > count:
+            raise UserError(f"{where} does not fit the network: it asks for more than {count:,} parameters")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _first_line(error: Exception) -> str:
@@ -228,7 +263,7 @@ def _description(file: Path, text: str) -> Description:
         return Description(**{key: value for key, value in content.items() if key in known})
     except UserError:
         raise
-    except (TypeError, AttributeError, ValueError):
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{file} has a damaged description under its metadata entry '{KEY}'") from None
 
 
