@@ -58,6 +58,10 @@ class Objective:
         for field in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
             # Kernels take doubles; an int that slipped in would change the op's schema match.
             object.__setattr__(self, field, _finite(field, getattr(self, field)))
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse numbers that leave the fake model's loss unbounded below, or mean nothing."""
         if not 0 < self.alpha <= 1:
             raise UserError(
                 f"alpha must lie in (0, 1], got {self.alpha:g}: generated data has weight alpha, real data 1 - alpha"
@@ -94,7 +98,7 @@ class Objective:
                 f"beta / alpha = 1 with alpha = {self.alpha:g}: real data carries no signal to the generator, this is "
                 "data-free UID at a higher cost",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @functools.cached_property
