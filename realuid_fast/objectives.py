@@ -58,6 +58,10 @@ class Objective:
         for field in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
             # Kernels take doubles; an int that slipped in would change the op's schema match.
             object.__setattr__(self, field, _finite(field, getattr(self, field)))
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse numbers that leave the fake model's loss unbounded below, or mean nothing."""
         if not 0 < self.alpha <= 1:
             raise UserError(
                 f"alpha must lie in (0, 1], got {self.alpha:g}: generated data has weight alpha, real data 1 - alpha"
@@ -70,7 +74,7 @@ class Objective:
             )
         if self.kappa == 0:
             raise UserError("kappa must not be 0: the fake model would have no influence")
-        if self.alpha == 1 and self.beta != 1:
+        if self.alpha == 1 and self.beta != 1 and self.gamma >= 1:
             raise UserError(
                 f"alpha = 1 requires beta = 1, got beta = {self.beta:g}: real data would have no quadratic term and "
                 "the fake model's loss would be unbounded below"
@@ -82,7 +86,7 @@ class Objective:
             )
         if self.flows not in ("all", "x"):
             raise UserError(f"flows must be 'all' or 'x', not {self.flows!r}")
-        if not self.needs_fake and (self.flows != "x" or self.alpha != 1):
+        if not self.needs_fake and (self.flows != "x" or self.needs_real):
             raise UserError("without a fake model only x can flow, and real data has no part")
         if self.normalised and (self.flows != "all" or self.sample_scale):
             raise UserError("a normalised objective has its own scale for each sample, and everything flows")
@@ -94,7 +98,7 @@ class Objective:
                 f"beta / alpha = 1 with alpha = {self.alpha:g}: real data carries no signal to the generator, this is "
                 "data-free UID at a higher cost",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @functools.cached_property
@@ -124,8 +128,8 @@ class Objective:
 
     @functools.cached_property
     def needs_real(self) -> bool:
-        """Whether the fake turn wants real rows."""
-        return self.alpha < 1
+        """Whether the fake turn wants real rows, for the teacher's output there or for their quadratic term."""
+        return self.alpha < 1 or self.gamma < 1
 
     @functools.cached_property
     def needs_teacher(self) -> bool:
@@ -179,7 +183,8 @@ def _fake_row(alpha: float, beta: float, gamma: float, kappa: float) -> FakeRow:
     d = kappa * (gamma * kappa - alpha)
     # (1 - gamma) - (1 - alpha) rounds to about 1e-17 where it is zero in exact arithmetic; a teacher pass hangs on it.
     d = 0.0 if abs(d) < 1e-12 else d
-    return FakeRow(A=gamma * kappa**2, B=kappa * beta, D=d, C=beta**2 / alpha)
+    # Without the teacher's part there is no square to complete, and C, a constant to the fake model, is left out.
+    return FakeRow(A=gamma * kappa**2, B=kappa * beta, D=d, C=beta**2 / alpha if alpha else 0.0)
 
 
 def UID() -> Objective:
@@ -214,12 +219,16 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
     data's and the generator's fields and densities at ``x_t``. The fake turn evaluates the teacher unless
     ``gamma kappa = alpha`` on both halves. Source: RealUID paper, the general real-data loss.
 
+    With ``gamma < 1`` real rows have their quadratic term at ``alpha = 1`` too, with any ``beta``.
+
     Raises:
-        UserError: as :func:`RealUID`; ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other ``alpha`` or ``beta``,
-            or a ``kappa`` that is neither ``1`` nor ``beta``.
+        UserError: ``alpha`` outside ``(0, 1]``, ``beta <= 0``, ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other
+            ``alpha`` or ``beta``, or a ``kappa`` that is neither ``1`` nor ``beta``.
     """
     if kappa not in (1, beta):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
+    if _finite("gamma", gamma) > 1:
+        raise UserError(f"gamma must lie in (0, 1], got {gamma:g}: real data would have a loss unbounded below")
     return Objective("General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa)
 
 

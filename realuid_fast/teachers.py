@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import threading
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from . import paths
 from .errors import NotWritten, UserError
@@ -25,6 +29,10 @@ ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
 ROLES = ("teacher", "student")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
+# Networks of the published code hold a discriminator's head, trained or not, which the U-Net's own output never reads.
+HEAD = frozenset(f"cls_pred_branch.{layer}.{kind}" for layer in (0, 1, 3, 4, 6) for kind in ("weight", "bias"))
+MOST_MISSING = 1_000  # parameters that a file may lack and still have them named
+MOST_UNSAVED = 2**28  # numbers in tables that no file holds, such as a transformer's positions: 1 GB
 
 
 @dataclass(frozen=True)
@@ -190,10 +198,16 @@ def filled(
 
     What may be missing keeps the values of a fresh network, the same every time.
     """
+    # Twice what the file has, since a layer may be made and replaced.
+    most = 2 * len(state) + MOST_MISSING * (10 if allow_missing else 1)
     try:
         # First without memory: a damaged description may ask for more than there is.
-        with torch.device("meta"):
-            _check_fit(build(network), state, where, allow_missing, allow_unexpected)
+        with torch.device("meta"), _at_most(most, where):
+            net = build(network)
+        _check_fit(net, state, where, allow_missing, allow_unexpected)
+        own = net.state_dict()
+        if sum(table.numel() for name, table in net.named_buffers() if name not in own) > MOST_UNSAVED:
+            raise UserError(f"{where} describes a network with tables of more than {MOST_UNSAVED:,} numbers")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = build(network)
@@ -203,6 +217,30 @@ def filled(
         raise UserError(f"{where} describes a network that cannot be built: {_first_line(error)}") from None
     load_exactly(net, state, where, allow_missing, allow_unexpected)
     return net.eval()
+
+
+@contextmanager
+def _at_most(count: int, where: str) -> Iterator[None]:
+    """Stops the building of a network with more parameters than ``count``.
+
+    A description of a hundred bytes may ask for any number of layers, and each takes its time, even on the device meta.
+    """
+    here, made = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal made
+        # Other threads' networks are shown to the hook too.
+        if threading.get_ident() != here:
+            return
+        made += 1
+        if made > count:
+            raise UserError(f"{where} does not fit the network: it asks for more than {count:,} parameters")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _first_line(error: Exception) -> str:
@@ -221,7 +259,7 @@ def _description(file: Path, text: str) -> Description:
         return Description(**{key: value for key, value in content.items() if key in known})
     except UserError:
         raise
-    except (TypeError, AttributeError, ValueError):
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{file} has a damaged description under its metadata entry '{KEY}'") from None
 
 
@@ -263,7 +301,18 @@ def load_teacher(
 
 
 def published_state(file: str | Path, decay: float | None = None) -> dict[str, Tensor]:
-    """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off."""
+    """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off.
+
+    The published code's networks carry a discriminator's head, the parameters :data:`HEAD`: it is left out, with a
+    warning, since no sample depends on it. Every other name is handed on.
+
+    Args:
+        file: the checkpoint.
+        decay: which of its averages to take; the largest when not given.
+
+    Raises:
+        UserError: a damaged or foreign file, an average that it does not have, or no state dict inside.
+    """
     file = Path(file)
     _check_archive(file)
     try:
@@ -282,7 +331,10 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
         content = content.get("ema_model", content.get("net_model", content))
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} holds no state dict, plain or under ema_models, ema_model or net_model")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    if HEAD & set(state):
+        warnings.warn(f"{file} has a discriminator's head, cls_pred_branch: it is left out", stacklevel=3)
+    return {name: value for name, value in state.items() if name not in HEAD}
 
 
 def _check_archive(file: Path) -> None:

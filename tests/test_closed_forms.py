@@ -153,8 +153,9 @@ OBJECTIVES = [
     rf.objectives.RealUID(0.9, 0.84),
     rf.objectives.GeneralRealUID(0.9, 0.95, 0.8),
     rf.objectives.GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95),
+    rf.objectives.GeneralRealUID(1.0, 0.9, 0.8),
 ]
-IDS = ["UID", "RealUID-up", "RealUID-down", "general", "general-kappa"]
+IDS = ["UID", "RealUID-up", "RealUID-down", "general", "general-kappa", "general-whole"]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
 
 

@@ -1,7 +1,9 @@
-"""Drop-in losses against the published formulas, written out here."""
+"""Drop-in losses against the published formulas, written out here, alone and in a training script."""
 
+import copy
 import importlib
 import importlib.util
+import math
 import sys
 import types
 
@@ -12,79 +14,344 @@ from realuid_fast import compat
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 
+NETWORKS = {
+    "labels": {"kind": "mlp", "shape": [1, 4, 4], "width": 8, "depth": 1, "num_classes": 3},
+    "no labels": {"kind": "mlp", "shape": [1, 4, 4], "width": 8, "depth": 1},
+    # Without attention, whose keys' biases have no gradient but rounding.
+    "channels_last": {"kind": "unet", "dim": [2, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4,
+                      "middle_attention": False},
+}  # fmt: skip
+NETWORKS["channels_last, labels"] = {**NETWORKS["channels_last"], "class_cond": True, "num_classes": 3}
+every_network = pytest.mark.parametrize("name", NETWORKS)
 
-def case(seed=0, batch=3):
+
+def shape(name):
+    return NETWORKS[name].get("shape") or NETWORKS[name]["dim"]
+
+
+def laid_out(tensor_or_net, name):
+    return tensor_or_net.to(memory_format=torch.channels_last) if "channels_last" in name else tensor_or_net
+
+
+def case(name="labels", seed=0, batch=3):
+    """Fake model, teacher, times, noise, generated and real samples, labels."""
     torch.manual_seed(seed)
-    nets = [build({"kind": "mlp", "shape": [1, 4, 4], "width": 8, "depth": 1, "num_classes": 3}) for _ in range(2)]
+    nets = [laid_out(build(NETWORKS[name]), name) for _ in range(2)]
     for net in nets:
         for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    x0, gen, data = (torch.randn(batch, 1, 4, 4) for _ in range(3))
-    return *nets, torch.rand(batch), x0, gen.requires_grad_(), data, torch.arange(batch) % 3
+            # Convolutions sum over more.
+            torch.nn.init.normal_(p, std=0.1 if "channels_last" in name else 0.3)
+    x0, gen, data = (laid_out(torch.randn(batch, *shape(name)), name) for _ in range(3))
+    assert x0.is_contiguous() == ("channels_last" not in name)
+    y = torch.arange(batch) % 3 if "num_classes" in NETWORKS[name] else None
+    return *nets, torch.rand(batch), x0, gen.requires_grad_(), data, y
 
 
-def written_out(u, teacher, t, x0, gen, data, y, a, b, g, kappa, generator_turn, plain):
+def exact(arguments):
+    """The same in float64, networks and all, with leaves of its own."""
+    moved = []
+    for value in arguments:
+        if isinstance(value, torch.nn.Module):
+            value = copy.deepcopy(value).double()
+        elif value is not None and value.is_floating_point():
+            value = value.detach().double().requires_grad_(value.requires_grad)
+        moved.append(value)
+    return moved
+
+
+def outputs_of(net):
+    """A float64 network for float32 samples, so that what is rounded is the loss."""
+    return lambda t, x, y: net(t.double(), x.double(), y).to(x.dtype)
+
+
+def close(found, expected):
+    """Within 1e-5 of the largest number."""
+    found, expected = found.detach().double(), expected.detach().double()
+    size = float(expected.abs().max())
+    assert size > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * size)
+
+
+def written_out(u, teacher, t, x0, gen, data, y, a, b, g, kappa, generator_turn):
+    """RealUID by two squares, or with a ``g`` the general loss by ``d``: what the turn maximises or minimises."""
     s = t.view(-1, 1, 1, 1)
     total = 0.0
     halves = [(gen, a, b, g)] + ([] if generator_turn else [(data, 1 - a, 1 - b, None if g is None else 1 - g)])
     for x, a, b, g in halves:
-        if a == 0:
-            continue
         x_t, v = s * x + (1 - s) * x0, x - x0
         f = u(t, x_t, y)
-        if plain:
-            total = total - a * (f - b / a * v).square().sum()
-            if generator_turn:
-                total = total + a * (teacher(t, x_t, y) - b / a * v).square().sum()
-        else:
+        if g is not None:
             f_star = teacher(t, x_t, y)
             d = kappa * (f - f_star)
             total = total - g * (d * d).sum() + 2 * b * (d * v).sum() - 2 * a * (d * f_star).sum()
+        elif a != 0:
+            total = total - a * (f - b / a * v).square().sum()
+            if generator_turn:
+                total = total + a * (teacher(t, x_t, y) - b / a * v).square().sum()
     return total / len(x0)
 
 
+def losses(arguments, a, b, g, how, generator_turn):
+    """Ours in float32 and the formula in float64, and what each is differentiated in."""
+    given = list(arguments)
+    if not generator_turn:
+        given[4] = given[4].detach()
+    theirs = exact(given)
+    given[:2] = map(outputs_of, theirs[:2])
+    if g is None:
+        ours = compat.dist_loss(*given, a, b, generator_turn)
+    else:
+        ours = compat.general_dist_loss(*given, a, b, g, how, generator_turn)
+    formula = written_out(*theirs, a, b, g, b if how == "beta" else 1, generator_turn)
+    parameters = list(theirs[0].parameters())
+    leaves = [[x[4], *parameters] if generator_turn else parameters for x in (given, theirs)]
+    return ours, formula, *leaves
+
+
+@every_network
 @pytest.mark.parametrize("generator_turn", [True, False])
 @pytest.mark.parametrize(
     ("a", "b", "g", "how"),
     [(1, 1, None, ""), (0.92, 0.94, None, ""), (0.92, 0.94, 0.8, "standard"), (0.92, 0.94, 0.92, "beta"),
-     (0.9, 0.88, 0.9, "standard"), (1.0, 1.0, 1.0, "standard")],
+     (0.9, 0.88, 0.9, "standard"), (1.0, 1.0, 1.0, "standard"), (1.0, 1.0, 0.8, "standard"), (1.0, 0.9, 0.8, "beta")],
 )  # fmt: skip
-def test_losses_are_the_published_ones(a, b, g, how, generator_turn):
-    u, teacher, t, x0, gen, data, y = case()
-    arguments = (u, teacher, t, x0, gen if generator_turn else gen.detach(), data, y)
-    if g is None:
-        ours = compat.dist_loss(*arguments, a, b, generator_turn)
-    else:
-        ours = compat.general_dist_loss(*arguments, a, b, g, how, generator_turn)
-    theirs = written_out(*arguments, a, b, g, b if how == "beta" else 1, generator_turn, g is None)
-    wanted = [gen] if generator_turn else []
-    wanted += list(u.parameters())
-    # Float32 sums in another order.
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-    for left, right in zip(
-        torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True
-    ):  # fmt: skip
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-4)
+def test_losses_are_the_published_ones(name, a, b, g, how, generator_turn):
+    ours, formula, leaves, theirs = losses(case(name), a, b, g, how, generator_turn)
+    close(ours, formula)
+    for left, right in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(formula, theirs), strict=True):
+        close(left, right)
 
 
-def test_gan_loss():
-    u, _, t, x0, gen, data, y = case()
-    head = types.SimpleNamespace(forward_head=lambda t, x, y: u(t, x, y).mean((1, 2, 3)))
+@pytest.mark.parametrize(
+    ("a", "b", "g", "how"),
+    [(1.0, 0.9, None, ""), (1.2, 0.9, None, ""), (0.9, -0.5, None, ""), (0.9, 0.92, 1.0, "standard"),
+     (1.0, 0.9, 1.0, "beta"), (0.9, 0.92, 1.3, "standard"), (0.0, 0.9, -0.5, "standard")],
+)  # fmt: skip
+def test_the_generators_formula_takes_any_numbers(a, b, g, how):
+    """Those too whose other turn has no maximum: there is no real half here that could lack its square."""
+    ours, formula, leaves, theirs = losses(case(), a, b, g, how, generator_turn=True)
+    close(ours, formula)
+    close(torch.autograd.grad(ours, leaves)[0], torch.autograd.grad(formula, theirs)[0])
+    with pytest.raises(UserError):
+        losses(case(), a, b, g, how, generator_turn=False)
+
+
+def test_what_has_no_maximum_has_none_on_a_batch():
+    """A multiple of the real samples' target, added to the fake model where they are, raises the formula for ever.
+
+    It is what the refusals below are about; with a square on the real half it falls in the end.
+    """
+    u, teacher, t, x0, gen, data, y = exact(case())
     s = t.view(-1, 1, 1, 1)
-    on_gen, on_data = (head.forward_head(t, s * x + (1 - s) * x0, y) for x in (gen, data))
-    torch.testing.assert_close(compat.GANloss(head, t, x0, gen, data, y), (1 + (-on_gen).exp()).log().mean())
-    expected = -(1 + on_gen.exp()).log().mean() - (1 + (-on_data).exp()).log().mean()
-    torch.testing.assert_close(compat.GANloss(head, t, x0, gen, data, y, generator_turn=False), expected)
+    x_t, v = s * data + (1 - s) * x0, data - x0
+
+    def value(size, a, b, g):
+        def moved(t, x, y):
+            return u(t, x, y) + (size * v if torch.equal(x, x_t) else 0)
+
+        return float(written_out(moved, teacher, t, x0, gen.detach(), data, y, a, b, g, 1, False).detach())
+
+    for a, b, g, bounded in ((1.0, 0.9, 1.0, False), (1.0, 0.9, 0.8, True), (0.9, 0.92, 0.9, True)):
+        values = [value(size, a, b, g) for size in (0.0, 1e3, 1e6)]
+        assert (values[2] < values[0]) == bounded, (a, b, g, values)
+        assert (values[1] < values[2]) != bounded
+    # Whatever their sign, for one of the two.
+    up, down = (value(size, 0.9, 0.92, 1.0) for size in (1e6, -1e6))
+    assert max(up, down) > 1e3
 
 
-def test_what_cannot_be_maximised_is_refused():
+def test_what_cannot_be_maximised_is_refused_in_the_fake_turn_alone():
     arguments = case()
-    with pytest.raises(UserError, match="alpha = 1 requires beta = 1"):
-        compat.dist_loss(*arguments, 1.0, 0.9)
-    with pytest.raises(UserError, match="gamma = 1"):
-        compat.general_dist_loss(*arguments, 0.9, 0.92)
-    with pytest.raises(UserError, match="parametrization"):
-        compat.general_dist_loss(*arguments, parametrization="delta")
+    for a, b, words in (
+        (1.0, 0.9, "alpha = 1 requires beta = 1.*unbounded"),
+        (1.2, 0.9, r"alpha must lie in \(0, 1\]"),
+        (0.0, 0.9, r"alpha must lie in \(0, 1\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compat.dist_loss(*arguments, a, b, generator_turn=False)
+    for a, b, g, words in (
+        (0.9, 0.92, 1.0, "gamma = 1 requires alpha = beta = 1.*unbounded"),
+        (1.0, 0.92, 1.0, "alpha = 1 requires beta = 1.*unbounded"),
+        (0.9, 0.92, 1.1, r"gamma must lie in \(0, 1\]"),
+        (1.0, 1.0, 1.1, r"gamma must lie in \(0, 1\]"),
+        (0.9, 0.92, 0.0, r"gamma must lie in \(0, 1\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compat.general_dist_loss(*arguments, a, b, g, generator_turn=False)
+    for turn in (True, False):
+        with pytest.raises(UserError, match="parametrization must be 'standard' or 'beta', not 'delta'"):
+            compat.general_dist_loss(*arguments, parametrization="delta", generator_turn=turn)
+        with pytest.raises(UserError, match="alpha must be a finite number"):
+            compat.dist_loss(*arguments, alpha=float("nan"), generator_turn=turn)
+    with pytest.raises(UserError, match="alpha must not be 0: the formula divides by it"):
+        compat.dist_loss(*arguments, alpha=0.0)
+
+
+def test_real_samples_may_be_missing_where_they_play_no_part():
+    arguments = list(case())
+    expected = compat.dist_loss(*arguments, generator_turn=False)
+    arguments[5] = None
+    assert torch.equal(compat.dist_loss(*arguments, generator_turn=False), expected)
+    assert torch.isfinite(compat.dist_loss(*arguments, 0.9, 0.92))
+    assert torch.isfinite(compat.general_dist_loss(*arguments, generator_turn=False))
+    with pytest.raises(UserError, match=r"x1_data must be given with alpha = 0\.9, gamma = 0\.9"):
+        compat.dist_loss(*arguments, 0.9, 0.92, generator_turn=False)
+    with pytest.raises(UserError, match=r"x1_data must be given with alpha = 1, gamma = 0\.8"):
+        compat.general_dist_loss(*arguments, 1.0, 1.0, 0.8, generator_turn=False)
+
+
+@pytest.mark.parametrize("generator_turn", [True, False])
+def test_the_general_loss_keeps_its_digits_where_the_fake_model_is_near_the_teacher(generator_turn):
+    _, _, t, x0, gen, data, y = case()
+    f_star = torch.randn(3 if generator_turn else 6, *x0.shape[1:])
+    f = (f_star + 1e-4 * torch.randn_like(f_star)).requires_grad_()
+    given = (lambda *_: f, lambda *_: f_star, t, x0, gen.detach(), data, y)
+    found = compat.general_dist_loss(*given, 0.92, 0.94, 0.8, "standard", generator_turn)
+    total, wide = 0.0, f.detach().double().requires_grad_()
+    for half, (x, a, b, g) in enumerate(((gen, 0.92, 0.94, 0.8), (data, 0.08, 0.06, 0.2))[: len(f) // 3]):
+        rows = slice(3 * half, 3 * half + 3)
+        d, v = wide[rows] - f_star[rows].double(), (x - x0).detach().double()
+        total = total + (-g * d * d + 2 * b * d * v - 2 * a * d * f_star[rows]).sum() / 3
+    close(found, total)
+    close(torch.autograd.grad(found, f)[0], torch.autograd.grad(total, wide)[0])
+
+
+def head(net):
+    return types.SimpleNamespace(forward_head=lambda t, x, y: net(t, x, y).sum((1, 2, 3)))
+
+
+def cross_entropy(u, t, x0, gen, data, y, generator_turn):
+    """Of the head's logits, non-saturating: minimised by the generator, maximised by the head."""
+    s = t.view(-1, 1, 1, 1)
+    on_gen, on_data = (u.forward_head(t, s * x + (1 - s) * x0, y) for x in (gen, data))
+    if generator_turn:
+        return -on_gen.sigmoid().log().mean()
+    return (1 - on_gen.sigmoid()).log().mean() + on_data.sigmoid().log().mean()
+
+
+@every_network
+@pytest.mark.parametrize("generator_turn", [True, False])
+def test_gan_loss(name, generator_turn):
+    u, _, *others = case(name)
+    u, *exactly = exact([u, *others])
+    ours = compat.GANloss(head(outputs_of(u)), *others, generator_turn=generator_turn)
+    formula = cross_entropy(head(u), *exactly, generator_turn)
+    assert ours.dtype == torch.float32
+    close(ours, formula)
+    leaves, theirs = ([x[2], *u.parameters()] if generator_turn else list(u.parameters()) for x in (others, exactly))
+    for left, right in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(formula, theirs), strict=True):
+        close(left, right)
+    if not generator_turn:
+        # As published, the head's turn leaves the samples out of the graph.
+        loss = compat.GANloss(head(outputs_of(u)), *others, generator_turn=False)
+        assert torch.autograd.grad(loss, others[2], allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("generator_turn", [True, False])
+@pytest.mark.parametrize("name", ["transposed", "channels_last", "channels_last_3d"])
+def test_every_layout_gives_the_same(name, generator_turn):
+    """Samples in one layout, noise and networks' outputs in another."""
+    torch.manual_seed(0)
+    gen, *others = torch.randn(5, 3, 4, *([2] if "3d" in name else []), 6, 6)
+    if name == "transposed":
+        moved = gen.mT.contiguous().mT
+    else:
+        moved = gen.to(memory_format=getattr(torch, name))
+    assert not moved.is_contiguous()
+    x0, data, f, f_star = others
+    rows, t = 1 if generator_turn else 2, torch.rand(3)
+    seen = []
+
+    def net(out):
+        return lambda t, x, y: seen.append(x) or torch.cat([out] * rows)
+
+    for loss in (compat.dist_loss, compat.general_dist_loss):
+        numbers = {"alpha": 0.92, "beta": 0.94, "generator_turn": generator_turn}
+        numbers |= {"gamma": 0.8} if loss is compat.general_dist_loss else {}
+        plain, again = (loss(net(f), net(f_star), t, x0, x1, data, **numbers) for x1 in (gen, moved))
+        torch.testing.assert_close(again, plain)
+    assert len({x.stride() for x in seen}) == (1 if name == "transposed" else 2)
+
+
+PLAIN = types.SimpleNamespace(
+    dist_loss=lambda u, teacher, t, x0, gen, data, y, a, b, generator_turn: written_out(
+        u, teacher, t, x0, gen, data, y, a, b, None, 1, generator_turn
+    ),
+    general_dist_loss=lambda u, teacher, t, x0, gen, data, y, a, b, g, how, generator_turn: written_out(
+        u, teacher, t, x0, gen, data, y, a, b, g, b if how == "beta" else 1, generator_turn
+    ),
+    GANloss=lambda u, t, x0, gen, data, y, generator_turn: cross_entropy(u, t, x0, gen, data, y, generator_turn),
+)
+
+
+class Headed(torch.nn.Module):
+    def __init__(self, net, size):
+        super().__init__()
+        self.net, self.head = net, torch.nn.Linear(size, 1)
+
+    def forward(self, t, x, y=None):
+        return self.net(t, x, y)
+
+    def forward_head(self, t, x, y=None):
+        return self.head(self.net(t, x, y).flatten(1))
+
+
+def script(imported, name, dtype, numbers, how, adversarial, turns=18):
+    """A training script in miniature: five turns of ``u``, one of the generator; everything that it has trained."""
+    torch.manual_seed(1)
+    size = math.prod(shape(name))
+    u, teacher, generator = (laid_out(Headed(case(name, seed)[0], size), name).to(dtype) for seed in range(3))
+    teacher.requires_grad_(False)
+    start = [p.detach().clone() for net in (u, generator) for p in net.parameters()]
+    adam = {"lr": 1e-3, "betas": (0.0, 0.999)}
+    optim_u = torch.optim.Adam(u.parameters(), maximize=True, **adam)
+    optim_generator = torch.optim.Adam(generator.parameters(), **adam)
+    images = laid_out(torch.randn(12, *shape(name)).to(dtype), name)
+    labels = torch.arange(12) % 3 if "num_classes" in NETWORKS[name] else None
+    for turn in range(turns):
+        rows = torch.randperm(12)[:4]
+        data, y = laid_out(images[rows], name), None if labels is None else labels[rows]
+        x0, z = (torch.randn_like(data) for _ in range(2))
+        t, late = torch.rand(4, dtype=dtype), 1 - 0.2 * torch.rand(4, dtype=dtype)
+        gen = z + generator(torch.zeros(4, dtype=dtype), z, y)
+        generator_turn = turn % 6 == 5
+        net, optimiser = (generator, optim_generator) if generator_turn else (u, optim_u)
+        gen = gen if generator_turn else gen.detach()
+        optimiser.zero_grad()
+        loss_of = imported.dist_loss if len(numbers) == 2 else imported.general_dist_loss
+        loss = loss_of(u, teacher, t, x0, gen, data, y, *numbers, *how, generator_turn=generator_turn)
+        if adversarial:
+            loss = loss + 3 * imported.GANloss(u, late, x0, gen, data, y, generator_turn=generator_turn)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+    return start, [p.detach() for net in (u, generator) for p in net.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "numbers", "how", "adversarial"),
+    [
+        ("labels", (1.0, 1.0), (), False),
+        ("labels", (0.92, 0.94), (), True),
+        ("no labels", (0.92, 0.94, 0.8), ("beta",), False),
+        ("channels_last", (0.92, 0.94), (), False),
+        ("channels_last, labels", (1.0, 0.94, 0.8), ("standard",), True),
+    ],
+)
+def test_one_changed_import_trains_the_same_networks(name, numbers, how, adversarial, dtype):
+    start, plain = script(PLAIN, name, dtype, numbers, how, adversarial)
+    again, ours = script(compat, name, dtype, numbers, how, adversarial)
+    moved, apart = [], []
+    for begin, same, one, two in zip(start, again, plain, ours, strict=True):
+        assert torch.equal(begin, same)
+        moved.append((one - begin).flatten())
+        apart.append((one - two).flatten())
+    share = float(torch.cat(apart).norm() / torch.cat(moved).norm())
+    assert float(torch.cat(moved).norm()) > 0.01
+    # Adam without a first moment moves a parameter by the rate however small its gradient is, and so rounding shows.
+    # Found: up to 1e-5 and 8e-15.
+    assert share < {torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
 
 
 @pytest.fixture(scope="module")

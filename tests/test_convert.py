@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realuid_fast import data, paths, sampling, teachers
+from realuid_fast import cli, data, paths, sampling, teachers
 from realuid_fast.convert import convert, edm_pickle
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
@@ -81,6 +82,76 @@ def test_published_checkpoints_of_torchcfm_networks_give_its_outputs(peer, side,
         assert expected.std() > 0.01
         torch.testing.assert_close(model.net(t, x, y), expected, rtol=1e-5, atol=1e-5)
     assert (model.description.path, model.description.predict) == ("linear", "velocity")
+
+
+@pytest.fixture(scope="module")
+def headed(peer):
+    """The published code's network on the digits: torchcfm's U-Net, its settings, with a discriminator's head on it."""
+    options = {"dim": [1, 8, 8], "num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]}
+    torch.manual_seed(0)
+    made = peer(**options)
+    made.cls_pred_branch = torch.nn.Sequential(
+        *(torch.nn.Conv2d(64, 64, 2, 2), torch.nn.GroupNorm(32, 64), torch.nn.SiLU()),
+        *(torch.nn.Conv2d(64, 64, 2, 2), torch.nn.GroupNorm(32, 64), torch.nn.SiLU()),
+        torch.nn.Conv2d(64, 1, 1),
+    )
+    return shaken(made), {"kind": "unet", **options}
+
+
+HEADED = "has a discriminator's head, cls_pred_branch: it is left out"
+
+
+@pytest.mark.parametrize("kind", ["ema_models", "ema_gens"])
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "parallel"])
+def test_the_discriminators_head_in_published_checkpoints_is_left_out(headed, kind, prefix, tmp_path):
+    theirs, network = headed
+    state = {f"{prefix}{name}": value for name, value in theirs.state_dict().items()}
+    assert sum("cls_pred_branch" in name for name in state) == len(teachers.HEAD) == 10
+    torch.save({kind: {"0.999": state}, "step": 1}, tmp_path / "c.pt")
+    role = {"ema_models": "teacher", "ema_gens": "student"}[kind]
+    with pytest.warns(UserWarning, match=HEADED):
+        direct = teachers.load_teacher(tmp_path / "c.pt", network)
+    out = tmp_path / "c.safetensors"
+    with pytest.warns(UserWarning, match=HEADED):
+        converted = convert(tmp_path / "c.pt", out, network=network, student=role == "student")
+    t, x = torch.tensor([0.2, 0.9]), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = theirs(t, x)
+        assert expected.std() > 0.01
+        for model in (direct, converted, teachers.load(out, role=role)):
+            torch.testing.assert_close(model.net(t, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cls_pred_branch.2.weight", "cls_pred_branch.6.scale", "cls_pred_branch.weight", "cls_head.0.weight",
+     "unet.cls_pred_branch.0.weight", "cls_pred_branch.00.weight"],
+)  # fmt: skip
+def test_other_names_beside_that_head_are_refused(headed, name, tmp_path):
+    theirs, network = headed
+    torch.save({"ema_models": {"0.999": theirs.state_dict() | {name: torch.zeros(1)}}}, tmp_path / "c.pt")
+    for read in (
+        lambda: teachers.load_teacher(tmp_path / "c.pt", network),
+        lambda: convert(tmp_path / "c.pt", tmp_path / "c.safetensors", network=network),
+    ):
+        with (
+            pytest.warns(UserWarning, match=HEADED),
+            pytest.raises(UserError, match=rf"network: unexpected {re.escape(name)}$"),
+        ):
+            read()
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_run_is_distilled_from_a_published_checkpoint_as_it_is(headed, capsys, tmp_path):
+    theirs, network = headed
+    torch.save({"ema_models": {"0.999": theirs.state_dict()}}, tmp_path / "c.pt")
+    content = {"data": {"name": "digits"}, "run": {"tensorboard": False, "progress": False, "evaluate_every": 0}}
+    content["distill"] = {"teacher": str(tmp_path / "c.pt"), "teacher_network": network, "batch": 4, "fake_turns": 1}
+    content["distill"] |= {"updates": 1, "ema": [0.9], "export": 0.9}
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    assert cli.main(["distill", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]) == 0
+    assert f"warning: {tmp_path / 'c.pt'} {HEADED}" in capsys.readouterr().err
+    assert teachers.load(tmp_path / "run" / "student.safetensors", role="student").description.network == network
 
 
 def test_names_that_do_not_fit_are_errors_unless_allowed(tmp_path):

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 import realuid_fast as rf
 from realuid_fast import networks, packed, teachers
-from realuid_fast.convert import diffusers_folder, edm_pickle
+from realuid_fast.convert import convert, diffusers_folder, edm_pickle
 from realuid_fast.errors import UserError
 from realuid_fast.train import config, loop
 from realuid_fast.train.checkpoint import ELSEWHERE, MARK, SHARDED, TRAILER, Checkpoints, rows_of
@@ -355,18 +355,115 @@ def test_every_truncation_of_a_file_is_refused_or_read(name, tmp_path):
         attempt(name, content[:length], tmp_path)
 
 
-def test_a_network_too_large_for_any_machine_is_not_built(tmp_path):
-    """The description is checked against the tensors in the file before memory is taken for it."""
-    content = network_file()[0]
+def described_anew(file, network):
+    """A network file with another description of its network, and the tensors that it had."""
+    content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     description = json.loads(header["__metadata__"][teachers.KEY])
-    description["network"]["width"] = 2**20
-    header["__metadata__"][teachers.KEY] = json.dumps(description)
+    header["__metadata__"][teachers.KEY] = json.dumps({**description, "network": network})
     text = json.dumps(header).encode()
-    file = tmp_path / "net.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def test_a_network_too_large_for_any_machine_is_not_built(tmp_path):
+    """The description is checked against the tensors in the file before memory is taken for it."""
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(network_file()[0])
+    described_anew(file, {**NETWORK, "width": 2**20})
     with pytest.raises(UserError, match="does not fit the network"):
+        teachers.load(file)
+
+
+UNET = {"kind": "unet", "dim": [1, 4, 4], "num_channels": 4, "channel_mult": [1, 1], "norm_groups": 4}
+SONG = {"kind": "song-unet", "dim": [1, 4, 4], "model_channels": 4, "channel_mult": [1, 1], "num_blocks": 1}
+THEIRS = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "attention_head_dim": 4, "norm_num_groups": 4}
+BLOCKS = {"block_out_channels": [8], "layers_per_block": 1, "mid_block_type": None}
+BLOCKS |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+LAYERS = {"num_attention_heads": 2, "num_layers": 1, "patch_size": 2, "num_embeds_ada_norm": 3}
+DIFFUSERS = {
+    name: {"kind": "diffusers", "class_name": name, "dim": [1, 4, 4], "config": THEIRS | config}
+    for name, config in (("UNet2DModel", BLOCKS), ("UNet2DConditionModel", BLOCKS), ("DiTTransformer2DModel", LAYERS))
+}
+MANY, LEVELS = 10**12, 10_000  # so many layers would never be built
+HIGH = {"dim": [1, 2**LEVELS, 2**LEVELS], "channel_mult": [1] * LEVELS}
+DEEP = {
+    "mlp": (NETWORK, {"depth": MANY}),
+    "unet, blocks": (UNET, {"num_res_blocks": MANY}),
+    "unet, levels": (UNET, HIGH),
+    "song-unet, blocks and levels": (SONG, {**HIGH, "num_blocks": 256}),
+    "dhariwal-unet, blocks and levels": (SONG | {"kind": "dhariwal-unet"}, {**HIGH, "num_blocks": 256}),
+}
+for name, network in DIFFUSERS.items():
+    count = "num_layers" if "num_layers" in network["config"] else "layers_per_block"
+    DEEP[f"{name}, layers"] = (network, {"config": network["config"] | {count: MANY}})
+LISTS = {key: value * LEVELS for key, value in BLOCKS.items() if isinstance(value, list)}
+DEEP["UNet2DModel, levels"] = (DIFFUSERS["UNet2DModel"], {"config": THEIRS | BLOCKS | LISTS})
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_network_of_too_many_layers_is_given_up(name, tmp_path):
+    """A description of few bytes, and no tensor of the file is wrong but for those that it lacks."""
+    network, change = DEEP[name]
+    if network["kind"] == "diffusers":
+        pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    state = networks.build(network).state_dict()
+    file, made = tmp_path / "net.safetensors", []
+    teachers.save(file, state, teachers.Description(network))
+    assert teachers.load(file).description.network == network
+    torch.save(state, tmp_path / "net.pt")
+    described_anew(file, network | change)
+    hook = torch.nn.modules.module.register_module_parameter_registration_hook(lambda *_: made.append(1) and None)
+    try:
+        for read in (
+            lambda: teachers.load(file),
+            lambda: teachers.load_teacher(tmp_path / "net.pt", network | change),
+            lambda: convert(tmp_path / "net.pt", tmp_path / "out.safetensors", network=network | change),
+        ):
+            made.clear()
+            with pytest.raises(UserError, match=r"does not fit the network: it asks for more than [\d,]+ parameters"):
+                read()
+            assert len(made) < 2 * len(state) + 2 * teachers.MOST_MISSING
+    finally:
+        hook.remove()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_layers_that_are_few_are_named_though_most_are_missing(tmp_path):
+    network = {**NETWORK, "depth": 100}
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(network_file()[0])
+    described_anew(file, network)
+    with pytest.raises(UserError, match=r"missing grow\.1\.bias, .* and 388 more"):
+        teachers.load(file)
+    deep = {**NETWORK, "depth": 1_000}
+    state = {name: value for name, value in small_network().state_dict().items() if "modulation" not in name}
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(UserError, match="it asks for more than"):
+        teachers.load_teacher(tmp_path / "net.pt", deep)
+    allowed = convert(tmp_path / "net.pt", file, network=deep, allow_missing=["grow.*", "shrink.*", "modulation.*"])
+    assert len(allowed.net.grow) == 1_000
+
+
+def test_a_table_too_large_for_any_machine_is_not_made(tmp_path):
+    """A transformer's positions are in no file: nothing else would hold them against it."""
+    pytest.importorskip("diffusers")
+    network = DIFFUSERS["DiTTransformer2DModel"]
+    file = tmp_path / "net.safetensors"
+    teachers.save(file, networks.build(network).state_dict(), teachers.Description(network))
+    described_anew(file, network | {"config": network["config"] | {"sample_size": 2**20}})
+    with pytest.raises(UserError, match="describes a network with tables of more than 268,435,456 numbers"):
+        teachers.load(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"role": "teacher", "network": {}, "times": [1' + 400 * "0" + "]}"], ids=["deep", "long"]
+)
+def test_descriptions_that_json_alone_does_not_refuse(text, tmp_path):
+    file = tmp_path / "net.safetensors"
+    save_file(small_network().state_dict(), str(file), metadata={teachers.KEY: text})
+    with pytest.raises(UserError, match="has a damaged description"):
         teachers.load(file)
 
 

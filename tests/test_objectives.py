@@ -69,6 +69,18 @@ def test_general_realuid_rows(gamma, kappa):
     assert objective.needs_teacher == (gamma != alpha or kappa != 1)
 
 
+@pytest.mark.parametrize("kappa", [1.0, 0.9])
+def test_general_realuid_has_real_rows_at_alpha_one_where_gamma_is_less(kappa):
+    """``-(1 - gamma) ||d||^2 + 2 (1 - beta) <d, tgt>`` is left of them; C, a constant, is not told by it."""
+    objective = GeneralRealUID(1.0, 0.9, 0.8, kappa)
+    assert tuple(objective.real) == pytest.approx((0.2 * kappa**2, 0.1 * kappa, 0.2 * kappa**2, 0.0))
+    assert objective.needs_real
+    assert objective.needs_teacher
+    with pytest.raises(rf.errors.UserError, match="n_real must not be 0 for General RealUID with alpha = 1"):
+        rf.fake_loss(*torch.zeros(2, B, D), None, torch.zeros(B, 9), torch.zeros(B, D), objective)
+    assert not GeneralRealUID(1.0, 1.0, 1.0).needs_real
+
+
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
@@ -79,7 +91,10 @@ def test_general_realuid_rows(gamma, kappa):
         (lambda: RealUID(float("nan"), 0.9), "alpha must be a finite number"),
         (lambda: RealUID("0.9", 0.9), "alpha must be a finite number"),
         (lambda: GeneralRealUID(0.9, 0.95, 1.0), "gamma = 1 requires alpha = beta = 1"),
+        (lambda: GeneralRealUID(1.0, 0.9, 1.0), "alpha = 1 requires beta = 1"),
         (lambda: GeneralRealUID(0.9, 0.95, 0.0), r"gamma must lie in \(0, 1\]"),
+        (lambda: GeneralRealUID(1.0, 1.0, 2.0), r"gamma must lie in \(0, 1\], got 2"),
+        (lambda: Objective("", 1.0, 0.9, 2.0, 1.0), "alpha = 1 requires beta = 1"),
         (lambda: GeneralRealUID(0.9, 0.95, 0.9, kappa=0.5), "kappa must be 1 or beta"),
         (lambda: FGM(1.0, 0.0), "l2 must be positive, got 0: the loss is divided by it"),
         (lambda: FGM(float("inf"), 1.0), "l1 must be a finite number"),
@@ -257,12 +272,13 @@ def test_realuid_is_its_two_squared_distances():
     agree(fused_fake(path, "velocity", "velocity", RealUID(alpha, beta), B), loss, v)
 
 
+@pytest.mark.parametrize("alpha", [0.9, 1.0])
 @pytest.mark.parametrize("kappa", [1.0, 0.95])
-def test_general_realuid_is_its_max_over_delta(kappa):
+def test_general_realuid_is_its_max_over_delta(kappa, alpha):
     """``-gamma ||delta||^2 + 2 <delta, alpha f* - beta tgt>`` with ``delta = kappa (f* - f)``: what the fake model
     maximises over both halves, and the generator minimises over its own.
     """
-    path, alpha, beta, gamma = Linear(), 0.9, 0.95, 0.7
+    path, beta, gamma = Linear(), 0.95, 0.7
     objective = GeneralRealUID(alpha, beta, gamma, kappa)
 
     def value(alpha, beta, gamma, teacher, fake, target):

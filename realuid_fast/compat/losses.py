@@ -2,9 +2,12 @@
 
 On the path ``x_t = t x1 + (1 - t) x0`` with target ``x1 - x0``; sums over pixels, divided by the batch. As there, the
 fake turn's value is to be MAXIMISED over ``u`` and the generator turn's minimised. What differs: the fake turn
-differentiates in ``u`` alone and runs both halves in one forward; ``dist_loss`` with ``alpha = 1`` leaves the real half
-out; ``general_dist_loss`` honours ``gamma``, which is ignored there (``alpha`` stands in its place); ``alpha = 1`` with
-another ``beta``, whose inner maximum is unbounded, is an error.
+differentiates in ``u`` alone and runs both halves in one forward; ``dist_loss`` with ``alpha = beta = 1`` leaves the
+real half out; ``general_dist_loss`` honours ``gamma``, which is ignored there (``alpha`` stands in its place).
+
+A fake turn whose real half has no square has no maximum and is an error: ``dist_loss`` with ``alpha = 1`` and another
+``beta``, ``general_dist_loss`` with ``gamma = 1`` and another ``alpha`` or ``beta``. The generator turn has no
+real half, and its formula takes any numbers.
 """
 
 from __future__ import annotations
@@ -45,14 +48,20 @@ def dist_loss(
         generator_turn: False leaves out the teacher's term and takes off the real half's, with ``1 - alpha, 1 - beta``.
 
     Raises:
-        UserError: an ``alpha`` or ``beta`` that the objective refuses, or tensors that do not agree.
+        UserError: tensors that do not agree; in the fake turn an ``alpha`` or ``beta`` that
+            :func:`~realuid_fast.objectives.RealUID` refuses, in the generator turn an ``alpha`` of 0.
 
     Source: RealUID paper, the real-data loss.
     """
-    objective = _plain(alpha, beta)
     if generator_turn:
-        return _generator(u, u_star, t, x0, x1_gen, y, objective)
-    return -_fake(u, u_star, t, x0, x1_gen, x1_data, y, objective, from_teacher=False)
+        if alpha == 0:
+            raise UserError("alpha must not be 0: the formula divides by it")
+        return _generator(u, u_star, t, x0, x1_gen, y, _formula(alpha, beta, alpha))
+    objective = _plain(alpha, beta)
+    x, x_t, t, y, coef, x0 = _fake_rows(t, x0, x1_gen, x1_data, y, objective)
+    out = _laid_out(u(t, x_t, y), x)
+    rows = x0.shape[0]
+    return -functional.fake_loss(out, x, None, coef, x0, objective, x.shape[0] - rows, noise_rows=rows)
 
 
 def general_dist_loss(
@@ -75,16 +84,28 @@ def general_dist_loss(
     terms with ``1 - gamma, 1 - beta, 1 - alpha``. The other arguments are :func:`dist_loss`'s.
 
     Raises:
-        UserError: as :func:`dist_loss`; an unknown ``parametrization``, or ``gamma = 1`` with real data.
+        UserError: tensors that do not agree, an unknown ``parametrization``; in the fake turn numbers that
+            :func:`~realuid_fast.objectives.GeneralRealUID` refuses.
 
     Source: RealUID paper, the general real-data loss.
     """
     if parametrization not in ("standard", "beta"):
         raise UserError(f"parametrization must be 'standard' or 'beta', not {parametrization!r}")
-    objective = _general(alpha, beta, gamma, beta if parametrization == "beta" else 1.0)
+    kappa = beta if parametrization == "beta" else 1.0
     if generator_turn:
-        return _generator(u, u_star, t, x0, x1_gen, y, objective)
-    return -_fake(u, u_star, t, x0, x1_gen, x1_data, y, objective, from_teacher=True)
+        return _generator(u, u_star, t, x0, x1_gen, y, _formula(alpha, beta, gamma, kappa))
+    objective = _general(alpha, beta, gamma, kappa)
+    x, x_t, t, y, coef, x0 = _fake_rows(t, x0, x1_gen, x1_data, y, objective)
+    fake = _laid_out(u(t, x_t, y), x)
+    with torch.no_grad():
+        teacher = _laid_out(u_star(t, x_t, y), x)
+    # Either half is the generator's formula with its own numbers: a sum over d itself, exact where u is near u_star.
+    halves = [_formula(alpha, beta, gamma, kappa)]
+    if objective.needs_real:
+        halves.append(_formula(1 - alpha, 1 - beta, 1 - gamma, kappa))
+    rows = x0.shape[0]
+    parts = zip(halves, teacher.split(rows), fake.split(rows), x.split(rows), coef.split(rows), strict=True)
+    return torch.stack([functional.generator_loss(a, b, c, None, d, x0, half) for half, a, b, c, d in parts]).sum()
 
 
 def GANloss(
@@ -99,16 +120,29 @@ def GANloss(
     """Non-saturating adversarial loss on the logits of ``u.forward_head(t, x_t, y)``.
 
     ``softplus(-h(gen))`` in the generator's turn; ``-softplus(h(gen)) - softplus(-h(data))``, to be maximised, in the
-    other; means over all logits.
+    other; means over all logits, in float32 (float64 for float64).
     """
     weight = t.view(-1, *[1] * (x0.dim() - 1))
 
     def logits(x1: Tensor) -> Tensor:
-        return u.forward_head(t, torch.lerp(x0, x1, weight), y).float()  # type: ignore[attr-defined]
+        out: Tensor = u.forward_head(t, torch.lerp(x0, x1, weight), y)  # type: ignore[attr-defined]
+        return out if out.dtype == torch.float64 else out.float()
 
     if generator_turn:
         return F.softplus(-logits(x1_gen)).mean()
     return -F.softplus(logits(x1_gen.detach())).mean() - F.softplus(-logits(x1_data.detach())).mean()
+
+
+class _Formula(Objective):
+    """The numbers of one turn's formula. They need not be an objective's, which has a maximum in the other turn."""
+
+    def _check(self) -> None:
+        pass
+
+
+@functools.lru_cache(maxsize=64)
+def _formula(alpha: float, beta: float, gamma: float, kappa: float = 1.0) -> Objective:
+    return _Formula("compat", alpha, beta, gamma, Q=gamma, kappa=kappa)
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,45 +158,29 @@ def _general(alpha: float, beta: float, gamma: float, kappa: float) -> Objective
 def _generator(
     u: Network, u_star: Network, t: Tensor, x0: Tensor, x1: Tensor, y: Tensor | None, objective: Objective
 ) -> Tensor:
+    x1 = _laid_out(x1, x1)
     coef, x0 = _PATH.coefficients(t), _laid_out(x0, x1)
     x_t = functional.interpolate(x1, coef, x0)
     fake, teacher = _laid_out(u(t, x_t, y), x1), _laid_out(u_star(t, x_t, y), x1)
     return functional.generator_loss(teacher, fake, x1, None, coef, x0, objective)
 
 
-def _fake(
-    u: Network,
-    u_star: Network,
-    t: Tensor,
-    x0: Tensor,
-    x1_gen: Tensor,
-    x1_data: Tensor | None,
-    y: Tensor | None,
-    objective: Objective,
-    from_teacher: bool,
-) -> Tensor:
-    """The fake loss, counted from its value at ``f = f*`` where ``from_teacher``."""
-    x, n_real, rows = x1_gen.detach(), 0, x0.shape[0]
-    x0 = _laid_out(x0, x)
+def _fake_rows(
+    t: Tensor, x0: Tensor, x1_gen: Tensor, x1_data: Tensor | None, y: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Samples, states, times, labels and coefficients of the fake turn's rows, real ones last; the noise they share."""
+    x = _laid_out(x1_gen.detach(), x1_gen)
+    x0, rows = _laid_out(x0, x), x.shape[0]
     if objective.needs_real:
         if x1_data is None:
-            raise UserError(f"x1_data must be given with alpha = {objective.alpha:g}")
-        x, n_real = torch.cat((x, _laid_out(x1_data, x))), x1_data.shape[0]
+            raise UserError(f"x1_data must be given with alpha = {objective.alpha:g}, gamma = {objective.gamma:g}")
+        x = torch.cat((x, _laid_out(x1_data.detach(), x)))
         t, y = torch.cat((t, t)), None if y is None else torch.cat((y, y))
     coef = _PATH.coefficients(t)
-    x_t = functional.interpolate(x, coef, x0, noise_rows=rows)
-    teacher = None
-    if from_teacher:
-        with torch.no_grad():
-            teacher = _laid_out(u_star(t, x_t, y), x)
-
-    def loss(out: Tensor) -> Tensor:
-        return functional.fake_loss(out, x, None, coef, x0, objective, n_real, teacher, noise_rows=rows)
-
-    value = loss(_laid_out(u(t, x_t, y), x))
-    return value if teacher is None else value - loss(teacher)
+    return x, functional.interpolate(x, coef, x0, noise_rows=rows), t, y, coef, x0
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    last = ops.is_channels_last(like) and not like.is_contiguous()
-    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if like.is_contiguous() or not ops.is_channels_last(like):
+        return tensor.contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last if like.dim() == 4 else torch.channels_last_3d)
