@@ -1,5 +1,7 @@
 """What can go wrong around a run, done to one: nothing is lost, and the sentence says what to do (docs/faults.md)."""
 
+import errno
+import fcntl
 import functools
 import json
 import math
@@ -453,6 +455,18 @@ def test_a_second_run_in_a_folder_is_refused(run, tmp_path):
         assert {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file() and f.name != LOCK} == before
     assert not (folder / LOCK).exists()
     run("run", resume=True)
+
+
+def test_a_file_system_without_locks_is_a_warning(monkeypatch, tmp_path):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        pytest.warns(UserWarning, match="run cannot be locked: a second run there would go unnoticed"),
+        held(tmp_path / "run"),
+    ):
+        assert (tmp_path / "run" / LOCK).is_file()
 
 
 def test_the_lock_of_a_killed_process_is_no_lock(tmp_path):

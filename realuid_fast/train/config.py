@@ -289,7 +289,7 @@ class RunConfig:
     evaluate_samples: int = 2000
     inception: str = ""
     teacher_steps: int = 0
-    checkpoint_every: int = 0
+    checkpoint_every: int = 1000
     keep: int = 2
     accumulate: int = 1
     shard: bool = False

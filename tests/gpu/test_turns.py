@@ -9,6 +9,8 @@ import realuid_fast as rf
 from realuid_fast import data, teachers
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
+from realuid_fast.train import loop
+from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.modes import WARM_UP, Captured, CudaRecorder
 
@@ -98,6 +100,36 @@ def test_an_update_waits_for_nothing(captured):
             trainer.update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_row_of_the_log_and_a_checkpoint_wait_for_nothing(tmp_path):
+    """What they need is copied behind a kernel that still runs; so is what the next updates overwrite."""
+    trainer, checkpoints = distiller(), Checkpoints(tmp_path)
+    for _ in range(WARM_UP):
+        trainer.update()
+    watch, values = loop._Watch(trainer), torch.ones(1000, device="cuda")
+    watch.start()
+    watch.fetch()()
+    trainer.update()
+    torch.cuda.synchronize()
+    # About half a second.
+    torch.cuda._sleep(10**9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row = watch.fetch()
+        assert not row.ready
+        checkpoints.save_soon(1, {"values": values})
+        values.zero_()
+        checkpoints.check()
+        assert not checkpoints.files()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    step, numbers, _ = row()
+    assert step == WARM_UP + 1
+    assert numbers["fake loss"] > 0
+    checkpoints.wait()
+    assert checkpoints.load()["values"].sum() == 1000
+    checkpoints.close()
 
 
 def launches(function):
