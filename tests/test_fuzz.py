@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -501,9 +502,38 @@ def fuzz(name, arguments):
         others += (packed.read_manifest, packed._header)
         for function in (*readers, *inner, *others):
             atheris.instrument_func(function)
-        atheris.Setup([sys.argv[0], *arguments, corpus], lambda content: attempt(name, content, Path(folder)) and None)
+
+        def test_one(content):
+            attempt(name, content, Path(folder))
+
+        atheris.Setup([sys.argv[0], *arguments, corpus], test_one)
         with contextlib.suppress(SystemExit):
             atheris.Fuzz()
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_libfuzzer_gets_the_reader_and_its_valid_contents(name, monkeypatch):
+    """atheris is installed by whoever fuzzes; this holds the call to it against its interface."""
+    instrumented, given = [], {}
+
+    def setup(arguments, test_one):
+        given["corpus"] = [file.read_bytes() for file in Path(arguments[-1]).iterdir()]
+        given["test_one"], given["arguments"] = test_one, arguments[1:-1]
+
+    def run():
+        given["found"] = [given["test_one"](content) for content in [*given["corpus"], b"\0"]]
+        raise SystemExit
+
+    stub = types.SimpleNamespace(instrument_func=instrumented.append, Setup=setup, Fuzz=run)
+    monkeypatch.setitem(sys.modules, "atheris", stub)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fuzz(name, ["-runs=1"])
+    assert given["arguments"] == ["-runs=1"]
+    assert sorted(given["corpus"]) == sorted(READERS[name][0]())
+    # Another value would have a say in what libFuzzer keeps.
+    assert given["found"] == [None] * (len(given["corpus"]) + 1)
+    assert all(map(callable, instrumented))
 
 
 if __name__ == "__main__":
