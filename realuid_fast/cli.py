@@ -292,7 +292,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _model_teacher(config: configs.Config) -> Model:
     settings = config.distill
-    return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+    return teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,8 @@ ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
 ROLES = ("teacher", "student")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
+# The published networks all carry a discriminator's head, trained or not; samples and velocities do without it.
+UNUSED = ("cls_pred_branch.",)
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,10 @@ def load_teacher(
 
 
 def published_state(file: str | Path, decay: float | None = None) -> dict[str, Tensor]:
-    """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off."""
+    """State dict inside a checkpoint of ``torch.save``, with a ``module.`` prefix of parallel training taken off.
+
+    The discriminator's head that the networks of this method's published code carry (:data:`UNUSED`) is left out.
+    """
     file = Path(file)
     _check_archive(file)
     try:
@@ -286,7 +291,8 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
         content = content.get("ema_model", content.get("net_model", content))
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{file} holds no state dict, plain or under ema_models, ema_model or net_model")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    return {key: value for key, value in state.items() if not key.startswith(UNUSED)}
 
 
 def _check_archive(file: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from realuid_fast import teachers
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
 
@@ -14,6 +15,10 @@ PUBLISHED = {
     "cifar10_tune": (0.92, 0.86, 1e-5, 256),
     "cifar10_cond_tune": (0.94, 1.00, 1e-5, 256),
 }
+
+
+# Of src/models.py: every published network has it.
+HEAD = {"cls_pred_branch.0.weight": torch.zeros(4, 4, 2, 2), "cls_pred_branch.6.bias": torch.zeros(1)}
 
 
 def recipe(name):
@@ -47,7 +52,8 @@ def test_published_numbers(name):
     assert (teacher.batch, teacher.updates, teacher.reduction) == (256, 240_000 if celeba else 400_000, "mean")
     step = teacher.optimiser
     assert (step.lr, step.betas, step.clip, step.warmup) == (4e-5 if celeba else 2e-4, (0.9, 0.999), 1.0, 5000)
-    assert teacher.export == 0.999
+    # train_distil.py's --teacher_ema, which no run of run.sh changes: of a teacher made here and of a published one.
+    assert teacher.export == settings.teacher_decay == 0.999
     assert config.data["flip"] is True
 
 
@@ -64,6 +70,22 @@ def test_networks(name):
     assert config.network["dropout"] == 0.1
     # Heads of 64 channels.
     assert {m.heads for m in net.modules() if hasattr(m, "heads")} == {4}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_average_of_a_published_teacher(name, tmp_path):
+    """As ``train_teacher.py`` writes it: averages by decay in words, and a discriminator's head in each of them."""
+    small = ["num_channels=8", "norm_groups=4", "num_head_channels=8", "channel_mult=[1]"]
+    file = tmp_path / "published.pt"
+    config = configs.load(f"recipes/{name}", [*(f"network.{word}" for word in small), f"distill.teacher={file}"])
+    net = build(config.network)
+    averages = {
+        str(d): {**{key: torch.full_like(value, d) for key, value in net.state_dict().items()}, **HEAD}
+        for d in config.teacher.ema
+    }
+    torch.save({"net_model": {**net.state_dict(), **HEAD}, "ema_models": averages, "step": 3}, file)
+    state = teachers.load_teacher(file, config.teachers_network(), config.distill.teacher_decay).net.state_dict()
+    assert all(bool((value == 0.999).all()) for value in state.values() if value.is_floating_point())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -211,7 +211,8 @@ class RegressionConfig:
 class DistillConfig:
     """What ``distill`` does. One update is ``fake_turns`` steps of the fake model and one of the generator.
 
-    ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
+    ``teacher`` is a shipped name or a file; ``teacher_network``, by default the section ``network``, and
+    ``teacher_decay``, by default the largest, say which network and which of its averages a published checkpoint has.
     ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
     averages then remember that start; empty for the teacher's weights. The fake model starts at the ``teacher`` either
     way, or with ``fake_start`` ``fresh`` as an untrained network. ``dropout`` replaces the teacher's own in both.
@@ -352,6 +353,10 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def teachers_network(self) -> dict[str, Any]:
+        """The network of a published checkpoint: ``distill.teacher_network``, or else the section ``network``."""
+        return self.distill.teacher_network or self.network
 
     def teachers_path(self) -> PathConfig:
         """The section ``path`` with what ``teacher`` sets apart."""

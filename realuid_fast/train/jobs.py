@@ -77,7 +77,7 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         trainer = distiller(config)(
             config,
             dataset,
-            teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config),
+            teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay, dataset.config),
             command,
         )
     else:
