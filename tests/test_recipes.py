@@ -17,6 +17,7 @@ PUBLISHED = {
 }
 
 
+START = {"cifar10_tune": 0.999, "cifar10_cond_tune": 0.9999}
 # Of src/models.py: every published network has it.
 HEAD = {"cls_pred_branch.0.weight": torch.zeros(4, 4, 2, 2), "cls_pred_branch.6.bias": torch.zeros(1)}
 
@@ -43,6 +44,13 @@ def test_published_numbers(name):
     assert (settings.batch, settings.fake_turns, settings.t_start, settings.dropout) == (batch, 5, 0.0, 0.0)
     assert settings.ema == config.teacher.ema == (0.999, 0.9996, 0.9999)
     assert bool(settings.start) == stage
+    # --finetune_ema, and the averages of the published students.
+    assert settings.start_decay == START.get(name)
+    assert settings.export == (0.999 if name in ("cifar10", "celeba64") else 0.9999)
+    if stage:
+        before = recipe(name.removesuffix("_tune")).distill
+        assert before.export == settings.start_decay
+        assert settings.start == f"runs/{name.removesuffix('_tune')}/best.safetensors"
     # An iteration of the published code is a turn, and an update is six of them.
     assert round(settings.updates * 6, -2) == (1_600_000 if name == "celeba64" else 500_000)
     if stage:

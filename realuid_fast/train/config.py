@@ -213,9 +213,10 @@ class DistillConfig:
 
     ``teacher`` is a shipped name or a file; ``teacher_network``, by default the section ``network``, and
     ``teacher_decay``, by default the largest, say which network and which of its averages a published checkpoint has.
-    ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
-    averages then remember that start; empty for the teacher's weights. The fake model starts at the ``teacher`` either
-    way, or with ``fake_start`` ``fresh`` as an untrained network. ``dropout`` replaces the teacher's own in both.
+    ``start`` is a student's file, its run's folder or a published checkpoint that the generator goes on from, the
+    published second stage: its averages then remember that start; empty for the teacher's weights. ``start_decay`` is
+    the average of it to take (:func:`realuid_fast.train.start.student_of`). The fake model starts at the ``teacher``
+    then too, or with ``fake_start`` ``fresh`` as an untrained network. ``dropout`` replaces the teacher's own in both.
     ``labels`` of generated samples are ``drawn`` from the training set, or those of the real ``batch`` in the same row;
     then the generator's turn reads a batch too. ``ema_warmup`` is :class:`realuid_fast.optim.Optimiser`'s, by default
     on unless there is a ``start``.
@@ -237,6 +238,7 @@ class DistillConfig:
     teacher_network: dict[str, Any] = field(default_factory=dict)
     teacher_decay: float | None = None
     start: str = ""
+    start_decay: float | None = None
     guidance: float = 1.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     gan: GanConfig = field(default_factory=GanConfig)
