@@ -63,6 +63,12 @@ def test_published_numbers(name):
     # train_distil.py's --teacher_ema, which no run of run.sh changes: of a teacher made here and of a published one.
     assert teacher.export == settings.teacher_decay == 0.999
     assert config.data["flip"] is True
+    # Turns between evaluations (--fid_step) of 50,000 samples (--num_gen), against all training images; of a teacher
+    # updates. Nothing but Inception features will do.
+    run, turns = config.run, 2000 if stage else 5000
+    assert abs(run.evaluate_every * 6 - turns) <= 3
+    assert (run.evaluate_samples, run.real_split, run.inception_only, run.inception) == (50_000, "train", True, "")
+    assert teacher.evaluate_every == 20_000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

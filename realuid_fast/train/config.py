@@ -127,7 +127,8 @@ class TeacherConfig:
     ``coupling`` pairs each batch with its noise, or with endpoints that are not its own, by optimal transport, inside
     classes where the network sees them (:func:`realuid_fast.couplings.couple`, solved on the host).
 
-    ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given.
+    ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given, and
+    ``evaluate_every`` is that of the section ``run``: a teacher's samples cost many evaluations of its network.
     """
 
     sampler: str | None = None
@@ -143,6 +144,7 @@ class TeacherConfig:
     ema: tuple[float, ...] = (0.999,)
     ema_warmup: bool = True
     export: float = 0.999
+    evaluate_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,9 @@ class RunConfig:
     ``parity`` follows the published procedure step for step: it sets :data:`PARITY` over whatever is configured.
     ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
-    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated;
+    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated, against the
+    ``real_split`` ``heldout`` or ``train``; ``inception_only`` says that no other features will do, so that a run
+    without that file is not evaluated, and says so at its start;
     ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
     ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
@@ -291,6 +295,8 @@ class RunConfig:
     evaluate_every: int = 0
     evaluate_samples: int = 2000
     inception: str = ""
+    inception_only: bool = False
+    real_split: str = "heldout"
     teacher_steps: int = 0
     checkpoint_every: int = 0
     keep: int = 2
@@ -596,8 +602,11 @@ def _check(config: Config) -> None:
     ):
         if getattr(run, name) < 0:
             raise UserError(f"run.{name} must not be negative, got {getattr(run, name)}")
+    if (teacher.evaluate_every or 0) < 0:
+        raise UserError(f"teacher.evaluate_every must not be negative, got {teacher.evaluate_every}")
     one_of = {
         "run.mode": (run.mode, MODES),
+        "run.real_split": (run.real_split, ("heldout", "train")),
         "distill.fake_precision": (distill.fake_precision, PRECISIONS),
         "distill.generator_precision": (distill.generator_precision, PRECISIONS),
         "distill.teacher_precision": (distill.teacher_precision, ("float32", "bf16")),
