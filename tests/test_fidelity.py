@@ -165,8 +165,18 @@ def test_a_run_is_judged_by_its_average_without_a_copy(dataset, tmp_path):
     config = configs.from_mapping({"distill": settings})
     trainer = Distiller(config, dataset, teachers.load(tmp_path / "teacher.safetensors"))
     judge = Fidelity(dataset, Means(), cache=None)
-    before = judge(trainer.sample, trainer.network, 20)
-    for average in trainer.generator_optimiser.ema[0.5].values():
+    averages, seen = trainer.generator_optimiser.ema[0.5], []
+
+    def addresses(net, *_):
+        seen.append({name: value.data_ptr() for name, value in net.state_dict().items()})
+
+    # Whatever network of this kind makes the samples.
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda net, _: addresses(net) if type(net) is type(trainer.network) else None
+    ):
+        before = judge(trainer.sample, trainer.network, 20)
+    assert seen == [{name: value.data_ptr() for name, value in averages.items()}]
+    for average in averages.values():
         average.add_(0.5)
     # What was changed is the average itself, and nothing had to be told.
     assert judge(trainer.sample, trainer.network, 20) != before
