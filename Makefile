@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |torch-fidelity |flow-matching |accelerate |No broken)'
+	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |torch-fidelity |flow-matching |accelerate |lightning |No broken)'
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.installed

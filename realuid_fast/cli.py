@@ -46,6 +46,11 @@ BENCHMARKS = {
     "growth": "bench.growth",
 }
 
+# What ``evaluate`` takes where it is not told, plainly and with ``--published``: src/eval.py and train_distil.py of the
+# RealUID code measure 50,000 samples of labels in turn, three times, and a teacher over 100 times, which are 99 steps.
+PLAIN = {"metric": "features", "labels": "empirical", "repeats": 1, "steps": list(evaluation.STEPS)}
+PUBLISHED = {"metric": "inception", "labels": "balanced", "repeats": 3, "steps": [99]}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for input that cannot be used, 130 or 143 after SIGINT or SIGTERM."""
@@ -158,19 +163,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--samples", type=int, help="samples of each row (default: 5408, 4 a training digit; of Inception 50000)"
     )
-    command.add_argument("--steps", type=int, nargs="+", default=[*evaluation.STEPS], help="the teacher's Euler steps")
+    steps = evaluation.STEPS
+    text = f"the teacher's Euler steps (default: {' '.join(map(str, steps))})"
+    command.add_argument("--steps", type=int, nargs="+", help=text)
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
     command.add_argument(
-        "--metric", choices=("features", "inception"), default="features",
-        help="features: distances that suit the data, at once; inception: the published ones of images, from weights",
+        "--metric", choices=("features", "inception"),
+        help="features: distances that suit the data, at once (default); inception: those of images in publications, "
+        "from weights",
     )  # fmt: skip
+    text = "RealUID's published protocol: --metric inception --labels balanced --repeats 3 --steps 99, where not given"
+    command.add_argument("--published", action="store_true", help=text)
     apart = command.add_argument_group("--metric inception")
     apart.add_argument("--inception-weights", type=Path, metavar="FILE", help="nothing is downloaded")
     apart.add_argument("--real-split", choices=("train", "heldout"), default="train", help="default: train")
-    apart.add_argument("--labels", choices=fidelity.LABELS, default="empirical", help="default: empirical")
-    apart.add_argument("--repeats", type=int, default=1, help="seeds, reported with their spread (default: 1)")
+    apart.add_argument("--labels", choices=fidelity.LABELS, help="default: empirical")
+    apart.add_argument("--repeats", type=int, help="seeds, reported with their spread (default: 1)")
     apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
     apart.add_argument("--device", default="cpu", help="default: cpu")
     text = f"folder of the real images' statistics (default: {fidelity.CACHE})"
@@ -276,7 +286,7 @@ def _train(arguments: argparse.Namespace) -> None:
         file, measure = train(arguments.command, config, folder, resume, arguments.overwrite, _command_line(arguments))
         if distributed.rank():
             return
-    lines = {"real training data": measure.floor().distance}
+    lines = {measure.floor_name: measure.floor().distance}
     if arguments.command == "distill" and config.run.teacher_steps and config.run.evaluate_every:
         model = _model_teacher(config)
         noise = evaluation_noise(data.load(config.data).shape, config.run.evaluate_samples)
@@ -292,7 +302,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _model_teacher(config: configs.Config) -> Model:
     settings = config.distill
-    return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+    return teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -390,6 +400,9 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.student is None and arguments.teacher is None:
         raise UserError("give --student, --teacher or both")
+    for name, value in (PUBLISHED if arguments.published else PLAIN).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     inception = arguments.metric == "inception"
     count = arguments.samples if arguments.samples is not None else 50_000 if inception else 5408
     if count < 2 or min(arguments.steps) < 1:

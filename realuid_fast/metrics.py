@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -147,6 +148,16 @@ class Moments:
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 features, there are {self.count}")
         return self._sum / (self.count - 1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """``mean (D,)`` and ``covariance (D, D)`` in float64 of ``count`` features, with some of them, ``(n, D)``."""
+
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor
+    count: int
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

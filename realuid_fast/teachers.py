@@ -42,7 +42,8 @@ class Description:
     ``network`` is what :func:`realuid_fast.networks.build` takes; ``data`` what :func:`realuid_fast.data.load` takes.
     ``path`` and ``path_settings`` are what :func:`realuid_fast.paths.build` takes, ``predict`` one of its predictions.
     ``t_start`` is a student's start time and ``times`` those of its further steps (see
-    :class:`realuid_fast.train.generator.Generator`), ``teacher`` what it was distilled from.
+    :class:`realuid_fast.train.generator.Generator`), ``teacher`` what it was distilled from. ``decay`` is that of the
+    average which the file holds, 0 for the last weights, None where nobody said.
     """
 
     network: dict[str, Any]
@@ -56,6 +57,7 @@ class Description:
     teacher: str = ""
     path_settings: dict[str, Any] = field(default_factory=dict)
     times: tuple[float, ...] = ()
+    decay: float | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -277,7 +279,8 @@ def load_teacher(
             ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no
             code in it runs.
         network: the network of a published checkpoint, which does not say it itself.
-        decay: which of its averages to take; the largest when not given.
+        decay: which of its averages to take; the largest when not given. A file of this package has one, which must be
+            it where it says.
         data: what a published checkpoint was trained on, for its description.
 
     Raises:
@@ -292,11 +295,16 @@ def load_teacher(
     if file.is_dir() or file.suffix == ".pkl":
         raise UserError(f"{file} is not read as it is: realuid-fast convert makes a file for this package of it")
     if file.suffix not in CHECKPOINTS:
-        return load(file, role="teacher")
+        model = load(file, role="teacher")
+        if decay is not None and model.description.decay not in (None, decay):
+            raise UserError(f"{file} holds the average {model.description.decay:g}, not the one of decay {decay:g}")
+        return model
     if not network:
         raise UserError(f"{file} does not say which network it holds: give its configuration as 'network'")
     net = filled(network, published_state(file, decay), str(file))
-    description = Description(network=dict(network), data=dict(data or {}), command=f"read from {file.name}")
+    description = Description(
+        network=dict(network), data=dict(data or {}), command=f"read from {file.name}", decay=decay
+    )
     return Model(net, description)
 
 

@@ -165,8 +165,18 @@ def test_a_run_is_judged_by_its_average_without_a_copy(dataset, tmp_path):
     config = configs.from_mapping({"distill": settings})
     trainer = Distiller(config, dataset, teachers.load(tmp_path / "teacher.safetensors"))
     judge = Fidelity(dataset, Means(), cache=None)
-    before = judge(trainer.sample, trainer.network, 20)
-    for average in trainer.generator_optimiser.ema[0.5].values():
+    averages, seen = trainer.generator_optimiser.ema[0.5], []
+
+    def addresses(net, *_):
+        seen.append({name: value.data_ptr() for name, value in net.state_dict().items()})
+
+    # Whatever network of this kind makes the samples.
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda net, _: addresses(net) if type(net) is type(trainer.network) else None
+    ):
+        before = judge(trainer.sample, trainer.network, 20)
+    assert seen == [{name: value.data_ptr() for name, value in averages.items()}]
+    for average in averages.values():
         average.add_(0.5)
     # What was changed is the average itself, and nothing had to be told.
     assert judge(trainer.sample, trainer.network, 20) != before
@@ -300,3 +310,73 @@ def test_a_run_that_is_evaluated_in_inception_features(student, monkeypatch):
     assert read_csv(student / "run" / "distances.csv")[-1]["distance"] == pytest.approx(expected, rel=1e-3)
     with pytest.raises(UserError, match=r"run\.inception is for images"):
         Measure(data.load("moons"), extract)
+
+
+def quick(student, **run):
+    """A run of two updates, of which the last is evaluated."""
+    own = {"evaluate_every": 2, "evaluate_samples": 50, "tensorboard": False, "progress": False, **run}
+    packed = {"name": "packed", "path": str(student / "packed")}
+    distill = {"teacher": str(student / "teacher.safetensors"), "batch": 4, "updates": 2, "fake_turns": 1}
+    teacher = {"batch": 4, "updates": 2, "evaluate_every": 1}
+    sections = {"data": packed, "network": NETWORK, "distill": distill, "teacher": teacher}
+    return configs.from_mapping({**sections, "run": own})
+
+
+def test_a_run_that_is_evaluated_against_the_training_images(student, monkeypatch):
+    """As published: the moments of all of them, from the cache that the command fills too."""
+    cache = student / "cache"
+    monkeypatch.setattr(jobs, "Inception", lambda file, device: Means())
+    monkeypatch.setattr(fidelity, "CACHE", cache)
+    config = quick(student, inception="weights.pth", real_split="train")
+    file, measure = train("distill", config, student / "run", False, False, "")
+    assert measure.name == "Fréchet Inception distance, weights 00000000, to all 8 training images"
+    assert len(list(cache.iterdir())) == 1
+    found, extract, model = data.packed(student / "packed"), Means(), teachers.load(file)
+    samples, _ = generate(sampler(model), evaluation_noise(SHAPE, 50), measure.labels(model.net, 50))
+    expected = metrics.frechet_distance(extract(samples.clamp(-1, 1)), extract(found.pixels("train")))
+    assert read_csv(student / "run" / "distances.csv")[-1]["distance"] == pytest.approx(expected, rel=1e-3)
+    assert (student / "run" / "best.safetensors").exists()
+    # What a perfect generator would reach is the other split's distance.
+    assert measure.floor_name == "real held-out data"
+    floor = metrics.frechet_distance(extract(found.pixels("heldout")), extract(found.pixels("train")))
+    assert measure.floor().distance == pytest.approx(floor, rel=1e-6)
+    judge = Fidelity(found, reused := Means(), cache=cache)
+    assert reused.seen == 0
+    assert torch.equal(judge.real.mean, measure._to_train.mean)
+
+
+def test_a_run_without_the_weights_that_it_needs_says_so_and_trains(student):
+    config = quick(student, inception_only=True)
+    with pytest.warns(UserWarning, match=r"not evaluated on its way .*run\.inception=FILE: the weights are a file"):
+        file, _ = train("distill", config, student / "run", False, False, "")
+    assert file.exists()
+    assert not (student / "run" / "best.safetensors").exists()
+    assert read_csv(student / "run" / "distances.csv") == []
+    assert configs.load(student / "run" / "config.yaml").run.evaluate_every == 0
+    with pytest.raises(UserError, match=r"there are no Inception weights none\.pth"):
+        train("distill", quick(student, inception_only=True, inception="none.pth"), student / "b", False, False, "")
+    assert not (student / "b").exists()
+
+
+def test_a_teacher_is_evaluated_at_intervals_of_its_own(student):
+    train("train-teacher", quick(student), student / "run", False, False, "")
+    assert [row["update"] for row in read_csv(student / "run" / "distances.csv")] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"teacher\.evaluate_every must not be negative, got -1"):
+        configs.from_mapping({"teacher": {"evaluate_every": -1}})
+    with pytest.raises(UserError, match=r"run\.real_split must be one of heldout, train; got 'test'"):
+        configs.from_mapping({"run": {"real_split": "test"}})
+
+
+def test_the_published_protocol(student, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "_inception_table", lambda arguments, *rest: asked.append((arguments, rest[-1])))
+    command = ["evaluate", "--student", str(student / "student.safetensors"), "--inception-weights", "file"]
+    for words, expected in (
+        (["--published"], ("balanced", 3, [99], 50_000)),
+        (["--published", "--repeats", "1", "--samples", "10", "--steps", "5"], ("balanced", 1, [5], 10)),
+        (["--metric", "inception"], ("empirical", 1, [1, 20, 100], 50_000)),
+    ):
+        assert cli.main([*command, *words]) == 0
+        arguments, count = asked.pop()
+        assert (arguments.labels, arguments.repeats, arguments.steps, count) == expected
+        assert (arguments.real_split, arguments.batch) == ("train", 100)

@@ -1,4 +1,9 @@
-"""Metrics against closed forms and independent implementations; the shipped classifier and its command."""
+"""Metrics against closed forms, independent implementations and torch-fidelity; the shipped classifier."""
+
+import importlib
+import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -141,6 +146,84 @@ def test_precision_follows_its_definition():
     inside = (np.linalg.norm(generated[:, None] - real[None], axis=2) <= radius).any(1)
     precision, _ = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(generated), k=3)
     assert precision == pytest.approx(inside.mean())
+
+
+# -- the same features through torch-fidelity
+
+
+@pytest.fixture
+def fidelity(monkeypatch):
+    """torch-fidelity's modules of its three metrics, as they compute from features.
+
+    What they import beside that loads images and networks, by way of torchvision, which is not installed.
+    """
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        pytest.skip("torch-fidelity is not installed")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    package, unused = types.ModuleType("torch_fidelity"), types.ModuleType("torch_fidelity.utils")
+    package.__path__ = list(spec.submodule_search_locations)
+    unused.__getattr__ = lambda name: None
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, unused.__name__, unused)
+    yield types.SimpleNamespace(
+        **{n: importlib.import_module(f"torch_fidelity.metric_{n}") for n in ("fid", "kid", "prc")}
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch_fidelity"]:
+        del sys.modules[name]
+
+
+def test_frechet_distance_is_torch_fidelitys(fidelity):
+    a, b = cloud(700, 40, 0), cloud(500, 40, 1, scale=1.3, shift=0.4)
+    theirs = [fidelity.fid.fid_features_to_statistics(each) for each in (a, b)]
+    expected = fidelity.fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    given = [torch.from_numpy(each[key]) for each in theirs for key in ("mu", "sigma")]
+    assert metrics.frechet_of_moments(*given) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_is_torch_fidelitys_of_few_samples(fidelity):
+    """Fewer than dimensions: eigenvalues that are 0 come out as 1e-16 of the largest, and roots 1e-8 of its root."""
+    a, b = cloud(30, 40, 0), cloud(25, 40, 1, shift=0.4)
+    theirs = [fidelity.fid.fid_features_to_statistics(each) for each in (a, b)]
+    expected = fidelity.fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernel_distance_is_torch_fidelitys(fidelity, monkeypatch):
+    """On the same subsets: theirs are numpy's draws, so they are given ours. And they report a standard deviation over
+    the number of subsets, here it is the standard error, with one degree of freedom less.
+    """
+
+    class Draws:
+        def __init__(self, seed):
+            self._generator = torch.Generator().manual_seed(seed)
+
+        def choice(self, count, size, replace):
+            assert not replace
+            return torch.randperm(count, generator=self._generator)[:size].numpy()
+
+    monkeypatch.setattr(np.random, "RandomState", Draws)
+    a, b = cloud(90, 12, 0), cloud(70, 12, 1, shift=0.5)
+    found = fidelity.kid.kid_features_to_metric(a, b, kid_subsets=9, kid_subset_size=40, rng_seed=5, verbose=False)
+    value, error = metrics.kernel_distance(a, b, subsets=9, size=40, seed=5)
+    assert value == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-12)
+    assert error == pytest.approx(found["kernel_inception_distance_std"] / (9 - 1) ** 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_precision_and_recall_are_torch_fidelitys(fidelity, in_parts):
+    """As counts: they take the mean in float32."""
+    real, generated = cloud(1500, 6, 0), cloud(1300, 6, 1, scale=0.8)
+    found = fidelity.prc.prc_features_to_metric(
+        generated, real, prc_neighborhood=3, prc_batch_size=400, save_cpu_ram=in_parts, verbose=False
+    )
+    precision, recall = metrics.precision_recall(real, generated, 3)
+    assert 0.1 < precision < 0.9
+    assert 0.1 < recall < 0.9
+    assert precision * 1300 == pytest.approx(round(found["precision"] * 1300), abs=1e-9)
+    assert recall * 1500 == pytest.approx(round(found["recall"] * 1500), abs=1e-9)
 
 
 def test_shipped_classifier_recognises_held_out_digits():

@@ -131,6 +131,12 @@ def test_published_checkpoints(tmp_path):
     for content in ({"ema_model": net.state_dict()}, {"net_model": net.state_dict()}, net.state_dict()):
         torch.save(content, file)
         assert torch.equal(teachers.load_teacher(file, network=UNET).net.state_dict()[name], net.state_dict()[name])
+    described = teachers.Description(UNET, decay=0.9)
+    teachers.save(tmp_path / "t.safetensors", net.state_dict(), described)
+    for decay in (None, 0.9):
+        assert teachers.load_teacher(tmp_path / "t.safetensors", decay=decay).description == described
+    with pytest.raises(UserError, match=r"t\.safetensors holds the average 0\.9, not the one of decay 0\.5"):
+        teachers.load_teacher(tmp_path / "t.safetensors", decay=0.5)
     with pytest.raises(UserError, match=r"none of 0\.5"):
         teachers.load_teacher(file, network=UNET, decay=0.5)
     torch.save({"ema_models": states}, file)

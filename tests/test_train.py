@@ -22,8 +22,8 @@ from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
 from realuid_fast.sampling import starting, state_from, step_at
+from realuid_fast.train import checkpoint, loop
 from realuid_fast.train import config as configs
-from realuid_fast.train import loop
 from realuid_fast.train.batches import Batches
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.evaluate import sampler
@@ -335,6 +335,62 @@ def test_second_stage_goes_on_from_a_student(tmp_path):
         distiller(LABELLED, distill={"t_start": 0.28, "start": str(file)})
     with pytest.raises(UserError, match="there is no file"):
         distiller(distill={"start": str(tmp_path / "gone")})
+
+
+def test_second_stage_from_another_average(tmp_path):
+    """Of a run's folder, which has saved one of three, and of a published checkpoint, which has all."""
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    own = {"ema": [0.5, 0.7, 0.9], "ema_warmup": False, "t_start": 0.0, "objective": {"name": "uid"}}
+    first = settings(teacher, distill=own)
+    train("distill", configs.from_mapping(first), tmp_path / "run", False, False, "")
+    run = tmp_path / "run"
+    kept = checkpoint.read(sorted((run / "checkpoints").iterdir())[-1])["trainer"]
+    averages = {0.0: kept["generator"], **kept["generator_optimiser"]["ema"]}
+
+    def start(source, decay, **distill):
+        distill = {**first["distill"], "start": str(source), "start_decay": decay, **distill}
+        return Distiller(
+            configs.from_mapping({**first, "distill": distill}), data.load(POINTS), teachers.load_teacher(teacher)
+        )
+
+    def is_at(trainer, state):
+        of_all = [trainer.generator.net.state_dict(), *trainer.generator_optimiser.ema.values()]
+        return all(torch.equal(each[name], value) for each in of_all for name, value in state.items())
+
+    for decay, state in averages.items():
+        assert is_at(start(run, decay), state)
+        assert sum(is_at(start(run, decay), other) for other in averages.values()) == 1
+    assert is_at(start(run, None), averages[0.9])
+    assert is_at(start(run / "student.safetensors", 0.9), averages[0.9])
+    assert teachers.load(run / "student.safetensors").description.decay == 0.9
+    with pytest.raises(UserError, match=r"start_decay 0\.5 is not in .*student\.safetensors, which holds 0\.9"):
+        start(run / "student.safetensors", 0.5)
+    with pytest.raises(UserError, match=r"start_decay 0\.6 is not in .*run, only 0, 0\.5, 0\.7, 0\.9"):
+        start(run, 0.6)
+    (run / "best.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best.safetensors: nothing was evaluated .*set distill\.start=.*run to go on"):
+        start(run / "best.safetensors", 0.9)
+
+    published = tmp_path / "student.pt"
+    head = {"cls_pred_branch.0.bias": torch.zeros(3)}
+    content = {"ema_gens": {str(d): {**averages[d], **head} for d in (0.5, 0.7, 0.9)}, "gen": averages[0.0], "step": 9}
+    torch.save(content, published)
+    assert is_at(start(published, 0.7), averages[0.7])
+    assert is_at(start(published, None), averages[0.9])
+    with pytest.raises(UserError, match=r"has no average of decay 0\.6, only 0\.5, 0\.7, 0\.9"):
+        start(published, 0.6)
+    with pytest.raises(UserError, match=r"is a student of t_start = 0, this run is one of 0\.28"):
+        start(published, 0.7, t_start=0.28)
+
+    for file in (run / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is no sound checkpoint of a student: it is cut short"):
+        start(run, 0.5)
+    assert is_at(start(run, 0.9), averages[0.9])
+    for file in (run / "checkpoints").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"0\.5 is not what .*run exported, and it has no checkpoint left"):
+        start(run, 0.5)
 
 
 def predictions(path):

@@ -73,6 +73,7 @@ def convert(
         command=command,
         role="student" if student else "teacher",
         t_start=t_start,
+        decay=decay,
     )
     if not described.path or not described.predict:
         raise UserError(f"{source} has no scheduler: say the path and the prediction")

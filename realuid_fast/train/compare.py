@@ -149,7 +149,7 @@ class _Judge:
         self.samples = samples
         self.dataset = data.load(config.data)
         self.measure = Measure(self.dataset)
-        self.teacher = teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay)
+        self.teacher = teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay)
 
     def __call__(self, model: Model, steps: int = 1, count: int = 0) -> Distances:
         count = count or self.samples

@@ -127,7 +127,8 @@ class TeacherConfig:
     ``coupling`` pairs each batch with its noise, or with endpoints that are not its own, by optimal transport, inside
     classes where the network sees them (:func:`realuid_fast.couplings.couple`, solved on the host).
 
-    ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given.
+    ``sampler``, ``sampler_settings``, ``match`` and ``weight`` are those of the section ``path`` where not given, and
+    ``evaluate_every`` is that of the section ``run``: a teacher's samples cost many evaluations of its network.
     """
 
     sampler: str | None = None
@@ -143,6 +144,7 @@ class TeacherConfig:
     ema: tuple[float, ...] = (0.999,)
     ema_warmup: bool = True
     export: float = 0.999
+    evaluate_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,12 @@ class RegressionConfig:
 class DistillConfig:
     """What ``distill`` does. One update is ``fake_turns`` steps of the fake model and one of the generator.
 
-    ``teacher`` is a shipped name or a file; ``teacher_network`` and ``teacher_decay`` are for published checkpoints.
-    ``start`` is a student's file or its run's folder that the generator goes on from, the published second stage: its
-    averages then remember that start; empty for the teacher's weights. The fake model starts at the ``teacher`` either
-    way, or with ``fake_start`` ``fresh`` as an untrained network. ``dropout`` replaces the teacher's own in both.
+    ``teacher`` is a shipped name or a file; ``teacher_network``, by default the section ``network``, and
+    ``teacher_decay``, by default the largest, say which network and which of its averages a published checkpoint has.
+    ``start`` is a student's file, its run's folder or a published checkpoint that the generator goes on from, the
+    published second stage: its averages then remember that start; empty for the teacher's weights. ``start_decay`` is
+    the average of it to take (:func:`realuid_fast.train.start.student_of`). The fake model starts at the ``teacher``
+    then too, or with ``fake_start`` ``fresh`` as an untrained network. ``dropout`` replaces the teacher's own in both.
     ``labels`` of generated samples are ``drawn`` from the training set, or those of the real ``batch`` in the same row;
     then the generator's turn reads a batch too. ``ema_warmup`` is :class:`realuid_fast.optim.Optimiser`'s, by default
     on unless there is a ``start``.
@@ -236,6 +240,7 @@ class DistillConfig:
     teacher_network: dict[str, Any] = field(default_factory=dict)
     teacher_decay: float | None = None
     start: str = ""
+    start_decay: float | None = None
     guidance: float = 1.0
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     gan: GanConfig = field(default_factory=GanConfig)
@@ -266,7 +271,9 @@ class RunConfig:
     ``parity`` follows the published procedure step for step: it sets :data:`PARITY` over whatever is configured.
     ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
     (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
-    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated;
+    leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated, against the
+    ``real_split`` ``heldout`` or ``train``; ``inception_only`` says that no other features will do, so that a run
+    without that file is not evaluated, and says so at its start;
     ``channels_last`` is the image networks' memory layout; ``teacher_steps`` is the teacher's number of Euler
     steps for the line in the convergence plot, 0 for no line; ``keep`` is how many checkpoints stay on disk;
     ``accumulate`` is in how many parts a batch goes through the networks, one after another, to save memory;
@@ -288,6 +295,8 @@ class RunConfig:
     evaluate_every: int = 0
     evaluate_samples: int = 2000
     inception: str = ""
+    inception_only: bool = False
+    real_split: str = "heldout"
     teacher_steps: int = 0
     checkpoint_every: int = 1000
     keep: int = 2
@@ -352,6 +361,10 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def teachers_network(self) -> dict[str, Any]:
+        """The network of a published checkpoint: ``distill.teacher_network``, or else the section ``network``."""
+        return self.distill.teacher_network or self.network
 
     def teachers_path(self) -> PathConfig:
         """The section ``path`` with what ``teacher`` sets apart."""
@@ -589,8 +602,11 @@ def _check(config: Config) -> None:
     ):
         if getattr(run, name) < 0:
             raise UserError(f"run.{name} must not be negative, got {getattr(run, name)}")
+    if (teacher.evaluate_every or 0) < 0:
+        raise UserError(f"teacher.evaluate_every must not be negative, got {teacher.evaluate_every}")
     one_of = {
         "run.mode": (run.mode, MODES),
+        "run.real_split": (run.real_split, ("heldout", "train")),
         "distill.fake_precision": (distill.fake_precision, PRECISIONS),
         "distill.generator_precision": (distill.generator_precision, PRECISIONS),
         "distill.teacher_precision": (distill.teacher_precision, ("float32", "bf16")),

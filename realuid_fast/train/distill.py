@@ -6,14 +6,12 @@ import contextlib
 import copy
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
-from .. import teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..networks import build
@@ -33,6 +31,7 @@ from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases
 from .precision import Precision
+from .start import student_of
 from .tripwires import Tripwires
 
 WEIGHT = COLUMNS.index("w")
@@ -118,7 +117,7 @@ class Distiller:
         start = (settings.t_start, self.path, self._predict, settings.times)
         self.generator = Generator(trained, *start)
         if settings.start:
-            student = _student(settings.start, described, self.generator.t_start)
+            student = student_of(settings.start, settings.start_decay, described, self.generator.t_start)
             self.generator.net.load_state_dict(student.state_dict())
         if self.sharded:
             sharding.shard(self.fake, self.device)
@@ -200,6 +199,7 @@ class Distiller:
             t_start=self.generator.t_start,
             times=self.generator.times,
             teacher=settings.teacher,
+            decay=settings.export,
         )
 
     @property
@@ -570,17 +570,3 @@ def _untrained(described: Description, seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(described.network).state_dict()
-
-
-def _student(source: str, teacher: Description, t_start: float) -> nn.Module:
-    """The network of the student in ``source`` to go on from; refuses one that this teacher or start does not fit."""
-    file = Path(source)
-    student = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
-    described = student.description
-    if described.network != teacher.network:
-        raise UserError(f"distill.start {source} has another network than the teacher")
-    if described.t_start != t_start:
-        raise UserError(
-            f"distill.start {source} is a student of t_start = {described.t_start:g}, this run is one of {t_start:g}"
-        )
-    return student.net

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..data import Dataset
 from ..errors import UserError
 from ..files import replacing
-from ..metrics import Moments, frechet_of_moments, kernel_distance, precision_recall
+from ..metrics import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
 from ..noise import NoiseStream, normal
 from ..sampling import evaluations
 from ..teachers import Model
@@ -46,16 +46,6 @@ class Scores:
     kernel_error: float
     precision: float
     recall: float
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """``mean (D,)`` and ``covariance (D, D)`` in float64 of ``count`` features, with some of them, ``(n, D)``."""
-
-    mean: Tensor
-    covariance: Tensor
-    features: Tensor
-    count: int
 
 
 class Fidelity:

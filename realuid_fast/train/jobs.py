@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import torch
 from .. import data, teachers
 from ..errors import UserError
 from . import config as configs
-from . import distributed
+from . import distributed, fidelity
 from .config import Config
 from .distill import Distiller
-from .inception import Inception
+from .inception import HOW_TO_GET, Inception
 from .lock import held
 from .loop import Trainer, open_folder, run
 from .measure import Measure
@@ -62,7 +63,8 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         UserError: settings, data, teacher or folder that cannot be used.
         realuid_fast.train.loop.Interrupted: after SIGINT or SIGTERM, with everything saved.
     """
-    asked, config = config, replace(config, run=replace(config.run, device=distributed.device(config.run.device)))
+    asked = evaluated(job, config)
+    config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     try:
@@ -77,19 +79,48 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         trainer = distiller(config)(
             config,
             dataset,
-            teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config),
+            teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay, dataset.config),
             command,
         )
     else:
         trainer = TeacherTrainer(config, dataset, command)
-    weights = config.run.inception if distributed.rank() == 0 else ""
-    measure = Measure(dataset, Inception(weights, config.run.device) if weights else None)
+    measure = _measure(config, dataset)
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             stack.enter_context(held(folder))
             open_folder(folder, resume, overwrite)
         distributed.wait()
         return run(asked, trainer, folder, measure, dataset.shape, resume), measure
+
+
+def evaluated(job: str, config: Config) -> Config:
+    """The configuration with how often ``job`` is evaluated settled in ``run.evaluate_every``.
+
+    Where ``run.inception_only`` and no weights leave nothing to evaluate with, a warning says it.
+    """
+    run, own = config.run, config.teacher.evaluate_every
+    if job == "train-teacher" and own is not None:
+        run = replace(run, evaluate_every=own)
+    if run.evaluate_every and run.inception_only and not run.inception:
+        if distributed.rank() == 0:
+            warnings.warn(
+                "this run is not evaluated on its way and keeps no best.safetensors: run.inception is not given, and "
+                f"run.inception_only allows no other features. Set run.inception=FILE: {HOW_TO_GET}",
+                stacklevel=2,
+            )
+        run = replace(run, evaluate_every=0)
+    return replace(config, run=run)
+
+
+def _measure(config: Config, dataset: data.Dataset) -> Measure:
+    """What the run's samples are measured by; rank 0 alone needs the Inception network."""
+    if not config.run.inception or distributed.rank():
+        return Measure(dataset)
+    features = Inception(config.run.inception, config.run.device)
+    if config.run.real_split == "heldout":
+        return Measure(dataset, features)
+    real = fidelity.Fidelity(dataset, features, cache=fidelity.CACHE, progress=config.run.progress).real
+    return Measure(dataset, features, real)
 
 
 def distiller(config: Config) -> type[Distiller] | type[RegressionTrainer]:

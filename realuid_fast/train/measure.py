@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from ..data import Dataset, to_float
 from ..errors import UserError
-from ..metrics import digit_features, frechet_distance, precision_recall, sliced_wasserstein
+from ..metrics import (
+    Statistics,
+    digit_features,
+    frechet_distance,
+    frechet_of_moments,
+    moments,
+    precision_recall,
+    sliced_wasserstein,
+)
 from ..noise import NoiseStream, normal
 from .inception import Inception
 
@@ -50,11 +58,17 @@ class Measure:
     say little about a mixture. Other images: Fréchet distance on the first 64 principal components of the training
     pixels, which sees layout and colour but no content; :attr:`name` says so wherever the number is shown.
 
+    Args:
+        dataset: the samples.
+        inception: features for images in place of those above.
+        train: those of all training images, which Inception distances are then to, as published ones are. The sliced
+            Wasserstein distance stays one to the held-out split, of at most the first 10,000 samples.
+
     Raises:
         UserError: fewer than two held-out samples.
     """
 
-    def __init__(self, dataset: Dataset, inception: Inception | None = None) -> None:
+    def __init__(self, dataset: Dataset, inception: Inception | None = None, train: Statistics | None = None) -> None:
         self.heldout, self.train = (
             dataset.pixels(split, None if isinstance(rows, Tensor) else _bounded(STORED, dataset.shape))
             for split, rows in (("heldout", dataset.heldout), ("train", dataset.train))
@@ -70,6 +84,8 @@ class Measure:
             if self._points:
                 raise UserError(f"run.inception is for images, '{dataset.name}' holds points")
             self.name = f"Fréchet Inception distance, weights {inception.sha256[:8]}"
+            if train is not None:
+                self.name += f", to all {train.count:,} training images"
             self.features = lambda samples: torch.cat(
                 [inception(part).cpu() for part in samples.split(INCEPTION_BATCH)]
             )
@@ -81,7 +97,8 @@ class Measure:
             self.features = _principal_components(dataset.pixels("train", _bounded(MOST, dataset.shape)))
             count = self.features(self.heldout[:1]).shape[1]
             self.name = f"Fréchet distance, {count} principal components of the pixels"
-        self._heldout_features = self.features(self.heldout)
+        self._to_train, self._device = train, "cpu" if inception is None else inception.device
+        self._real_features = self.features(self.heldout) if train is None else _spread(train.features)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -105,14 +122,19 @@ class Measure:
         samples = samples.detach().float().cpu()
         if not self._points:
             samples = samples.clamp(-1, 1)
-        sliced = sliced_wasserstein(samples, self.heldout)
+        real = self._to_train
+        sliced = sliced_wasserstein(samples if real is None else samples[:STORED], self.heldout)
         features = self.features(samples)
         if not bool(torch.isfinite(features).all()):
             return Distances(float("inf"), float("inf"), 0.0, 0.0)
-        main = sliced if self._points else frechet_distance(features, self._heldout_features)
-        real, generated = self._heldout_features[:MOST], features[:MOST]
-        neighbours = min(3, len(real) - 1, len(generated) - 1)
-        precision, recall = precision_recall(real, generated, neighbours)
+        if real is not None:
+            of_real = (each.to(self._device) for each in (real.mean, real.covariance))
+            main = frechet_of_moments(*moments(features.to(self._device)), *of_real)
+        else:
+            main = sliced if self._points else frechet_distance(features, self._real_features)
+        theirs, generated = self._real_features[:MOST], features[:MOST]
+        neighbours = min(3, len(theirs) - 1, len(generated) - 1)
+        precision, recall = precision_recall(theirs, generated, neighbours)
         return Distances(main, sliced, precision, recall)
 
     def conditions(
@@ -152,12 +174,23 @@ class Measure:
         return self._labels[order].repeat(-(-count // len(order)))[:count]
 
     def floor(self) -> Distances:
-        """Distances of the training split, or of a part of it: what a perfect generator of it would reach."""
-        return self._distances(self.train)
+        """Distances of the split that samples are not compared with, or of a part of it: a perfect generator's."""
+        return self._distances(self.train if self._to_train is None else self.heldout)
+
+    @property
+    def floor_name(self) -> str:
+        """What :meth:`floor` is of."""
+        return "real training data" if self._to_train is None else "real held-out data"
 
 
 def _bounded(most: int, shape: tuple[int, ...]) -> int:
     return max(2, min(most, STORED_VALUES // math.prod(shape)))
+
+
+def _spread(features: Tensor) -> Tensor:
+    """At most :data:`MOST` features, at even distances: classes may come one after another."""
+    count = min(MOST, len(features))
+    return features[torch.arange(count) * len(features) // count]
 
 
 def _flat(samples: Tensor) -> Tensor:

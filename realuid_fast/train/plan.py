@@ -179,10 +179,9 @@ def _dataset(config: Config, missing: list[str]) -> Dataset:
 
 def _teacher(config: Config, dataset: Dataset, missing: list[str]) -> Model:
     """The teacher, or an untrained network in its place."""
-    settings = config.distill
+    settings, network = config.distill, config.teachers_network()
     if settings.teacher in SHIPPED or Path(settings.teacher).exists():
-        return teachers.load_teacher(settings.teacher, settings.teacher_network, settings.teacher_decay, dataset.config)
-    network = settings.teacher_network or config.network
+        return teachers.load_teacher(settings.teacher, network, settings.teacher_decay, dataset.config)
     if not network:
         raise UserError(f"the teacher {settings.teacher!r} is not there, and no section network says what it is")
     missing.append(f"distill.teacher {settings.teacher} is not there")

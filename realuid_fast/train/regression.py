@@ -106,6 +106,7 @@ class RegressionTrainer:
             command=command,
             t_start=self.generator.t_start,
             teacher=settings.teacher,
+            decay=settings.export,
         )
 
     def _check(self, config: Config, dataset: Dataset, teacher: Description) -> None:

@@ -100,6 +100,7 @@ class TeacherTrainer:
             data=dataset.config,
             preprocessing=dataset.preprocessing,
             command=command,
+            decay=settings.export,
         )
 
     @property

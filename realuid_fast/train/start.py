@@ -1,0 +1,76 @@
+"""Where a second stage starts: the student that ``distill.start`` names, in the average of ``distill.start_decay``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .. import teachers
+from ..errors import UserError
+from ..teachers import CHECKPOINTS, Description
+from .checkpoint import Damaged, read
+
+
+def student_of(source: str, decay: float | None, teacher: Description, t_start: float) -> nn.Module:
+    """The network of a student to go on from.
+
+    Args:
+        source: a student's file, a finished run's folder, or a checkpoint with ``ema_gens`` as the published code
+            writes it, whose generators start at 0.
+        decay: of the average to take, 0 for the last weights. By default a file's only one, a folder's exported one,
+            and of a published checkpoint the largest. What a folder has not exported comes from its newest checkpoint.
+        teacher: what the student must be like.
+        t_start: the start time that it must have.
+
+    Raises:
+        UserError: nothing there, another average, or another network or start time.
+    """
+    file = Path(source)
+    if file.suffix in CHECKPOINTS:
+        state = teachers.published_state(file, decay)
+        network, described = teachers.filled(teacher.network, state, source), Description(teacher.network)
+    else:
+        _hint(file)
+        model = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
+        network, described = model.net, model.description
+    if described.network != teacher.network:
+        raise UserError(f"distill.start {source} has another network than the teacher")
+    if described.t_start != t_start:
+        raise UserError(
+            f"distill.start {source} is a student of t_start = {described.t_start:g}, this run is one of {t_start:g}"
+        )
+    if file.suffix in CHECKPOINTS or decay is None or described.decay == decay:
+        return network
+    if not file.is_dir():
+        holds = "does not say which average it holds" if described.decay is None else f"holds {described.decay:g}"
+        raise UserError(f"distill.start_decay {decay:g} is not in {source}, which {holds}: give its run's folder")
+    network.load_state_dict(_average(file, decay))
+    return network
+
+
+def _hint(file: Path) -> None:
+    """Say what to take where a run has no best student, because nobody compared any."""
+    if file.name == "best.safetensors" and not file.exists() and (file.parent / "student.safetensors").exists():
+        raise UserError(
+            f"there is no file {file}: nothing was evaluated in that run; set distill.start={file.parent} to go on "
+            "from its last student"
+        )
+
+
+def _average(folder: Path, decay: float) -> Mapping[str, Tensor]:
+    """An average of a run, or its last weights for 0, as its newest checkpoint has it."""
+    files = sorted((folder / "checkpoints").glob("update-*.pt"))
+    if not files:
+        raise UserError(f"distill.start_decay {decay:g} is not what {folder} exported, and it has no checkpoint left")
+    try:
+        trainer = read(files[-1])["trainer"]
+        averages = {0.0: trainer["generator"], **trainer["generator_optimiser"]["ema"]}
+    except (Damaged, KeyError, TypeError) as error:
+        raise UserError(f"{files[-1]} is no sound checkpoint of a student: {error}") from None
+    if decay not in averages:
+        there = ", ".join(f"{each:g}" for each in sorted(averages))
+        raise UserError(f"distill.start_decay {decay:g} is not in {folder}, only {there}")
+    # Rows of sharded tensors are read by slices.
+    return {name: value if isinstance(value, Tensor) else value[:] for name, value in averages[decay].items()}
