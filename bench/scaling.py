@@ -297,12 +297,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(page: Path, text: str) -> None:
-    """Put the tables between the page's marks."""
-    marked = f"<!-- table: scaling -->\n{text}\n<!-- end -->"
-    page.write_text(
-        re.sub(r"<!-- table: scaling -->.*?<!-- end -->", lambda _: marked, page.read_text(), flags=re.DOTALL)
-    )
+def write(page: Path, text: str, name: str = "scaling") -> None:
+    """Put tables between the page's marks of that name."""
+    marked = f"<!-- table: {name} -->\n{text.strip()}\n<!-- end -->"
+    old = re.compile(rf"<!-- table: {name} -->.*?<!-- end -->", flags=re.DOTALL)
+    page.write_text(old.sub(lambda _: marked, page.read_text()))
 
 
 if __name__ == "__main__":

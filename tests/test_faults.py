@@ -130,6 +130,24 @@ def test_a_checkpoint_is_a_snapshot_written_behind_the_updates(tmp_path, monkeyp
     checkpoints.close()
 
 
+def test_nothing_but_the_writing_thread_waits_for_the_disk(run, monkeypatch):
+    """Until the last checkpoint, which has nothing to run beside; logs are on disk before what counts on them."""
+    synced, fsync = [], os.fsync
+    thread = threading.current_thread()
+
+    def recorded(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append((Path(name).name, threading.current_thread() is thread))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    run("run", evaluate_every=0)
+    names = [name for name, _ in synced]
+    first = names.index("log.csv")
+    assert names[first : first + 3] == ["log.csv", "distances.csv", "update-00000005.pt.part"]
+    assert [name for name, here in synced[first:] if here] == ["student.safetensors.part", "run"]
+
+
 def test_the_newest_checkpoints_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     with pytest.raises(UserError, match="no checkpoint to resume from"):

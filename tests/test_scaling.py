@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import scaling
+from bench import ranks, report, scaling
 from bench.scaling import H200, Job, Machine, all_reduce, cycle, simulate
 
 SLOW = Machine("slow", operations=1e9, memory_bandwidth=1e9, memory=1e9, wires=1e6, network=1e5, node=2)
@@ -81,8 +81,32 @@ def test_the_simulation_is_the_model_where_ranks_are_alike_and_slower_where_not(
     assert one.total < few < many
 
 
-def test_the_page_shows_what_the_command_prints(tmp_path):
+def test_the_page_shows_what_the_commands_print(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(scaling.PAGE.read_text())
     scaling.write(page, scaling.report())
+    scaling.write(page, ranks.table(report.read(report.RESULTS / "ranks.json").extra["found"]), "ranks")
     assert page.read_text() == scaling.PAGE.read_text()
+    for name in ("scaling", "ranks"):
+        assert f"<!-- table: {name} -->" in page.read_text()
+
+
+def test_what_is_measured_gives_the_models_inputs_back():
+    # 20 us each way, 2 GB/s.
+    points = [(4, 2 * 2e-5), (10**6, 2 * 2e-5 + 5e-4), (10**8, 2 * 2e-5 + 5e-2)]
+    latency, bandwidth = ranks.fit(points)
+    assert (latency, bandwidth) == pytest.approx((2e-5, 2e9))
+    machine = Machine("two", operations=1e9, memory_bandwidth=1e9, memory=1e9, wires=bandwidth, network=1e5, node=2)
+    for size, seconds in points[1:]:
+        assert all_reduce(size, 2, machine, latency) == pytest.approx(seconds)
+    found = ranks.summary(0.1, 0.11, points)
+    assert found["turns"] == 2
+    assert found["expected_2"] == pytest.approx(0.1 + 2 * all_reduce(found["gradient"], 2, machine, latency))
+    assert "the model expects" in ranks.table(found)
+
+
+def test_ranks_are_timed():
+    update, reduced = ranks.on_ranks(2, (4, 4096), 0.0)
+    assert update > 0
+    assert len(reduced) == 2
+    assert all(seconds > 0 for seconds in reduced)

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -58,17 +58,19 @@ class Checkpoints:
         """Whether there were checkpoints and every one of them is damaged."""
         return not self.files() and any(self.folder.glob("update-*.damaged*"))
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any], first: Callable[[], object] | None = None) -> Path:
         """Write ``state`` (tensors and plain values) and torch's own generator states as the checkpoint of ``step``.
+
+        ``first`` is called before anything is written: what the checkpoint counts on, such as logs, is on disk then.
 
         Raises:
             UserError: this or an earlier checkpoint cannot be written.
         """
-        self.save_soon(step, state)
+        self.save_soon(step, state, first)
         self.wait()
         return self._file(step)
 
-    def save_soon(self, step: int, state: dict[str, Any]) -> None:
+    def save_soon(self, step: int, state: dict[str, Any], first: Callable[[], object] | None = None) -> None:
         """:meth:`save`, in a thread: returns when the state is copied to host memory and may change again.
 
         One checkpoint is written at a time; a second call waits for the first.
@@ -80,7 +82,7 @@ class Checkpoints:
         content = {"format": FORMAT, "torch_rng": _generator_states(), **state}
         content, ready = _snapshot(content)
         self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
-        self._pending = self._thread.submit(self._write, step, content, ready)
+        self._pending = self._thread.submit(self._write, step, content, ready, first)
 
     def check(self) -> None:
         """Raise what a save in the background ran into; never waits."""
@@ -128,10 +130,19 @@ class Checkpoints:
     def _file(self, step: int) -> Path:
         return self.folder / f"update-{step:08d}.pt"
 
-    def _write(self, step: int, content: dict[str, Any], ready: torch.cuda.Event | None) -> Path:
+    def _write(
+        self,
+        step: int,
+        content: dict[str, Any],
+        ready: torch.cuda.Event | None,
+        first: Callable[[], object] | None = None,
+    ) -> Path:
         if ready is not None:
             ready.synchronize()
         file = self._file(step)
+        if first is not None:
+            with _sentences(f"what the checkpoint {file} counts on"):
+                first()
         if self._group is not None:
             content = self._write_shards(file, content)
             if dist.get_rank(self._group):

@@ -193,6 +193,10 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
             "observed": observed,
         }
 
+    def logs_to_disk() -> None:
+        log.to_disk()
+        distances.to_disk()
+
     def show() -> None:
         count = 100 if len(shape) == 3 else 2000
         noise = evaluation_noise(shape, count, trainer.device)
@@ -273,7 +277,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
                         if not skips.running:
                             now = state()
                             if together:
-                                checkpoints.save_soon(step, now)
+                                checkpoints.save_soon(step, now, logs_to_disk)
         except (OSError, UserError):
             # Other ranks are in the middle of something and do not come to make up a state.
             if distributed.size() == 1:
@@ -281,7 +285,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
             raise
         now = state()
         if together:
-            checkpoints.save(trainer.step, now)
+            checkpoints.save(trainer.step, now, logs_to_disk)
         if trainer.step < trainer.updates or observed != trainer.step:
             raise Interrupted((received or [signal.SIGTERM])[0], folder)
     exported, description = trainer.exported()
