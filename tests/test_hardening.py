@@ -710,6 +710,8 @@ def check_list_op(op, written, arguments, draw, exact=None):
         # The operator counts the elements of what holds numbers, the reference wants their shapes.
         numbers = {name: value for name, value in wide.items() if name in NUMBERS}
         wide |= {name: value.reshape(NUMBERS[name]) for name, value in numbers.items()}
+        if "scale" in wide and wide["scale"].dim() > 1:
+            wide["scale"] = wide["scale"].flatten()
         wanted = None if exact is None else exact(wide)
         found = results(getattr(reference, op)(**wide), wide)
         return found if exact is None else [wanted, *found[1:]]

@@ -99,14 +99,14 @@ def test_what_is_measured_gives_the_models_inputs_back():
     machine = Machine("two", operations=1e9, memory_bandwidth=1e9, memory=1e9, wires=bandwidth, network=1e5, node=2)
     for size, seconds in points[1:]:
         assert all_reduce(size, 2, machine, latency) == pytest.approx(seconds)
-    found = ranks.summary(0.1, 0.11, points)
+    found = ranks.summary(0.09, 0.1, 0.11, points)
     assert found["turns"] == 2
     assert found["expected_2"] == pytest.approx(0.1 + 2 * all_reduce(found["gradient"], 2, machine, latency))
     assert "the model expects" in ranks.table(found)
 
 
 def test_ranks_are_timed():
-    update, reduced = ranks.on_ranks(2, (4, 4096), 0.0)
+    update, reduced = ranks.on_processes(2, (4, 4096), 0.0)
     assert update > 0
     assert len(reduced) == 2
     assert all(seconds > 0 for seconds in reduced)
