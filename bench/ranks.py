@@ -8,6 +8,7 @@ and ranks.md, and the page's table. Wall time: nothing else must run.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from realuid_fast.train import distributed
 from realuid_fast.train.distill import Distiller
 
 from . import report
@@ -80,9 +82,8 @@ def on_processes(count: int, sizes: Sequence[int], seconds: float, joined: bool 
 
 def _rank(rank: int, count: int, meeting: str, sizes: Sequence[int], seconds: float, results: Any) -> None:
     torch.set_num_threads(1)
-    if count > 1:
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
-    try:
+    joined = distributed.group("gloo", init_method=meeting, rank=rank, world_size=count)
+    with joined if count > 1 else contextlib.nullcontext():
         base = PROBLEMS["digits"]
         problem = replace(base, distill={"batch": 64 * count})
         trainer = Distiller(*problem.make())
@@ -93,9 +94,6 @@ def _rank(rank: int, count: int, meeting: str, sizes: Sequence[int], seconds: fl
             reduced.append(min(_times(lambda sent=buffer: dist.all_reduce(sent), 0.0)))  # type: ignore[misc]
         if rank == 0:
             results.put((median(updates), reduced))
-    finally:
-        if count > 1:
-            dist.destroy_process_group()
 
 
 def _times(call: Callable[[], object], seconds: float) -> list[float]:

@@ -449,6 +449,27 @@ def train_interrupted():
     return Interrupted
 
 
+def test_a_group_leaves_no_thread_behind():
+    """Threads of gloo that outlive it abort the process where they are still there while the interpreter winds up."""
+    work = """
+import os, torch, torch.distributed as dist
+from realuid_fast.train import distributed
+
+def threads():
+    return [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+
+with distributed.joined("cpu", alone=True):
+    import torch.distributed.fsdp
+    from torch.distributed.tensor import DTensor
+    for _ in range(20):
+        dist.all_reduce(torch.ones(1000), async_op=True).wait()
+    assert any("gloo" in name for name in threads())
+assert not [name for name in threads() if "gloo" in name], threads()
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_batch_that_does_not_divide_is_refused(place):
     with pytest.raises(UserError, match=r"distill\.batch 16 does not divide by 1 rank times run\.accumulate 3"):
         trainer_in(place, Distiller, run={"accumulate": 3})

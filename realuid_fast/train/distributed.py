@@ -9,7 +9,9 @@ come together while the backward pass goes on and rank 0 alone writes the state;
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -63,23 +65,37 @@ def joined(on: str, alone: bool = False) -> Iterator[None]:
         yield
         return
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else _place()
+    backend = "gloo"
     if torch.device(on).type == "cuda":
         torch.cuda.set_device(device(on) if not single else on)
         # What is agreed between hosts goes past the GPUs, which need not be waited for then.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, **place)
-    else:
-        dist.init_process_group("gloo", timeout=PATIENCE, **place)
+        backend = "cpu:gloo,cuda:nccl"
+    with group(backend, timeout=PATIENCE, **place):
+        try:
+            yield
+        except RuntimeError as error:
+            if not _died(error):
+                raise
+            me, lines = rank(), str(error).strip().splitlines()
+            raise UserError(
+                f"rank {me} lost another rank, whose own message says why ({lines[0][:200]}); --resume, or torchrun "
+                "with --max-restarts, goes on from the last checkpoint"
+            ) from None
+
+
+@contextlib.contextmanager
+def group(backend: str, **settings: Any) -> Iterator[None]:
+    """The default process group, made with torch's ``init_process_group``, and gone with all its threads afterwards."""
+    # Its functions have the group that exists when it is imported for a default argument: it would outlive us, and its
+    # threads end the process with an abort when they are still there while the interpreter winds up.
+    importlib.import_module("torch.distributed.nn")
+    dist.init_process_group(backend, **settings)
     try:
         yield
-    except RuntimeError as error:
-        if not _died(error):
-            raise
-        me, lines = rank(), str(error).strip().splitlines()
-        raise UserError(
-            f"rank {me} lost another rank, whose own message says why ({lines[0][:200]}); --resume, or torchrun with "
-            "--max-restarts, goes on from the last checkpoint"
-        ) from None
     finally:
+        # A thread of gloo lets go of the last tensor after it has said that the sum is there. That may take the
+        # interpreter's lock, which the call below holds while it waits for the thread.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
