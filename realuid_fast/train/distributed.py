@@ -90,12 +90,17 @@ def group(backend: str, **settings: Any) -> Iterator[None]:
     # threads end the process with an abort when they are still there while the interpreter winds up.
     importlib.import_module("torch.distributed.nn")
     dist.init_process_group(backend, **settings)
+    # A thread of gloo lets go of the last tensor after it has said that the sum is there. That may take the
+    # interpreter's lock, which destroy_process_group holds while it waits for the thread.
+    moment = 0.1
     try:
         yield
+    except BaseException:
+        # Whoever started us may be about to end us, and there is something to be said before.
+        moment = 0.005
+        raise
     finally:
-        # A thread of gloo lets go of the last tensor after it has said that the sum is there. That may take the
-        # interpreter's lock, which the call below holds while it waits for the thread.
-        time.sleep(0.1)
+        time.sleep(moment)
         dist.destroy_process_group()
 
 

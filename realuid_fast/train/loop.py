@@ -552,6 +552,11 @@ def _signals() -> Iterator[list[int]]:
             before[wanted] = signal.signal(wanted, receive)
     try:
         yield received
+    except Exception:
+        # A rank that ends has a sentence to say, while torchrun, which has seen another one end, tells it to stop.
+        if distributed.size() > 1 and signal.SIGTERM in before:
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
