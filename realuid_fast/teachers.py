@@ -70,10 +70,14 @@ class Description:
 
 @dataclass(frozen=True)
 class Model:
-    """A network with its description, in evaluation mode."""
+    """A network with its description, in evaluation mode.
+
+    ``function`` is the teacher where that is no network (:func:`wrap`): ``net`` is then only where students start.
+    """
 
     net: nn.Module
     description: Description
+    function: nn.Module | None = None
 
 
 class Called(nn.Module):
@@ -101,6 +105,7 @@ def wrap(
     num_classes: int = 0,
     null_label: bool = False,
     preprocessing: str = "",
+    teacher: Callable[..., Tensor] | None = None,
 ) -> Model:
     """Any network of yours as a teacher that :class:`realuid_fast.train.distill.Distiller` takes.
 
@@ -116,6 +121,8 @@ def wrap(
             None; the prediction like ``x``. Not given, it is called as ``net(t, x, y)``.
         num_classes, null_label: its labels, and whether it knows the one after them as "no label".
         preprocessing: what its samples are, in words.
+        teacher: ``teacher(t, x, y)``, any function in the network's place, which itself is then only where student and
+            fake model start. Where an objective's gradient flows through the teacher, autograd must go through it.
 
     Raises:
         UserError: no module, or a path or prediction that this version does not have.
@@ -132,7 +139,12 @@ def wrap(
         preprocessing=preprocessing,
     )
     follows_flow(description.interpolant(), predict)
-    return Model(Called(net, call, num_classes, null_label).eval(), description)
+    function = None
+    if teacher is not None:
+        # By itself in a module, so that it is called, asked for its labels and compiled like any other.
+        asked = teacher
+        function = Called(nn.Identity(), lambda _, t, x, y: asked(t, x, y), num_classes, null_label).eval()
+    return Model(Called(net, call, num_classes, null_label).eval(), description, function)
 
 
 def save(file: str | Path, state: Mapping[str, Tensor], description: Description) -> None:

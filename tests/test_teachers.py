@@ -12,8 +12,10 @@ from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.jobs import distiller
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
 UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
 
 
@@ -210,6 +212,46 @@ def test_any_module_is_a_teacher_and_its_student_is_read_again(tmp_path):
     assert not torch.equal(read.net.net.first.weight, model.net.net.first.weight)
     with pytest.raises(UserError, match="does not fit the network: missing"):
         teachers.load(file, net=build(NETWORK))
+
+
+def function_of(t, x, y):
+    """The velocity of the linear path from noise to N(1.5, 0.25^2) in every dimension: a teacher without a network."""
+    path = paths.Linear()
+    a, c = (value.view(-1, 1) for value in path.scales(t))
+    mean, spread = 1.5, 0.25
+    variance = a**2 * spread**2 + c**2
+    x0 = mean + a * spread**2 / variance * (x - a * mean)
+    noise = c / variance * (x - a * mean)
+    rates = [value.view(-1, 1) for value in path.rates(t)]
+    return rates[0] * x0 + rates[1] * noise
+
+
+@pytest.mark.parametrize("objective", ["uid", "regression"])
+def test_any_function_is_a_teacher(objective):
+    """Of a Gaussian in one dimension its velocity is known; the student ends at its mean and deviation."""
+    torch.manual_seed(0)
+    net = build({"kind": "mlp", "shape": [2], "width": 32, "depth": 2})
+    model = teachers.wrap(net, (2,), teacher=function_of)
+    rates = {"lr": 3e-3, "warmup": 10}
+    content = {"data": POINTS, "distill": {"objective": {"name": objective}, "batch": 64, "updates": 400}}
+    content["distill"] |= {"fake_turns": 2, "generator": rates, "fake": rates, "ema": [0.98], "export": 0.98}
+    trainer = distiller(configs.from_mapping(content))(configs.from_mapping(content), data.load(POINTS), model)
+    assert trainer.teacher is model.function
+    for _ in range(400):
+        trainer.update()
+    samples = trainer.sample(torch.randn(4000, 2))
+    assert abs(float(samples.mean()) - 1.5) < 0.1
+    assert abs(float(samples.std()) - 0.25) < 0.1
+
+
+def test_a_function_without_a_gradient_is_a_sentence():
+    net = build({"kind": "mlp", "shape": [2], "width": 4, "depth": 1})
+    model = teachers.wrap(net, (2,), teacher=lambda t, x, y: function_of(t, x.detach(), y))
+    content = {"data": POINTS, "distill": {"batch": 8, "fake_turns": 1, "objective": {"name": "uid"}}}
+    with pytest.raises(UserError, match="the teacher gives no gradient in x_t, which UID needs"):
+        Distiller(configs.from_mapping(content), data.load(POINTS), model).update()
+    content["distill"]["objective"] = {"name": "dmd"}
+    Distiller(configs.from_mapping(content), data.load(POINTS), model).update()
 
 
 def test_a_module_with_labels_is_wrapped_with_their_number():

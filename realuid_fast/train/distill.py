@@ -123,7 +123,7 @@ class Distiller:
             sharding.shard(self.fake, self.device)
             # Anew, for what it holds itself to be where its network is.
             self.generator = Generator(sharding.shard(self.generator.net, self.device), *start)
-        self.teacher = self._frozen_teacher(net, config)
+        self.teacher = self._frozen_teacher(net, config) if teacher.function is None else teacher.function
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
             self.generator.net,
@@ -369,6 +369,11 @@ class Distiller:
                         fake_out = rf.sample_output(x, at, coef)
                 with torch.set_grad_enabled(backward):
                     teacher_out, uncond = self._ask_teacher(seen)
+                if backward and not teacher_out.requires_grad:
+                    raise UserError(
+                        f"the teacher gives no gradient in x_t, which {self.objective.name} needs: use an objective "
+                        "that flows through the samples alone, such as dmd, or a teacher that autograd goes through"
+                    )
             with self.phases("generator loss"), torch.no_grad():
                 weighed = coef
                 if self._divergence is not None and logits is not None:

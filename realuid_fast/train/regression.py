@@ -72,7 +72,7 @@ class RegressionTrainer:
             null_labels(net, torch.zeros(0, dtype=torch.int64))
         if config.run.checkpoint_activations:
             recompute(net)
-        self.teacher = frozen_view(net).eval()
+        self.teacher = frozen_view(net).eval() if teacher.function is None else teacher.function
         start = (settings.t_start, self.path, self._predict)
         self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)
         self.optimiser = Optimiser(
