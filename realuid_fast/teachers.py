@@ -359,9 +359,10 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
 
 def _check_archive(file: Path) -> None:
     """Refuse a zip archive whose entries unpack to more than the file holds: torch.save stores them as they are."""
-    if not zipfile.is_zipfile(file):
-        return
     try:
+        # Which raises too, for an archive of several disks.
+        if not zipfile.is_zipfile(file):
+            return
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except Exception:

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import random
+import struct
 import sys
 import tempfile
 import types
@@ -466,6 +467,15 @@ def test_descriptions_that_json_alone_does_not_refuse(text, tmp_path):
     save_file(small_network().state_dict(), str(file), metadata={teachers.KEY: text})
     with pytest.raises(UserError, match="has a damaged description"):
         teachers.load(file)
+
+
+def test_an_archive_of_several_disks_is_a_sentence(tmp_path):
+    """As libFuzzer found: even the question whether a file is an archive raises then."""
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 1, 0, 1)
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "net.pt").write_bytes(bytes(100) + locator + end)
+    with pytest.raises(UserError, match="is a damaged archive"):
+        teachers.load_teacher(tmp_path / "net.pt", NETWORK)
 
 
 @pytest.mark.parametrize(
