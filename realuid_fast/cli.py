@@ -199,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: the free cores)")
     command.add_argument("--then", metavar="CONFIG", help="a second stage from every student, e.g. digits_tune")
+    text = "the second stage of both methods from UID's student, so that a seed's pair differs in that stage alone"
+    command.add_argument("--common", action="store_true", help=text)
     command.add_argument(
         "--samples", type=int, default=0, help="samples of the table's distances (default: the curve's)"
     )
@@ -616,8 +618,9 @@ def _compare(arguments: argparse.Namespace) -> None:
         raise UserError(f"--samples must not be negative, got {arguments.samples}")
     second = configs.load(arguments.then, arguments.set) if arguments.then else None
     text = compare(
-        config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume, second, arguments.samples
-    )
+        config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume, second, arguments.samples,
+        arguments.common,
+    )  # fmt: skip
     print("\n" + text)
     print(f"written to {arguments.out}: compare.json, compare.md, compare.png")
 

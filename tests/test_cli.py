@@ -386,8 +386,34 @@ def test_compare_in_two_stages(place, monkeypatch):
     assert tuned["start"].endswith("realuid-seed0")
 
 
+def test_compare_from_a_common_first_stage(place, monkeypatch):
+    monkeypatch.setattr(comparison, "run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
+    (place / "tune.yaml").write_text(
+        "base: tiny.yaml\ndistill: {objective: {alpha: 0.5, beta: 1.5}, ema: [0.9], export: 0.9}"
+    )
+    words = ["--config", "tiny.yaml", "--then", "tune.yaml", "--common", "--samples", 80]
+    words += ["--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
+    assert run("compare", *words, "--seeds", 0, 1, "--jobs", 1, "--out", "two") == 0
+    result = json.loads((place / "two/compare.json").read_text())
+    assert [(row["method"], row["updates"]) for row in result["rows"]] == [("UID", 2), ("UID", 4), ("RealUID", 4)]
+    assert not (place / "two/runs/realuid-seed0").exists()
+    for method in ("uid", "realuid"):
+        tuned = yaml.safe_load((place / f"two/runs/{method}-seed1-tuned/config.yaml").read_text())["distill"]
+        assert tuned["start"].endswith("runs/uid-seed1")
+        assert tuned["objective"]["name"] == method
+    uid, real = (result["curves"][name][0] for name in ("UID", "RealUID"))
+    assert [row["update"] for row in uid] == [row["update"] for row in real]
+    assert uid[:2] == real[:2]
+    apart = [b - a for a, b in zip(result["rows"][1]["distance"], result["rows"][2]["distance"], strict=True)]
+    assert (
+        f"| {sum(apart) / 2:.2f}, standard error {abs(apart[0] - apart[1]) / 2:.2f} ("
+        in (place / "two/compare.md").read_text()
+    )
+
+
 def test_compare_refuses(place, capsys):
     words = ["compare", "--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors"]
+    assert "--common is about a second stage: give --then" in refused(capsys, *words, "--out", "c", "--common")
     assert "seeds must be different" in refused(capsys, *words, "--out", "c", "--seeds", 1, 1)
     assert "--jobs must be at least 1" in refused(capsys, *words, "--out", "c", "--jobs", 0)
     assert "evaluate_every" in refused(capsys, *words, "run.evaluate_every=0", "--out", "c")

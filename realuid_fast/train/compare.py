@@ -39,20 +39,25 @@ def compare(
     resume: bool,
     second: Config | None = None,
     samples: int = 0,
+    common: bool = False,
 ) -> str:
     """Train every method with every seed in ``folder/runs``, then write JSON, Markdown and plot; the Markdown.
 
-    With ``second`` every run goes on from its student in a second stage, with the same method and this configuration.
+    With ``second`` every run goes on from its student in a second stage, with the same method and this configuration;
+    ``common``: both methods from UID's student, so that a seed's two runs differ in the second stage alone.
     Finished runs are kept with ``resume``, unfinished ones continued. Curves have ``run.evaluate_samples`` samples a
     point, the table's distances ``samples`` (0: as many), because at a few thousand samples one draw of the noise moves
     a distance by more than the methods differ.
 
     Raises:
-        UserError: no seeds, a folder with results that nobody asked to replace, or a run that failed.
+        UserError: no seeds, ``common`` without a second stage, a folder with results that nobody asked to replace, or a
+            run that failed.
         Interrupted: after SIGINT or SIGTERM, when every running process has saved.
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, got {list(seeds)}")
+    if common and second is None:
+        raise UserError("--common is about a second stage: give --then")
     stages = [config] if second is None else [config, second]
     for stage in stages:
         if stage.run.evaluate_every < 1:
@@ -69,19 +74,25 @@ def compare(
     if existing and not (overwrite or resume):
         raise UserError(f"{folder} holds {existing[0]} already: give --resume, --overwrite or another folder")
     for number, stage in enumerate(stages):
-        common = folder / "runs" / f"stage{number + 1}.yaml"
-        configs.save(stage, common)
+        file = folder / "runs" / f"stage{number + 1}.yaml"
+        configs.save(stage, file)
         commands: dict[str, list[str]] = {}
         for seed in seeds:
-            for objective in METHODS.values():
+            for objective in _methods(number, common).values():
                 out = _folder(folder, objective, seed, number)
                 own = [f"distill.objective.name={objective}", f"run.seed={seed}"]
                 if number:
-                    own.append(f"distill.start={_folder(folder, objective, seed, number - 1)}")
+                    first = METHODS["UID"] if common else objective
+                    own.append(f"distill.start={_folder(folder, first, seed, number - 1)}")
                 if not (resume and (out / "student.safetensors").is_file()):
-                    commands[out.name] = _command(common, out, own, resume)
+                    commands[out.name] = _command(file, out, own, resume)
         run_all(commands, jobs, folder)
-    return summarise(judge, stages, folder, seeds)
+    return summarise(judge, stages, folder, seeds, common)
+
+
+def _methods(stage: int, common: bool) -> dict[str, str]:
+    """The methods that are trained in a stage."""
+    return METHODS if stage or not common else {"UID": METHODS["UID"]}
 
 
 def _folder(folder: Path, objective: str, seed: int, stage: int) -> Path:
@@ -157,7 +168,7 @@ class _Judge:
         return self.measure(generate(sampler(model, steps), noise, *conditions)[0])
 
 
-def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequence[int]) -> str:
+def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequence[int], common: bool = False) -> str:
     """Results of finished runs in ``folder/runs``: writes JSON, Markdown and plot, returns the Markdown."""
     count = stages[0].run.evaluate_samples
     teacher_curve = judge(judge.teacher, 100, count).distance
@@ -166,7 +177,9 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
     curves: dict[str, list[list[dict[str, float]]]] = {name: [[] for _ in seeds] for name in METHODS}
     before = 0
     for number, stage in enumerate(stages):
-        for name, objective in METHODS.items():
+        trained = _methods(number, common)
+        for name in METHODS:
+            objective = trained.get(name, METHODS["UID"])
             folders = [_folder(folder, objective, seed, number) for seed in seeds]
             for curve, run in zip(curves[name], folders, strict=True):
                 points = read_csv(run / "distances.csv")
@@ -174,6 +187,8 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
                 curve += [
                     {**point, "update": before + point["update"]} for point in points if not before or point["update"]
                 ]
+            if name not in trained:
+                continue
             ends = [judge(teachers.load(run / "student.safetensors", role="student")) for run in folders]
             setting = replace(stage.distill.objective, name=objective).build()
             rows.append(
@@ -197,6 +212,7 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
         "samples": judge.samples,
         "curve_samples": count,
         "seeds": list(seeds),
+        "common": common,
         "teacher_100_steps": teacher_distance,
         "teacher_100_steps_curve": teacher_curve,
         "floor": judge.measure.floor().distance,
@@ -238,6 +254,15 @@ def _markdown(content: dict[str, Any]) -> str:
             f"| {statistics.mean(row['recall']):.3f} |"
         )
     lines.append(f"| teacher, 100 Euler steps | | {content['teacher_100_steps']:.3g} | | |")
+    if content["common"]:
+        uid, real = ([*row["distance"]] for row in content["rows"][-2:])
+        apart = [b - a for a, b in zip(uid, real, strict=True)]
+        error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+        each = ", ".join(f"{v:.2f}" for v in apart)
+        lines.append(
+            f"| RealUID less UID after a common first stage | | {statistics.mean(apart):.2f}, standard error "
+            f"{error:.2f} ({each}) | | |"
+        )
     number = f"{content['floor_samples']:,} samples"
     lines.append(f"| teacher, 100 Euler steps, {number} | | {content['teacher_100_steps_floor']:.3g} | | |")
     lines.append(f"| real training data, {number} | | {content['floor']:.3g} | | |")
