@@ -3,15 +3,13 @@
 import ast
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = ROOT / "pyproject.toml"
-
-pytestmark = pytest.mark.skipif(not PROJECT.is_file(), reason="pyproject.toml lies in the source checkout only")
 
 
 def imported(module):
@@ -39,3 +37,13 @@ def test_every_import_is_a_requirement():
         # triton is what the extra gpu brings: only the kernels' files and their backend import it, when asked for.
         allowed = needed | (names(project["optional-dependencies"]["gpu"]) if name == "triton" else set())
         assert {each.lower() for each in provides.get(name, [name])} & allowed, f"{name} is imported and not required"
+
+
+def test_make_has_installed_the_peers():
+    """Tests skip what compares with a package that is not there: in the environment that make makes, all of them are."""
+    if not (Path(sys.prefix) / ".installed").is_file():
+        pytest.skip("this environment is not make's, which alone promises the peers")
+    lines = (ROOT / "requirements" / "peers.in").read_text().splitlines()
+    peers = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert {"torchcfm", "torch-fidelity", "lightning", "accelerate", "flow-matching"} <= set(peers)
+    assert {name: version(name) for name in peers} == peers

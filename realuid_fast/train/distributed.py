@@ -177,7 +177,10 @@ class Mean:
         self._sent, self._missing = 0, self._all()
 
     def settle(self) -> None:
-        """Wait for what is on its way; gradients that have set out are means then."""
+        """Wait for what is on its way; gradients that have set out are means then.
+
+        On a GPU the stream waits and the host does not; gloo has nothing but the host to wait.
+        """
         for buffer, homes, work in self._running:
             work.wait()
             buffer.mul_(self._factor)
