@@ -1052,7 +1052,7 @@ def test_threads_get_the_same_bits_of_layers():
 LARGE = 2**30 + 4
 
 
-# Not with the other tests: it writes 4.3 GB, which a small machine may not have, and takes up to a minute of page faults.
+# Not with the other tests: it writes 4.3 GB, which a small machine may not have, and may take a minute of page faults.
 # `make fuzz` runs it.
 @needs_extension
 @pytest.mark.skipif(EXAMPLES < 100, reason="takes up to a minute and 5 GB: a part of `make fuzz`")

@@ -140,14 +140,14 @@ class Checkpoints:
         if ready is not None:
             ready.synchronize()
         file = self._file(step)
-        if first is not None:
-            with _sentences(f"what the checkpoint {file} counts on"):
-                first()
         if self._group is not None:
-            content = self._write_shards(file, content)
+            # A failure there is told to all ranks.
+            content, first = self._write_shards(file, content, first), None
             if dist.get_rank(self._group):
                 return file
         with _sentences(f"the checkpoint {file}"):
+            if first is not None:
+                first()
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(file) as stream:
                 _write_verified(stream, content)
@@ -160,7 +160,7 @@ class Checkpoints:
                     part.unlink(missing_ok=True)
         return file
 
-    def _write_shards(self, file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    def _write_shards(self, file: Path, content: dict[str, Any], first: Callable[[], object] | None) -> dict[str, Any]:
         """Write this rank's rows; when all ranks have, what is left to write with the names of their files.
 
         The name tells what is inside, so that a step which is saved again touches nothing that a checkpoint needs.
@@ -169,6 +169,8 @@ class Checkpoints:
         said: tuple[str, str]
         try:
             with _sentences(f"the checkpoint {file}"):
+                if first is not None:
+                    first()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # Complete under this name already, but nobody's yet.
                 whole = file.with_name(f"{file.stem}.rank{dist.get_rank(self._group)}")
