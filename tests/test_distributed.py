@@ -650,6 +650,25 @@ def test_a_rank_that_cannot_write_stops_all_and_the_checkpoint_before_stays(plac
     assert Checkpoints(folder).load()["trainer"]["step"] == 2
 
 
+def test_a_log_that_does_not_reach_the_disk_stops_all_ranks(place):
+    """It is rank 0's alone; the others would wait for what it has to say about its shard."""
+    folder, _ = saved_by_ranks(place, 2, True)
+
+    def work(rank):
+        trainer, checkpoints = trainer_in(place, Distiller, run=SHARD), Checkpoints(folder, sharded=True)
+
+        def full():
+            if rank == 0:
+                raise OSError(28, "No space left on device")
+
+        with pytest.raises(UserError, match=r"update-00000003\.pt cannot be written: No space left on device"):
+            checkpoints.save(3, {"trainer": trainer.state_dict()}, full)
+        checkpoints.close()
+
+    on_ranks(place, 2, work)
+    assert [file.name for file in folder.glob("*.pt")] == ["update-00000002.pt"]
+
+
 def held_bytes():
     """Bytes of all tensors that this process holds."""
     gc.collect()
