@@ -282,7 +282,7 @@ def file_limit():
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, after, file_limit, monkeypatch):
-    # Noticed with the update after it, however long the writing thread takes: the run's other files would not fit either.
+    # Noticed with the update after it, however long the thread takes: the run's other files would not fit either.
     monkeypatch.setattr(Checkpoints, "check", Checkpoints.wait)
     after(9, functools.partial(file_limit, 4000))
     with pytest.raises(UserError, match=r"the checkpoint .*update-00000010.pt cannot be written: File too large"):
