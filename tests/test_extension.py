@@ -260,10 +260,11 @@ def test_normals_agree(shape, layout, dtype):
         check(got, wanted, dtype)
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 4 * (2**32 - 5) + 3, 2**62 + 1])
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4 * (2**32 - 5) + 3, 2**34 - 128, 2**34 - 160, 2**62 + 1])
 @pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 65, 300])
 def test_normals_at_any_position(start, count):
-    # Past element 2^34 the group number needs the counter's second word.
+    # Past element 2^34 the group number needs the counter's second word: from the first vector on, between two vectors,
+    # and within one that is not the first.
     wanted = stream64(count, start).numpy()
     for dtype, atol in (("float32", 1e-6), ("float64", 1e-14)):
         got = extension.native.normals(SEED, OFFSET, start, (count,), dtype)

@@ -21,9 +21,10 @@ REALUID_INLINE vq multiply_low_halves(vq a, vq b) {
 #endif
 }
 
-REALUID_INLINE vq xor3(vq a, vq b, vq c) {
+template <class V>
+REALUID_INLINE V xor3(V a, V b, V c) {
 #if REALUID_LEVEL == 2
-  return (vq)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+  return (V)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
 #else
   return a ^ b ^ c;
 #endif
@@ -54,93 +55,122 @@ REALUID_INLINE vu interleave_low_halves(vq even, vq odd) {
 #endif
 }
 
-// Group offset of each 32-bit lane. The transposition below works inside 128-bit parts only; numbering the lanes this way
-// lets it leave the normals in memory order.
-constexpr int group_of_lane(int lane) { return (WIDTH / 4) * (lane % 4) + lane / 4; }
-
-struct Words {
-  vu w[4];
-};
-
-struct Counters {
-  vq even, odd;  // group offsets of the even and the odd lanes
-};
-
-REALUID_INLINE Counters counters() {
-  Counters c;
-  for (int i = 0; i < WIDTH / 2; ++i) {
-    c.even[i] = uint64_t(group_of_lane(2 * i));
-    c.odd[i] = uint64_t(group_of_lane(2 * i + 1));
-  }
-  return c;
+// The high halves of `even` and `odd`, interleaved.
+REALUID_INLINE vu interleave_high_halves(vq even, vq odd) {
+#if REALUID_LEVEL == 2
+  return (vu)_mm512_mask_movehdup_ps((__m512)odd, 0x5555, (__m512)even);
+#elif REALUID_LEVEL == 1
+  return (vu)_mm256_blend_ps(_mm256_movehdup_ps((__m256)even), (__m256)odd, 0xAA);
+#else
+  return bits<vu>((even >> 32) | (odd & 0xffffffff00000000ull));
+#endif
 }
+
+// A step's groups are two halves of WIDTH / 2 groups, one group a 64-bit lane. Numbered this way, the pairs of normals leave the
+// unpacking below, which works inside 128-bit parts only, in memory order.
+constexpr int group_of_lane(int half, int lane) { return half * (WIDTH / 2) + (WIDTH / 4) * (lane % 2) + lane / 2; }
+
+// Of either half: the words of the radii (the first and the third of a group) and those of the angles (second and fourth).
+struct Words {
+  vu radii[2], angles[2];
+};
 
 // Where the group numbers of a vector do not share their high word: once in 2^32 groups.
 __attribute__((noinline)) Words philox_lanes(NoiseKey key, uint64_t first) {
   Words words;
-  for (int lane = 0; lane < WIDTH; ++lane) {
-    uint32_t w[4];
-    philox_words(key, first + uint64_t(group_of_lane(lane)), w);
-    for (int i = 0; i < 4; ++i) words.w[i][lane] = w[i];
+  for (int half = 0; half < 2; ++half) {
+    for (int lane = 0; lane < WIDTH / 2; ++lane) {
+      uint32_t w[4];
+      philox_words(key, first + uint64_t(group_of_lane(half, lane)), w);
+      for (int pair = 0; pair < 2; ++pair) {
+        words.radii[half][2 * lane + pair] = w[2 * pair];
+        words.angles[half][2 * lane + pair] = w[2 * pair + 1];
+      }
+    }
   }
   return words;
 }
 
-// Only the low word of the group differs between lanes, so half of the first two rounds is scalar arithmetic.
-REALUID_INLINE Words philox_vector(NoiseKey key, const Counters& offsets, uint64_t first) {
-  if ((first ^ (first + WIDTH - 1)) >> 32) return philox_lanes(key, first);
-  const vq zero = {};
-  const vq m0 = zero + uint64_t(PHILOX_M0), m1 = zero + uint64_t(PHILOX_M1);
-  uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
+// The words of WIDTH groups after WIDTH groups. Only the low word of the group differs between lanes and steps, so half of the
+// first two rounds happens once, and the first product, which is linear in the group, is added to.
+class Stream {
+ public:
+  REALUID_INLINE Stream(NoiseKey key, uint64_t first) : key_(key) { start(first); }
 
-  const uint64_t q1 = uint64_t(PHILOX_M1) * uint32_t(key.offset);
-  const uint32_t c0 = uint32_t(q1 >> 32) ^ uint32_t(first >> 32) ^ k0, c1 = uint32_t(q1);
-  const vq once = zero + uint64_t(uint32_t(key.offset >> 32) ^ k1);
-  vq a3 = multiply_low_halves(offsets.even + first, m0), b3 = multiply_low_halves(offsets.odd + first, m0);
-  vq a2 = high_halves(a3) ^ once, b2 = high_halves(b3) ^ once;
-  k0 += PHILOX_W0;
-  k1 += PHILOX_W1;
-
-  const uint64_t q0 = uint64_t(PHILOX_M0) * c0;
-  const vq left = zero + uint64_t(c1 ^ k0), right = zero + uint64_t(uint32_t(q0 >> 32) ^ k1);
-  vq a1 = multiply_low_halves(a2, m1), b1 = multiply_low_halves(b2, m1);
-  vq a0 = high_halves(a1) ^ left, b0 = high_halves(b1) ^ left;
-  a2 = a3 ^ right, b2 = b3 ^ right;
-  a3 = b3 = zero + uint64_t(uint32_t(q0));
-
+  // Of the groups [first, first + WIDTH), WIDTH groups after those of the call before.
+  REALUID_INLINE Words words(uint64_t first) {
+    if (__builtin_expect(uint32_t(first) < WIDTH, 0)) start(first);
+    if (__builtin_expect((first ^ (first + WIDTH - 1)) >> 32 != 0, 0)) return philox_lanes(key_, first);
+    const vq zero = {};
+    const vq m0 = zero + uint64_t(PHILOX_M0), m1 = zero + uint64_t(PHILOX_M1);
+    uint32_t k0 = uint32_t(key_.seed) + PHILOX_W0, k1 = uint32_t(key_.seed >> 32) + PHILOX_W1;
+    vq c0[2], c1[2], c2[2], c3[2];
+    for (int half = 0; half < 2; ++half) {
+      c1[half] = multiply_low_halves(high_halves(product_[half]) ^ once_, m1);
+      c0[half] = high_halves(c1[half]) ^ left_;
+      c2[half] = product_[half] ^ right_;
+      c3[half] = low_;
+      product_[half] += uint64_t(PHILOX_M0) * WIDTH;
+    }
 #pragma GCC unroll 10
-  for (int round = 2; round < PHILOX_ROUNDS; ++round) {
-    k0 += PHILOX_W0;
-    k1 += PHILOX_W1;
-    const vq key0 = zero + uint64_t(k0), key1 = zero + uint64_t(k1);
-    const vq pa0 = multiply_low_halves(a0, m0), pa1 = multiply_low_halves(a2, m1);
-    const vq pb0 = multiply_low_halves(b0, m0), pb1 = multiply_low_halves(b2, m1);
-    a0 = xor3(high_halves(pa1), a1, key0);
-    b0 = xor3(high_halves(pb1), b1, key0);
-    a2 = xor3(high_halves(pa0), a3, key1);
-    b2 = xor3(high_halves(pb0), b3, key1);
-    a1 = pa1, b1 = pb1, a3 = pa0, b3 = pb0;
+    for (int round = 2; round < PHILOX_ROUNDS - 1; ++round) {
+      k0 += PHILOX_W0;
+      k1 += PHILOX_W1;
+      for (int half = 0; half < 2; ++half) {
+        const vq p0 = multiply_low_halves(c0[half], m0), p1 = multiply_low_halves(c2[half], m1);
+        c0[half] = xor3(high_halves(p1), c1[half], zero + uint64_t(k0));
+        c2[half] = xor3(high_halves(p0), c3[half], zero + uint64_t(k1));
+        c1[half] = p1, c3[half] = p0;
+      }
+    }
+    const vu keys = bits<vu>(zero + (uint64_t(k1 + PHILOX_W1) << 32 | uint32_t(k0 + PHILOX_W0)));
+    Words words;
+    for (int half = 0; half < 2; ++half) {
+      const vq p0 = multiply_low_halves(c0[half], m0), p1 = multiply_low_halves(c2[half], m1);
+      words.radii[half] = xor3(interleave_high_halves(p1, p0), interleave_low_halves(c1[half], c3[half]), keys);
+      words.angles[half] = interleave_low_halves(p1, p0);
+    }
+    return words;
   }
-  return {{interleave_low_halves(a0, b0), interleave_low_halves(a1, b1), interleave_low_halves(a2, b2),
-           interleave_low_halves(a3, b3)}};
-}
 
-// sqrt(-2 ln u), u = m 2^-24, m = (w >> 8) + 1. With m = 2^(e + 24) (1 + f) and 1 + f in [sqrt 1/2, sqrt 2), e = 0 around
-// u = 1, so the result keeps its relative accuracy there. The exponent is never shifted down: the conversion takes it as
-// 2^23 e. The polynomial is -2 ln(1 + f) / f, minimax, relative error 1.7e-7.
+ private:
+  // The first two rounds of what does not differ between lanes, and the first product of what does.
+  REALUID_INLINE void start(uint64_t first) {
+    const vq zero = {};
+    const uint32_t k0 = uint32_t(key_.seed), k1 = uint32_t(key_.seed >> 32);
+    const uint64_t q1 = uint64_t(PHILOX_M1) * uint32_t(key_.offset);
+    const uint64_t q0 = uint64_t(PHILOX_M0) * (uint32_t(q1 >> 32) ^ uint32_t(first >> 32) ^ k0);
+    once_ = zero + uint64_t(uint32_t(key_.offset >> 32) ^ k1);
+    left_ = zero + uint64_t(uint32_t(q1) ^ (k0 + PHILOX_W0));
+    right_ = zero + uint64_t(uint32_t(q0 >> 32) ^ (k1 + PHILOX_W1));
+    low_ = zero + uint64_t(uint32_t(q0));
+    for (int half = 0; half < 2; ++half) {
+      vq groups;
+      for (int lane = 0; lane < WIDTH / 2; ++lane) groups[lane] = uint64_t(group_of_lane(half, lane));
+      product_[half] = multiply_low_halves(groups + first, zero + uint64_t(PHILOX_M0));
+    }
+  }
+
+  const NoiseKey key_;
+  vq product_[2];
+  vq once_, left_, right_, low_;  // keys included
+};
+
+// sqrt(-2 ln u / s), s = 2^-22 ln 2, u = m 2^-24, m = (w >> 8) + 1. With m = 2^(e + 24) (1 + f) and 1 + f in
+// [sqrt 1/2, sqrt 2), e = 0 around u = 1, so the result keeps its relative accuracy there. The exponent is never shifted down:
+// converted as it is it counts in s, and what turns the normals back is in polar's coefficients. The polynomial is
+// -2 ln(1 + f) / (s f), minimax, relative error 1.1e-6: 5e-7 in a normal.
 REALUID_INLINE vf radius(vu w) {
   const vi b = bits<vi>(__builtin_convertvector(bits<vi>(w >> 8) + 1, vf));
-  const vi e = (b - (0x3f3504f3 + (24 << 23))) & int32_t(0xff800000);
-  const vf f = bits<vf>(b - e) * 0x1p-24f - 1.0f;
-  const vf exponent = __builtin_convertvector(e, vf) * (-1.3862943611198906f * 0x1p-23f);
-  vf p = f * 0.20213790237903595f - 0.3244517147541046f;
-  p = p * f + 0.34501662850379944f;
-  p = p * f - 0.39800330996513367f;
-  p = p * f + 0.4993981719017029f;
-  p = p * f - 0.6667011976242065f;
-  p = p * f + 1.0000072717666626f;
-  p = p * f - 1.9999998807907104f;
-  return square_root(p * f + exponent);
+  const vi e = ((0x3f3504f3 + (24 << 23) + 0x7fffff) - b) & int32_t(0xff800000);  // of 1 / u
+  const vf f = bits<vf>(b + e) * 0x1p-24f - 1.0f;
+  vf p = f * -1439690.875f + 2259221.75f;
+  p = p * f - 2480507.5f;
+  p = p * f + 3014627.75f;
+  p = p * f - 4031789.5f;
+  p = p * f + 6051236.5f;
+  p = p * f - 12102215.0f;
+  return square_root(p * f + __builtin_convertvector(e, vf));
 }
 
 REALUID_INLINE vf flip_sign(vf v, vu sign) {
@@ -151,23 +181,33 @@ REALUID_INLINE vf flip_sign(vf v, vu sign) {
 #endif
 }
 
-// r cos(theta) and r sin(theta), theta = 2 pi (w >> 8) 2^-24. An eighth of a turn further, the word's two top bits are the
-// quadrant, and the bits below count from -pi/4 to pi/4: an exact integer reduction, which loses no digits.
+// 1 + the 23 low bits of w >> 8, as a fraction.
+REALUID_INLINE vf low_bits(vu w) {
+#if REALUID_LEVEL == 2
+  const __m512i fraction = _mm512_set1_epi32(0x7fffff), one = _mm512_set1_epi32(0x3f800000);
+  return (vf)_mm512_ternarylogic_epi32(_mm512_srli_epi32((__m512i)w, 8), fraction, one, 0xEA);  // (a & b) | c
+#else
+  return bits<vf>(((w >> 8) & 0x7fffffu) | 0x3f800000u);
+#endif
+}
+
+// sqrt(s) r cos(theta) and sqrt(s) r sin(theta), theta = 2 pi (w >> 8) 2^-24. The word's top bit is the half of the turn, a
+// sign; the bits below, an exact fraction, count x = -1/2 to 1/2 half turns around its middle, where the cosine is -sin(pi x)
+// and the sine cos(pi x). Both are polynomials in q = 1/4 - x^2 of one sign, by x and by q, so neither loses digits near its
+// zeros. Minimax, errors 3.3e-8 and 5.5e-8.
 REALUID_INLINE void polar(vf r, vu w, vf* cosine, vf* sine) {
-  const vu turned = w + (1u << 29);
-  const vi k = bits<vi>(turned & 0x3fffff00u) - (1 << 29);
-  const vf x = __builtin_convertvector(k, vf) * (3.7450702829238413e-7f * 0x1p-8f);
-  const vf z = x * x;
-  vf s = z * -0.00019503988733049482f + 0.008332036435604095f;
-  s = s * z - 0.16666650772094727f;
-  s = (s * z) * x + x;
-  vf c = z * -0.00135858787689358f + 0.041655026376247406f;
-  c = c * z - 0.4999985694885254f;
-  c = c * z + 1.0f;
-  const vi swap = bits<vi>(turned & (1u << 30)) != 0;
-  const vf a = swap ? s : c, b = swap ? c : s;
-  *cosine = flip_sign(r * a, turned + (1u << 30));
-  *sine = flip_sign(r * b, turned);
+  r = flip_sign(r, w);
+  const vf x = low_bits(w) - 1.5f;
+  const vf q = 0.25f - x * x;
+  vf a = q * -3.1391587981488556e-05f - 0.0002117262192768976f;
+  a = a * q - 0.0008660742896609008f;
+  a = a * q - 0.0016260825796052814f;
+  a = a * q - 0.0008130416390486062f;
+  vf b = q * 8.915636863093823e-05f + 0.0004522120289038867f;
+  b = b * q + 0.0012772269546985626f;
+  b = b * q + 0.0012771200854331255f;
+  *cosine = r * (a * x);
+  *sine = r * (b * q);
 }
 
 // 4 * WIDTH normals in memory order.
@@ -175,35 +215,32 @@ struct Normals {
   vf v[4];
 };
 
-// From four vectors n0..n3, one normal a group each.
-REALUID_INLINE Normals interleave(vf n0, vf n1, vf n2, vf n3) {
+// Pairs to memory order: of a half's groups, the first and third normals are cosines, the second and fourth sines.
+REALUID_INLINE void interleave(vf cosine, vf sine, vf* low, vf* high) {
 #if REALUID_LEVEL == 2
-  const __m512d a = (__m512d)_mm512_unpacklo_ps((__m512)n0, (__m512)n1), b = (__m512d)_mm512_unpackhi_ps((__m512)n0, (__m512)n1);
-  const __m512d c = (__m512d)_mm512_unpacklo_ps((__m512)n2, (__m512)n3), d = (__m512d)_mm512_unpackhi_ps((__m512)n2, (__m512)n3);
-  return {{(vf)_mm512_unpacklo_pd(a, c), (vf)_mm512_unpackhi_pd(a, c), (vf)_mm512_unpacklo_pd(b, d), (vf)_mm512_unpackhi_pd(b, d)}};
+  *low = (vf)_mm512_unpacklo_ps((__m512)cosine, (__m512)sine), *high = (vf)_mm512_unpackhi_ps((__m512)cosine, (__m512)sine);
 #elif REALUID_LEVEL == 1
-  const __m256d a = (__m256d)_mm256_unpacklo_ps((__m256)n0, (__m256)n1), b = (__m256d)_mm256_unpackhi_ps((__m256)n0, (__m256)n1);
-  const __m256d c = (__m256d)_mm256_unpacklo_ps((__m256)n2, (__m256)n3), d = (__m256d)_mm256_unpackhi_ps((__m256)n2, (__m256)n3);
-  return {{(vf)_mm256_unpacklo_pd(a, c), (vf)_mm256_unpackhi_pd(a, c), (vf)_mm256_unpacklo_pd(b, d), (vf)_mm256_unpackhi_pd(b, d)}};
+  *low = (vf)_mm256_unpacklo_ps((__m256)cosine, (__m256)sine), *high = (vf)_mm256_unpackhi_ps((__m256)cosine, (__m256)sine);
 #elif REALUID_X86
-  const __m128 a = _mm_unpacklo_ps((__m128)n0, (__m128)n1), b = _mm_unpackhi_ps((__m128)n0, (__m128)n1);
-  const __m128 c = _mm_unpacklo_ps((__m128)n2, (__m128)n3), d = _mm_unpackhi_ps((__m128)n2, (__m128)n3);
-  return {{(vf)_mm_movelh_ps(a, c), (vf)_mm_movehl_ps(c, a), (vf)_mm_movelh_ps(b, d), (vf)_mm_movehl_ps(d, b)}};
+  *low = (vf)_mm_unpacklo_ps((__m128)cosine, (__m128)sine), *high = (vf)_mm_unpackhi_ps((__m128)cosine, (__m128)sine);
 #else
-  float flat[4 * WIDTH];
+  float flat[2 * WIDTH];
   for (int lane = 0; lane < WIDTH; ++lane) {
-    float* group = flat + 4 * group_of_lane(lane);
-    group[0] = n0[lane], group[1] = n1[lane], group[2] = n2[lane], group[3] = n3[lane];
+    float* pair = flat + 4 * group_of_lane(0, lane / 2) + 2 * (lane % 2);
+    pair[0] = cosine[lane], pair[1] = sine[lane];
   }
-  return {{load(flat), load(flat + WIDTH), load(flat + 2 * WIDTH), load(flat + 3 * WIDTH)}};
+  *low = load(flat), *high = load(flat + WIDTH);
 #endif
 }
 
 REALUID_INLINE Normals box_muller(const Words& words) {
-  vf n0, n1, n2, n3;
-  polar(radius(words.w[0]), words.w[1], &n0, &n1);
-  polar(radius(words.w[2]), words.w[3], &n2, &n3);
-  return interleave(n0, n1, n2, n3);
+  Normals normals;
+  for (int half = 0; half < 2; ++half) {
+    vf cosine, sine;
+    polar(radius(words.radii[half]), words.angles[half], &cosine, &sine);
+    interleave(cosine, sine, &normals.v[2 * half], &normals.v[2 * half + 1]);
+  }
+  return normals;
 }
 
 // body(i, normals) for the elements [i, i + 4 * WIDTH) of every step from the group `first` on. The integer half of the next
@@ -211,11 +248,11 @@ REALUID_INLINE Normals box_muller(const Words& words) {
 template <class F>
 REALUID_INLINE void for_normals(NoiseKey key, uint64_t first, int64_t steps, F&& body) {
   if (steps == 0) return;
-  const Counters offsets = counters();
-  Words words = philox_vector(key, offsets, first);
+  Stream stream(key, first);
+  Words words = stream.words(first);
   for (int64_t step = 0; step < steps; ++step) {
     Words next;
-    if (step + 1 < steps) next = philox_vector(key, offsets, first + uint64_t((step + 1) * WIDTH));
+    if (step + 1 < steps) next = stream.words(first + uint64_t((step + 1) * WIDTH));
     body(step * 4 * WIDTH, box_muller(words));
     words = next;
   }
