@@ -112,7 +112,7 @@ REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span&
       constexpr int STEP = 4 * WIDTH;
       float* const kept = SHARED ? noise.keep(span, STEP) : nullptr;
       for_normals(noise.key(), uint64_t(noise.start(span)) / 4, span.count / STEP, [&](int64_t i, const Normals& normals) {
-#pragma GCC unroll 1
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           body(Whole{streams}, i + j * WIDTH, normals.v[j]);
           if (SHARED && kept != nullptr) store(kept + i + j * WIDTH, normals.v[j]);

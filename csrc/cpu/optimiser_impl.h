@@ -1,8 +1,8 @@
 // The optimiser step on vectors: every element is read once and written once.
 //
 // Stores go through the caches: what is written was read just before, so its line is there and nothing is fetched for it.
-// Streaming the same lines would first throw them out again. What helps instead is to ask for each stream's next page ahead
-// of the processor's own prefetching, which stops at page ends.
+// Streaming the same lines would first throw them out again. What helps instead is that reads ask for their stream's next page
+// (AHEAD) before the processor's own prefetching, which stops at page ends.
 #pragma once
 
 #include "access.h"
@@ -11,8 +11,6 @@
 namespace realuid_fast {
 namespace {
 namespace REALUID_ISA {
-
-constexpr int64_t AHEAD = 512;  // elements
 
 template <class T>
 double sum_squares(const void* grad, int64_t begin, int64_t end) {
@@ -44,14 +42,10 @@ REALUID_INLINE void adam_piece(const AdamStep& step, const AdamTensor& tensor, i
   const T factor = T(step.factor), decay = T(step.weight_decay), beta2 = T(step.beta2), rest1 = T(1 - step.beta1),
           rest2 = T(1 - step.beta2), size = T(step.size), correction = T(step.root_correction2), eps = T(step.eps);
   for_vectors<T>(false, end - begin, [&](auto access, int64_t i) {
-    prefetch(p + i + AHEAD);
-    prefetch(g + i + AHEAD);
-    prefetch(v + i + AHEAD);
     V x = access.in(p, i);
     const V gradient = factor * access.in(g, i) + decay * x;
     V moment = gradient;
     if constexpr (MOMENT) {
-      prefetch(m + i + AHEAD);
       const V old = access.in(m, i);
       moment = old + rest1 * (gradient - old);
       access.out(m, i, moment);
@@ -62,7 +56,6 @@ REALUID_INLINE void adam_piece(const AdamStep& step, const AdamTensor& tensor, i
     access.out(p, i, x);
     for (int64_t k = 0; k < step.emas; ++k) {
       T* const average = ema + k * tensor.ema_stride;
-      prefetch(average + i + AHEAD);
       const V old = access.in(average, i);
       access.out(average, i, old + T(step.ema_weight[k]) * (x - old));
     }
