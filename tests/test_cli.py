@@ -351,7 +351,8 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
     assert "never" in table
     # The training data stand beside the teacher at as many samples.
     number = f"{result['floor_samples']:,} samples"
-    assert f"| real training data, {number} | | {result['floor']:.3g} |" in table
+    assert f"| real training data, {number} | | {result['floor']:.3g} | 0 |" in table
+    assert f"| {result['teacher_100_steps']:.3g} | {result['teacher_100_steps_to_train']:.3g} |" in table
     assert f"| teacher, 100 Euler steps, {number} | | {result['teacher_100_steps_floor']:.3g} |" in table
     assert (place / "c/compare.png").stat().st_size > 1000
     assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"

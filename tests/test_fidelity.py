@@ -335,6 +335,7 @@ def test_a_run_that_is_evaluated_against_the_training_images(student, monkeypatc
     samples, _ = generate(sampler(model), evaluation_noise(SHAPE, 50), measure.labels(model.net, 50))
     expected = metrics.frechet_distance(extract(samples.clamp(-1, 1)), extract(found.pixels("train")))
     assert read_csv(student / "run" / "distances.csv")[-1]["distance"] == pytest.approx(expected, rel=1e-3)
+    assert measure.to_train(samples) == measure(samples).distance
     assert (student / "run" / "best.safetensors").exists()
     # What a perfect generator would reach is the other split's distance.
     assert measure.floor_name == "real held-out data"

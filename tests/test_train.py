@@ -1130,6 +1130,11 @@ def test_measure_names_what_it_measures():
     assert measure.floor().distance > 1.0
     assert Measure(points).name.startswith("sliced Wasserstein")
     assert measure(torch.full((20, 1, 8, 8), math.nan)).distance == math.inf
+    # To the training split the same digits are at 0, and the held-out ones as far as the training digits from those.
+    assert measure.to_train(digits.pixels("train")) == pytest.approx(0.0, abs=1e-6)
+    assert measure.to_train(digits.pixels("heldout")) == pytest.approx(measure.floor().distance, rel=1e-6)
+    assert measure.to_train(torch.full((20, 1, 8, 8), math.nan)) == math.inf
+    assert Measure(points).to_train(points.pixels("train")) == pytest.approx(0.0, abs=1e-6)
     images = data.Dataset(
         "folder", torch.randint(0, 256, (30, 3, 4, 4)).byte(), torch.randint(0, 256, (9, 3, 4, 4)).byte()
     )

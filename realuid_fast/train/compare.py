@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import data, teachers
 from ..errors import UserError
 from ..teachers import Model
@@ -24,7 +26,7 @@ from .config import Config
 from .evaluate import sampler
 from .logging import convergence_plot, read_csv
 from .loop import Interrupted
-from .measure import Distances, Measure, evaluation_noise, generate
+from .measure import Measure, evaluation_noise, generate
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
 RESULTS = ("compare.json", "compare.md", "compare.png")
@@ -105,7 +107,9 @@ def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]
         command.append("--resume")
     elif (out / "config.yaml").is_file():
         command.append("--overwrite")
-    return [*command, "--set", "run.threads=1", "run.progress=false", "run.tensorboard=false", *own]
+    # The teacher is measured once, for the table.
+    quiet = ["run.threads=1", "run.progress=false", "run.tensorboard=false", "run.teacher_steps=0"]
+    return [*command, "--set", *quiet, *own]
 
 
 def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
@@ -162,17 +166,22 @@ class _Judge:
         self.measure = Measure(self.dataset)
         self.teacher = teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay)
 
-    def __call__(self, model: Model, steps: int = 1, count: int = 0) -> Distances:
+    def __call__(self, model: Model, steps: int = 1, count: int = 0) -> Tensor:
+        """Samples of a model, as many as the table's unless ``count`` says otherwise, from the noise of evaluations."""
         count = count or self.samples
         noise, conditions = evaluation_noise(self.dataset.shape, count), self.measure.conditions(model.net, count)
-        return self.measure(generate(sampler(model, steps), noise, *conditions)[0])
+        return generate(sampler(model, steps), noise, *conditions)[0]
 
 
 def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequence[int], common: bool = False) -> str:
     """Results of finished runs in ``folder/runs``: writes JSON, Markdown and plot, returns the Markdown."""
     count = stages[0].run.evaluate_samples
-    teacher_curve = judge(judge.teacher, 100, count).distance
-    teacher_distance = teacher_curve if judge.samples == count else judge(judge.teacher, 100).distance
+    measure = judge.measure
+    # What the training data are to be held against: fewer samples lie further away.
+    floor_samples = len(measure.train)
+    # Fewer samples are the first of more, noise and labels alike.
+    teacher = judge(judge.teacher, 100, max(count, judge.samples, floor_samples))
+    teacher_curve, teacher_distance = (measure(teacher[:n]).distance for n in (count, judge.samples))
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[list[dict[str, float]]]] = {name: [[] for _ in seeds] for name in METHODS}
     before = 0
@@ -189,7 +198,8 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
                 ]
             if name not in trained:
                 continue
-            ends = [judge(teachers.load(run / "student.safetensors", role="student")) for run in folders]
+            made = [judge(teachers.load(run / "student.safetensors", role="student")) for run in folders]
+            ends = [measure(samples) for samples in made]
             setting = replace(stage.distill.objective, name=objective).build()
             rows.append(
                 {
@@ -198,26 +208,26 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
                     "beta": setting.beta,
                     "updates": before + stage.distill.updates,
                     "distance": [end.distance for end in ends],
+                    "distance_to_train": [measure.to_train(samples) for samples in made],
                     "precision": [end.precision for end in ends],
                     "recall": [end.recall for end in ends],
                     "curve_end": [curve[-1]["distance"] for curve in curves[name]],
                 }
             )
         before += stage.distill.updates
-    # What the training data are to be held against: fewer samples lie further away.
-    floor_samples = len(judge.measure.train)
     target = statistics.mean(next(row for row in reversed(rows) if row["method"] == "UID")["curve_end"])
     content: dict[str, Any] = {
-        "metric": judge.measure.name,
+        "metric": measure.name,
         "samples": judge.samples,
         "curve_samples": count,
         "seeds": list(seeds),
         "common": common,
         "teacher_100_steps": teacher_distance,
+        "teacher_100_steps_to_train": measure.to_train(teacher[: judge.samples]),
         "teacher_100_steps_curve": teacher_curve,
-        "floor": judge.measure.floor().distance,
+        "floor": measure.floor().distance,
         "floor_samples": floor_samples,
-        "teacher_100_steps_floor": judge(judge.teacher, 100, floor_samples).distance,
+        "teacher_100_steps_floor": measure(teacher[:floor_samples]).distance,
         "rows": rows,
         "updates_to": {
             name: {
@@ -244,28 +254,24 @@ def _reached(run: list[dict[str, float]], target: float) -> int | None:
 def _markdown(content: dict[str, Any]) -> str:
     lines = [
         f"| {len(content['seeds'])} seeds, {content['samples']:,} samples | updates | {content['metric']}: mean ± "
-        "standard deviation (each seed) | precision | recall |",
-        "|---|---:|---:|---:|---:|",
+        "standard deviation (each seed) | to the training data | precision | recall |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for row in content["rows"]:
         lines.append(
             f"| {row['method']} (alpha = {row['alpha']:g}, beta = {row['beta']:g}) | {row['updates']:,} "
-            f"| {_spread(row['distance'])} | {statistics.mean(row['precision']):.3f} "
-            f"| {statistics.mean(row['recall']):.3f} |"
+            f"| {_spread(row['distance'])} | {_spread(row['distance_to_train'])} "
+            f"| {statistics.mean(row['precision']):.3f} | {statistics.mean(row['recall']):.3f} |"
         )
-    lines.append(f"| teacher, 100 Euler steps | | {content['teacher_100_steps']:.3g} | | |")
+    held, train = content["teacher_100_steps"], content["teacher_100_steps_to_train"]
+    lines.append(f"| teacher, 100 Euler steps | | {held:.3g} | {train:.3g} | | |")
     if content["common"]:
-        uid, real = ([*row["distance"]] for row in content["rows"][-2:])
-        apart = [b - a for a, b in zip(uid, real, strict=True)]
-        error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
-        each = ", ".join(f"{v:.2f}" for v in apart)
-        lines.append(
-            f"| RealUID less UID after a common first stage | | {statistics.mean(apart):.2f}, standard error "
-            f"{error:.2f} ({each}) | | |"
-        )
+        uid, real = content["rows"][-2:]
+        apart = " | ".join(_apart(uid[kind], real[kind]) for kind in ("distance", "distance_to_train"))
+        lines.append(f"| RealUID less UID after a common first stage | | {apart} | | |")
     number = f"{content['floor_samples']:,} samples"
-    lines.append(f"| teacher, 100 Euler steps, {number} | | {content['teacher_100_steps_floor']:.3g} | | |")
-    lines.append(f"| real training data, {number} | | {content['floor']:.3g} | | |")
+    lines.append(f"| teacher, 100 Euler steps, {number} | | {content['teacher_100_steps_floor']:.3g} | | | |")
+    lines.append(f"| real training data, {number} | | {content['floor']:.3g} | 0 | | |")
     lines += [
         "",
         f"| on the curve ({content['curve_samples']:,} samples a point) | updates to the teacher's distance "
@@ -280,6 +286,14 @@ def _markdown(content: dict[str, Any]) -> str:
 def _spread(values: list[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.2f} ± {deviation:.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+
+
+def _apart(uid: list[float], real: list[float]) -> str:
+    """Mean difference of pairs with its standard error."""
+    values = [b - a for a, b in zip(uid, real, strict=True)]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    each = ", ".join(f"{v:.2f}" for v in values)
+    return f"{statistics.mean(values):.2f}, standard error {error:.2f} ({each})"
 
 
 def _updates(values: list[int | None]) -> str:

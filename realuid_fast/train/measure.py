@@ -137,6 +137,21 @@ class Measure:
         precision, recall = precision_recall(theirs, generated, neighbours)
         return Distances(main, sliced, precision, recall)
 
+    def to_train(self, samples: Tensor) -> float:
+        """The main distance of ``samples (N, ...)`` to the training split in place of the held-out one.
+
+        Published Inception distances are of this kind. It is what real data in a loss pull towards, and it leaves out
+        how far the two splits lie apart.
+        """
+        if self._to_train is not None:
+            return self._distances(samples).distance
+        samples = samples.detach().float().cpu()
+        if self._points:
+            return sliced_wasserstein(samples, self.train)
+        features = self.features(samples.clamp(-1, 1))
+        finite = bool(torch.isfinite(features).all())
+        return frechet_distance(features, self.features(self.train)) if finite else math.inf
+
     def conditions(
         self, net: nn.Module, count: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor | None, Tensor | None]:
