@@ -99,7 +99,7 @@ class Stream {
 
   // Of the groups [first, first + WIDTH), WIDTH groups after those of the call before.
   REALUID_INLINE Words words(uint64_t first) {
-    if (__builtin_expect(uint32_t(first) < WIDTH, 0)) start(first);
+    if (__builtin_expect(uint32_t(first) < WIDTH, 0)) start(first);  // the low word has come round
     if (__builtin_expect((first ^ (first + WIDTH - 1)) >> 32 != 0, 0)) return philox_lanes(key_, first);
     const vq zero = {};
     const vq m0 = zero + uint64_t(PHILOX_M0), m1 = zero + uint64_t(PHILOX_M1);
