@@ -41,6 +41,7 @@ def test_every_import_is_a_requirement():
 
 def test_make_has_installed_the_peers():
     """Tests skip what compares with a package that is not there: in the environment that make makes, all are."""
+    # An environment that somebody made by hand needs no peers; `make test` and .ci/run always run in make's.
     if not (Path(sys.prefix) / ".installed").is_file():
         pytest.skip("this environment is not make's, which alone promises the peers")
     lines = (ROOT / "requirements" / "peers.in").read_text().splitlines()

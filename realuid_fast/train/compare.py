@@ -180,8 +180,10 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
     # What the training data are to be held against: fewer samples lie further away.
     floor_samples = len(measure.train)
     # Fewer samples are the first of more, noise and labels alike.
-    teacher = judge(judge.teacher, 100, max(count, judge.samples, floor_samples))
-    teacher_curve, teacher_distance = (measure(teacher[:n]).distance for n in (count, judge.samples))
+    counts = {count, judge.samples, floor_samples}
+    teacher = judge(judge.teacher, 100, max(counts))
+    of_teacher = {number: measure(teacher[:number]).distance for number in counts}
+    teacher_curve = of_teacher[count]
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[list[dict[str, float]]]] = {name: [[] for _ in seeds] for name in METHODS}
     before = 0
@@ -222,12 +224,12 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
         "curve_samples": count,
         "seeds": list(seeds),
         "common": common,
-        "teacher_100_steps": teacher_distance,
+        "teacher_100_steps": of_teacher[judge.samples],
         "teacher_100_steps_to_train": measure.to_train(teacher[: judge.samples]),
         "teacher_100_steps_curve": teacher_curve,
         "floor": measure.floor().distance,
         "floor_samples": floor_samples,
-        "teacher_100_steps_floor": measure(teacher[:floor_samples]).distance,
+        "teacher_100_steps_floor": of_teacher[floor_samples],
         "rows": rows,
         "updates_to": {
             name: {

@@ -119,10 +119,7 @@ class Measure:
         return replace(found, pair_error=float(squared.sqrt()))
 
     def _distances(self, samples: Tensor) -> Distances:
-        samples = samples.detach().float().cpu()
-        if not self._points:
-            samples = samples.clamp(-1, 1)
-        real = self._to_train
+        samples, real = self._prepared(samples), self._to_train
         sliced = sliced_wasserstein(samples if real is None else samples[:STORED], self.heldout)
         features = self.features(samples)
         if not bool(torch.isfinite(features).all()):
@@ -137,6 +134,10 @@ class Measure:
         precision, recall = precision_recall(theirs, generated, neighbours)
         return Distances(main, sliced, precision, recall)
 
+    def _prepared(self, samples: Tensor) -> Tensor:
+        samples = samples.detach().float().cpu()
+        return samples if self._points else samples.clamp(-1, 1)
+
     def to_train(self, samples: Tensor) -> float:
         """The main distance of ``samples (N, ...)`` to the training split in place of the held-out one.
 
@@ -145,10 +146,10 @@ class Measure:
         """
         if self._to_train is not None:
             return self._distances(samples).distance
-        samples = samples.detach().float().cpu()
+        samples = self._prepared(samples)
         if self._points:
             return sliced_wasserstein(samples, self.train)
-        features = self.features(samples.clamp(-1, 1))
+        features = self.features(samples)
         finite = bool(torch.isfinite(features).all())
         return frechet_distance(features, self.features(self.train)) if finite else math.inf
 
