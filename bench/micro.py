@@ -30,6 +30,7 @@ from .timing import Case, Way
 
 TINY, DIGITS, CIFAR, LARGE = (2, 4), (128, 1, 8, 8), (256, 3, 32, 32), (2048, 3, 32, 32)
 SIZES = (TINY, (8, 1, 8, 8), DIGITS, (16, 3, 32, 32), CIFAR, LARGE, (1024, 4, 128, 128))
+SMALL_PARTS = ("operator alone", "empty autograd.Function")  # where the time of a small call goes
 LONG = 2**22  # elements from which a call outlasts its caches and the clock's grain
 
 
@@ -72,8 +73,9 @@ class Peer:
 
 @dataclass(frozen=True)
 class Call:
-    """A fused call on the tensors of one entry, and its peers; ``loss`` is its differentiable form, if it has one.
+    """A fused call on the tensors of one entry, and its peers.
 
+    ``loss`` is its differentiable form, if it has one, and ``alone`` the operator without the arguments' checks.
     ``moved`` counts the tensors that have to be read or written; ``draw`` makes the peers' noise.
     """
 
@@ -83,6 +85,7 @@ class Call:
     draw: Callable[[], Tensor]
     peers: tuple[Peer, ...]
     loss: Callable[..., Tensor] | None = None
+    alone: Callable[[], Any] | None = None
 
 
 class Setting:
@@ -112,6 +115,9 @@ def _generator(s: Setting, drawn: bool) -> Call:
         moved=6 if drawn else 7,
         ours=lambda: rf.generator_grads(teacher, fake, x, None, s.coef, noise, s.objective),
         loss=lambda a, b, c: rf.generator_loss(a, b, c, None, s.coef, noise, s.objective),
+        alone=lambda: torch.ops.realuid_fast.generator(
+            teacher, fake, x, None, s.coef, noise, None, *s.objective.generator_scalars, True, True, True, True, False
+        ),
         inputs=(teacher, fake, x),
         draw=lambda: torch.randn_like(x) if drawn else given,
         peers=(
@@ -132,6 +138,9 @@ def _fake(s: Setting) -> Call:
         moved=3,
         ours=lambda: rf.fake_grads(fake, x, None, coef, s.key, s.objective, n_real=half, noise_rows=half),
         loss=lambda f: rf.fake_loss(f, x, None, coef, s.key, s.objective, n_real=half, noise_rows=half),
+        alone=lambda: torch.ops.realuid_fast.fake(
+            fake, x, None, coef, s.key, None, None, half, half, *s.objective.generated, *s.objective.real, True, True
+        ),
         inputs=(fake,),
         draw=lambda: torch.randn_like(like),
         peers=(
@@ -148,6 +157,7 @@ def _matching(s: Setting) -> Call:
         moved=3,
         ours=lambda: rf.matching_grads(out, x, None, s.coef, s.key),
         loss=lambda f: rf.matching_loss(f, x, None, s.coef, s.key),
+        alone=lambda: torch.ops.realuid_fast.matching(out, x, None, s.coef, s.key, None, s.rows, True, True),
         inputs=(out,),
         draw=lambda: torch.randn_like(x),
         peers=(
@@ -202,8 +212,11 @@ def build(entry: Entry) -> Case:
     call = CALLS[entry.call](Setting(entry))
     size = call.moved * math.prod(entry.shape) * entry.dtype.itemsize
     ways = [Way(OURS, call.ours, ours=True)]
-    if call.loss is not None:
+    if call.loss is not None and call.alone is not None:
         ways.append(Way(f"{OURS}, autograd", runner(call, Peer("", call.loss, draws=False))))
+        if entry.shape == TINY:
+            parts = call.alone, runner(call, Peer("", peers.nothing, draws=False))
+            ways += [Way(name, part) for name, part in zip(SMALL_PARTS, parts, strict=True)]
     for peer in call.peers:
         if peer.eager:
             ways.append(Way(f"eager, {peer.name}", runner(call, peer)))

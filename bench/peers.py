@@ -7,10 +7,31 @@ the table asks for: the hardest peers to beat. Half-precision tensors are widene
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 ALPHA, BETA = 0.92, 0.94
+
+
+class _HandsOver(torch.autograd.Function):
+    """Computes nothing: a number that is not set, and for gradients tensors that are not set."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*map(torch.empty_like, inputs))
+        return inputs[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors
+
+
+def nothing(*inputs: Tensor) -> Tensor:
+    """What autograd itself takes for a function of one's own, on so few samples that its work does not show."""
+    loss: Tensor = _HandsOver.apply(*inputs)
+    return loss
 
 
 def generator_table(teacher_out: Tensor, fake_out: Tensor, x: Tensor, noise: Tensor, coef: Tensor) -> Tensor:

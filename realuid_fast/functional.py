@@ -96,7 +96,7 @@ def interpolate(
         UserError: shapes, dtypes, devices or layouts that do not agree, or a gradient wanted in ``coef`` or ``noise``.
     """
     noise_rows = _check(x, coef, noise, noise_rows, endpoint=endpoint)
-    return ops.current(x.device).interpolate(x, coef, noise, endpoint, noise_rows)
+    return ops.run("interpolate", x.device, x, coef, noise, endpoint, noise_rows)
 
 
 def matching_loss(
@@ -126,8 +126,8 @@ def matching_loss(
     """
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     _refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
-    op = ops.current(x.device).matching_loss
-    return op(out, x, x_t, coef, noise, endpoint, noise_rows, _is_mean(reduction))
+    mean = _is_mean(reduction)
+    return ops.run("matching_loss", x.device, out, x, x_t, coef, noise, endpoint, noise_rows, mean)
 
 
 def matching_grads(
@@ -180,7 +180,7 @@ def fake_loss(
     )
     others = {"x": x, "x_t": x_t, "endpoint": endpoint, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
     _refuse_gradients("fake_loss", **others)
-    return getattr(ops.current(x.device), f"{op}_loss")(*arguments, _is_mean(reduction))
+    return ops.run(f"{op}_loss", x.device, *arguments, _is_mean(reduction))
 
 
 def fake_grads(
@@ -252,9 +252,9 @@ def generator_loss(
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
         extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
-    namespace = ops.current(x.device)
-    op, mean = namespace.guided_generator_loss if extra else namespace.generator_loss, _is_mean(reduction)
-    loss = op(teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
+    op, mean = "guided_generator_loss" if extra else "generator_loss", _is_mean(reduction)
+    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
+    loss = ops.run(op, x.device, *inputs)
     if own_rows is None:
         return loss
     # The gradients are right as they are, the value is that of another loss.

@@ -11,6 +11,7 @@ incoming one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,11 +84,31 @@ LOSSES = (
     Loss("guided_generator", (0, 1, 2, 3, 7)),
 )
 
+# What runs a differentiable operator of a library in eager mode.
+_EAGER: dict[tuple[str, str], Callable[..., Any]] = {}
+
 
 def current(device: torch.device) -> Any:
     """The operator namespace that the backend in force selects for tensors on ``device``."""
     reference_only = backends.select(device) == "torch"
     return torch.ops.realuid_fast_reference if reference_only else torch.ops.realuid_fast
+
+
+def run(op: str, device: torch.device, *inputs: Any) -> Any:
+    """A differentiable operator of the backend in force, at once where nothing has to see the call on its way.
+
+    The dispatcher reaches the same function, converting every argument to C++ and back: on a few samples as long as the
+    kernel takes.
+    """
+    namespace = current(device)
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(device.type)
+        or torch._C._are_functorch_transforms_active()
+        or torch.overrides.has_torch_function(inputs)
+    ):
+        return getattr(namespace, op)(*inputs)
+    return _EAGER[namespace.name, op](*inputs)
 
 
 def _losses_like(x: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,10 +245,10 @@ class _LossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Any, wants: tuple[bool, ...], inputs: tuple[Any, ...], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: Any, wants: list[bool], inputs: tuple[Any, ...], *leaves: Tensor) -> Tensor:
         mean, rows, *grads = kernel(*inputs, *wants)
         ctx.kernel = kernel
-        ctx.save_for_backward(*(grad for grad, wanted in zip(grads, wants, strict=True) if wanted))
+        ctx.save_for_backward(*itertools.compress(grads, wants))
         return mean if inputs[-1] else rows
 
     @staticmethod
@@ -250,10 +271,10 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
 
     def with_gradients(*inputs: Any) -> Tensor:
         if torch.is_grad_enabled():
-            wants = tuple(inputs[i] is not None and inputs[i].requires_grad for i in loss.differentiable)
-            if any(wants):
-                leaves = (inputs[i] for i, wanted in zip(loss.differentiable, wants, strict=True) if wanted)
-                return _LossFunction.apply(kernel, wants, inputs, *leaves)
+            leaves = [inputs[i] for i in loss.differentiable]
+            wants = [leaf is not None and leaf.requires_grad for leaf in leaves]
+            if True in wants:
+                return _LossFunction.apply(kernel, wants, inputs, *itertools.compress(leaves, wants))
         return without_gradients(*inputs)
 
     def shapes(*inputs: Any) -> Tensor:
@@ -262,6 +283,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
 
     library.impl(op, without_gradients, "CompositeExplicitAutograd")
     library.impl(op, with_gradients, "Autograd")
+    _EAGER[name, op] = with_gradients
     torch.library.register_fake(f"{name}::{op}", _checked(name, op, shapes), lib=library)
     # Losses run in float32 under autocast, as torch's own do.
     for device in ("cpu", "cuda"):
@@ -406,6 +428,7 @@ def _differentiate(library: torch.library.Library, name: str, op: str, function:
             return kernel(*inputs)
 
     library.impl(op, with_gradients, "Autograd")
+    _EAGER[name, op] = with_gradients
 
 
 DIFFERENTIABLE = {"interpolate": _InterpolateFunction, "conv3x3": _Conv3x3Function, "norm_silu": _NormSiluFunction}

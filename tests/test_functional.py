@@ -417,6 +417,37 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(one, other)
 
 
+class Seen(torch.overrides.TorchFunctionMode):
+    """What torch functions a block calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_is_its_operator_with_and_without_the_dispatcher(backend):
+    b = batch((5, 7), torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (b.teacher, b.fake, b.x)]
+
+    def whole():
+        loss = rf.generator_loss(*leaves, b.x_t, b.coef, KEY, REAL)
+        return loss, *torch.autograd.grad(3 * loss, leaves)
+
+    with rf.backend(backend):
+        expected = whole()
+        # A mode asks to see every call, and has to see the operator.
+        with Seen() as seen:
+            found = whole()
+    assert any(name.endswith(".generator_loss") for name in seen.names)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_autocast_runs_the_loss_in_float32():
     b = batch((4, 6), torch.float32)
     expected = rf.generator_loss(b.teacher.bfloat16().float(), b.fake.bfloat16().float(), b.x, b.x_t, b.coef, KEY, REAL)
