@@ -18,16 +18,27 @@ struct Span {
   int64_t unit, row, first, count, offset;
 };
 
+// Calls body(span) for the first row of the groups [begin, end).
+template <class F>
+REALUID_INLINE void for_groups(const Shape& shape, int64_t begin, int64_t end, F&& body) {
+  const int64_t blocks = shape.blocks();
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t row = group / blocks, first = group % blocks * BLOCK, left = shape.dim - first;
+    body(Span{group, row, first, left < BLOCK ? left : BLOCK, row * shape.dim + first});
+  }
+}
+
+// The same block so many rows further down.
+REALUID_INLINE Span below(const Shape& shape, const Span& span, int64_t rows) {
+  return {span.unit + rows * shape.blocks(), span.row + rows, span.first, span.count, span.offset + rows * shape.dim};
+}
+
 // Calls body(span) for the units of the groups [begin, end): all rows that share a group's noise, then the next group.
 template <class F>
 REALUID_INLINE void for_spans(const Shape& shape, int64_t noise_rows, int64_t begin, int64_t end, F&& body) {
-  const int64_t blocks = shape.blocks();
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t block = group % blocks, first = block * BLOCK;
-    const int64_t left = shape.dim - first, count = left < BLOCK ? left : BLOCK;
-    for (int64_t row = group / blocks; row < shape.rows; row += noise_rows)
-      body(Span{row * blocks + block, row, first, count, row * shape.dim + first});
-  }
+  for_groups(shape, begin, end, [&](const Span& first) {
+    for (Span span = first; span.row < shape.rows; span = below(shape, span, noise_rows)) body(span);
+  });
 }
 
 // Noise of a span in the arithmetic type, in pieces. Draws run ahead of short rows, which lie one after another in the stream.
@@ -259,29 +270,51 @@ struct FakeRow {
   }
 };
 
+// What the fake loss does with a block of one row.
 template <class T>
-struct FakeInputs {
+struct FakeSpan {
+  using Real = ArithmeticOf<T>;
+  Span span;
+  FakeRow<Real> k;
   const T *fake, *teacher, *x, *x_t, *y;
   T* g_fake;
-};
+  Guided<T> guided;
+  double weight;
+  bool noisy, extra;
 
-template <class T, bool TEACHER, bool EXTRA, bool GUIDED = false>
-REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span, bool noisy,
-                                const FakeRow<ArithmeticOf<T>>& k, const FakeInputs<T>& in, const Guided<T>& guided) {
-  using V = VectorFor<T>;
-  V sum = {}, rest = {};
-  for_noisy_vectors<T, true>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
-    V target = k.p * access.in(in.x, i) + k.s * n;
-    V f = k.k_out * access.in(in.fake, i);
+  FakeSpan(const FakeArgs& args, const Span& place, const Real* coef, const FakeHalf& half)
+      : span(place),
+        k(coef, half, args.scale),
+        fake(at<T>(args.fake, span.offset)),
+        teacher(half.d == 0 ? nullptr : at<T>(args.teacher, span.offset)),
+        x(at<T>(args.x, span.offset)),
+        x_t(coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset)),
+        y(at<T>(args.y, span.offset)),
+        g_fake(at<T>(args.g_fake, span.offset)),
+        guided(args.guidance, span),
+        weight(coef[W]),
+        noisy(coef[S] != 0),
+        extra(x_t != nullptr || y != nullptr) {}
+  FakeSpan(const FakeArgs& args, const Span& place)
+      : FakeSpan(args, place, coefficient_row<T>(args.coef, place.row), args.half[place.row < args.generated ? 0 : 1]) {}
+
+  bool goes_with(const FakeSpan& other) const {
+    return noisy == other.noisy && extra == other.extra && (teacher == nullptr) == (other.teacher == nullptr);
+  }
+
+  template <bool TEACHER, bool EXTRA, bool GUIDED, class Access, class V>
+  REALUID_INLINE void add(const Access& access, int64_t i, V n, V& sum, V& rest) const {
+    V target = k.p * access.in(x, i) + k.s * n;
+    V f = k.k_out * access.in(fake, i);
     V shift = {};
     if constexpr (EXTRA) {
-      if (in.y != nullptr) target += k.q * access.in(in.y, i);
-      if (in.x_t != nullptr) shift = k.k_x * access.in(in.x_t, i);
+      if (y != nullptr) target += k.q * access.in(y, i);
+      if (x_t != nullptr) shift = k.k_x * access.in(x_t, i);
       f += shift;
     }
     V pull = k.b * target;
     if constexpr (TEACHER) {
-      V other = access.in(in.teacher, i);
+      V other = access.in(teacher, i);
       if constexpr (GUIDED) other = guided(access, i, other);
       other *= k.k_out;
       if constexpr (EXTRA) other += shift;
@@ -293,38 +326,50 @@ REALUID_INLINE double fake_span(bool streams, Noise<T>& noise, const Span& span,
     const V e = k.a * f - pull;
     rest += (k.open * f) * (e - pull);
     sum += e * e;
-    if (in.g_fake != nullptr) access.out(in.g_fake, i, k.gradient * e);
+    if (g_fake != nullptr) access.out(g_fake, i, k.gradient * e);
+  }
+};
+
+// ROWS spans on the same noise, which no others use if they are several.
+template <class T, int ROWS, bool TEACHER, bool EXTRA, bool GUIDED>
+REALUID_INLINE void fake_spans(const FakeArgs& args, Noise<T>& noise, const FakeSpan<T>* spans) {
+  using V = VectorFor<T>;
+  V sum[ROWS] = {}, rest[ROWS] = {};
+  const bool streams = args.stream && aligned<T>(spans[0].g_fake, spans[ROWS - 1].g_fake);
+  for_noisy_vectors<T, ROWS == 1>(streams, noise, spans[0].span, spans[0].noisy, [&](auto access, int64_t i, V n) {
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r) spans[r].template add<TEACHER, EXTRA, GUIDED>(access, i, n, sum[r], rest[r]);
   });
-  return k.inverse_a * sum_lanes(sum) + sum_lanes(rest);
+  for (int r = 0; r < ROWS; ++r)
+    args.partial[spans[r].span.unit] = spans[r].weight * (spans[r].k.inverse_a * sum_lanes(sum[r]) + sum_lanes(rest[r]));
+}
+
+template <class T, int ROWS>
+REALUID_INLINE void fake_spans(const FakeArgs& args, Noise<T>& noise, const FakeSpan<T>* spans) {
+  if (spans->teacher == nullptr)
+    spans->extra ? fake_spans<T, ROWS, false, true, false>(args, noise, spans)
+                 : fake_spans<T, ROWS, false, false, false>(args, noise, spans);
+  else if (spans->guided.uncond != nullptr)
+    fake_spans<T, ROWS, true, true, true>(args, noise, spans);
+  else
+    spans->extra ? fake_spans<T, ROWS, true, true, false>(args, noise, spans)
+                 : fake_spans<T, ROWS, true, false, false>(args, noise, spans);
 }
 
 template <class T>
 void fake(const FakeArgs& args, int64_t begin, int64_t end) {
-  using Real = ArithmeticOf<T>;
   Noise<T> noise(args.noise, args.shape, end);
-  for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
-    const Real* coef = coefficient_row<T>(args.coef, span.row);
-    const FakeHalf& half = args.half[span.row < args.generated ? 0 : 1];
-    const FakeRow<Real> k(coef, half, args.scale);
-    const FakeInputs<T> in{at<T>(args.fake, span.offset),
-                           half.d == 0 ? nullptr : at<T>(args.teacher, span.offset),
-                           at<T>(args.x, span.offset),
-                           coef[K_X] == 0 ? nullptr : at<T>(args.x_t, span.offset),
-                           at<T>(args.y, span.offset),
-                           at<T>(args.g_fake, span.offset)};
-    const bool stream = args.stream && aligned<T>(in.g_fake), noisy = coef[S] != 0;
-    const bool extra = in.x_t != nullptr || in.y != nullptr;
-    const Guided<T> guided(args.guidance, span);
-    double sum;
-    if (in.teacher != nullptr && guided.uncond != nullptr)
-      sum = fake_span<T, true, true, true>(stream, noise, span, noisy, k, in, guided);
-    else if (in.teacher != nullptr)
-      sum = extra ? fake_span<T, true, true>(stream, noise, span, noisy, k, in, guided)
-                  : fake_span<T, true, false>(stream, noise, span, noisy, k, in, guided);
-    else
-      sum = extra ? fake_span<T, false, true>(stream, noise, span, noisy, k, in, guided)
-                  : fake_span<T, false, false>(stream, noise, span, noisy, k, in, guided);
-    args.partial[span.unit] = double(coef[W]) * sum;
+  const int64_t apart = args.noise.rows;
+  for_groups(args.shape, begin, end, [&](const Span& first) {
+    // A generated row and the real one that shares its noise, side by side: the memory of both goes with one drawing.
+    if (first.row + apart < args.shape.rows && first.row + 2 * apart >= args.shape.rows) {
+      const FakeSpan<T> spans[2] = {{args, first}, {args, below(args.shape, first, apart)}};
+      if (spans[0].goes_with(spans[1])) return fake_spans<T, 2>(args, noise, spans);
+    }
+    for (Span span = first; span.row < args.shape.rows; span = below(args.shape, span, apart)) {
+      const FakeSpan<T> alone(args, span);
+      fake_spans<T, 1>(args, noise, &alone);
+    }
   });
   if (args.stream) stream_fence();
 }
