@@ -135,7 +135,7 @@ def matching_grads(
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
-    op = ops.current(x.device).matching
+    op = ops.current(x.device).matching.default
     return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
 
 
@@ -201,7 +201,7 @@ def fake_grads(
     op, arguments = _fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
-    return FakeGrads(*getattr(ops.current(x.device), op)(*arguments, True, True))
+    return FakeGrads(*getattr(ops.current(x.device), op).default(*arguments, True, True))
 
 
 def generator_loss(
@@ -283,10 +283,10 @@ def generator_grads(
     namespace, g_uncond = ops.current(x.device), None
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars)
     if extra:
-        found = namespace.guided_generator(*inputs, True, networks, networks, True, want_x_t, networks and bool(guided))
+        found = namespace.guided_generator.default(*inputs, True, networks, networks, True, want_x_t, networks and bool(guided))
         loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
     else:
-        found = namespace.generator(*inputs, True, networks, networks, True, want_x_t)
+        found = namespace.generator.default(*inputs, True, networks, networks, True, want_x_t)
         loss, rows, g_teacher, g_fake, g_x, g_x_t = found
     if own_rows is not None:
         loss, rows = _mean(own_rows), own_rows
