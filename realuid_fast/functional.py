@@ -283,7 +283,8 @@ def generator_grads(
     namespace, g_uncond = ops.current(x.device), None
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars)
     if extra:
-        found = namespace.guided_generator.default(*inputs, True, networks, networks, True, want_x_t, networks and bool(guided))
+        want_uncond = networks and bool(guided)
+        found = namespace.guided_generator.default(*inputs, True, networks, networks, True, want_x_t, want_uncond)
         loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
     else:
         found = namespace.generator.default(*inputs, True, networks, networks, True, want_x_t)
