@@ -372,6 +372,28 @@ def test_a_folder_that_vanishes_under_a_checkpoint_is_made_again(run, monkeypatc
     assert end_of(gone)[0][0] == end_of(straight)[0][0]
 
 
+def test_a_folder_that_vanishes_is_made_again_where_a_checkpoint_fails_too(run, after, monkeypatch, tmp_path):
+    """The row of the log is the first to notice, while a write in the background has failed and nobody has looked."""
+    gone, write_verified = threading.Event(), checkpoint._write_verified
+
+    def late(stream, content):
+        assert gone.wait(60)
+        return write_verified(stream, content)
+
+    def vanish():
+        shutil.rmtree(tmp_path / "gone")
+        gone.set()
+
+    after(7, vanish)
+    monkeypatch.setattr(checkpoint, "_write_verified", late)
+    monkeypatch.setattr(Checkpoints, "check", lambda self: None)
+    with pytest.raises(UserError, match=r"stopped after update \d+: .*log.csv: No such file.*; --resume goes on from"):
+        run("gone")
+    assert gone.is_set()
+    monkeypatch.undo()
+    assert end_of(run("gone", resume=True))[0][0] == end_of(run("straight"))[0][0]
+
+
 def test_a_replaced_file_is_old_or_new(tmp_path):
     file = tmp_path / "f"
     with replacing(file) as stream:

@@ -392,6 +392,8 @@ def _rescue(
     """Save to a folder that somebody has removed: with its checkpoints gone, memory holds all there is of the run."""
     if (folder / "config.yaml").exists():
         return
+    # One on its way may have failed for the same reason, which must not keep this one from being written.
+    checkpoints.close()
     with contextlib.suppress(OSError, UserError):
         folder.mkdir(parents=True, exist_ok=True)
         _write_config(config, folder)
