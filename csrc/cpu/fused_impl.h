@@ -241,31 +241,38 @@ void error(const ErrorArgs& args, int64_t begin, int64_t end) {
 // A row's constants. The loss is summed as e^2 / A + tgt (c2 tgt + c3 f*) + c4 f*^2 with e = A f - B tgt - D f*: the square
 // is complete, so nothing cancels where f is near its optimum, and c2, c3, c4 vanish for the usual objectives. Where A is
 // small beside B or D, those terms would cancel the square instead; there it is f (e - B tgt - D f*) + c2 tgt^2.
-template <class Real>
+// They are vectors, so that the loop has them as operands from memory where it runs out of registers.
+template <class T>
 struct FakeRow {
-  Real k_out, k_x, p, q, s;
-  Real a, b, d;
+  using Real = ArithmeticOf<T>;
+  using V = VectorFor<T>;
+  V k_out, k_x, p, q, s;
+  V a, b, d;
   double inverse_a;
-  Real open, c2, c3, c4;
-  Real gradient;
+  V open, c2, c3, c4;
+  V gradient;
+  bool square;  // the loss is e^2 / A where no teacher is
 
   FakeRow(const Real* coef, const FakeHalf& half, double scale)
-      : k_out(coef[K_OUT]), k_x(coef[K_X]), p(coef[P]), q(coef[Q]), s(coef[S]), a(Real(half.a)), b(Real(half.b)),
-        d(Real(half.d)), gradient(Real(2.0 * scale * double(coef[W]) * double(coef[K_OUT]))) {
+      : k_out(V{} + coef[K_OUT]), k_x(V{} + coef[K_X]), p(V{} + coef[P]), q(V{} + coef[Q]), s(V{} + coef[S]),
+        a(V{} + Real(half.a)), b(V{} + Real(half.b)), d(V{} + Real(half.d)),
+        gradient(V{} + Real(2.0 * scale * double(coef[W]) * double(coef[K_OUT]))) {
     const double most = 16 * __builtin_fabs(half.a), residual = half.c - half.b * half.b / half.a;
     // Rounding of the scalars themselves must not leave a term behind.
     const bool complete = residual * residual < 1e-28 * (half.c * half.c);
     if (half.a != 0 && (complete || __builtin_fabs(half.b) <= most) && __builtin_fabs(half.d) <= most) {
       inverse_a = 1 / half.a;
-      open = 0;
-      c2 = complete ? Real(0) : Real(residual);
-      c3 = Real(-2 * half.b * half.d / half.a);
-      c4 = Real(-half.d * half.d / half.a);
+      open = V{};
+      c2 = V{} + (complete ? Real(0) : Real(residual));
+      c3 = V{} + Real(-2 * half.b * half.d / half.a);
+      c4 = V{} + Real(-half.d * half.d / half.a);
+      square = complete;
     } else {
       inverse_a = 0;
-      open = 1;
-      c2 = Real(half.c);
-      c3 = c4 = 0;
+      open = V{} + Real(1);
+      c2 = V{} + Real(half.c);
+      c3 = c4 = V{};
+      square = false;
     }
   }
 };
@@ -275,7 +282,7 @@ template <class T>
 struct FakeSpan {
   using Real = ArithmeticOf<T>;
   Span span;
-  FakeRow<Real> k;
+  FakeRow<T> k;
   const T *fake, *teacher, *x, *x_t, *y;
   T* g_fake;
   Guided<T> guided;
@@ -302,7 +309,10 @@ struct FakeSpan {
     return noisy == other.noisy && extra == other.extra && (teacher == nullptr) == (other.teacher == nullptr);
   }
 
-  template <bool TEACHER, bool EXTRA, bool GUIDED, class Access, class V>
+  // Nothing to do but the published loss and its gradient.
+  bool plain() const { return k.square && teacher == nullptr && !extra && g_fake != nullptr; }
+
+  template <bool TEACHER, bool EXTRA, bool GUIDED, bool PLAIN, class Access, class V>
   REALUID_INLINE void add(const Access& access, int64_t i, V n, V& sum, V& rest) const {
     V target = k.p * access.in(x, i) + k.s * n;
     V f = k.k_out * access.in(fake, i);
@@ -320,25 +330,25 @@ struct FakeSpan {
       if constexpr (EXTRA) other += shift;
       pull += k.d * other;
       rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other;
-    } else {
+    } else if constexpr (!PLAIN) {
       rest += target * (k.c2 * target);
     }
     const V e = k.a * f - pull;
-    rest += (k.open * f) * (e - pull);
+    if constexpr (!PLAIN) rest += (k.open * f) * (e - pull);
     sum += e * e;
-    if (g_fake != nullptr) access.out(g_fake, i, k.gradient * e);
+    if (PLAIN || g_fake != nullptr) access.out(g_fake, i, k.gradient * e);
   }
 };
 
 // ROWS spans on the same noise, which no others use if they are several.
-template <class T, int ROWS, bool TEACHER, bool EXTRA, bool GUIDED>
+template <class T, int ROWS, bool TEACHER, bool EXTRA, bool GUIDED, bool PLAIN = false>
 REALUID_INLINE void fake_spans(const FakeArgs& args, Noise<T>& noise, const FakeSpan<T>* spans) {
   using V = VectorFor<T>;
   V sum[ROWS] = {}, rest[ROWS] = {};
   const bool streams = args.stream && aligned<T>(spans[0].g_fake, spans[ROWS - 1].g_fake);
   for_noisy_vectors<T, ROWS == 1>(streams, noise, spans[0].span, spans[0].noisy, [&](auto access, int64_t i, V n) {
 #pragma GCC unroll 2
-    for (int r = 0; r < ROWS; ++r) spans[r].template add<TEACHER, EXTRA, GUIDED>(access, i, n, sum[r], rest[r]);
+    for (int r = 0; r < ROWS; ++r) spans[r].template add<TEACHER, EXTRA, GUIDED, PLAIN>(access, i, n, sum[r], rest[r]);
   });
   for (int r = 0; r < ROWS; ++r)
     args.partial[spans[r].span.unit] = spans[r].weight * (spans[r].k.inverse_a * sum_lanes(sum[r]) + sum_lanes(rest[r]));
@@ -346,7 +356,9 @@ REALUID_INLINE void fake_spans(const FakeArgs& args, Noise<T>& noise, const Fake
 
 template <class T, int ROWS>
 REALUID_INLINE void fake_spans(const FakeArgs& args, Noise<T>& noise, const FakeSpan<T>* spans) {
-  if (spans->teacher == nullptr)
+  if (spans[0].plain() && spans[ROWS - 1].plain())
+    fake_spans<T, ROWS, false, false, false, true>(args, noise, spans);
+  else if (spans->teacher == nullptr)
     spans->extra ? fake_spans<T, ROWS, false, true, false>(args, noise, spans)
                  : fake_spans<T, ROWS, false, false, false>(args, noise, spans);
   else if (spans->guided.uncond != nullptr)
@@ -378,27 +390,30 @@ void fake(const FakeArgs& args, int64_t begin, int64_t end) {
 
 // With u = 2 k r - 2 Q k^2 D:  l = w D (u + Q k^2 D),  dl/df* = w (u + 2 alpha k D),  dl/df = -w u,  dl/dtgt = -2 w beta k D,
 // and D = k_out (F* - F) exactly: the shift k_x x_t drops out.
-template <class Real>
+// A row's constants, vectors as in FakeRow.
+template <class T>
 struct GeneratorRow {
-  Real k_out, alpha, x_t, p, q, s, d_in_u;  // u = alpha F* + x_t x_t - p x - q y - s n - d_in_u D
-  Real half_d;                              // D (u + half_d D) is the loss
-  Real outer, teacher_d, g_x, g_x_t;        // gradients: outer (u + teacher_d D), -outer u, g_x D, g_x_t D
+  using Real = ArithmeticOf<T>;
+  using V = VectorFor<T>;
+  V k_out, alpha, x_t, p, q, s, d_in_u;  // u = alpha F* + x_t x_t - p x - q y - s n - d_in_u D
+  V half_d;                              // D (u + half_d D) is the loss
+  V outer, teacher_d, g_x, g_x_t;        // gradients: outer (u + teacher_d D), -outer u, g_x D, g_x_t D
 
   GeneratorRow(const Real* coef, const GeneratorArgs& args, int64_t row) {
     const double k = args.kappa, w = double(coef[W]) * args.scale, ko = coef[K_OUT], kx = coef[K_X];
     const double square = args.q_rows == nullptr ? args.q : double(static_cast<const Real*>(args.q_rows)[row]);
-    k_out = Real(ko);
-    alpha = Real(2 * k * args.alpha * ko);
-    x_t = Real(2 * k * args.alpha * kx);
-    p = Real(2 * k * args.beta * double(coef[P]));
-    q = Real(2 * k * args.beta * double(coef[Q]));
-    s = Real(2 * k * args.beta * double(coef[S]));
-    d_in_u = Real(2 * square * k * k);
-    half_d = Real(square * k * k);
-    outer = Real(w * ko);
-    teacher_d = Real(2 * args.alpha * k);
-    g_x = Real(-2 * args.beta * k * w * double(coef[P]));
-    g_x_t = Real(2 * args.alpha * k * w * kx);
+    k_out = V{} + Real(ko);
+    alpha = V{} + Real(2 * k * args.alpha * ko);
+    x_t = V{} + Real(2 * k * args.alpha * kx);
+    p = V{} + Real(2 * k * args.beta * double(coef[P]));
+    q = V{} + Real(2 * k * args.beta * double(coef[Q]));
+    s = V{} + Real(2 * k * args.beta * double(coef[S]));
+    d_in_u = V{} + Real(2 * square * k * k);
+    half_d = V{} + Real(square * k * k);
+    outer = V{} + Real(w * ko);
+    teacher_d = V{} + Real(2 * args.alpha * k);
+    g_x = V{} + Real(-2 * args.beta * k * w * double(coef[P]));
+    g_x_t = V{} + Real(2 * args.alpha * k * w * kx);
   }
 };
 
@@ -408,9 +423,9 @@ struct GeneratorInputs {
   T *g_teacher, *g_fake, *g_x, *g_x_t, *g_uncond;
 };
 
-template <class T, bool EXTRA, bool GUIDED = false>
+template <class T, bool EXTRA, bool GUIDED = false, bool ALL = false>
 REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& span, bool noisy,
-                                     const GeneratorRow<ArithmeticOf<T>>& k, const GeneratorInputs<T>& in,
+                                     const GeneratorRow<T>& k, const GeneratorInputs<T>& in,
                                      const Guided<T>& guided) {
   using V = VectorFor<T>;
   V sum = {};
@@ -429,10 +444,10 @@ REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& 
       if (in.g_teacher != nullptr) access.out(in.g_teacher, i, conditional);
       if (in.g_uncond != nullptr) access.out(in.g_uncond, i, g - conditional);
     } else {
-      if (in.g_teacher != nullptr) access.out(in.g_teacher, i, k.outer * (u + k.teacher_d * d));
+      if (ALL || in.g_teacher != nullptr) access.out(in.g_teacher, i, k.outer * (u + k.teacher_d * d));
     }
-    if (in.g_fake != nullptr) access.out(in.g_fake, i, -k.outer * u);
-    if (in.g_x != nullptr) access.out(in.g_x, i, k.g_x * d);
+    if (ALL || in.g_fake != nullptr) access.out(in.g_fake, i, -k.outer * u);
+    if (ALL || in.g_x != nullptr) access.out(in.g_x, i, k.g_x * d);
     if constexpr (EXTRA)
       if (in.g_x_t != nullptr) access.out(in.g_x_t, i, k.g_x_t * d);
   });
@@ -445,7 +460,7 @@ void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
   Noise<T> noise(args.noise, args.shape, end);
   for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     const Real* coef = coefficient_row<T>(args.coef, span.row);
-    const GeneratorRow<Real> k(coef, args, span.row);
+    const GeneratorRow<T> k(coef, args, span.row);
     const GeneratorInputs<T> in{at<T>(args.teacher, span.offset),
                                 at<T>(args.fake, span.offset),
                                 at<T>(args.x, span.offset),
@@ -459,9 +474,12 @@ void generator(const GeneratorArgs& args, int64_t begin, int64_t end) {
     const Guided<T> guided(args.guidance, span);
     const bool stream = args.stream && aligned<T>(in.g_teacher, in.g_fake, in.g_x, in.g_x_t, in.g_uncond);
     const bool noisy = coef[S] != 0, extra = in.x_t != nullptr || in.y != nullptr || in.g_x_t != nullptr;
+    const bool all = in.g_teacher != nullptr && in.g_fake != nullptr && in.g_x != nullptr;
     double sum;
     if (guided.uncond != nullptr)
       sum = generator_span<T, true, true>(stream, noise, span, noisy, k, in, guided);
+    else if (all && !extra)
+      sum = generator_span<T, false, false, true>(stream, noise, span, noisy, k, in, guided);
     else
       sum = extra ? generator_span<T, true>(stream, noise, span, noisy, k, in, guided)
                   : generator_span<T, false>(stream, noise, span, noisy, k, in, guided);
