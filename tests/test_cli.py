@@ -1,6 +1,7 @@
 """The command line: every command once from beginning to end, and a sentence for every bad input."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -352,7 +353,10 @@ def test_compare_two_seeds(place, capsys, monkeypatch):
     # The training data stand beside the teacher at as many samples.
     number = f"{result['floor_samples']:,} samples"
     assert f"| real training data, {number} | | {result['floor']:.3g} | 0 |" in table
-    assert f"| {result['teacher_100_steps']:.3g} | {result['teacher_100_steps_to_train']:.3g} |" in table
+    assert f"| {result['teacher_100_steps']:.3g} | {result['teacher_100_steps_to_train']:.3g} | 0 |" in table
+    for row in result["rows"]:
+        assert all(0 < distance < math.inf for distance in row["distance_to_teacher"])
+        assert f"({', '.join(f'{distance:.2f}' for distance in row['distance_to_teacher'])})" in table
     assert f"| teacher, 100 Euler steps, {number} | | {result['teacher_100_steps_floor']:.3g} |" in table
     assert (place / "c/compare.png").stat().st_size > 1000
     assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"

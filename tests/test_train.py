@@ -1135,6 +1135,10 @@ def test_measure_names_what_it_measures():
     assert measure.to_train(digits.pixels("heldout")) == pytest.approx(measure.floor().distance, rel=1e-6)
     assert measure.to_train(torch.full((20, 1, 8, 8), math.nan)) == math.inf
     assert Measure(points).to_train(points.pixels("train")) == pytest.approx(0.0, abs=1e-6)
+    # Between two sets, either way round.
+    held, train = digits.pixels("heldout"), digits.pixels("train")
+    assert measure.between(held, train) == pytest.approx(measure.between(train, held), rel=1e-6)
+    assert measure.between(held, train) == measure.to_train(held)
     images = data.Dataset(
         "folder", torch.randint(0, 256, (30, 3, 4, 4)).byte(), torch.randint(0, 256, (9, 3, 4, 4)).byte()
     )

@@ -29,6 +29,7 @@ from .loop import Interrupted
 from .measure import Measure, evaluation_noise, generate
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
+DISTANCES = ("distance", "distance_to_train", "distance_to_teacher")  # to the held-out data, the first
 RESULTS = ("compare.json", "compare.md", "compare.png")
 
 
@@ -211,6 +212,7 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
                     "updates": before + stage.distill.updates,
                     "distance": [end.distance for end in ends],
                     "distance_to_train": [measure.to_train(samples) for samples in made],
+                    "distance_to_teacher": [measure.between(samples, teacher[: len(samples)]) for samples in made],
                     "precision": [end.precision for end in ends],
                     "recall": [end.recall for end in ends],
                     "curve_end": [curve[-1]["distance"] for curve in curves[name]],
@@ -256,24 +258,24 @@ def _reached(run: list[dict[str, float]], target: float) -> int | None:
 def _markdown(content: dict[str, Any]) -> str:
     lines = [
         f"| {len(content['seeds'])} seeds, {content['samples']:,} samples | updates | {content['metric']}: mean ± "
-        "standard deviation (each seed) | to the training data | precision | recall |",
-        "|---|---:|---:|---:|---:|---:|",
+        "standard deviation (each seed) | to the training data | to the teacher's samples | precision | recall |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in content["rows"]:
+        spreads = " | ".join(_spread(row[kind]) for kind in DISTANCES)
         lines.append(
             f"| {row['method']} (alpha = {row['alpha']:g}, beta = {row['beta']:g}) | {row['updates']:,} "
-            f"| {_spread(row['distance'])} | {_spread(row['distance_to_train'])} "
-            f"| {statistics.mean(row['precision']):.3f} | {statistics.mean(row['recall']):.3f} |"
+            f"| {spreads} | {statistics.mean(row['precision']):.3f} | {statistics.mean(row['recall']):.3f} |"
         )
     held, train = content["teacher_100_steps"], content["teacher_100_steps_to_train"]
-    lines.append(f"| teacher, 100 Euler steps | | {held:.3g} | {train:.3g} | | |")
+    lines.append(f"| teacher, 100 Euler steps | | {held:.3g} | {train:.3g} | 0 | | |")
     if content["common"]:
         uid, real = content["rows"][-2:]
-        apart = " | ".join(_apart(uid[kind], real[kind]) for kind in ("distance", "distance_to_train"))
+        apart = " | ".join(_apart(uid[kind], real[kind]) for kind in DISTANCES)
         lines.append(f"| RealUID less UID after a common first stage | | {apart} | | |")
     number = f"{content['floor_samples']:,} samples"
-    lines.append(f"| teacher, 100 Euler steps, {number} | | {content['teacher_100_steps_floor']:.3g} | | | |")
-    lines.append(f"| real training data, {number} | | {content['floor']:.3g} | 0 | | |")
+    lines.append(f"| teacher, 100 Euler steps, {number} | | {content['teacher_100_steps_floor']:.3g} | | | | |")
+    lines.append(f"| real training data, {number} | | {content['floor']:.3g} | 0 | | | |")
     lines += [
         "",
         f"| on the curve ({content['curve_samples']:,} samples a point) | updates to the teacher's distance "

@@ -146,12 +146,16 @@ class Measure:
         """
         if self._to_train is not None:
             return self._distances(samples).distance
-        samples = self._prepared(samples)
+        return self.between(samples, self.train)
+
+    def between(self, samples: Tensor, others: Tensor) -> float:
+        """The main distance of ``samples (N, ...)`` to ``others (M, ...)``, infinite where they are not finite."""
+        samples, others = self._prepared(samples), self._prepared(others)
         if self._points:
-            return sliced_wasserstein(samples, self.train)
+            return sliced_wasserstein(samples, others)
         features = self.features(samples)
         finite = bool(torch.isfinite(features).all())
-        return frechet_distance(features, self.features(self.train)) if finite else math.inf
+        return frechet_distance(features, self.features(others)) if finite else math.inf
 
     def conditions(
         self, net: nn.Module, count: int, device: torch.device | str = "cpu"
