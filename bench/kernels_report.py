@@ -1,7 +1,7 @@
 """``python -m bench.kernels_report``: what the Triton kernels compile to, without a GPU, and what that predicts.
 
 Prints registers, local memory, access widths and instructions an element of every variant on every target, and the
-time that bytes and instructions allow on three GPUs. ``--update`` rewrites the budget that the tests hold kernels to.
+time that bytes and instructions allow on four GPUs. ``--update`` rewrites the budget that the tests hold kernels to.
 
 Times are predicted from counts, not measured: a lower bound, the longest of bytes by memory bandwidth, instructions by
 four warps a clock and multiprocessor, special functions by 16 lanes and integer multiplies by 64. The rates are peaks
@@ -57,9 +57,10 @@ class Variant:
 class Gpu:
     """Peak rates of a device: bytes and clocks a second, multiprocessors, and the target compiled for it.
 
-    Sources: data sheets of the H200 SXM (4.8 TB/s), the A100 80GB SXM (2,039 GB/s) and the B200 (8 TB/s); for the first
-    two, multiprocessors and boost clocks from the white papers of Hopper (132, 1.98 GHz) and Ampere (108, 1.41 GHz);
-    the B200's (148, 1.965 GHz) are in no data sheet, but what its driver is known to report.
+    Sources: data sheets of the H200 SXM (4.8 TB/s), the H100 SXM (3.35 TB/s), the A100 80GB SXM (2,039 GB/s) and the
+    B200 (8 TB/s); but for the last, multiprocessors and boost clocks from the white papers of Hopper (132, 1.98 GHz)
+    and Ampere (108, 1.41 GHz); the B200's (148, 1.965 GHz) are in no data sheet, but what its driver is known to
+    report.
     """
 
     target: str
@@ -70,6 +71,7 @@ class Gpu:
 
 GPUS = {
     "H200": Gpu("sm_90", 4.8e12, 1.98e9, 132),
+    "H100": Gpu("sm_90", 3.35e12, 1.98e9, 132),
     "A100": Gpu("sm_80", 2.039e12, 1.41e9, 108),
     "B200": Gpu("sm_100", 8.0e12, 1.965e9, 148),
 }

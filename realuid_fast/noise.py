@@ -4,7 +4,7 @@
 
 A key or a tensor? Pass the key. A turn needs its noise twice, for the interpolant and for the loss; drawing it in both
 calls costs instructions, writing it once and reading it twice costs bytes. By the counts of ``bench.kernels_report``
-drawing is the cheaper on H200 and A100 for every type and row, and on B200 too, but for half-precision rows whose
+drawing is the cheaper on H200, H100 and A100 for every type and row, and on B200 too, but for half-precision rows whose
 number of elements is not divisible by four: there every element draws a group of four for itself, and a tensor from
 :func:`normal` is predicted to be an eighth cheaper. Nothing switches by itself. The trainer, whose samples are float32,
 always passes keys.
