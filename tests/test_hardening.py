@@ -34,6 +34,7 @@ fuzzed = settings(
     deadline=None,
     derandomize=EXAMPLES < 100,
     database=None,
+    print_blob=True,  # a failure of random calls can be run again from its output
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )

@@ -1139,6 +1139,8 @@ def test_measure_names_what_it_measures():
     held, train = digits.pixels("heldout"), digits.pixels("train")
     assert measure.between(held, train) == pytest.approx(measure.between(train, held), rel=1e-6)
     assert measure.between(held, train) == measure.to_train(held)
+    for either, of in ((measure, train), (Measure(points), points.pixels("train"))):
+        assert either.between(of, torch.full_like(of, math.nan)) == math.inf
     images = data.Dataset(
         "folder", torch.randint(0, 256, (30, 3, 4, 4)).byte(), torch.randint(0, 256, (9, 3, 4, 4)).byte()
     )

@@ -149,13 +149,12 @@ class Measure:
         return self.between(samples, self.train)
 
     def between(self, samples: Tensor, others: Tensor) -> float:
-        """The main distance of ``samples (N, ...)`` to ``others (M, ...)``, infinite where they are not finite."""
+        """The main distance of ``samples (N, ...)`` to ``others (M, ...)``, infinite where either is not finite."""
         samples, others = self._prepared(samples), self._prepared(others)
-        if self._points:
-            return sliced_wasserstein(samples, others)
-        features = self.features(samples)
-        finite = bool(torch.isfinite(features).all())
-        return frechet_distance(features, self.features(others)) if finite else math.inf
+        features = [self.features(part) for part in (samples, others)]
+        if not all(bool(torch.isfinite(part).all()) for part in features):
+            return math.inf
+        return sliced_wasserstein(samples, others) if self._points else frechet_distance(*features)
 
     def conditions(
         self, net: nn.Module, count: int, device: torch.device | str = "cpu"

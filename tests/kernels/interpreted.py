@@ -16,11 +16,23 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from realuid_fast import ops, reference, triton_backend
 from realuid_fast.kernels import tiles
 from realuid_fast.kernels.noise import _philox
 from realuid_fast.optim import FusedAdam
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_and_index(tensor, scope):
+    _patch_tensor(tensor, scope)
+    # triton 3.6 makes a loop's bound an int straight from its array of one element, which NumPy from 2.4 on refuses.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Relative L2 error against float64 on the same rounded inputs. float32: roundings of 6e-8 and the interpreter's own

@@ -6,13 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
-from packaging.version import Version
 
-triton = pytest.importorskip("triton", reason="the triton package is not installed")
-if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
-    pytest.skip("the interpreter of triton 3.6 needs NumPy below 2.4", allow_module_level=True)
+pytest.importorskip("triton", reason="the triton package is not installed")
 
 
 @pytest.fixture(scope="module")
