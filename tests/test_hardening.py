@@ -553,11 +553,27 @@ def test_layer_operator(op, data):
         with pytest.raises(RuntimeError, match="groups must divide the 0 channels of x"):
             getattr(ops, op)(**layer.arguments(op))
         return
-    check_operator(op, layer.arguments(op), data.draw, norm_terms)
+    check_operator(op, layer.arguments(op), data.draw, layer_terms)
 
 
 def largest(tensor):
     return tensor.abs().max().item() if tensor is not None and tensor.numel() else 0.0
+
+
+def layer_terms(arguments):
+    return norm_terms(arguments) if "shift" in arguments else conv_terms(arguments)
+
+
+def conv_terms(arguments):
+    """What a convolution's results are made of by Winograd's filtering: of whole filters and whole patches.
+
+    Of an image of one pixel only the filters' middle counts. The others' part of it cancels but for its rounding, which
+    is all there is to see where they are large beside the middle.
+    """
+    wide = widened_all(arguments)
+    if "grad" not in wide:
+        return {0: norm(wide["x"]) * norm(wide["weight"])}
+    return {0: norm(wide["grad"]) * norm(wide["weight"]), 1: norm(wide["grad"]) * norm(wide["x"])}
 
 
 def norm_terms(arguments):
@@ -566,8 +582,6 @@ def norm_terms(arguments):
     ``z = h weight rstd + (bias - mean weight rstd)`` loses the mean; a gradient in ``h`` its mean over the group and
     its part along ``n``, of which ``h rstd`` is a term.
     """
-    if "shift" not in arguments:
-        return None
     wide = widened_all(arguments)
     x, shift, weight = wide["x"], wide["shift"], wide["weight"]
     statistics = wide.get("statistics")
@@ -624,10 +638,14 @@ def test_layer_gradients(op, data):
         return evaluate
 
     arguments["grad"] = grad
-    found, terms = results(getattr(ops, op))(arguments), {}
-    if op == "norm_silu":
-        of_y = norm_terms({name: value for name, value in arguments.items() if name != "grad"})
-        terms = dict.fromkeys(range(len(found)), norm_terms(arguments)[0]) | of_y
+    found = results(getattr(ops, op))(arguments)
+    of_y = layer_terms({name: value for name, value in arguments.items() if name != "grad"})
+    of_grads = layer_terms(arguments)
+    if op == "conv3x3":
+        of_grads = dict(zip(("x", "weight"), of_grads.values(), strict=True))
+        terms = of_y | {i: of_grads[name] for i, name in enumerate(wanted, 1) if name in of_grads}
+    else:
+        terms = dict.fromkeys(range(len(found)), of_grads[0]) | of_y
     assert_agrees(found, results(PLAIN[op]), arguments, terms)
 
 

@@ -2,7 +2,8 @@
 // arXiv:1509.09308): a tile of 4x4 outputs takes 36 multiplications a pair of channels in place of 144.
 //
 // With points 0, +-3/4, +-3/2 and infinity (their products are exact, and an error of about five times the direct sum's is
-// what they leave; 0, +-1, +-2 leave twice to three times that):
+// what they leave; 0, +-1, +-2 leave twice to three times that. It is in proportion to the whole filter and the whole patch,
+// also to what of a filter only meets the padding):
 //   output = A^T [ (G filter G^T) . (B^T patch B) ] A       summed over input channels, one matrix product a point pair
 //   filter gradient = G^T [ (A grad A^T) . (B^T patch B) ] G    summed over tiles
 // and the input's gradient is a convolution of the output's with the filters turned around.
