@@ -11,4 +11,5 @@
 #error "the C++ extension needs GCC or Clang: it uses their vector types"
 #endif
 
-#define REALUID_INLINE inline __attribute__((always_inline))
+#define REALUID_INLINED __attribute__((always_inline))  // behind a lambda's parameters
+#define REALUID_INLINE inline REALUID_INLINED

@@ -1,5 +1,6 @@
-// The fused calls on vectors: one pass over the tensors. Noise is drawn in registers between the loads and stores it goes with,
-// so that arithmetic and memory overlap; where rows and groups do not line up, it is drawn into a buffer in the L1 cache.
+// The fused calls on vectors: one pass over the tensors. Noise is drawn a few vectors at a time between the loads and stores it
+// goes with, so that arithmetic and memory overlap; where rows and groups do not line up, it is drawn into a buffer in the L1
+// cache.
 #pragma once
 
 #include "access.h"
@@ -51,8 +52,8 @@ class Noise {
   Noise(const NoiseSource& source, const Shape& shape, int64_t end)
       : source_(source), dim_(shape.dim), shared_(source.rows < shape.rows), end_((end - 1) / shape.blocks() * dim_ + dim_) {}
 
-  // Whether a span's noise is best drawn where it is used, in registers; otherwise get() it.
-  REALUID_INLINE bool in_registers(const Span& span) const {
+  // Whether a span's noise is best drawn where it is used; otherwise get() it.
+  REALUID_INLINE bool in_place(const Span& span) const {
     const int64_t from = start(span);
     return drawn() && span.count >= SHORT && from % 4 == 0 && !(from >= have_ && from + span.count <= have_ + held_);
   }
@@ -112,22 +113,25 @@ class Noise {
   alignas(64) Real buffer_[BUFFER + 64];
 };
 
+// Whether the usual case of a kernel keeps normals in registers. That needs 32 of them, and arithmetic light enough to wait for
+// memory: half types' conversions are not.
+template <class T>
+constexpr bool HELD = REALUID_LEVEL == 2 && sizeof(T) == sizeof(float);
+
 // body(access, i, n) for every vector of a span, n its noise; zeros where none is wanted. SHARED: rows may share their noise.
-template <class T, bool SHARED, class F>
+template <class T, bool SHARED, bool IN_REGISTERS, class F>
 REALUID_INLINE void for_noisy_vectors(bool streams, Noise<T>& noise, const Span& span, bool wanted, F&& body) {
   using V = VectorFor<T>;
   if (!wanted) return for_vectors<T>(streams, span.count, [&](auto access, int64_t i) { body(access, i, V{}); });
   int64_t done = 0;
   if constexpr (sizeof(ArithmeticOf<T>) == sizeof(float)) {
-    if (noise.in_registers(span)) {
+    if (noise.in_place(span)) {
       constexpr int STEP = 4 * WIDTH;
       float* const kept = SHARED ? noise.keep(span, STEP) : nullptr;
-      for_normals(noise.key(), uint64_t(noise.start(span)) / 4, span.count / STEP, [&](int64_t i, const Normals& normals) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          body(Whole{streams}, i + j * WIDTH, normals.v[j]);
-          if (SHARED && kept != nullptr) store(kept + i + j * WIDTH, normals.v[j]);
-        }
+      const uint64_t group = uint64_t(noise.start(span)) / 4;
+      for_normals<IN_REGISTERS>(noise.key(), group, span.count / STEP, [&](int64_t i, vf n) REALUID_INLINED {
+        body(Whole{streams}, i, n);
+        if (SHARED && kept != nullptr) store(kept + i, n);
       });
       done = span.count - span.count % STEP;
     }
@@ -172,7 +176,8 @@ void interpolate(const InterpolateArgs& args, int64_t begin, int64_t end) {
     const T *x = at<T>(args.x, span.offset), *y = at<T>(args.y, span.offset);
     T* out = at<T>(args.out, span.offset);
     const auto a = coef[A], b = coef[B], c = coef[C];
-    for_noisy_vectors<T, true>(args.stream && aligned<T>(out), noise, span, c != 0, [&](auto access, int64_t i, auto n) {
+    const bool streams = args.stream && aligned<T>(out);
+    for_noisy_vectors<T, true, false>(streams, noise, span, c != 0, [&](auto access, int64_t i, auto n) REALUID_INLINED {
       auto v = a * access.in(x, i) + c * n;
       if (y != nullptr) v += b * access.in(y, i);
       access.out(out, i, v);
@@ -188,8 +193,9 @@ void normal(const NormalArgs& args, int64_t begin, int64_t end) {
   Noise<T> noise(args.noise, args.shape, end);
   for_spans(args.shape, args.noise.rows, begin, end, [&](const Span& span) {
     T* out = at<T>(args.out, span.offset);
-    for_noisy_vectors<T, true>(args.stream && aligned<T>(out), noise, span, true,
-                         [&](auto access, int64_t i, auto n) { access.out(out, i, n); });
+    const bool streams = args.stream && aligned<T>(out);
+    for_noisy_vectors<T, true, false>(streams, noise, span, true,
+                                      [&](auto access, int64_t i, auto n) REALUID_INLINED { access.out(out, i, n); });
   });
   if (args.stream) stream_fence();
 }
@@ -346,10 +352,11 @@ REALUID_INLINE void fake_spans(const FakeArgs& args, Noise<T>& noise, const Fake
   using V = VectorFor<T>;
   V sum[ROWS] = {}, rest[ROWS] = {};
   const bool streams = args.stream && aligned<T>(spans[0].g_fake, spans[ROWS - 1].g_fake);
-  for_noisy_vectors<T, ROWS == 1>(streams, noise, spans[0].span, spans[0].noisy, [&](auto access, int64_t i, V n) {
+  const auto add = [&](auto access, int64_t i, V n) REALUID_INLINED {
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r) spans[r].template add<TEACHER, EXTRA, GUIDED, PLAIN>(access, i, n, sum[r], rest[r]);
-  });
+  };
+  for_noisy_vectors<T, ROWS == 1, PLAIN && HELD<T>>(streams, noise, spans[0].span, spans[0].noisy, add);
   for (int r = 0; r < ROWS; ++r)
     args.partial[spans[r].span.unit] = spans[r].weight * (spans[r].k.inverse_a * sum_lanes(sum[r]) + sum_lanes(rest[r]));
 }
@@ -429,7 +436,8 @@ REALUID_INLINE double generator_span(bool streams, Noise<T>& noise, const Span& 
                                      const Guided<T>& guided) {
   using V = VectorFor<T>;
   V sum = {};
-  for_noisy_vectors<T, false>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) {
+  constexpr bool HOLD = ALL && HELD<T>;
+  for_noisy_vectors<T, false, HOLD>(streams, noise, span, noisy, [&](auto access, int64_t i, V n) REALUID_INLINED {
     V t = access.in(in.teacher, i);
     if constexpr (GUIDED) t = guided(access, i, t);
     const V d = k.k_out * (t - access.in(in.fake, i));

@@ -70,15 +70,17 @@ REALUID_INLINE vu interleave_high_halves(vq even, vq odd) {
 // unpacking below, which works inside 128-bit parts only, in memory order.
 constexpr int group_of_lane(int half, int lane) { return half * (WIDTH / 2) + (WIDTH / 4) * (lane % 2) + lane / 2; }
 
-// Of either half: the words of the radii (the first and the third of a group) and those of the angles (second and fourth).
+// Of every half: the words of the radii (the first and the third of a group) and those of the angles (second and fourth).
+template <int HALVES>
 struct Words {
-  vu radii[2], angles[2];
+  vu radii[HALVES], angles[HALVES];
 };
 
 // Where the group numbers of a vector do not share their high word: once in 2^32 groups.
-__attribute__((noinline)) Words philox_lanes(NoiseKey key, uint64_t first) {
-  Words words;
-  for (int half = 0; half < 2; ++half) {
+template <int HALVES>
+__attribute__((noinline)) Words<HALVES> philox_lanes(NoiseKey key, uint64_t first) {
+  Words<HALVES> words;
+  for (int half = 0; half < HALVES; ++half) {
     for (int lane = 0; lane < WIDTH / 2; ++lane) {
       uint32_t w[4];
       philox_words(key, first + uint64_t(group_of_lane(half, lane)), w);
@@ -90,71 +92,6 @@ __attribute__((noinline)) Words philox_lanes(NoiseKey key, uint64_t first) {
   }
   return words;
 }
-
-// The words of WIDTH groups after WIDTH groups. Only the low word of the group differs between lanes and steps, so half of the
-// first two rounds happens once, and the first product, which is linear in the group, is added to.
-class Stream {
- public:
-  REALUID_INLINE Stream(NoiseKey key, uint64_t first) : key_(key) { start(first); }
-
-  // Of the groups [first, first + WIDTH), WIDTH groups after those of the call before.
-  REALUID_INLINE Words words(uint64_t first) {
-    if (__builtin_expect(uint32_t(first) < WIDTH, 0)) start(first);  // the low word has come round
-    if (__builtin_expect((first ^ (first + WIDTH - 1)) >> 32 != 0, 0)) return philox_lanes(key_, first);
-    const vq zero = {};
-    const vq m0 = zero + uint64_t(PHILOX_M0), m1 = zero + uint64_t(PHILOX_M1);
-    uint32_t k0 = uint32_t(key_.seed) + PHILOX_W0, k1 = uint32_t(key_.seed >> 32) + PHILOX_W1;
-    vq c0[2], c1[2], c2[2], c3[2];
-    for (int half = 0; half < 2; ++half) {
-      c1[half] = multiply_low_halves(high_halves(product_[half]) ^ once_, m1);
-      c0[half] = high_halves(c1[half]) ^ left_;
-      c2[half] = product_[half] ^ right_;
-      c3[half] = low_;
-      product_[half] += uint64_t(PHILOX_M0) * WIDTH;
-    }
-#pragma GCC unroll 10
-    for (int round = 2; round < PHILOX_ROUNDS - 1; ++round) {
-      k0 += PHILOX_W0;
-      k1 += PHILOX_W1;
-      for (int half = 0; half < 2; ++half) {
-        const vq p0 = multiply_low_halves(c0[half], m0), p1 = multiply_low_halves(c2[half], m1);
-        c0[half] = xor3(high_halves(p1), c1[half], zero + uint64_t(k0));
-        c2[half] = xor3(high_halves(p0), c3[half], zero + uint64_t(k1));
-        c1[half] = p1, c3[half] = p0;
-      }
-    }
-    const vu keys = bits<vu>(zero + (uint64_t(k1 + PHILOX_W1) << 32 | uint32_t(k0 + PHILOX_W0)));
-    Words words;
-    for (int half = 0; half < 2; ++half) {
-      const vq p0 = multiply_low_halves(c0[half], m0), p1 = multiply_low_halves(c2[half], m1);
-      words.radii[half] = xor3(interleave_high_halves(p1, p0), interleave_low_halves(c1[half], c3[half]), keys);
-      words.angles[half] = interleave_low_halves(p1, p0);
-    }
-    return words;
-  }
-
- private:
-  // The first two rounds of what does not differ between lanes, and the first product of what does.
-  REALUID_INLINE void start(uint64_t first) {
-    const vq zero = {};
-    const uint32_t k0 = uint32_t(key_.seed), k1 = uint32_t(key_.seed >> 32);
-    const uint64_t q1 = uint64_t(PHILOX_M1) * uint32_t(key_.offset);
-    const uint64_t q0 = uint64_t(PHILOX_M0) * (uint32_t(q1 >> 32) ^ uint32_t(first >> 32) ^ k0);
-    once_ = zero + uint64_t(uint32_t(key_.offset >> 32) ^ k1);
-    left_ = zero + uint64_t(uint32_t(q1) ^ (k0 + PHILOX_W0));
-    right_ = zero + uint64_t(uint32_t(q0 >> 32) ^ (k1 + PHILOX_W1));
-    low_ = zero + uint64_t(uint32_t(q0));
-    for (int half = 0; half < 2; ++half) {
-      vq groups;
-      for (int lane = 0; lane < WIDTH / 2; ++lane) groups[lane] = uint64_t(group_of_lane(half, lane));
-      product_[half] = multiply_low_halves(groups + first, zero + uint64_t(PHILOX_M0));
-    }
-  }
-
-  const NoiseKey key_;
-  vq product_[2];
-  vq once_, left_, right_, low_;  // keys included
-};
 
 // sqrt(-2 ln u / s), s = 2^-22 ln 2, u = m 2^-24, m = (w >> 8) + 1. With m = 2^(e + 24) (1 + f) and 1 + f in
 // [sqrt 1/2, sqrt 2), e = 0 around u = 1, so the result keeps its relative accuracy there. The exponent is never shifted down:
@@ -210,11 +147,6 @@ REALUID_INLINE void polar(vf r, vu w, vf* cosine, vf* sine) {
   *sine = r * (b * q);
 }
 
-// 4 * WIDTH normals in memory order.
-struct Normals {
-  vf v[4];
-};
-
 // Pairs to memory order: of a half's groups, the first and third normals are cosines, the second and fourth sines.
 REALUID_INLINE void interleave(vf cosine, vf sine, vf* low, vf* high) {
 #if REALUID_LEVEL == 2
@@ -233,28 +165,147 @@ REALUID_INLINE void interleave(vf cosine, vf sine, vf* low, vf* high) {
 #endif
 }
 
-REALUID_INLINE Normals box_muller(const Words& words) {
-  Normals normals;
-  for (int half = 0; half < 2; ++half) {
-    vf cosine, sine;
-    polar(radius(words.radii[half]), words.angles[half], &cosine, &sine);
-    interleave(cosine, sine, &normals.v[2 * half], &normals.v[2 * half + 1]);
+// Normals of one group after another, the WIDTH groups of each of STEPS steps a call. Only the low word of the group differs
+// between lanes and calls, so half of Philox' first two rounds happens once, and the first product, which is linear in the group,
+// is added to.
+//
+// With two steps, the rounds of one fill the gaps in which those of the other wait for a multiplication, and Box and Muller's
+// floating-point work on them runs between the rounds of the next two. That takes more registers than there are. With one step
+// nearly all of it stays in registers.
+template <int STEPS>
+class Normals {
+ public:
+  static constexpr int HALVES = 2 * STEPS, COUNT = 4 * STEPS * WIDTH;
+
+  REALUID_INLINE Normals(NoiseKey key, uint64_t first) : key_(key), first_(first) {
+    const vq zero = {};
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+      keys_[round][0] = zero + uint64_t(uint32_t(key.seed) + uint32_t(round) * PHILOX_W0);
+      keys_[round][1] = zero + uint64_t(uint32_t(key.seed >> 32) + uint32_t(round) * PHILOX_W1);
+    }
+    start();
+    advance([](int) {});
   }
-  return normals;
+
+  // take(i, n, m) for all of the next COUNT normals, those from the i-th on in n and m. more: others will be asked for.
+  template <class F>
+  REALUID_INLINE void next(bool more, F&& take) {
+    if (!more) {
+      for (int half = 0; half < HALVES; ++half) turn(words_, half, take);
+      return;
+    }
+    const Words<HALVES> words = words_;
+    if constexpr (STEPS > 1) {
+      advance([&](int half) REALUID_INLINED { turn(words, half, take); });
+    } else {
+      advance([](int) {});
+      for (int half = 0; half < HALVES; ++half) turn(words, half, take);
+    }
+  }
+
+ private:
+  template <class F>
+  static REALUID_INLINE void turn(const Words<HALVES>& words, int half, F&& take) {
+    vf cosine, sine, low, high;
+    polar(radius(words.radii[half]), words.angles[half], &cosine, &sine);
+    interleave(cosine, sine, &low, &high);
+    take(half * 2 * WIDTH, low, high);
+  }
+
+  // To the words of the groups from first_ on. between(half), for every half once, is done among the rounds.
+  template <class F>
+  REALUID_INLINE void advance(F&& between) {
+    constexpr uint64_t GROUPS = STEPS * WIDTH;
+    if (__builtin_expect(uint32_t(first_) < GROUPS, 0)) start();  // the low word has come round
+    const vq zero = {};
+    const vq m0 = zero + uint64_t(PHILOX_M0), m1 = zero + uint64_t(PHILOX_M1);
+    vq c0[HALVES], c1[HALVES], c2[HALVES], c3[HALVES];
+    for (int half = 0; half < HALVES; ++half) {
+      c1[half] = multiply_low_halves(high_halves(product_[half]) ^ once_, m1);
+      c0[half] = high_halves(c1[half]) ^ left_;
+      c2[half] = product_[half] ^ right_;
+      c3[half] = low_;
+      product_[half] += uint64_t(PHILOX_M0) * GROUPS;
+    }
+#pragma GCC unroll 10
+    for (int round = 2; round < PHILOX_ROUNDS - 1; ++round) {
+      for (int half = 0; half < HALVES; ++half) {
+        const vq p0 = multiply_low_halves(c0[half], m0), p1 = multiply_low_halves(c2[half], m1);
+        c0[half] = xor3(high_halves(p1), c1[half], keys_[round][0]);
+        c2[half] = xor3(high_halves(p0), c3[half], keys_[round][1]);
+        c1[half] = p1, c3[half] = p0;
+      }
+      if (round % (8 / HALVES) == 0) between(round / (8 / HALVES) - 1);
+    }
+    const vu keys = interleave_low_halves(keys_[PHILOX_ROUNDS - 1][0], keys_[PHILOX_ROUNDS - 1][1]);
+    for (int half = 0; half < HALVES; ++half) {
+      const vq p0 = multiply_low_halves(c0[half], m0), p1 = multiply_low_halves(c2[half], m1);
+      words_.radii[half] = xor3(interleave_high_halves(p1, p0), interleave_low_halves(c1[half], c3[half]), keys);
+      words_.angles[half] = interleave_low_halves(p1, p0);
+    }
+    if (__builtin_expect((first_ ^ (first_ + GROUPS - 1)) >> 32 != 0, 0)) words_ = philox_lanes<HALVES>(key_, first_);
+    first_ += GROUPS;
+  }
+
+  // The first two rounds of what does not differ between lanes, and the first product of what does.
+  REALUID_INLINE void start() {
+    const vq zero = {};
+    const uint64_t q1 = uint64_t(PHILOX_M1) * uint32_t(key_.offset);
+    const uint64_t q0 = uint64_t(PHILOX_M0) * (uint32_t(q1 >> 32) ^ uint32_t(first_ >> 32) ^ uint32_t(key_.seed));
+    once_ = (zero + uint64_t(uint32_t(key_.offset >> 32))) ^ keys_[0][1];
+    left_ = (zero + uint64_t(uint32_t(q1))) ^ keys_[1][0];
+    right_ = (zero + uint64_t(uint32_t(q0 >> 32))) ^ keys_[1][1];
+    low_ = zero + uint64_t(uint32_t(q0));
+    for (int half = 0; half < HALVES; ++half) {
+      vq groups;
+      for (int lane = 0; lane < WIDTH / 2; ++lane) groups[lane] = uint64_t(group_of_lane(half, lane));
+      product_[half] = multiply_low_halves(groups + first_, zero + uint64_t(PHILOX_M0));
+    }
+  }
+
+  const NoiseKey key_;
+  uint64_t first_;
+  vq keys_[PHILOX_ROUNDS][2];  // as vectors: the rounds have them as operands from memory
+  vq product_[HALVES];
+  vq once_, left_, right_, low_;  // keys included
+  Words<HALVES> words_;
+};
+
+// The next normals to memory. Not inlined: one copy of it serves all kernels.
+__attribute__((noinline)) void draw(Normals<2>& normals, bool more, float* to) {
+  normals.next(more, [&](int i, vf n, vf m) REALUID_INLINED {
+    store(to + i, n);
+    store(to + i + WIDTH, m);
+  });
 }
 
-// body(i, normals) for the elements [i, i + 4 * WIDTH) of every step from the group `first` on. The integer half of the next
-// step runs beside the floating-point half of this one.
-template <class F>
+// body(i, n) for the vectors n of normals i, i + WIDTH, ... of every step from the group `first` on. IN_REGISTERS: they are not
+// put down in between, which pays where the body's stores wait for memory and any other store has to queue behind them.
+template <bool IN_REGISTERS, class F>
 REALUID_INLINE void for_normals(NoiseKey key, uint64_t first, int64_t steps, F&& body) {
   if (steps == 0) return;
-  Stream stream(key, first);
-  Words words = stream.words(first);
-  for (int64_t step = 0; step < steps; ++step) {
-    Words next;
-    if (step + 1 < steps) next = stream.words(first + uint64_t((step + 1) * WIDTH));
-    body(step * 4 * WIDTH, box_muller(words));
-    words = next;
+  const int64_t count = steps * 4 * WIDTH;
+  if constexpr (IN_REGISTERS) {
+    Normals<1> normals(key, first);
+    constexpr int AT_ONCE = Normals<1>::COUNT;
+    for (int64_t i = 0; i < count; i += AT_ONCE) {
+      vf drawn[AT_ONCE / WIDTH];
+      normals.next(i + AT_ONCE < count, [&](int j, vf n, vf m) REALUID_INLINED {
+        drawn[j / WIDTH] = n;
+        drawn[j / WIDTH + 1] = m;
+      });
+#pragma GCC unroll 4
+      for (int j = 0; j < AT_ONCE / WIDTH; ++j) body(i + j * WIDTH, drawn[j]);
+    }
+  } else {
+    Normals<2> normals(key, first);
+    constexpr int AT_ONCE = Normals<2>::COUNT;
+    alignas(VECTOR_BYTES) float drawn[AT_ONCE];
+    for (int64_t i = 0; i < count; i += AT_ONCE) {
+      draw(normals, i + AT_ONCE < count, drawn);
+      const int left = count - i < AT_ONCE ? int(count - i) : AT_ONCE;
+      for (int j = 0; j < left; j += WIDTH) body(i + j, load(drawn + j));
+    }
   }
 }
 
