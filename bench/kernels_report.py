@@ -86,14 +86,18 @@ def _noise(shape: tuple[int, ...], dtype: torch.dtype, keyed: bool) -> torch.Ten
 
 
 def _interpolate(
-    dtype: torch.dtype, keyed: bool = True, endpoint: bool = False, shape: tuple[int, ...] = IMAGES
+    dtype: torch.dtype,
+    keyed: bool = True,
+    endpoint: bool = False,
+    shape: tuple[int, ...] = IMAGES,
+    noise_rows: int | None = None,
 ) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import interpolate
 
         x, coef = _meta(shape, dtype), _meta((shape[0], 9), F32)
         noise = _noise(shape, dtype, keyed)
-        return interpolate.interpolate(x, coef, noise, x if endpoint else None, shape[0], ptx)[0][0]
+        return interpolate.interpolate(x, coef, noise, x if endpoint else None, noise_rows or shape[0], ptx)[0][0]
 
     return Variant(plan, dtype, shape, 1 + (not keyed) + endpoint, 1)
 
@@ -225,6 +229,8 @@ VARIANTS: dict[str, Variant] = {
     "interpolate/bfloat16": _interpolate(BF16),
     "interpolate/bfloat16/noise tensor": _interpolate(BF16, keyed=False),
     "interpolate/bfloat16/endpoint": _interpolate(BF16, endpoint=True),
+    "interpolate/float32/a third of the noise": _interpolate(F32, noise_rows=86),
+    "interpolate/float32/one row of noise": _interpolate(F32, noise_rows=1),
     "interpolate_grads/bfloat16": _interpolate_grads(BF16, True),
     "error/float32": _error(F32),
     "error/bfloat16/x_t": _error(BF16, x_t=True),

@@ -80,8 +80,9 @@ def _generator_kernel(
     if HAS_ENDPOINT:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
         r -= two_kappa_beta * column(coef_ptr, row, n_rows, 4, ROWS, EVEN) * y
-    if HAS_X_T:
+    if HAS_X_T or WANT_X_T:
         k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
+    if HAS_X_T:
         x_t = read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
         r += two_kappa_alpha * k_x * x_t
     square = q_kappa2 * k_out * raw
@@ -105,7 +106,7 @@ def _generator_kernel(
                 write(g_teacher_ptr, start, offsets, inside, g_teacher, ROWS, EVEN)
     if WANT_X:
         write(g_x_ptr, start, offsets, inside, -weight * p * two_kappa_beta * raw, ROWS, EVEN)
-    if HAS_X_T and WANT_X_T:
+    if WANT_X_T:
         write(g_x_t_ptr, start, offsets, inside, k_x * both, ROWS, EVEN)
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Call, place, tiling, write
+from .tiles import Call, place, row_length, tiling, write
 
 # Inline PTX needs a compiler for NVIDIA: not the interpreter, not ROCm.
 _PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -125,12 +125,12 @@ def noise_tile(
     EVEN: tl.constexpr,
 ):
     """The tile's normals in float32: read from a tensor, or drawn from the key at ``noise_ptr``."""
-    dim = units * ALIGN
+    dim = row_length(units, ALIGN, ROWS)
     if SHARED == 1:
         row = tl.where(row >= noise_rows, row - noise_rows, row)
     elif SHARED == 2:
-        # 64-bit division costs a hundred instructions.
-        row = (row.to(tl.uint32) % noise_rows.to(tl.uint32)).to(tl.int64)
+        # 64-bit division costs a hundred instructions. A number of rows that is 1 is a constant without methods.
+        row = (row.to(tl.uint32) % tl.cast(noise_rows, tl.uint32)).to(tl.int64)
     if KEYED:
         seed = tl.load(noise_ptr)
         stream = tl.load(noise_ptr + 1)

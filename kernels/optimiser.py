@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import PER_THREAD, TILE, Call
+from .tiles import PER_THREAD, TILE, Call, row_length
 
 # Tensors that are launched one by one; longer lists belong to torch's foreach functions.
 LAUNCHES = 4
@@ -33,7 +33,7 @@ def _squares_kernel(
     BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    numel = units * ALIGN
+    numel = row_length(units, ALIGN, ROWS)
     offsets = tl.arange(0, BLOCK_D)
     top = tl.program_id(0).to(tl.int64) * (STEPS * BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -104,7 +104,7 @@ def _adam_kernel(
     if norm < float("inf"):
         left = tl.program_id(0).to(tl.int64) * BLOCK_D
         offsets = tl.arange(0, BLOCK_D)
-        mask = offsets < tl.minimum(units * ALIGN - left, BLOCK_D).to(tl.int32)
+        mask = offsets < tl.minimum(row_length(units, ALIGN, ROWS) - left, BLOCK_D).to(tl.int32)
         where = left + offsets
         x = tl.load(param_ptr + where, mask=mask)
         g = tl.load(grad_ptr + where, mask=mask)
@@ -128,8 +128,7 @@ def _adam_kernel(
         x -= rate * m / (tl.sqrt(v) / tl.sqrt(_correction(step, log_beta2)) + eps)
         tl.store(param_ptr + where, x, mask=mask)
 
-        # 64 bits even where the argument is a small constant.
-        stride = (tl.zeros((), tl.int64) + ema_units) * ALIGN
+        stride = row_length(ema_units, ALIGN, ROWS)
         n = before.to(tl.float64)
         for k in tl.static_range(EMAS):
             decay = tl.load(decays_ptr + k)

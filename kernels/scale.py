@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import GRID_ROWS, PER_THREAD, TILE, Call
+from .tiles import PER_THREAD, TILE, Call, grid_row, over_two_axes, row_length
 
 # A program walks over this many tiles, so that a factor of 1 costs few programs that stop at once.
 _STEPS = 8
@@ -39,9 +39,9 @@ def _scale_kernel(
     STEPS: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):
-    dim = units * ALIGN
+    dim = row_length(units, ALIGN, ROWS)
     offsets = tl.arange(0, ROWS * BLOCK_D)
-    first_row = (tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * 65535) * ROWS
+    first_row = grid_row() * ROWS
     if ROWS == 1:
         if PER_ROW:
             factor = tl.load(scale_ptr + first_row, mask=first_row < n_rows, other=1.0).to(tl.float32)
@@ -97,7 +97,7 @@ def _scale_call(grads: list[Tensor], scale: Tensor, rows: int) -> Call:
     tile_rows = TILE // block_d
     align = next(power for power in (16, 8, 4, 2, 1) if dim % power == 0)
     groups = -(-rows // tile_rows)
-    grid = (1 if short else -(-dim // (TILE * _STEPS)), min(groups, GRID_ROWS), -(-groups // GRID_ROWS))
+    grid = (1 if short else -(-dim // (TILE * _STEPS)), *over_two_axes(groups))
     padded = [*grads, *[grads[0]] * (_AT_ONCE - len(grads))]
     arguments = {
         **{f"g{i}_ptr": grad for i, grad in enumerate(padded)},

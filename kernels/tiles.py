@@ -28,9 +28,8 @@ from torch import Tensor
 TILE = 2048
 PER_THREAD = 16
 COLUMNS = tl.constexpr(9)
-# A grid's second axis ends here; rows beyond go on along the third.
+# A grid's second axis ends here; more rows are spread over the third too.
 GRID_ROWS = 65535
-_GRID_ROWS = tl.constexpr(GRID_ROWS)
 
 
 class Tiling(NamedTuple):
@@ -63,7 +62,7 @@ def tiling(rows: int, dim: int) -> Tiling:
         block_d, tile_rows = next(fits, 512), 1
         blocks = -(-dim // block_d)
         even = dim % block_d == 0
-        grid = (blocks, min(rows, GRID_ROWS), -(-rows // GRID_ROWS))
+        grid = (blocks, *over_two_axes(rows))
     else:
         block_d = max(4, triton.next_power_of_2(dim))
         tile_rows, blocks = TILE // block_d, 1
@@ -71,6 +70,12 @@ def tiling(rows: int, dim: int) -> Tiling:
         grid = (-(-rows // tile_rows), 1, 1)
     constants = {"ALIGN": align, "ROWS": tile_rows, "BLOCK_D": block_d, "EVEN": even}
     return Tiling(grid, constants, block_d * tile_rows // (32 * PER_THREAD), blocks)
+
+
+def over_two_axes(rows: int) -> tuple[int, int]:
+    """The second and third axis of a grid over rows, as few programs too many as there can be."""
+    layers = -(-rows // GRID_ROWS)
+    return -(-rows // layers), layers
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -81,15 +86,29 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @triton.jit
+def row_length(units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
+    """Elements of a row; in 64 bits where it may be long: one of 2^31 elements has units enough for 32 bits only."""
+    if ROWS == 1:
+        units = tl.cast(units, tl.int64)
+    return units * ALIGN
+
+
+@triton.jit
+def grid_row():
+    """The program's place on the grid's second and third axis together."""
+    return tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+
+
+@triton.jit
 def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
     """Where this program works: row, first element, offsets from it, what is there, what to sum, first column.
 
     Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``; over short rows ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``.
     """
-    dim = units * ALIGN
+    dim = row_length(units, ALIGN, ROWS)
     if ROWS == 1:
         # The third axis can overshoot; the last row is then written again with the same values.
-        row = tl.minimum(tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * _GRID_ROWS, n_rows - 1)
+        row = tl.minimum(grid_row(), n_rows - 1)
         first = tl.program_id(0).to(tl.int64) * BLOCK_D
         offsets = tl.arange(0, BLOCK_D)
         inside = row < n_rows

@@ -221,7 +221,7 @@ def _refuse_second_derivative(grad: Tensor, call: str) -> None:
         raise RuntimeError(f"{call} has no second derivative: call backward without create_graph=True")
 
 
-def _scaled(grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+def _scaled(kernel: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     """Gradients times the incoming one: the kernel's own buffers handed on, no copy, no look at the value."""
     if type(scale) is not Tensor:
         # Being traced: plain arithmetic, for the compiler to fuse with what follows.
@@ -229,7 +229,7 @@ def _scaled(grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     if torch._C._autograd._get_current_graph_task_keep_graph():
         # A second backward will come for the same gradients, so this one must not scale them in place.
         grads = [grad.clone() for grad in grads]
-    torch.ops.realuid_fast.scale_grads_(grads, scale.contiguous())
+    getattr(torch.ops, kernel.namespace).scale_grads_(grads, scale.contiguous())
     return list(grads)
 
 
@@ -254,7 +254,7 @@ class _LossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         _refuse_second_derivative(scale, f"{ctx.kernel._opname}_loss")
-        return None, None, None, *_scaled(ctx.saved_tensors, scale)
+        return None, None, None, *_scaled(ctx.kernel, ctx.saved_tensors, scale)
 
 
 def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
@@ -293,6 +293,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
 class _InterpolateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Any, x: Tensor, coef: Tensor, *rest: Any) -> Tensor:
+        ctx.kernel = kernel
         ctx.save_for_backward(coef)
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(x, coef, *rest)
@@ -303,7 +304,8 @@ class _InterpolateFunction(torch.autograd.Function):
         _, want_x, _, _, want_endpoint, _ = ctx.needs_input_grad
         (coef,) = ctx.saved_tensors
         # Whatever consumed x_t may hand back a gradient in another layout; the operator takes dense rows.
-        g_x, g_y = torch.ops.realuid_fast.interpolate_grads(_dense(grad), coef, want_x, want_endpoint)
+        library = getattr(torch.ops, ctx.kernel.namespace)
+        g_x, g_y = library.interpolate_grads(_dense(grad), coef, want_x, want_endpoint)
         return None, g_x if want_x else None, None, None, g_y if want_endpoint else None, None
 
 

@@ -561,8 +561,9 @@ class Optimiser:
     @property
     def progress(self) -> Tensor:
         """Steps so far, those of them skipped, and the next step's rate: float64 ``(3,)``, made on the device."""
-        following = self.adam.counts[:1].clamp(max=len(self._rates) - 1)
-        return torch.cat([self.adam.counts.double(), self._rates.index_select(0, following).double()])
+        rates = self.adam.param_groups[0]["lr"]
+        following = self.adam.counts[:1].clamp(max=len(rates) - 1)
+        return torch.cat([self.adam.counts.double(), rates.index_select(0, following).double()])
 
     @torch.no_grad()
     def step(self) -> None:

@@ -103,9 +103,10 @@ def fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     c = _Columns(coef, x)
     n_gen = x.shape[0] - n_real
-    halves = torch.tensor([[a_gen, b_gen, d_gen, c_gen], [a_real, b_real, d_real, c_real]], dtype=c.a.dtype)
-    half = (torch.arange(x.shape[0]) >= n_gen).long()
-    A, B, D, C = (column.view(c.a.shape) for column in halves[half].to(x.device).unbind(1))
+    # Made on the device: a copy from the host would end the capture of a CUDA graph.
+    generated = (torch.arange(x.shape[0], device=x.device) < n_gen).view(c.a.shape)
+    halves = ((a_gen, a_real), (b_gen, b_real), (d_gen, d_real), (c_gen, c_real))
+    A, B, D, C = (torch.where(generated, *(c.a.new_full((), number) for number in half)) for half in halves)
 
     tgt = _target(c, x, noise, endpoint, noise_rows)
     f = _prediction(c, fake_out, x_t)

@@ -53,6 +53,8 @@ def launcher(op: str) -> Callable[..., Any]:
         if first.dtype == torch.float64:
             with torch.no_grad():
                 return getattr(reference, op)(*arguments)
+        # Kernels read a noise key's two numbers side by side.
+        arguments = tuple(each.contiguous() if _is_key(each) else each for each in arguments)
         calls, results = getattr(_kernels(module), op)(*arguments)
         with _kernels("tiles").on_device_of(first):
             for call in calls:
@@ -60,6 +62,10 @@ def launcher(op: str) -> Callable[..., Any]:
         return results
 
     return launch
+
+
+def _is_key(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dtype == torch.int64
 
 
 def _scale_grads_(grads: list[Tensor], scale: Tensor) -> None:

@@ -51,14 +51,18 @@ class TapeRecorder:
     """A capture runs nothing on a device; here it does, and the first replay is left out instead."""
 
     def __init__(self):
-        self.runs = self.captures = 0
+        self.runs, self.captured = 0, []
+
+    @property
+    def captures(self):
+        return len(self.captured)
 
     def run(self, turn):
         self.runs += 1
         return turn()
 
     def capture(self, turn):
-        self.captures += 1
+        self.captured.append(turn.__name__)
         with Tape() as tape:
             results = turn()
         replays = itertools.count()
@@ -105,8 +109,19 @@ def test_replays_follow_the_eager_trajectory_to_the_bit(kind, gan):
     expected, expected_parameters = trajectory(distiller(kind, **settings), WARM_UP + 3)
     assert rows == expected
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected_parameters, strict=True))
-    # Two fake turns an update warm up sooner than the other two turns.
-    assert (recorder.runs, recorder.captures) == (3 * WARM_UP, 3)
+    # One, two and one turns an update.
+    assert (recorder.runs, recorder.captures) == (4 * WARM_UP, 3)
+
+
+@pytest.mark.parametrize("fake_turns", [1, 2, 5])
+def test_turns_are_captured_in_the_order_in_which_they_are_replayed(fake_turns):
+    """Graphs share memory: what one captured earlier is free to use must not be a later one's result by then."""
+    trainer, recorder = captured(fake_turns=fake_turns)
+    for _ in range(WARM_UP):
+        trainer.update()
+    assert not recorder.captured
+    trainer.update()
+    assert recorder.captured == ["_generate_rows", "_fake_step_plain", "_generator_step_plain"]
 
 
 def test_two_replays_draw_different_noise_times_and_labels():

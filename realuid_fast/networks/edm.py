@@ -141,7 +141,8 @@ class Block(Part):
         # The projection's channels run head by head and, inside, (q, k, v) for each channel.
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)
+        # Only rows without gaps go to attention's fused kernels.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(2, 3).reshape(batch, channels, height, width))
 

@@ -428,7 +428,8 @@ class Distiller:
         """Run the turns as CUDA graphs from now on, whatever the mode was; ``recorder`` replaces CUDA's."""
         recorder = recorder or CudaRecorder(self.device, [self.draws])
         self._generate = Captured(self._generate_rows, recorder)
-        self._fake_step = Captured(self._fake_step_plain, recorder)
+        # Warm as many updates as the others, so that all are captured in one: in the order in which they run.
+        self._fake_step = Captured(self._fake_step_plain, recorder, modes.WARM_UP * max(self.turns, 1))
         self._generator_step = Captured(self._generator_step_plain, recorder)
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:

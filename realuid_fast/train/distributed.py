@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.utils._pytree import tree_map_only
 
 from ..errors import UserError
 from ..optim import FusedAdam, Optimiser
@@ -253,7 +254,8 @@ def gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
     if size() == 1:
         return [own]
     everyone: list[Any] = [None] * size()
-    dist.all_gather_object(everyone, own)
+    # Each rank would get another's tensors on that one's GPU.
+    dist.all_gather_object(everyone, tree_map_only(Tensor, Tensor.cpu, own))
     return everyone
 
 

@@ -71,6 +71,9 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         torch.empty(0, device=config.run.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"run.device {config.run.device!r} is not a device that torch can use here") from None
+    if (device := torch.device(config.run.device)).type == "cuda" and device.index is not None:
+        # Events, streams and generators that nobody names a device for are this one's.
+        torch.cuda.set_device(device)
     dataset = data.load(config.data)
     trainer: Trainer
     if job == "distill":

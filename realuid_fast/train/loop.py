@@ -341,11 +341,12 @@ def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
 
 def _own(trainer: Trainer) -> dict[str, Any]:
     """The state that ranks do not have in common, but for the noise: its stream follows from rank 0's."""
-    return {
+    own = {
         "draws": trainer.draws.get_state(),
         "meters": trainer.meters.state_dict(),
         "torch_rng": torch.get_rng_state(),
     }
+    return own | ({"cuda_rng": torch.cuda.get_rng_state(trainer.device)} if trainer.device.type == "cuda" else {})
 
 
 def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
@@ -363,6 +364,8 @@ def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
         if rank < len(ranks):
             trainer.draws.set_state(ranks[rank]["draws"])
             torch.set_rng_state(ranks[rank]["torch_rng"])
+            if trainer.device.type == "cuda" and "cuda_rng" in ranks[rank]:
+                torch.cuda.set_rng_state(ranks[rank]["cuda_rng"], trainer.device)
         else:
             # A rank that was not there: a stream for this update on.
             fresh = distributed.seed(2 * seed + 1 + (trainer.step << 32))

@@ -177,7 +177,9 @@ class Measure:
     ) -> tuple[Tensor | None, Tensor | None]:
         """:meth:`conditions` for pictures: labels one after another, except of paired data."""
         labels, endpoints = self.conditions(net, count, device)
-        return (labels if self._paired else class_by_class(net, count, device)), endpoints
+        if not self._paired:
+            labels = class_by_class(net, count, device)
+        return None if labels is None else labels.to(device), endpoints
 
     def labels(self, net: nn.Module, count: int) -> Tensor | None:
         """``count`` labels for a class-conditional network, the training split's over and over in a fixed random order.

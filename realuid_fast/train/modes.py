@@ -67,7 +67,8 @@ class CudaRecorder:
     """Captures turns as CUDA graphs on one stream and in one memory pool.
 
     Sharing the pool lets a turn use what another has freed. It asks that captured turns never run at the same time,
-    and that what one hands to a later one stays referenced; :class:`Captured` keeps its results.
+    that they are replayed in the order in which they were captured, and that what one hands to a later one stays
+    referenced; :class:`Captured` keeps its results.
 
     Args:
         device: a CUDA device.
@@ -93,7 +94,9 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Threads that read batches or write checkpoints go on with memory of their own meanwhile.
+        settings = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **settings):
             results = turn()
         return graph.replay, results
 

@@ -284,13 +284,30 @@ def check_known_answers() -> None:
 
 def check_second_grid_axis() -> None:
     """Rows beyond the grid's second axis go on along the third; here with an axis of two rows."""
-    before = tiles.GRID_ROWS, tiles._GRID_ROWS
-    tiles.GRID_ROWS, tiles._GRID_ROWS = 2, tl.constexpr(2)
+    before, tiles.GRID_ROWS = tiles.GRID_ROWS, 2
     try:
         case = Case("odd_row", F32, True, shared=True, endpoint=False, x_t=True)
         check_matching(case, "second_grid_axis/matching", F32, True, True)
+        many = torch.randn(5, 600)
+        scaled = many.clone()
+        run("scale_grads_", [scaled], torch.arange(5.0))
+        compare("second_grid_axis/scale", F32, (scaled,), many.double() * torch.arange(5.0)[:, None])
     finally:
-        tiles.GRID_ROWS, tiles._GRID_ROWS = before
+        tiles.GRID_ROWS = before
+
+
+def check_key_with_gaps() -> None:
+    """A key's two numbers may lie apart, as columns of a stack of keys do."""
+    apart = torch.stack([KEY, KEY + 7], 1)[:, 0]
+    assert apart.stride() == (2,)
+    like = torch.randn(3, 8)
+    compare("normals/key_with_gaps", F32, run("normal_like", apart, like, 3), reference.normal_like(KEY, like.double(), 3))
+
+
+def check_gradient_of_an_absent_state() -> None:
+    """What x_t would get where the loss does not read it is zero, and written."""
+    case = Case("odd_row", F32, True, shared=False, endpoint=False, x_t=False)
+    check_generator(case, "generator/absent_state", F32, (True, True, True, True), True)
 
 
 def adam_arguments(tensors: dict[str, object], norm: torch.Tensor, settings: tuple[object, ...]) -> tuple[object, ...]:
@@ -400,6 +417,8 @@ def main() -> None:
     check_empty()
     check_known_answers()
     check_second_grid_axis()
+    check_key_with_gaps()
+    check_gradient_of_an_absent_state()
     # Every shape and layout with changing switches, then every switch and dtype on one small shape.
     for i, shape_name in enumerate(SHAPES):
         for dtype in (F32, BF16):

@@ -6,6 +6,7 @@ A kernel that got worse fails here until ``python -m bench.kernels_report --upda
 import importlib.util
 import json
 import os
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,55 @@ def test_single_program_launches_compile(target: str) -> None:
     for call in (norm, loss):
         assert call.grid == (1,)
         assert compile_call(call, target).local == 0
+
+
+def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.dtype) -> list[Any]:
+    """Launches of every kernel, each with all that its operator can ask of it."""
+    from realuid_fast.kernels import error, fake, generator, interpolate, matching, noise, optimiser, reduce, scale
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    x, coef, key = meta(rows, dim), meta(rows, 9, of=torch.float32), meta(2, of=torch.int64)
+    drawn, numbers = meta(noise_rows, dim), meta(rows, of=torch.float32)
+    number = meta(of=torch.float32)
+    halves = (0.9, 1.0, 0.1, 1.2, 0.1, 0.1, 0.1, 0.4)
+    planned = [noise.normal_like(key, x, noise_rows)[0]]
+    for given in (key, drawn):
+        planned += [
+            interpolate.interpolate(x, coef, given, x, noise_rows)[0],
+            matching.matching(x, x, x, coef, given, x, noise_rows, True, True)[0],
+            fake.guided_fake(x, x, x, coef, given, x, x, x, numbers, noise_rows, 1, *halves, True, True)[0],
+        ]
+    planned += [
+        interpolate.interpolate_grads(x, coef, True, True)[0],
+        error.mean_abs_error(x, x, x, coef, x, numbers)[0],
+        generator.guided_generator(
+            x, x, x, x, coef, key, x, x, numbers, numbers, 0.9, 0.9, 1.0, 1.0, True, True, True, True, True, True
+        )[0],
+        generator.generator(x, x, x, None, coef, key, None, 0.9, 0.9, 1.0, 1.0, True, True, True, True, True)[0],
+        [reduce.finish(meta(rows, 1, of=torch.float32), numbers, number, rows)],
+        scale.scale_grads_([x], number),
+        scale.scale_grads_([x], numbers),
+    ]
+    flat, rates, counts = meta(rows * dim, of=torch.float32), meta(1, of=torch.float64), meta(2, of=torch.int64)
+    emas = [meta(1, rows * dim, of=torch.float32)]
+    shared = number, number, rates, counts, rates
+    planned += [
+        optimiser.begin_step_([flat], number, counts)[0],
+        optimiser.adam_([flat], [flat], [flat], [flat], emas, *shared, 1.0, 0.9, 0.999, 1e-8, 0.0, False, True),
+    ]
+    return [call for calls in planned for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "noise_rows"),
+    [(1, 1, 1), (3, 16, 1), (1, 512, 1), (3, 513, 1)],
+)
+def test_every_kernel_compiles_where_integers_are_one(rows: int, dim: int, noise_rows: int) -> None:
+    """An integer argument that is 1 is a constant of the compiler, of another type. The interpreter knows no such."""
+    for call in calls_of_every_operator(rows, dim, noise_rows, torch.float16):
+        assert compile_call(call, "sm_90").local == 0
 
 
 def test_gate_sees_narrow_access() -> None:

@@ -1,0 +1,110 @@
+"""Updates on a device that is not the host: no tensors of both meet, and none is read.
+
+There is no GPU here. Torch's fake tensors know a device and a shape and hold no memory, so they run anywhere: they refuse
+operators whose tensors lie on two devices, and everything that would make the host wait for a number. The device is
+called ``meta``, for which torch needs no driver. What branches on CUDA itself is not seen; tests/gpu is for that.
+"""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+
+from realuid_fast import backends, data, sampling, teachers
+from realuid_fast.networks import build
+from realuid_fast.train import config as configs
+from realuid_fast.train import jobs, loop
+from realuid_fast.train.teacher import TeacherTrainer
+
+UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
+LABELLED = {**UNET, "num_classes": 10, "class_cond": True}
+NULL = {**LABELLED, "null_label": True}
+GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}
+CASES = {
+    "realuid": (UNET, {}),
+    "labels": (LABELLED, {}),
+    "labels of the batch": (LABELLED, {"labels": "batch"}),
+    "guidance": (NULL, {"guidance": 2.0}),
+    "sid": (UNET, {"objective": {"name": "sid", "alpha_sid": 1.0}}),
+    "normalised": (UNET, {"objective": {"name": "normalised", "alpha": 0.9, "beta": 0.95}}),
+    "dmd": (UNET, {"objective": {"name": "dmd"}}),
+    "sds": (UNET, {"objective": {"name": "sds"}}),
+    "gan": (UNET, GAN),
+    "several steps": (LABELLED, {"times": [0.5, 0.8]}),
+    "regression": (UNET, {"objective": {"name": "regression"}}),
+}
+
+
+class Generator(torch.Generator):
+    """Torch has none on a device that it only pretends to have; fake tensors draw nothing."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
+@contextlib.contextmanager
+def pretended():
+    """What torch refuses for the device ``meta`` before any operator runs."""
+    patches = {
+        "Generator": Generator,
+        "is_autocast_enabled": lambda *_: False,
+        "autocast": lambda *_, **__: contextlib.nullcontext(),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(mock.patch.object(torch, name, value))
+        # Arithmetic of the host with numbers of its own.
+        scales = sampling._scales
+        stack.enter_context(mock.patch.object(sampling, "_scales", lambda *a: unset_fake_temporarily()(scales)(*a)))
+        stack.enter_context(backends.backend("torch"))
+        yield
+
+
+def content(dataset, **sections):
+    run = {"mode": "eager", "device": "meta"}
+    return configs.from_mapping({"data": dataset.config, "run": run, **sections})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_students_update_stays_on_its_device(case):
+    network, settings = CASES[case]
+    dataset = data.load("digits")
+    distill = {"batch": 4, "updates": 20, "fake_turns": 2, "ema": [0.9], "export": 0.9, **settings}
+    with pretended():
+        config = content(dataset, distill=distill)
+        model = teachers.Model(build(network), teachers.Description(network, data=dataset.config))
+        trainer = jobs.distiller(config)(config, dataset, model)
+        assert {p.device.type for p in trainer.network.parameters()} == {"meta"}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            trainer.update()
+            trainer.update()
+            loop._Row(trainer, {})
+
+
+@pytest.mark.parametrize("network", [UNET, LABELLED], ids=["images", "labels"])
+def test_a_teachers_update_stays_on_its_device(network):
+    dataset = data.load("digits")
+    with pretended():
+        config = content(dataset, network=network, teacher={"batch": 4, "updates": 20, "ema": [0.9], "export": 0.9})
+        trainer = TeacherTrainer(config, dataset)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            trainer.update()
+            trainer.update()
+            loop._Row(trainer, {})
+
+
+def test_a_number_from_the_host_would_be_seen():
+    """Else the tests above would pass whatever the update did."""
+    on_device = torch.zeros(3, device="meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            torch.arange(3.0).index_select(0, on_device.long())
+        with pytest.raises(DataDependentOutputException):
+            float(on_device[0])
