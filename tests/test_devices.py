@@ -1,8 +1,8 @@
 """Updates on a device that is not the host: no tensors of both meet, and none is read.
 
-There is no GPU here. Torch's fake tensors know a device and a shape and hold no memory, so they run anywhere: they refuse
-operators whose tensors lie on two devices, and everything that would make the host wait for a number. The device is
-called ``meta``, for which torch needs no driver. What branches on CUDA itself is not seen; tests/gpu is for that.
+Torch's fake tensors know a device and a shape and hold no memory, so they run without a GPU: they refuse operators
+whose tensors lie on two devices, and everything that would make the host wait for a number. The device is called
+``meta``, for which torch needs no driver. What branches on CUDA itself is not seen; tests/gpu is for that.
 """
 
 import contextlib
