@@ -105,8 +105,11 @@ def fake(
     n_gen = x.shape[0] - n_real
     # Made on the device: a copy from the host would end the capture of a CUDA graph.
     generated = (torch.arange(x.shape[0], device=x.device) < n_gen).view(c.a.shape)
-    halves = ((a_gen, a_real), (b_gen, b_real), (d_gen, d_real), (c_gen, c_real))
-    A, B, D, C = (torch.where(generated, *(c.a.new_full((), number) for number in half)) for half in halves)
+
+    def by_half(gen: float, real: float) -> Tensor:
+        return torch.where(generated, c.a.new_full((), gen), c.a.new_full((), real))
+
+    A, B, D, C = by_half(a_gen, a_real), by_half(b_gen, b_real), by_half(d_gen, d_real), by_half(c_gen, c_real)
 
     tgt = _target(c, x, noise, endpoint, noise_rows)
     f = _prediction(c, fake_out, x_t)

@@ -21,8 +21,9 @@ def test_dry_run_goes_everywhere_and_has_no_figures(tmp_path, capfd):
     assert content["dry"] is True
     assert content["machine"]["torch"]
     states = content["sections"]
-    assert set(states) == {*only, "compute-sanitizer"}
-    assert states.pop("compute-sanitizer") == "left out: a dry run"
+    assert set(states) == {*only, "compute-sanitizer", "slow tests"}
+    assert states.pop("compute-sanitizer") == states.pop("slow tests") == "left out: a dry run"
+    assert "<Module test_turns.py>" in (tmp_path / "gpu.tests.log").read_text()
     # Without a compiler there is no extension, and the suite goes on.
     states.pop("build")
     assert set(states.values()) == {"done"}, states
@@ -62,7 +63,10 @@ def test_a_section_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(suite, "_in_a_process", half_done)
     content = {"sections": {}, "rows": []}
-    suite._section(content, "kernels", dry=True, seconds=9)
+    part = tmp_path / "rows"
+    part.write_text("of an earlier run")
+    suite._section(content, "kernels", True, 9, part)
+    assert not part.exists()
     assert content == {
         "sections": {"kernels": "stopped after 9 s"},
         "rows": [{"section": "kernels", "case": "copy"}],

@@ -2,11 +2,13 @@
 
 Sections run in order, each in a process of its own with a time limit, and what each row says is on disk when it is
 measured: a section that hangs, fails or runs out of time loses only what it had not done, and the summary says so. Time
-that one leaves over goes to the next. ``--only`` with a longer ``--seconds`` gives the long ones room.
+that one leaves over goes to the next. ``--only`` with a longer ``--seconds`` gives the long ones room. What tests say
+is beside the results, in NAME.tests.log, NAME.sanitizer.log and NAME.slow.log.
 
 ========= ==========================================================================================
 build     the C++ extension, where it is missing
-tests     those marked gpu, then the kernels' smallest under compute-sanitizer where that is installed
+tests     those marked gpu, on several processes where pytest-xdist is installed; the kernels' smallest under
+          compute-sanitizer where that is; those that compile networks
 kernels   copy bandwidth; each fused call against it, the plain formulas and torch.compile of them
 optimiser the optimiser step against torch's fused pieces
 cycle-256 the CIFAR-10 recipe at batch 256: turns and cycles in every mode
@@ -20,10 +22,13 @@ tune      kernels over tile sizes; only when asked for
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,20 +132,36 @@ def _in_a_process(name: str, dry: bool, seconds: float, part: Path) -> str:
     return _ended([*command, *(["--dry"] if dry else [])], seconds + 15)
 
 
-def _ended(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> str:
-    """Run a command with a limit, its output on ours; how it ended, with the last lines where it failed."""
+def _ended(
+    command: Sequence[str], seconds: float, environment: dict[str, str] | None = None, log: Path | None = None
+) -> str:
+    """Run a command with a limit; how it ended, with the last lines where it failed.
+
+    All it says goes to ``log``; without one its output is on ours, its errors are kept.
+    """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as said:
+        # A session of its own, which ends with all that the command had started.
+        running = subprocess.Popen(
+            command,
+            cwd=machine.ROOT,
+            env=environment,
+            stdout=None if log is None else said,
+            stderr=said,
+            start_new_session=True,
+        )
         try:
-            code = subprocess.run(
-                command, cwd=machine.ROOT, env=environment, stderr=errors, timeout=max(seconds, 1.0), check=False
-            ).returncode
+            code = running.wait(max(seconds, 1.0))
         except subprocess.TimeoutExpired:
             return f"stopped after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
         if code == 0:
             return "done"
-        errors.seek(0)
-        return f"failed with {code}: " + " / ".join(errors.read().strip().splitlines()[-6:])
+        said.seek(0)
+        return f"failed with {code}: " + " / ".join(said.read().strip().splitlines()[-6:])
 
 
 def build(seconds: float) -> str:
@@ -150,20 +171,31 @@ def build(seconds: float) -> str:
     return _ended([sys.executable, "setup.py", "build_ext", "--inplace"], seconds)
 
 
-def tests(dry: bool, seconds: float) -> dict[str, str]:
-    """Run tests/gpu, and its kernel tests on small tensors under compute-sanitizer."""
+def tests(dry: bool, seconds: float, out: Path, name: str) -> dict[str, str]:
+    """Run tests/gpu: all that compile no network, the kernels' on small tensors under compute-sanitizer, the rest."""
     end = time.monotonic() + seconds
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-    ended = {"tests": _ended([*command, "--collect-only" if dry else "-x", *TESTS], seconds)}
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider"]
+    # Most of their time is compiling kernels, on one core a process.
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
+    quick = [*command, *parallel, "-m", "gpu and not slow", *(["--collect-only"] if dry else []), *TESTS]
+    ended = {"tests": _ended(quick, seconds, log=out / f"{name}.tests.log")}
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if dry or sanitizer is None:
-        return ended | {"compute-sanitizer": "left out: a dry run" if dry else "left out: it is not installed"}
-    left = end - time.monotonic()
-    if left < 20:
-        return ended | {"compute-sanitizer": "left out: no time"}
-    # Without torch's caching allocator every tensor is an allocation whose bounds are watched.
-    small = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *command, "-x", SANITIZED, "-k", "small"]
-    return ended | {"compute-sanitizer": _ended(small, left, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})}
+    # Without torch's caching allocator every tensor is an allocation whose bounds are watched. Torch asks the driver
+    # for things that it may not have: that is no error.
+    small = [*command, "-x", "-m", "gpu", SANITIZED, "-k", "small"]
+    watched = [str(sanitizer), "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *small]
+    slow = [*command, "-m", "gpu and slow", *TESTS]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for state, run, needed, environment in (("compute-sanitizer", watched, 20, uncached), ("slow tests", slow, 60, {})):
+        left = end - time.monotonic()
+        if dry or (run is watched and sanitizer is None):
+            ended[state] = "left out: a dry run" if dry else "left out: it is not installed"
+        elif left < needed:
+            ended[state] = "left out: no time"
+        else:
+            log = out / f"{name}.{state.split()[0].replace('compute-', '')}.log"
+            ended[state] = _ended(run, left, environment, log)
+    return ended
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -238,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name == "build":
             content["sections"][name] = build(seconds)
         elif name == "tests":
-            content["sections"] |= tests(args.dry, seconds)
+            content["sections"] |= tests(args.dry, seconds, args.out, args.name)
         else:
-            _section(content, name, args.dry, seconds)
+            _section(content, name, args.dry, seconds, args.out / f"{args.name}.{name}.rows")
         (args.out / f"{args.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     text = summary(content)
     (args.out / f"{args.name}.md").write_text(text)
@@ -248,12 +280,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _section(content: dict[str, Any], name: str, dry: bool, seconds: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "rows"
-        content["sections"][name] = _in_a_process(name, dry, seconds, part)
-        if part.exists():
-            content["rows"] += [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
+def _section(content: dict[str, Any], name: str, dry: bool, seconds: float, part: Path) -> None:
+    part.unlink(missing_ok=True)
+    content["sections"][name] = _in_a_process(name, dry, seconds, part)
+    if part.exists():
+        content["rows"] += [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
+        part.unlink()
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Cuda:
             taken.append(start.elapsed_time(end) / calls)
         return median(taken)
 
-    def profile(self, function: Function, calls: int = 3) -> dict[str, float | None]:
+    def profile(self, function: Function, calls: int = 1) -> dict[str, float | None]:
         """Of one call: launches from the host, kernels and copies on the device, and ms that any of them was running.
 
         A captured turn is one launch of many kernels.
@@ -104,11 +104,10 @@ class Cuda:
         host = [event.name for event in events if event.device_type != DeviceType.CUDA]
         launches = sum(any(word in name for word in LAUNCHES) for name in host)
         # Ranges that the host names are shown on the device too, from their first kernel to their last.
-        named = set(host)
         spans = [
             (event.time_range.start, event.time_range.end)
             for event in events
-            if event.device_type == DeviceType.CUDA and event.name not in named
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         ]
         busy, reached = 0.0, float("-inf")
         for start, end in sorted(spans):
@@ -167,6 +166,11 @@ class _DryRecorder:
 
 
 Device = Cuda | Dry
+
+
+def reason(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 class Deadline:

@@ -18,7 +18,7 @@ from realuid_fast.noise import normal
 
 from .. import peers
 from ..report import OURS, Row
-from .device import Deadline, Device, Function, Times
+from .device import Deadline, Device, Function, Times, reason
 
 SHAPES = ((256, 3, 32, 32), (2048, 3, 32, 32), (64, 4, 128, 128), (16, 16, 21, 60, 104), (16384, 4, 32, 32))
 DRY_SHAPES = ((4, 3, 8, 8), (2, 4, 3, 4, 4))
@@ -36,7 +36,7 @@ class Way:
     name: str
     run: Function
     compiles: bool = False
-    reads: int = 0
+    reads: float = 0
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,14 @@ def calls(i: Inputs) -> Iterator[Call]:
         ("matching", matching, 2, 1),
     ):
         function, arguments, wanted = plain[name]
-        given = i.shared if name == "fake" else i.noise
+        # Half of a fake turn's rows have noise of their own.
+        given, more = (i.shared, reads + 0.5) if name == "fake" else (i.noise, reads + 1.0)
         ways = [
             Way(OURS, ours(i.key), reads=reads),
-            Way(GIVEN, ours(given), reads=reads + 1),
-            Way(EAGER, _with_gradients(function, arguments, wanted), reads=reads + 1),
-            Way(BY_HAND, _compiled(by_hand[name], arguments), compiles=True, reads=reads + 1),
-            Way(COMPILED, _with_gradients(_lazily(function), arguments, wanted), compiles=True, reads=reads + 1),
+            Way(GIVEN, ours(given), reads=more),
+            Way(EAGER, _with_gradients(function, arguments, wanted), reads=more),
+            Way(BY_HAND, _compiled(by_hand[name], arguments), compiles=True, reads=more),
+            Way(COMPILED, _with_gradients(_lazily(function), arguments, wanted), compiles=True, reads=more),
         ]
         yield Call(f"{name} loss and gradients", reads, writes, ways)
     interpolates = [
@@ -150,39 +151,39 @@ def copy(device: Device) -> Row:
 
 
 def measure(device: Device, deadline: Deadline, write: Callable[[Row], None]) -> None:
-    """Every call at every size: what needs no compiling first, then torch.compile, most telling first."""
+    """Every call at every size: all ways of the largest first, then of the others what needs no compiling."""
     copied = copy(device)
     write(copied)
-    cases = [(shape, dtype) for shape in (DRY_SHAPES if device.dry else SHAPES[::-1]) for dtype in DTYPES]
+    first, *others = [(shape, dtype) for shape in (DRY_SHAPES if device.dry else SHAPES[::-1]) for dtype in DTYPES]
+    compiling = (BY_HAND, COMPILED, "torch.compile")
+    passes = [(first, None), *((first, name) for name in compiling), *((case, None) for case in others)]
+    passes += [(case, name) for name in compiling for case in others]
     ours: dict[tuple[Any, ...], float | None] = {}
-    for compiled in (None, BY_HAND, COMPILED, "torch.compile"):
-        for shape, dtype in cases:
-            if deadline.left < 0:
-                return
-            for call in calls(Inputs(shape, dtype, device.device)):
-                for way in call.ways:
-                    if deadline.left < 0 or (way.name != compiled if way.compiles else compiled is not None):
-                        continue
-                    size = math.prod(shape) * dtype.itemsize
-                    left_out = None
-                    try:
-                        times = device.time(way.run)
-                    except Exception as error:
-                        # One way that does not run must not cost the others.
-                        left_out = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                        times = Times(None, None, None)
-                    if way.name == OURS:
-                        ours[call.name, shape, dtype] = times.device_ms
-                    row = _row(
-                        call.name, shape, dtype, way.name, way.name == OURS, times, size * (way.reads + call.writes)
-                    )
-                    mine = ours.get((call.name, shape, dtype))
-                    row["ratio"] = times.device_ms / mine if times.device_ms and mine else None
-                    if left_out is not None:
-                        row["left_out"] = left_out
-                    if row["GBps"] and copied["GBps"]:
-                        row["share_of_copy"] = row["GBps"] / copied["GBps"]
-                    write(row)
+    for (shape, dtype), compiled in passes:
+        if deadline.left < 0:
+            return
+        size = math.prod(shape) * dtype.itemsize
+        for call in calls(Inputs(shape, dtype, device.device)):
+            for way in call.ways:
+                if deadline.left < 0 or (way.name != compiled if way.compiles else compiled is not None):
+                    continue
+                left_out = None
+                try:
+                    times = device.time(way.run)
+                except Exception as error:
+                    # One way that does not run must not cost the others.
+                    left_out, times = reason(error), Times(None, None, None)
+                if way.name == OURS:
+                    ours[call.name, shape, dtype] = times.device_ms
+                moved = size * (way.reads + call.writes)
+                row = _row(call.name, shape, dtype, way.name, way.name == OURS, times, moved)
+                mine = ours.get((call.name, shape, dtype))
+                row["ratio"] = times.device_ms / mine if times.device_ms and mine else None
+                if left_out is not None:
+                    row["left_out"] = left_out
+                if row["GBps"] and copied["GBps"]:
+                    row["share_of_copy"] = row["GBps"] / copied["GBps"]
+                write(row)
 
 
 def _row(
@@ -192,7 +193,7 @@ def _row(
     way: str,
     ours: bool,
     times: Times,
-    size: int,
+    size: float,
     ratio: float | None = None,
 ) -> Row:
     return {

@@ -14,11 +14,12 @@ from torch import nn
 from realuid_fast.optim import Optimiser
 from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.modes import WARM_UP
 
 from ..published import Published
 from ..report import OURS, Row
 from ..step import PROBLEMS, Problem
-from .device import Deadline, Device
+from .device import Deadline, Device, reason
 
 DECAYS = (0.999, 0.9996, 0.9999)
 BATCHES = (256, 8)
@@ -37,13 +38,13 @@ class Way:
     autocast: bool = False
 
 
-# What needs no compiler first: time may run out on the others. Compiled code is found again in torch's cache.
+# The most telling first, what needs a compiler last: time may run out. Compiled code is found again in torch's cache.
 WAYS = (
     Way("as published, eager float32 (torch's defaults: TF32 convolutions)"),
-    Way("as published, eager under bf16 autocast", autocast=True),
-    Way(f"{OURS}, eager, float32", {}),
-    Way(f"{OURS}, eager, bf16 and fp16 turns", HALF),
     Way(f"{OURS}, graphs of eager networks, bf16 and fp16 turns", HALF, capture=True),
+    Way("as published, eager under bf16 autocast", autocast=True),
+    Way(f"{OURS}, eager, bf16 and fp16 turns", HALF),
+    Way(f"{OURS}, eager, float32", {}),
     Way(f"{OURS}, compiled, bf16 and fp16 turns", HALF, mode="compiled"),
     Way(f"{OURS}, graphs, bf16 and fp16 turns", HALF, mode="compiled", capture=True),
 )
@@ -105,17 +106,20 @@ def _foreach(net: nn.Module, settings: dict[str, Any]) -> Callable[[], None]:
 def updates(device: Device, deadline: Deadline, write: Callable[[Row], None], batch: int) -> None:
     """Updates of ``batch``: ms of either turn and of a cycle, launches, idle share, peak memory."""
     first: float | None = None
+    slowest = 0.0
     for way in WAYS:
-        if deadline.left < 0:
+        # Warm-up, cycle and parts of one that is as slow as the slowest so far.
+        if deadline.left < 8e-3 * slowest:
             return
         device.forget_memory()
         row: Row = {"case": f"update, batch {batch}", "shape": [batch], "dtype": "float32", "way": way.name}
         row |= {"ours": way.distill is not None, "median_ms": None}
         try:
-            row |= _measure(device, way, batch)
+            row |= _measure(device, way, batch, deadline)
         except Exception as error:
             # One way that does not run, out of memory say, must not cost the others.
-            row["left_out"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            row["left_out"] = reason(error)
+        slowest = max(slowest, row["median_ms"] or 0.0)
         if way is WAYS[0]:
             first = row["median_ms"]
         row["published_over_this"] = first / row["median_ms"] if first and row["median_ms"] else None
@@ -140,7 +144,9 @@ def _trainer(
     if way.distill is None:
         published = Published(replace(config, run=run), dataset, teacher)
         kind = device.device.type
-        return published, torch.autocast(kind, torch.bfloat16) if way.autocast else contextlib.nullcontext()
+        # Its cache of rounded weights lives until the context is left, here after many updates.
+        rounded = torch.autocast(kind, torch.bfloat16, cache_enabled=False)
+        return published, rounded if way.autocast else contextlib.nullcontext()
     changed = configs.merge(configs.to_mapping(replace(config, run=run)), {"distill": way.distill})
     distiller = Distiller(configs.from_mapping(changed), dataset, teacher)
     if way.capture:
@@ -148,28 +154,34 @@ def _trainer(
     return distiller, contextlib.nullcontext()
 
 
-def _measure(device: Device, way: Way, batch: int) -> Row:
+def _measure(device: Device, way: Way, batch: int, deadline: Deadline) -> Row:
     trainer, context = _trainer(device, way, batch)
     with context:
-        return _figures(device, trainer)
+        # Until its turns are captured where they are to be.
+        for _ in range(1 if device.dry else WARM_UP + 2 if way.capture else 2):
+            trainer.update()
+        return _figures(device, trainer, deadline)
 
 
-def _figures(device: Device, trainer: Distiller | Published) -> Row:
-    """Figures of one trainer, warmed up until its turns are captured where they are to be."""
-    for _ in range(1 if device.dry else 5):
-        trainer.update()
-    cycle = device.spans(trainer.update, calls=2, rounds=5)
-    profiled = device.profile(trainer.update)
-    busy = profiled["busy_ms"]
-    row: Row = {"median_ms": cycle, "updates_per_second": 1e3 / cycle if cycle else None, **profiled}
+def _figures(device: Device, trainer: Distiller | Published, deadline: Deadline) -> Row:
+    """Figures of one trainer that is warm: of whole updates, and where there is time for it of their parts."""
+    # Few of what takes seconds, more of what takes milliseconds.
+    first = device.spans(trainer.update, calls=1, rounds=1)
+    most = max(3, min(20, int(3e3 / first))) if first else 1
+    cycle = device.spans(trainer.update, calls=1, rounds=most)
+    row: Row = {"median_ms": cycle, "updates_per_second": 1e3 / cycle if cycle else None}
+    if cycle and deadline.left < 5e-3 * cycle:
+        return row
+    row |= device.profile(trainer.update)
+    busy = row["busy_ms"]
     row["idle_share"] = max(0.0, 1 - busy / cycle) if busy and cycle else None
     if isinstance(trainer, Distiller):
         made = torch.randn_like(trainer._like)
         labels = None if trainer.labels is None else trainer.labels[: trainer.batch]
-        row["fake_turn_ms"] = device.spans(lambda: trainer.fake_turn(made, labels), calls=4, rounds=5)
-        row["generator_turn_ms"] = device.spans(trainer.generator_turn, calls=4, rounds=5)
+        row["fake_turn_ms"] = device.spans(lambda: trainer.fake_turn(made, labels), calls=1, rounds=most)
+        row["generator_turn_ms"] = device.spans(trainer.generator_turn, calls=1, rounds=most)
     else:
         draws = trainer._draws()
-        row["fake_turn_ms"] = device.spans(lambda: trainer.fake_turn(*draws), calls=4, rounds=5)
-        row["generator_turn_ms"] = device.spans(lambda: trainer.generator_turn(*draws[:-1]), calls=4, rounds=5)
+        row["fake_turn_ms"] = device.spans(lambda: trainer.fake_turn(*draws), calls=1, rounds=most)
+        row["generator_turn_ms"] = device.spans(lambda: trainer.generator_turn(*draws[:-1]), calls=1, rounds=most)
     return row

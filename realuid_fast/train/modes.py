@@ -95,8 +95,7 @@ class CudaRecorder:
         for generator in self._generators:
             graph.register_generator_state(generator)
         # Threads that read batches or write checkpoints go on with memory of their own meanwhile.
-        settings = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **settings):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             results = turn()
         return graph.replay, results
 
