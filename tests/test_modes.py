@@ -11,12 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from realuid_fast import data, teachers
+from realuid_fast import data, paths, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
 from realuid_fast.train import modes
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.generator import Generator
 from realuid_fast.train.modes import WARM_UP, Captured
 
 POINTS = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
@@ -185,6 +186,17 @@ def test_many_compiled_networks_of_one_class():
     for net in nets:
         x = torch.randn(2, net.in_features)
         torch.testing.assert_close(modes.compiled(net, "eager")(x), net(x))
+
+
+def test_a_generator_of_several_steps_compiles_on_a_path_that_is_a_table():
+    """Its rows are made once: making the table takes what torch.compile cannot follow."""
+    net = build(IMAGES)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    several = Generator(net, None, paths.build("vp-discrete"), "noise", (0.2,))
+    z, step = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    run = modes.compiled(several, "eager")
+    torch.testing.assert_close(run(z, None, None, step), several(z, None, None, step))
 
 
 def test_modes_that_cannot_be_had_are_refused(monkeypatch):

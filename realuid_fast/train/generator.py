@@ -34,6 +34,7 @@ class Generator(nn.Module):
     """
 
     _numbers: Tensor
+    _rows: Tensor
 
     def __init__(
         self,
@@ -53,8 +54,12 @@ class Generator(nn.Module):
             raise UserError(f"times must come nearer to the data after t_start = {self.t_start:g}, got {self.times}")
         self._starts = tuple(starting(path, predict, t) for t in (self.t_start, *self.times))
         numbers = torch.tensor([(s.t, s.c_in, s.k_out, s.k_x) for s in self._starts], dtype=torch.float32)
-        # On the device from the start: a captured step may not copy from the host.
-        self.register_buffer("_numbers", numbers.to(next(net.parameters()).device), persistent=False)
+        later = torch.tensor(self.times, dtype=torch.float32)
+        rows = path.coefficients(later, "x0", "x0") if self.times else later.new_zeros(0, 9)
+        # On the device from the start: a captured step may not copy from the host, and a compiled one not make tables.
+        device = next(net.parameters()).device
+        self.register_buffer("_numbers", numbers.to(device), persistent=False)
+        self.register_buffer("_rows", rows.to(device), persistent=False)
 
     @property
     def steps(self) -> int:
@@ -91,12 +96,12 @@ class Generator(nn.Module):
         return torch.addcmul(k_x * state, k_out, out.to(state.dtype))
 
     def _noised(self, number: int, x: Tensor, z: Tensor, endpoint: Tensor | None) -> Tensor:
-        t = x.new_full((len(x),), self.times[number - 1], dtype=torch.float32)
+        coef = self._rows[number - 1].repeat(len(x), 1)
         # Dense alike for the fused call; networks may return any layout.
         layout = torch.contiguous_format if z.is_contiguous() else torch.channels_last
         end = None if endpoint is None else endpoint.contiguous(memory_format=layout)
         x = x.to(z.dtype).contiguous(memory_format=layout)
-        return rf.interpolate(x, self.path.coefficients(t, "x0", "x0"), _key(z, number), end)
+        return rf.interpolate(x, coef, _key(z, number), end)
 
 
 def _key(z: Tensor, number: int) -> Tensor:
