@@ -6,6 +6,7 @@ whose tensors lie on two devices, and everything that would make the host wait f
 """
 
 import contextlib
+import itertools
 from unittest import mock
 
 import pytest
@@ -16,9 +17,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from realuid_fast import backends, data, sampling, teachers
+from realuid_fast import backends, data, paths, sampling, teachers
+from realuid_fast.errors import UserError
 from realuid_fast.networks import build
+from realuid_fast.paths import samplers
 from realuid_fast.train import config as configs
 from realuid_fast.train import jobs, loop
 from realuid_fast.train.teacher import TeacherTrainer
@@ -67,6 +72,30 @@ def pretended():
         yield
 
 
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        places = [{t.device.type for t in tree_leaves(tree) if isinstance(t, torch.Tensor)} for tree in (args, result)]
+        if "cpu" in places[0] and ("meta" in places[0] or "meta" in places[1]):
+            raise AssertionError(f"{func} takes a tensor from the host")
+        return result
+
+
+@contextlib.contextmanager
+def nothing_from_the_host():
+    """Refuses what a captured turn may not do: copying tensors to the device, or making them of Python's numbers."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor is made of numbers of the host")
+
+    makers = ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (torch.Tensor, "new_tensor"))
+    with contextlib.ExitStack() as stack:
+        for owner, name in makers:
+            stack.enter_context(mock.patch.object(owner, name, refuse))
+        stack.enter_context(Watch())
+        yield
+
+
 def content(dataset, **sections):
     run = {"mode": "eager", "device": "meta"}
     return configs.from_mapping({"data": dataset.config, "run": run, **sections})
@@ -86,6 +115,13 @@ def test_a_students_update_stays_on_its_device(case):
             trainer.update()
             trainer.update()
             loop._Row(trainer, {})
+            if case == "regression":
+                return  # its pairs come from the teacher, and it is never captured
+            with nothing_from_the_host():
+                if trainer.turns:
+                    trainer._generate_rows()
+                    trainer._fake_step_plain()
+                trainer._generator_step_plain()
 
 
 @pytest.mark.parametrize("network", [UNET, LABELLED], ids=["images", "labels"])
@@ -100,6 +136,35 @@ def test_a_teachers_update_stays_on_its_device(network):
             loop._Row(trainer, {})
 
 
+@pytest.mark.parametrize("name", paths.PATHS)
+def test_times_and_coefficients_are_made_on_the_device(name):
+    """By every sampler, in every space and for every prediction that the path allows."""
+    seen = set()
+    with pretended():
+        draws, z = Generator(), torch.zeros(6, 2, device="meta")
+        for sampler in samplers.SAMPLERS:
+            path = paths.build(name, sampler=sampler)
+            for match, predict in itertools.product(paths.MATCH_SPACES, paths.PREDICTIONS):
+                try:
+                    path.coefficients(path.sample_time(2), match, predict)
+                except UserError:
+                    continue  # the path has no such times, or cannot express the pair
+
+                def turn(path=path, match=match, predict=predict):
+                    t = path.sample_time(6, draws, z.device)
+                    path.network_input(z, t, predict), path.network_time(t, predict)
+                    return t, path.coefficients(t, match, predict)
+
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    turn()  # tables are brought to the device once
+                    with nothing_from_the_host():
+                        t, coef = turn()
+                assert (t.device.type, coef.device.type) == ("meta", "meta")
+                seen.add((sampler, match, predict))
+    assert len({sampler for sampler, _, _ in seen}) >= 4
+    assert len(seen) >= 12
+
+
 def test_a_number_from_the_host_would_be_seen():
     """Else the tests above would pass whatever the update did."""
     on_device = torch.zeros(3, device="meta")
@@ -108,3 +173,8 @@ def test_a_number_from_the_host_would_be_seen():
             torch.arange(3.0).index_select(0, on_device.long())
         with pytest.raises(DataDependentOutputException):
             float(on_device[0])
+        with nothing_from_the_host():
+            with pytest.raises(AssertionError, match="takes a tensor from the host"):
+                on_device.copy_(torch.zeros(3))
+            with pytest.raises(AssertionError, match="made of numbers of the host"):
+                torch.tensor([1.0, 2.0], device="meta")
