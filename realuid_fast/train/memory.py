@@ -16,11 +16,17 @@ from ..sampling import arguments, takes_endpoint
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error is an allocation that failed, on whatever device."""
+    """Whether an error is an allocation that failed, on whatever device, or was raised in the wake of one.
+
+    A CUDA graph whose capture runs out of memory says, as it is left, that the capture is invalid.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     # The CPU's allocator has no class of its own.
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    words = ("can't allocate memory", "out of memory")
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+        return True
+    return error.__context__ is not None and is_exhausted(error.__context__)
 
 
 def bytes_per_sample(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
