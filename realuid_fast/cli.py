@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,6 +55,19 @@ PUBLISHED = {"metric": "inception", "labels": "balanced", "repeats": 3, "steps":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for input that cannot be used, 130 or 143 after SIGINT or SIGTERM."""
+    try:
+        code = _answered(argv)
+    except Exception:
+        # Nothing but a process group that cannot be ended keeps this from whoever called.
+        if not distributed.unended():
+            raise
+        traceback.print_exc()
+        code = 1
+    distributed.leave(code)
+    return code
+
+
+def _answered(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     warnings.showwarning = _warn
     # Every update allocates the same tensors; without this the C library has their pages zeroed anew each time.
@@ -290,9 +304,10 @@ def _train(arguments: argparse.Namespace) -> None:
             return
     lines = {measure.floor_name: measure.floor().distance}
     if arguments.command == "distill" and config.run.teacher_steps and config.run.evaluate_every:
-        model = _model_teacher(config)
-        noise = evaluation_noise(data.load(config.data).shape, config.run.evaluate_samples)
-        conditions = measure.conditions(model.net, len(noise))
+        model, device = _model_teacher(config), distributed.device(config.run.device)
+        model.net.to(device)
+        noise = evaluation_noise(data.load(config.data).shape, config.run.evaluate_samples, device)
+        conditions = measure.conditions(model.net, len(noise), device)
         samples, _ = generate(evaluation.sampler(model, config.run.teacher_steps), noise, *conditions)
         lines[f"teacher, {config.run.teacher_steps} Euler steps"] = measure(samples).distance
     name = "student" if arguments.command == "distill" else f"teacher, {SAMPLING_STEPS} Euler steps"
@@ -611,7 +626,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     config = configs.load(arguments.config or "digits", arguments.set)
-    jobs = free_cores() if arguments.jobs is None else arguments.jobs
+    # Runs on one GPU share its memory: how many fit, only whoever asks for them knows.
+    alone = torch.device(config.run.device).type == "cuda"
+    jobs = (1 if alone else free_cores()) if arguments.jobs is None else arguments.jobs
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if arguments.samples < 0:

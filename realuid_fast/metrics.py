@@ -57,7 +57,7 @@ def train_classifier(
     assert digits.train_labels is not None
     assert digits.heldout_labels is not None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = DigitClassifier()
     order = torch.Generator().manual_seed(seed)
     steps = epochs * (len(digits) // batch)

@@ -154,7 +154,7 @@ class FusedAdam(torch.optim.Optimizer):
         norm: the last gradient norm before clipping, ``()``.
         counts: int64 ``(2,)`` on the device: calls of :meth:`step`, and those skipped.
         flat_storage: every group's :class:`FlatParameters`, or None.
-        reduce: called by :meth:`step` with all gradients, to change them in place before anything reads them; None.
+        reduce: called by :meth:`step` with all gradients, to change or replace them before anything reads them; None.
         settle: called before anything else changes gradients that ``reduce``'s owner may be at work on; None.
 
     Raises:
@@ -247,12 +247,14 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts = [(i, part) for i in range(len(self.param_groups)) for part in self._parts(i)]
-        if not parts:
+        present = [_local(p.grad) for p in self._parameters() if p.grad is not None]
+        if not present:
             raise UserError("step was called without gradients: run backward first")
-        gradients = [grad for _, part in parts for grad in part.grads]
+        # It may put other gradients in their place, so they are collected afterwards.
         if self.reduce is not None:
-            self.reduce(gradients)
+            self.reduce(present)
+        parts = [(i, part) for i in range(len(self.param_groups)) for part in self._parts(i)]
+        gradients = [grad for _, part in parts for grad in part.grads]
         run = ops.current(self.counts.device)
         if is_sharded(first := self._parameters()[0]):
             # The step begins on one number, the norm of all ranks' gradients, so that all take or skip it.

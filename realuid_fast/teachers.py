@@ -223,7 +223,7 @@ def filled(
         if sum(table.numel() for name, table in net.named_buffers() if name not in own) > MOST_UNSAVED:
             raise UserError(f"{where} describes a network with tables of more than {MOST_UNSAVED:,} numbers")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             net = build(network)
     except UserError:
         raise

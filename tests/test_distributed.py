@@ -28,6 +28,7 @@ from realuid_fast.train.checkpoint import Checkpoints, read
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
 from realuid_fast.train.logging import read_csv
+from realuid_fast.train.loop import Interrupted
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 
@@ -265,8 +266,7 @@ def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, m
         monkeypatch.setattr(distributed, "PIECE", least)
         torch.manual_seed(0)
         net = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(layers)))
-        if not flat:
-            net.register_parameter("idle", nn.Parameter(torch.ones(3)))
+        net.register_parameter("idle", nn.Parameter(torch.ones(3)))
         optimiser, found = Optimiser(net, 0.1), []
         optimiser.adam = FusedAdam(net.parameters(), 0.1, flat=flat)
         distributed.average(optimiser, parts)
@@ -274,7 +274,7 @@ def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, m
 
         def keep(given):
             mean(given)
-            found.extend(g.clone() for g in given)
+            found.extend(p.grad.clone() for p in net.parameters() if p.grad is not None)
 
         optimiser.adam.reduce = keep
         monkeypatch.setattr(dist, "all_reduce", lambda *given, **named: order.append("sent") or reduce(*given, **named))
@@ -287,6 +287,8 @@ def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, m
             order.append("step")
             optimiser.adam.step()
             optimiser.adam.zero_grad()
+            # Ranks' weights part where one steps along gradients of its own.
+            found.extend(p.detach().clone() for p in net.parameters())
         monkeypatch.setattr(dist, "all_reduce", reduce)
         return found
 
@@ -302,10 +304,41 @@ def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, m
     assert all(map(torch.equal, found, other))
     before = [*reversed(range(layers))] * (parts - 1)
     # What has no gradient is waited for until the step. A layer here is 100 bytes.
-    whole = ["sent", 0, "step"] if flat else [0, "step", "sent"]
-    assert at_once == [*before, 5, 4, 3, 2, 1, *whole] * 3
+    assert at_once == [*before, 5, 4, 3, 2, 1, 0, "step", "sent"] * 3
     assert in_twos == [*before, 5, "sent", 4, 3, "sent", 2, 1, "sent", 0, "step"] * 3
     assert singly == [*before, *(x for i in reversed(range(layers)) for x in ("sent", i)), "step"] * 3
+
+
+def test_an_error_of_one_rank_does_not_wait_for_a_group_that_cannot_end(monkeypatch):
+    """NCCL's end waits for all ranks; what was stopped by a signal comes to it with all of them."""
+    ended, left = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("group"))
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "_left", left)
+    for backend, error, wanted in (
+        ("cpu:gloo,cuda:nccl", UserError("the disk is full"), ([], ["cpu:gloo,cuda:nccl"])),
+        ("cpu:gloo,cuda:nccl", Interrupted(15, Path("runs")), (["group"], [])),
+        ("gloo", UserError("the disk is full"), (["group"], [])),
+    ):
+        ended.clear()
+        left.clear()
+        with pytest.raises(type(error)), distributed.group(backend):
+            raise error
+        assert (ended, left) == wanted
+    monkeypatch.setattr(distributed, "_left", ["nccl"])
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code))
+    distributed.leave(2)
+    assert ended == ["group", 2]
+
+
+def test_a_device_with_a_number_is_refused_where_ranks_have_their_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert distributed.device("cuda") == "cuda:1"
+    assert distributed.device("cpu") == "cpu"
+    with pytest.raises(UserError, match=r"run\.device must be cuda .* got cuda:0"):
+        distributed.device("cuda:0")
 
 
 def test_pieces_are_neighbours_from_the_end():

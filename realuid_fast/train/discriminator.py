@@ -73,7 +73,7 @@ class Judged(nn.Module):
         self.num_classes, self.endpoint = getattr(net, "num_classes", None), takes_endpoint(net)
         parameter = next(net.parameters())
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             x = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
             labels = x.new_zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
             ends = (x,) if self.endpoint else ()

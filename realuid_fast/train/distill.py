@@ -432,9 +432,15 @@ class Distiller:
         self._fake_step = Captured(self._fake_step_plain, recorder, modes.WARM_UP * max(self.turns, 1))
         self._generator_step = Captured(self._generator_step_plain, recorder)
 
+    def forget_graphs(self) -> None:
+        """Let go of what was captured; turns that go on warm up and are captured again."""
+        for turn in (self._generate, self._fake_step, self._generator_step):
+            if isinstance(turn, Captured):
+                turn.reset()
+
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
-        with torch.no_grad(), self._exporting():
+        with torch.no_grad(), self._exporting(), Precision("float32", self.device).turn():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
@@ -470,9 +476,7 @@ class Distiller:
         self.draws.set_state(state["draws"])
         if self.batches is not None:
             self.batches.load_state_dict(state["batches"])
-        for turn in (self._generate, self._fake_step, self._generator_step):
-            if isinstance(turn, Captured):
-                turn.reset()
+        self.forget_graphs()
         self.meters.load_state_dict(state["meters"])
 
     def _draw_conditions(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -574,5 +578,5 @@ def _untrained(described: Description, seed: int) -> dict[str, Tensor]:
     if not described.network:
         raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return build(described.network).state_dict()

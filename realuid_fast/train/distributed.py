@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -33,6 +34,8 @@ PATIENCE = timedelta(hours=2)
 PIECE = 2**25
 # Odd, so that its multiples modulo 2^63 are all different: 2^63 over the golden ratio.
 _STRIDE = 0x4F1BBCDCBFA53E0B
+# The backend of a group that an error of this rank alone has left as it was.
+_left: list[str] = []
 
 
 def rank() -> int:
@@ -47,7 +50,11 @@ def size() -> int:
 
 def device(name: str) -> str:
     """``run.device`` of this process: under torchrun ``cuda`` is the GPU of its local rank."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+    if torch.device(name).type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return name
+    if torch.device(name).index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(f"run.device must be cuda where torchrun gives each of a machine's ranks its GPU, got {name}")
+    return name if torch.device(name).index is not None else f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def restarted(folder: Path) -> bool:
@@ -68,7 +75,8 @@ def joined(on: str, alone: bool = False) -> Iterator[None]:
     place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if single else _place()
     backend = "gloo"
     if torch.device(on).type == "cuda":
-        torch.cuda.set_device(device(on) if not single else on)
+        if (own := torch.device(device(on))).index is not None:
+            torch.cuda.set_device(own)
         # What is agreed between hosts goes past the GPUs, which need not be waited for then.
         backend = "cpu:gloo,cuda:nccl"
     with group(backend, timeout=PATIENCE, **place):
@@ -93,16 +101,34 @@ def group(backend: str, **settings: Any) -> Iterator[None]:
     dist.init_process_group(backend, **settings)
     # A thread of gloo lets go of the last tensor after it has said that the sum is there. That may take the
     # interpreter's lock, which destroy_process_group holds while it waits for the thread.
-    moment = 0.1
+    moment, waits = 0.1, False
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # Whoever started us may be about to end us, and there is something to be said before.
         moment = 0.005
+        # NCCL would wait here for ranks that know nothing of the error, and they for this one.
+        waits = "nccl" in backend and size() > 1 and not getattr(error, "of_all_ranks", False)
         raise
     finally:
         time.sleep(moment)
-        dist.destroy_process_group()
+        if waits:
+            _left.append(backend)
+        else:
+            dist.destroy_process_group()
+
+
+def unended() -> bool:
+    """Whether there is a process group that could not be ended, for :func:`leave` to get away from."""
+    return bool(_left)
+
+
+def leave(code: int) -> None:
+    """End the process with ``code``, at once where its group could not be ended: its threads would keep it."""
+    if _left:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _place() -> dict[str, Any]:

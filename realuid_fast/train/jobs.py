@@ -93,7 +93,12 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
             stack.enter_context(held(folder))
             open_folder(folder, resume, overwrite)
         distributed.wait()
-        return run(asked, trainer, folder, measure, dataset.shape, resume), measure
+        try:
+            return run(asked, trainer, folder, measure, dataset.shape, resume), measure
+        finally:
+            if isinstance(trainer, Distiller):
+                # NCCL does not end while a graph holds one of its sums.
+                trainer.forget_graphs()
 
 
 def evaluated(job: str, config: Config) -> Config:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -52,6 +53,7 @@ RUN_FILES = (
     "best.safetensors",
 )
 RUN_FOLDERS = ("checkpoints", "samples", "events")
+AHEAD = 2  # updates that a device has been given and not finished
 
 
 class Trainer(Protocol):
@@ -96,6 +98,8 @@ class Trainer(Protocol):
 
 class Interrupted(Exception):
     """A signal asked the run to end; everything is saved. ``code`` is the process' exit code."""
+
+    of_all_ranks = True
 
     def __init__(self, signum: int, folder: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}, saved in {folder}")
@@ -227,10 +231,18 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         observed = step
         if not together:
             return
-        if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
-            shown["distance"] = f"{evaluate():.4g}"
-        if settings.sample_every and step and (step % settings.sample_every == 0 or last):
-            show()
+        try:
+            if settings.evaluate_every and (step % settings.evaluate_every == 0 or last):
+                shown["distance"] = f"{evaluate():.4g}"
+            if settings.sample_every and step and (step % settings.sample_every == 0 or last):
+                show()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            raise UserError(
+                f"the memory of {trainer.device} does not suffice for the evaluation after update {step}: resume with "
+                "a smaller run.evaluate_samples, or without evaluations by run.evaluate_every=0 and run.sample_every=0"
+            ) from None
 
     progress = tqdm(
         total=trainer.updates,
@@ -240,6 +252,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
+    pace = _Pace(trainer.device)
     with (
         _signals() as received,
         contextlib.closing(progress),
@@ -253,6 +266,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
             stopping = False
             while trainer.step < trainer.updates and not stopping:
                 trainer.update()
+                pace.keep()
                 checkpoints.check()
                 step, last = trainer.step, trainer.step == trainer.updates
                 # Ranks do not get a signal in the same update, and agree on one to stop after.
@@ -417,8 +431,13 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
         if not memory.is_exhausted(error):
             raise
         # The turn that failed holds on to its tensors through its frames.
-        traceback.clear_frames(error.__traceback__)
+        held: BaseException | None = error
+        while held is not None:
+            traceback.clear_frames(held.__traceback__)
+            held = held.__context__
         what = memory.advice(trainer.network, trainer.batch, trainer.parts, trainer.rows, shape, trainer.device)
+        if "run.accumulate" in what and getattr(trainer, "mode", "") == "graphs":
+            what += " (and run.mode=compiled: a graph takes a batch whole)"
     else:
         return
     checkpoints.close()
@@ -511,6 +530,26 @@ class _Row:
             steps, row[f"{name} skipped"], row[f"{name} rate"] = values[self._meters + 3 * i :][:3]
             calls[name] = int(steps)
         return self._step, {**row, **self._clock}, calls
+
+
+class _Pace:
+    """Keeps the host within :data:`AHEAD` updates of a device that it only gives orders to.
+
+    Otherwise it would be a log interval ahead: a signal's last update would be that far off, and a row's clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._done: deque[torch.cuda.Event] = deque()
+
+    def keep(self) -> None:
+        """Wait, after an update, for one of some updates ago; the device has the later ones to go on with."""
+        if self._device.type != "cuda":
+            return
+        self._done.append(torch.cuda.Event())
+        self._done[-1].record(torch.cuda.current_stream(self._device))
+        if len(self._done) > AHEAD:
+            self._done.popleft().synchronize()
 
 
 class _Watch:

@@ -223,7 +223,7 @@ def _principal_components(train: Tensor) -> Callable[[Tensor], Tensor]:
     mean = flat.mean(0)
     count = max(min(COMPONENTS, len(flat) - 1, flat.shape[1]), 1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         _, _, axes = torch.svd_lowrank(flat - mean, q=count, niter=4)
     return lambda samples: (_flat(samples) - mean) @ axes
 

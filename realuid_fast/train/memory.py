@@ -22,8 +22,8 @@ def is_exhausted(error: BaseException) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU's allocator has no class of its own.
-    words = ("can't allocate memory", "out of memory")
+    # The CPU's allocator has no class of its own, nor have the workspaces of CUDA's libraries.
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
         return True
     return error.__context__ is not None and is_exhausted(error.__context__)

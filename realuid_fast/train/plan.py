@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -458,6 +459,7 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
     free = memory.free_bytes(device)
     growing = sum(size for name, size in plan.memory.items() if name.startswith(("activations", "batch")))
     fixed = sum(plan.memory.values()) - growing
+    made: Trainer | None = None
     batch, taken, why = 0, 0.0, "the batch does not fit into the free memory"
     # From the smallest up, as long as the next one's updates can be expected to be done in time.
     for size in reversed(sizes):
@@ -466,10 +468,27 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
         if batch and 2 * taken * steps > bound:
             why = f"so many of the whole batch would take longer than {bound:g} s"
             break
-        batch, made = size, trainer(size)
-        for _ in range(1 if config.run.mode == "eager" else 4):
-            made.update()
-        taken = _timed(made, device)
+        # Trainers hold on to themselves, and to all their memory, until somebody collects them.
+        made = None
+        gc.collect()
+        try:
+            made = trainer(size)
+            for _ in range(1 if config.run.mode == "eager" else 4):
+                made.update()
+            taken = _timed(made, device)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            if not batch:
+                raise UserError(f"updates of batch {size} do not fit into the memory of {device}") from None
+            made = None
+        if made is None:
+            gc.collect()
+            made = trainer(batch)
+            taken = _timed(made, device)
+            break
+        batch = size
+    assert made is not None
     done = max(min(steps, int(bound / taken)), min(steps, LEAST))
     seconds = median(_timed(made, device) for _ in range(done))
     remarks = [f"in place of {plan.batch}: {why}; its time is taken to be {plan.batch / batch:g} times as long"]
@@ -480,6 +499,8 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
 
 
 def _timed(trainer: Trainer, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     trainer.update()
     if device.type == "cuda":

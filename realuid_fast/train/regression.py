@@ -188,7 +188,7 @@ class RegressionTrainer:
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
-        with torch.no_grad():
+        with torch.no_grad(), Precision("float32", self.device).turn():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:

@@ -25,6 +25,7 @@ from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .config import Config
 from .meters import Meters
 from .phases import Phases
+from .precision import Precision
 
 WEIGHT = COLUMNS.index("w")
 SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows while it trains
@@ -46,6 +47,7 @@ class TeacherTrainer:
         follows_flow(self.path, self._predict)
         self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
         self.device = torch.device(config.run.device)
+        self._precision = Precision("float32", self.device)
         self.parts = config.run.accumulate
         self.batch = distributed.share(settings.batch, self.parts, "teacher.batch")
         self.updates, self.step = settings.updates, 0
@@ -53,7 +55,7 @@ class TeacherTrainer:
         self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
         network = network_for(config, dataset)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             net = build(network)
         if config.run.checkpoint_activations:
             recompute(net)
@@ -122,8 +124,9 @@ class TeacherTrainer:
 
     def update(self) -> None:
         """One step on one batch."""
-        for _ in range(self.parts):
-            self._backward()
+        with self._precision.turn():
+            for _ in range(self.parts):
+                self._backward()
         with self.phases("optimiser"):
             self.optimiser.step()
             self.optimiser.zero_grad()
@@ -180,7 +183,7 @@ class TeacherTrainer:
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Samples of the exported network in Euler steps, for noise ``z`` and the endpoints if it has them."""
         endpoint = endpoint if self._endpoint else None
-        with self._exporting():
+        with self._exporting(), self._precision.turn():
             return integrate(
                 self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self._predict, endpoint
             )
