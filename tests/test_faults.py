@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
 from realuid_fast.train.lock import LOCK, held
 from realuid_fast.train.logging import CsvLog, read_csv
+from realuid_fast.train.measure import Measure
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
@@ -619,6 +621,24 @@ def test_memory_that_one_sample_exhausts_is_said(monkeypatch):
     assert memory.advice(build(NETWORK), 8, 1, 1, (2,), torch.device("cpu")).endswith(
         "a batch of 8, nor for a batch of 1"
     )
+
+
+def test_memory_that_does_not_suffice_for_an_evaluation_says_so(run, monkeypatch):
+    """Smaller parts of a batch would not help, and a resumed run comes to the same evaluation."""
+    measured = Measure.__call__
+    calls = itertools.count()
+
+    def exhausted(self, samples):
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measured(self, samples)
+
+    monkeypatch.setattr(Measure, "__call__", exhausted)
+    with pytest.raises(
+        UserError, match=r"not suffice for the evaluation after update 4: resume with a smaller run\.ev"
+    ):
+        run("large")
+    assert end_of(run("large", resume=True)) == end_of(run("straight"))
 
 
 def test_a_run_that_was_too_large_goes_on_in_parts(run, after):

@@ -212,6 +212,25 @@ def test_hours_are_the_measured_time_of_all_updates():
     assert found.hours == pytest.approx(found.measured.seconds * 1000 / 3600)
 
 
+def test_what_does_not_fit_is_not_measured(monkeypatch):
+    """The largest batch that did is, once more from its beginning; if none did, there are no hours."""
+    most, updated = 2, Distiller.update
+
+    def update(trainer):
+        if trainer.batch > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        updated(trainer)
+
+    monkeypatch.setattr(Distiller, "update", update)
+    found = plan.make("distill", configured(), steps=3)
+    assert found.measured.batch == 2
+    assert "the batch does not fit into the free memory" in found.measured.remark
+    most = 0
+    none = plan.make("distill", configured(), steps=3)
+    assert none.measured is None
+    assert none.unmeasured == "updates of batch 1 do not fit into the memory of cpu"
+
+
 def test_a_slow_machine_measures_less_and_says_so(monkeypatch):
     monkeypatch.setattr(plan, "_timed", lambda trainer, device: float(trainer.batch))
     found = plan.make("distill", configured("distill.updates=3600"), steps=20, bound=41.0)

@@ -453,6 +453,13 @@ def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | Non
 
 def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, steps: int, bound: float) -> Measured:
     device, parts = torch.device(config.run.device), config.run.accumulate
+
+    def warmed(batch: int) -> Trainer:
+        made = trainer(batch)
+        for _ in range(1 if config.run.mode == "eager" else 4):
+            made.update()
+        return made
+
     sizes = [plan.batch]
     while sizes[-1] % (2 * parts) == 0:
         sizes.append(sizes[-1] // 2)
@@ -472,22 +479,18 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
         made = None
         gc.collect()
         try:
-            made = trainer(size)
-            for _ in range(1 if config.run.mode == "eager" else 4):
-                made.update()
-            taken = _timed(made, device)
+            made = warmed(size)
+            batch, taken = size, _timed(made, device)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_exhausted(error):
                 raise
-            if not batch:
-                raise UserError(f"updates of batch {size} do not fit into the memory of {device}") from None
             made = None
         if made is None:
+            if not batch:
+                raise UserError(f"updates of batch {size} do not fit into the memory of {device}")
             gc.collect()
-            made = trainer(batch)
-            taken = _timed(made, device)
+            made = warmed(batch)
             break
-        batch = size
     assert made is not None
     done = max(min(steps, int(bound / taken)), min(steps, LEAST))
     seconds = median(_timed(made, device) for _ in range(done))
