@@ -170,6 +170,7 @@ class Run:
     """A trainer of the network that a checkpoint is read into."""
 
     def __init__(self):
+        self.device = torch.device("cpu")
         self.net, self.step, self.noise = small_network(), 0, rf.NoiseStream(0)
         self.draws, self.meters = torch.Generator(), Meters(["loss"])
 
