@@ -627,7 +627,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     config = configs.load(arguments.config or "digits", arguments.set)
     # Runs on one GPU share its memory: how many fit, only whoever asks for them knows.
-    alone = torch.device(config.run.device).type == "cuda"
+    alone = config.run.device.startswith("cuda")
     jobs = (1 if alone else free_cores()) if arguments.jobs is None else arguments.jobs
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")

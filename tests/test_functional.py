@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import realuid_fast as rf
@@ -96,7 +96,20 @@ def condition(b):
     return max(1.0, float((u.abs() + pull.abs()).norm() / (u + pull - b.fake.double()).norm()))
 
 
-def assert_agree(found, expected, dtype, condition):
+def normalised_terms(b):
+    """The size of what the normalised distance's gradients are made of, ``2 w k_out r / ||D||`` with ``r = f* - tgt``.
+
+    All of it along ``D`` cancels, which for a single element is everything, however small ``D`` is beside ``r``.
+    """
+    b = b.to(torch.float64)
+    p, q, s, k_out, k_x, w = (b.coef[:, i].view(-1, *[1] * (b.x.dim() - 1)) for i in (3, 4, 5, 6, 7, 8))
+    d = k_out * (b.teacher - b.fake)
+    r = 0.92 * (k_out * b.teacher + k_x * b.x_t) - 0.94 * (p * b.x + q * b.endpoint + s * b.noise)
+    sizes = [t.reshape(len(t), -1).norm(dim=1) for t in (w * k_out * r, d)]
+    return float((2 * sizes[0] / sizes[1]).norm()) / len(b.x)
+
+
+def assert_agree(found, expected, dtype, condition, terms=0.0):
     for name, value in found.items():
         reference = expected[name]
         slack = condition if name.startswith("guided") else 1.0
@@ -117,6 +130,8 @@ def assert_agree(found, expected, dtype, condition):
                 if "." in name
                 else reference.norm()
             )
+            if name.startswith("normalised"):
+                scale = scale.clamp_min(terms)
             error = (value.double() - reference).norm() / scale.clamp_min(1e-6)
             assert error <= slack * GRADIENT_BOUND[dtype], (name, float(error))
 
@@ -163,12 +178,13 @@ def test_backends_agree_with_float64(backend, dtype, shape, layout, keyed):
     keyed=st.booleans(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(rows=3, sizes=[], dtype=torch.float32, seed=530, keyed=False)  # D of 2e-4 beside r of 2.4
 def test_any_shape_agrees_with_float64(rows, sizes, dtype, seed, keyed):
     b = batch((rows, *sizes), dtype, seed=seed, two_sided=True)
     n_real = rows // 2
     noise = KEY if keyed else b.noise[: rows - n_real]
     expected = reference_of(b, noise, n_real, rows - n_real)
-    assert_agree(calls(b, noise, n_real, rows - n_real), expected, dtype, condition(b))
+    assert_agree(calls(b, noise, n_real, rows - n_real), expected, dtype, condition(b), normalised_terms(b))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

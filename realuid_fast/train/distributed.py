@@ -50,11 +50,11 @@ def size() -> int:
 
 def device(name: str) -> str:
     """``run.device`` of this process: under torchrun ``cuda`` is the GPU of its local rank."""
-    if torch.device(name).type != "cuda" or "LOCAL_RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return name
-    if torch.device(name).index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise UserError(f"run.device must be cuda where torchrun gives each of a machine's ranks its GPU, got {name}")
-    return name if torch.device(name).index is not None else f"cuda:{os.environ['LOCAL_RANK']}"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
 
 
 def restarted(folder: Path) -> bool:
