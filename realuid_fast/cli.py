@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("compare", _compare, "train UID and RealUID at equal updates over several seeds")
     command.add_argument("--config", help=f"a YAML file or one of: {shipped} (default: digits)")
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: the free cores)")
+    command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: free cores; 1 on a GPU)")
     command.add_argument("--then", metavar="CONFIG", help="a second stage from every student, e.g. digits_tune")
     text = "the second stage of both methods from UID's student, so that a seed's pair differs in that stage alone"
     command.add_argument("--common", action="store_true", help=text)

@@ -247,13 +247,12 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        present = [_local(p.grad) for p in self._parameters() if p.grad is not None]
-        if not present:
-            raise UserError("step was called without gradients: run backward first")
-        # It may put other gradients in their place, so they are collected afterwards.
-        if self.reduce is not None:
+        # It may put other gradients in their place, so parts are made afterwards.
+        if self.reduce and (present := [_local(p.grad) for p in self._parameters() if p.grad is not None]):
             self.reduce(present)
         parts = [(i, part) for i in range(len(self.param_groups)) for part in self._parts(i)]
+        if not parts:
+            raise UserError("step was called without gradients: run backward first")
         gradients = [grad for _, part in parts for grad in part.grads]
         run = ops.current(self.counts.device)
         if is_sharded(first := self._parameters()[0]):

@@ -75,7 +75,8 @@ def pretended():
 class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        places = [{t.device.type for t in tree_leaves(tree) if isinstance(t, torch.Tensor)} for tree in (args, result)]
+        trees = (args, kwargs), result
+        places = [{t.device.type for t in tree_leaves(tree) if isinstance(t, torch.Tensor)} for tree in trees]
         if "cpu" in places[0] and ("meta" in places[0] or "meta" in places[1]):
             raise AssertionError(f"{func} takes a tensor from the host")
         return result

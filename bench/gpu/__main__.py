@@ -179,22 +179,22 @@ def tests(dry: bool, seconds: float, out: Path, name: str) -> dict[str, str]:
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
     quick = [*command, *parallel, "-m", "gpu and not slow", *(["--collect-only"] if dry else []), *TESTS]
     ended = {"tests": _ended(quick, seconds, log=out / f"{name}.tests.log")}
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    # Without torch's caching allocator every tensor is an allocation whose bounds are watched. Torch asks the driver
-    # for things that it may not have: that is no error.
-    small = [*command, "-x", "-m", "gpu", SANITIZED, "-k", "small"]
-    watched = [str(sanitizer), "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *small]
-    slow = [*command, "-m", "gpu and slow", *TESTS]
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for state, run, needed, environment in (("compute-sanitizer", watched, 20, uncached), ("slow tests", slow, 60, {})):
+
+    def then(run: list[str], log: str, needed: float, environment: dict[str, str] | None = None) -> str:
         left = end - time.monotonic()
-        if dry or (run is watched and sanitizer is None):
-            ended[state] = "left out: a dry run" if dry else "left out: it is not installed"
-        elif left < needed:
-            ended[state] = "left out: no time"
-        else:
-            log = out / f"{name}.{state.split()[0].replace('compute-', '')}.log"
-            ended[state] = _ended(run, left, environment, log)
+        if dry:
+            return "left out: a dry run"
+        return _ended(run, left, environment, out / f"{name}.{log}.log") if left > needed else "left out: no time"
+
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    ended["compute-sanitizer"] = "left out: it is not installed"
+    if dry or sanitizer is not None:
+        # Without torch's caching allocator every tensor is an allocation whose bounds are watched. Torch asks the
+        # driver for things that it may not have: that is no error.
+        watch = [str(sanitizer), "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+        small = [*watch, *command, "-x", "-m", "gpu", SANITIZED, "-k", "small"]
+        ended["compute-sanitizer"] = then(small, "sanitizer", 20, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    ended["slow tests"] = then([*command, "-m", "gpu and slow", *TESTS], "slow", 60)
     return ended
 
 

@@ -107,7 +107,7 @@ class Cuda:
         spans = [
             (event.time_range.start, event.time_range.end)
             for event in events
-            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ]
         busy, reached = 0.0, float("-inf")
         for start, end in sorted(spans):

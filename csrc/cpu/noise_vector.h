@@ -279,8 +279,8 @@ __attribute__((noinline)) void draw(Normals<2>& normals, bool more, float* to) {
   });
 }
 
-// body(i, n) for the vectors n of normals i, i + WIDTH, ... of every step from the group `first` on. IN_REGISTERS: they are not
-// put down in between, which pays where the body's stores wait for memory and any other store has to queue behind them.
+// body(i, n) for the vectors n of normals i, i + WIDTH, ... of every step from the group `first` on. IN_REGISTERS: one step at a
+// time, not put down in between.
 template <bool IN_REGISTERS, class F>
 REALUID_INLINE void for_normals(NoiseKey key, uint64_t first, int64_t steps, F&& body) {
   if (steps == 0) return;

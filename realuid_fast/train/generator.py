@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from ..errors import UserError
-from ..paths import Path
+from ..paths import COLUMNS, Path
 from ..sampling import LINEAR, arguments, default_start, ends, starting, state_from, step_at, step_from
 
 
@@ -55,7 +55,7 @@ class Generator(nn.Module):
         self._starts = tuple(starting(path, predict, t) for t in (self.t_start, *self.times))
         numbers = torch.tensor([(s.t, s.c_in, s.k_out, s.k_x) for s in self._starts], dtype=torch.float32)
         later = torch.tensor(self.times, dtype=torch.float32)
-        rows = path.coefficients(later, "x0", "x0") if self.times else later.new_zeros(0, 9)
+        rows = path.coefficients(later, "x0", "x0") if self.times else later.new_zeros(0, len(COLUMNS))
         # On the device from the start: a captured step may not copy from the host, and a compiled one not make tables.
         device = next(net.parameters()).device
         self.register_buffer("_numbers", numbers.to(device), persistent=False)
