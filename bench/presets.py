@@ -115,7 +115,7 @@ class Run:
         self.file = self.folder / f"{self.role}.safetensors"
         self.config: Config = configs.load(configs.preset(preset), overrides)
         job = "distill" if self.role == "student" else "train-teacher"
-        words = [sys.executable, "-m", "realuid_fast.cli", job, "--preset", preset, "--out", str(self.folder)]
+        words = [sys.executable, "-m", "realuid_fast", job, "--preset", preset, "--out", str(self.folder)]
         again = ["--overwrite"] if (self.folder / "config.yaml").is_file() else []
         self.command = [*words, *again, "--set", *overrides]
 

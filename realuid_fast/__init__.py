@@ -1,21 +1,32 @@
-"""Fused kernels and a trainer for universal inverse distillation with real-data supervision."""
+"""Fused kernels and a trainer for universal inverse distillation with real-data supervision.
 
-from . import backends, couplings, errors, noise, objectives, optim, paths
-from .backends import backend
-from .functional import (
-    FakeGrads,
-    GeneratorGrads,
-    MatchingGrads,
-    fake_grads,
-    fake_loss,
-    generator_grads,
-    generator_loss,
-    interpolate,
-    matching_grads,
-    matching_loss,
-    sample_output,
-)
-from .noise import NoiseStream
+``import realuid_fast`` loads neither torch nor the operators; the first use of any of its names does. A program that
+calls ``torch.ops.realuid_fast`` without using a name of the package imports ``realuid_fast.ops``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import backends, couplings, data, errors, functional, noise, objectives, optim, paths, teachers
+    from .backends import backend
+    from .functional import (
+        FakeGrads,
+        GeneratorGrads,
+        MatchingGrads,
+        fake_grads,
+        fake_loss,
+        generator_grads,
+        generator_loss,
+        interpolate,
+        matching_grads,
+        matching_loss,
+        sample_output,
+    )
+    from .noise import NoiseStream
 
 __version__ = "0.1.0"
 
@@ -27,9 +38,11 @@ __all__ = [
     "backend",
     "backends",
     "couplings",
+    "data",
     "errors",
     "fake_grads",
     "fake_loss",
+    "functional",
     "generator_grads",
     "generator_loss",
     "interpolate",
@@ -40,4 +53,27 @@ __all__ = [
     "optim",
     "paths",
     "sample_output",
+    "teachers",
 ]
+
+_MODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))
+# The command line's help needs these, and they need no torch.
+_LIGHT = frozenset({"choices", "cli", "errors", "__main__"})
+_HOMES = {"NoiseStream": "noise", "backend": "backends"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module of the package, or the module that a call lives in, when its name is first used."""
+    if name not in _MODULES and name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LIGHT:
+        # Layers and backends find the operators registered, whichever name is used first.
+        importlib.import_module(f"{__name__}.ops")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'functional')}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

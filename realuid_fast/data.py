@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import choices
 from . import packed as stored
 from .errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-FILTERS = ("lanczos", "bicubic", "bilinear", "box")
+FILTERS = choices.FILTERS
 MOST_PIXELS = 1 << 26  # a larger image is more likely a trap than a picture
 CIFAR_RECORD = 3073  # one label byte, then 3 x 32 x 32 pixels, channel by channel
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

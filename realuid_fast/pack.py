@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from . import data
+from . import choices, data
 from .errors import UserError
 from .files import sync
 from .packed import MANIFEST, File, Manifest, Split, read_manifest
 
-KINDS = ("images", "celeba", "cifar10")
+KINDS = choices.SOURCES
 CELEBA_CROP, CELEBA_SIZE, CELEBA_FOLDER = 140, 64, "img_align_celeba"
 # A member of an archive that unpacks to more is refused, whatever its header says: no photograph is as large.
 MEMBER_BYTES = 1 << 26

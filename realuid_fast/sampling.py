@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import choices
 from .errors import UserError
 from .noise import NoiseStream, normal
 from .paths import DDBMVE, VE, Linear, OneSidedPath, Path
 
-SOLVERS = ("euler", "heun")
+SOLVERS = choices.SOLVERS
 RHO = 7.0  # of the noise levels' grid: Karras et al. (2206.00364), equation 5
 START_SIGMA = 2.5  # noise level that a generator starts from: Zhou et al., SiD (2404.04057)
 START_SHARE = 0.1  # of the range that a generator on a noisy two-sided path starts away from the endpoint

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from . import paths
+from . import choices, paths
 from .errors import NotWritten, UserError
 from .files import replacing
 from .networks import build
@@ -25,8 +25,7 @@ from .sampling import follows_flow
 
 FORMAT = 2  # 2 knows a path's settings
 KEY = "realuid_fast"
-ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"digits": ASSETS / "digits_teacher.safetensors"}
+SHIPPED = choices.TEACHERS
 ROLES = ("teacher", "student")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
 # Networks of the published code hold a discriminator's head, trained or not, which the U-Net's own output never reads.

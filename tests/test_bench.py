@@ -27,6 +27,7 @@ from bench import (
     timing,
 )
 from realuid_fast import cli, data
+from realuid_fast.cli import tools
 from realuid_fast.errors import UserError
 from realuid_fast.noise import normal
 from realuid_fast.train import config as configs
@@ -278,7 +279,7 @@ def test_bench_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert seen == [("step", "--quick", "--out", "here")]
 
     capsys.readouterr()
-    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(tools, "CHECKOUT", tmp_path)
     assert run("bench", "micro") == 2
     assert "error: the benchmarks are not installed with the package" in capsys.readouterr().err
 

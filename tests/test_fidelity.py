@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from realuid_fast import cli, data, metrics, teachers
+from realuid_fast.cli import models
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
@@ -370,7 +371,7 @@ def test_a_teacher_is_evaluated_at_intervals_of_its_own(student):
 
 def test_the_published_protocol(student, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "_inception_table", lambda arguments, *rest: asked.append((arguments, rest[-1])))
+    monkeypatch.setattr(models, "_inception_table", lambda arguments, *rest: asked.append((arguments, rest[-1])))
     command = ["evaluate", "--student", str(student / "student.safetensors"), "--inception-weights", "file"]
     for words, expected in (
         (["--published"], ("balanced", 3, [99], 50_000)),

@@ -103,7 +103,7 @@ def _folder(folder: Path, objective: str, seed: int, stage: int) -> Path:
 
 
 def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]:
-    command = [sys.executable, "-m", "realuid_fast.cli", "distill", "--config", str(common), "--out", str(out)]
+    command = [sys.executable, "-m", "realuid_fast", "distill", "--config", str(common), "--out", str(out)]
     if resume and list((out / "checkpoints").glob("update-*.pt")):
         command.append("--resume")
     elif (out / "config.yaml").is_file():

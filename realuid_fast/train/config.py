@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, Union
 import yaml
 from torch import Tensor
 
-from .. import paths
+from .. import choices, paths
 from ..errors import UserError
 from ..objectives import DIVERGENCES, PRESETS, Objective
 from ..sampling import SOLVERS
@@ -24,7 +24,8 @@ from ..teachers import Description
 from .modes import MODES
 from .precision import PRECISIONS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = choices.CONFIGS
+presets, recipes = choices.presets, choices.recipes
 T = TypeVar("T")
 # ValueError: dates and numbers that only look right, bytes that are no text. RecursionError: thousands of brackets.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -384,21 +385,6 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         UserError: no such file, an unknown key, or a value of the wrong type, each with the key's full name.
     """
     return from_mapping(merge(_read(source), nested(overrides)))
-
-
-def presets() -> dict[str, str]:
-    """The shipped presets, each with its first line: ``realuid-fast distill --preset NAME``."""
-    return _titles("presets")
-
-
-def recipes() -> dict[str, str]:
-    """The published recipes, each with its first line: ``realuid-fast distill --config recipes/NAME``."""
-    return _titles("recipes")
-
-
-def _titles(folder: str) -> dict[str, str]:
-    files = sorted((CONFIGS / folder).glob("*.yaml"))
-    return {file.stem: file.read_text().partition("\n")[0].removeprefix("# ") for file in files}
 
 
 def preset(name: str) -> str:

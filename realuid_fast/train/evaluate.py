@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import choices
 from ..errors import UserError
 from ..sampling import evaluations, integrate, needs_endpoint
 from ..teachers import Model
 from .generator import Generator
 from .measure import Distances, Measure, Sampler, evaluation_noise, generate
 
-STEPS = (1, 20, 100)
+STEPS = choices.TEACHER_STEPS
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import choices
 from ..data import Dataset
 from ..errors import UserError
 from ..files import replacing
@@ -30,8 +30,8 @@ from .evaluate import sampler
 from .inception import Inception
 from .measure import NOISE_SEED, Sampler
 
-LABELS = ("empirical", "balanced")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realuid_fast"
+LABELS = choices.LABELS
+CACHE = choices.CACHE
 NEIGHBOURS = 3
 SUBSETS, SUBSET_SIZE = 100, 1000
 _CACHE_FORMAT = 1

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import backends, data, networks, teachers
+from .. import backends, choices, data, networks, teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..networks.recompute import recompute
@@ -37,7 +37,7 @@ from .precision import Precision
 from .regression import RegressionTrainer
 from .teacher import TeacherTrainer, network_for
 
-STEPS = 20
+STEPS = choices.PLAN_STEPS
 BOUND = 120.0  # seconds that a measurement may take before it makes do with less
 LEAST = 3  # updates that it times at least
 CPU = torch.device("cpu")

@@ -1,0 +1,37 @@
+"""Names and numbers that the command line's help shows. This module imports no torch, so the help comes at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+CONFIGS = Path(__file__).parent / "configs"
+TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors"}  # the shipped ones
+SOLVERS = ("euler", "heun")
+FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # that scale images
+SOURCES = ("images", "celeba", "cifar10")  # that `pack` reads
+LABELS = ("empirical", "balanced")  # that Inception distances ask a generator for
+TEACHER_STEPS = (1, 20, 100)  # of the rows of `evaluate`
+PLAN_STEPS = 20  # updates that --dry-run times
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realuid_fast"
+
+
+def configs() -> list[str]:
+    """The shipped configurations: ``realuid-fast distill --config NAME``."""
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def presets() -> dict[str, str]:
+    """The shipped presets, each with its first line: ``realuid-fast distill --preset NAME``."""
+    return _titles("presets")
+
+
+def recipes() -> dict[str, str]:
+    """The published recipes, each with its first line: ``realuid-fast distill --config recipes/NAME``."""
+    return _titles("recipes")
+
+
+def _titles(folder: str) -> dict[str, str]:
+    files = sorted((CONFIGS / folder).glob("*.yaml"))
+    return {file.stem: file.read_text().partition("\n")[0].removeprefix("# ") for file in files}

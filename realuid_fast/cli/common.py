@@ -1,0 +1,93 @@
+"""What several commands share: the command's own line, models by name, the table of distances, threads."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, data, teachers
+from ..errors import UserError
+from ..teachers import SHIPPED, Model
+from ..train import evaluate as evaluation
+from ..train.measure import Measure
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command that reproduces a run: its words without the folder and what concerns it."""
+    words = ["realuid-fast", arguments.command]
+    if getattr(arguments, "source", None):
+        words += [str(arguments.source)]
+    if getattr(arguments, "config", None):
+        words += ["--config", arguments.config]
+    if getattr(arguments, "preset", None):
+        words += ["--preset", arguments.preset]
+    if arguments.set:
+        words += ["--set", *arguments.set]
+    return shlex.join(words)
+
+
+def model(source: str) -> Model:
+    """A student or teacher: a file, a finished run's folder, or a shipped name."""
+    if source in SHIPPED:
+        return teachers.load_teacher(source)
+    place = Path(source)
+    if not place.is_dir():
+        return teachers.load(place)
+    for role in teachers.ROLES[::-1]:
+        if (place / f"{role}.safetensors").is_file():
+            return teachers.load(place / f"{role}.safetensors")
+    raise UserError(f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?")
+
+
+def shape(model: Model) -> tuple[int, ...]:
+    network = model.description.network
+    return tuple(network.get("dim", network.get("shape", (2,))))
+
+
+def show_table(
+    measure: Measure,
+    dataset: data.Dataset,
+    teacher: Model | None,
+    student: Model | None,
+    count: int,
+    steps: Sequence[int] = evaluation.STEPS,
+) -> tuple[list[evaluation.Row], str]:
+    """Measure and print the table; its rows and what its distance is."""
+    table = []
+    for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps):
+        # Said as it comes: a teacher's hundred steps take a while.
+        print(f"measured: {row.name}", file=sys.stderr, flush=True)
+        table.append(row)
+    metric = f"{measure.name}, to held-out data ({count:,} samples)"
+    print("\n" + evaluation.markdown(table, metric))
+    return table, metric
+
+
+def context() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "realuid_fast": __version__,
+    }
+
+
+def use_threads(threads: int) -> None:
+    if threads < 1:
+        raise UserError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

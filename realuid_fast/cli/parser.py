@@ -1,0 +1,201 @@
+"""The commands and their options. This module imports no torch, so that the help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from .. import __version__, choices
+
+# Adds a command: its name, the module of this package and the function that run it, what it does.
+Add = Callable[[str, str, str], argparse.ArgumentParser]
+SHIPPED = ", ".join(choices.configs())
+BENCHMARKS = {
+    "micro": "bench.micro",
+    "optimiser": "bench.optimiser",
+    "step": "bench.step",
+    "growth": "bench.growth",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of ``realuid-fast``; ``run`` of what it parses names the function that carries the command out."""
+    top = argparse.ArgumentParser(
+        prog="realuid-fast", description="One-step generators from multi-step teachers, with real data."
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    # The order of the help.
+    for some in (_add_training, _add_convert, _add_sample, _add_pack, _add_evaluate, _add_tools):
+        some(add)
+    return top
+
+
+def _add_training(add: Add) -> None:
+    for name, text in (
+        ("train-teacher", "train a multi-step teacher by flow matching"),
+        ("distill", "distil a teacher into a one-step student"),
+    ):
+        command = add(name, "training.train", text)
+        source = command.add_mutually_exclusive_group()
+        text = f"a YAML file or one of: {SHIPPED}, recipes/NAME (default: digits)"
+        source.add_argument("--config", help=text)
+        source.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(choices.presets())}")
+        text = "follow the published procedure step for step, the same as --set run.parity=true"
+        command.add_argument("--parity", action="store_true", help=text)
+        _add_settings(command)
+        _add_folder(command, needed=False)
+        _add_plan(command)
+
+
+def _add_convert(add: Add) -> None:
+    command = add("convert", "models.convert", "write a network of others as a file of this package")
+    command.add_argument("source", type=Path, help="a checkpoint, a pickled EDM network, or a diffusers folder")
+    command.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
+    command.add_argument(
+        "--config", help=f"whose network, path and data a checkpoint has: a YAML file or one of: {SHIPPED}"
+    )
+    _add_settings(command, "network.KEY=VALUE, path.name=, path.settings=, path.predict=, data.KEY=VALUE")
+    command.add_argument("--decay", type=float, help="which average of a checkpoint (default: the largest)")
+    command.add_argument("--preprocessing", default="", help="what the network's samples are, in words")
+    command.add_argument("--student", action="store_true", help="the checkpoint is a one-step generator (ema_gens)")
+    command.add_argument("--t-start", type=float, default=0.0, help="the time that generator starts from (default: 0)")
+    for what in ("missing", "unexpected"):
+        text = f"parameters that may be {what}: names or patterns such as 'head.*'"
+        command.add_argument(f"--allow-{what}", nargs="+", action="extend", default=[], metavar="NAME", help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
+
+def _add_sample(add: Add) -> None:
+    command = add("sample", "models.sample", "draw samples from a student or a teacher")
+    command.add_argument(
+        "--model", required=True, help=f"a file, a finished run's folder, or: {', '.join(choices.TEACHERS)}"
+    )
+    command.add_argument("--out", required=True, nargs="+", type=Path, help="files to write: .png, .npy, .safetensors")
+    command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
+    command.add_argument("--steps", type=int, help="a teacher's steps (default: 100)")
+    command.add_argument("--solver", choices=choices.SOLVERS, help="a teacher's solver (default: euler)")
+    command.add_argument(
+        "--guidance", type=float, default=1.0, help="a teacher's guidance by labels (default: 1, none)"
+    )
+    command.add_argument("--label", type=int, help="class of all samples (default: one after another)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _add_pack(add: Add) -> None:
+    command = add(
+        "pack", "tools.pack", "write images into arrays on disk that runs read row by row: --set data.name=packed"
+    )
+    text = "a folder or zip archive of images, such as CelebA's, or CIFAR-10's binary files"
+    command.add_argument("source", nargs="?", type=Path, help=text)
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--kind", choices=choices.SOURCES, help="what the source is (default: by its names)")
+    command.add_argument("--size", type=int, help="side of the stored images (default: 32, CelebA's 64)")
+    command.add_argument("--channels", type=int, default=3, choices=(1, 3), help="default: 3")
+    command.add_argument(
+        "--crop", type=int, help="central square to keep (default: the largest; of CelebA 140, some take 178)"
+    )
+    command.add_argument(
+        "--filter", choices=choices.FILTERS, default="lanczos", help="of the scaling (default: lanczos)"
+    )
+    split = command.add_mutually_exclusive_group()
+    split.add_argument("--heldout-every", type=int, default=10, help="every so many-th image is held out (default: 10)")
+    split.add_argument("--partition", type=Path, help="lines NAME NUMBER, 0 to train on and 2 to hold out, as CelebA's")
+    command.add_argument("--no-labels", action="store_true", help="folders are not classes")
+    command.add_argument("--limit", type=int, help="only the first so many images")
+    command.add_argument("--threads", type=int, default=1, help="threads that decode (default: 1)")
+    command.add_argument("--overwrite", action="store_true", help="replace a packed set in --out")
+    command.add_argument("--verify", action="store_true", help="without SOURCE: compare --out with its checksums")
+
+
+def _add_evaluate(add: Add) -> None:
+    command = add("evaluate", "models.evaluate", "compare real data, a teacher and a student by distance and speed")
+    command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
+    command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
+    command.add_argument(
+        "--samples", type=int, help="samples of each row (default: 5408, 4 a training digit; of Inception 50000)"
+    )
+    text = f"the teacher's Euler steps (default: {' '.join(map(str, choices.TEACHER_STEPS))})"
+    command.add_argument("--steps", type=int, nargs="+", help=text)
+    command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
+    command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
+    command.add_argument(
+        "--metric", choices=("features", "inception"),
+        help="features: distances that suit the data, at once (default); inception: those of images in publications, "
+        "from weights",
+    )  # fmt: skip
+    text = "RealUID's published protocol: --metric inception --labels balanced --repeats 3 --steps 99, where not given"
+    command.add_argument("--published", action="store_true", help=text)
+    apart = command.add_argument_group("--metric inception")
+    apart.add_argument("--inception-weights", type=Path, metavar="FILE", help="nothing is downloaded")
+    apart.add_argument("--real-split", choices=("train", "heldout"), default="train", help="default: train")
+    apart.add_argument("--labels", choices=choices.LABELS, help="default: empirical")
+    apart.add_argument("--repeats", type=int, help="seeds, reported with their spread (default: 1)")
+    apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
+    apart.add_argument("--device", default="cpu", help="default: cpu")
+    text = f"folder of the real images' statistics (default: {choices.CACHE})"
+    apart.add_argument("--cache", type=Path, default=choices.CACHE, metavar="FOLDER", help=text)
+    _add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
+
+
+def _add_tools(add: Add) -> None:
+    add("info", "tools.info", "show versions, backends and why one cannot run, processor and threads")
+
+    command = add(
+        "demo", "training.demo", "distil the shipped digits teacher in a few minutes and show what came of it"
+    )
+    command.add_argument("--threads", type=int, help="CPU threads (default: 2 on a quiet machine, else 1)")
+    _add_settings(command)
+    _add_folder(command, Path("runs/demo"))
+
+    command = add("compare", "training.compare", "train UID and RealUID at equal updates over several seeds")
+    command.add_argument("--config", help=f"a YAML file or one of: {SHIPPED} (default: digits)")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: free cores; 1 on a GPU)")
+    command.add_argument("--then", metavar="CONFIG", help="a second stage from every student, e.g. digits_tune")
+    text = "the second stage of both methods from UID's student, so that a seed's pair differs in that stage alone"
+    command.add_argument("--common", action="store_true", help=text)
+    command.add_argument(
+        "--samples", type=int, default=0, help="samples of the table's distances (default: the curve's)"
+    )
+    _add_settings(command)
+    _add_folder(command)
+
+    command = add("bench", "tools.bench", "time fused calls, whole updates and their growth, or compare two results")
+    command.add_argument(
+        "which", nargs="?", default="all", choices=["all", *BENCHMARKS, "compare"], help="default: all"
+    )
+    text = "its own options, see realuid-fast bench micro --help; results go to runs/bench where --out is not given"
+    command.add_argument("options", nargs=argparse.REMAINDER, help=text)
+
+
+def _add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, over the configuration") -> None:
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _add_folder(command: argparse.ArgumentParser, default: Path | None = None, needed: bool = True) -> None:
+    text = "folder to write" + (f" (default: {default})" if default else "")
+    command.add_argument("--out", type=Path, required=needed and default is None, default=default, help=text)
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    how.add_argument("--overwrite", action="store_true", help="remove the run in the folder and start afresh")
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    text = "only show what the run would take: memory by part, operations, hours; writes no folder, needs no data"
+    command.add_argument("--dry-run", action="store_true", help=text)
+    steps = choices.PLAN_STEPS
+    text = f"updates to time for --dry-run, 0 for none (default: {steps}, of smaller batches if those are slow)"
+    command.add_argument("--measure", type=int, metavar="N", help=text)
+    command.add_argument("--ranks", type=int, metavar="N", help="processes to plan for with --dry-run (default: 1)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for what --dry-run shows")

@@ -1,0 +1,55 @@
+"""Runs the command that was asked for and turns what it raises into a sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from .. import extension
+from ..errors import UserError
+from ..train import distributed
+from ..train.loop import Interrupted
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code of the command ``arguments.run``, a module of this package and a function in it."""
+    try:
+        code = _answered(arguments)
+    except Exception:
+        # Nothing but a process group that cannot be ended keeps this from whoever called.
+        if not distributed.unended():
+            raise
+        traceback.print_exc()
+        code = 1
+    distributed.leave(code)
+    return code
+
+
+def _answered(arguments: argparse.Namespace) -> int:
+    module, name = arguments.run.split(".")
+    warnings.showwarning = _warn
+    # Every update allocates the same tensors; without this the C library has their pages zeroed anew each time.
+    extension.keep_freed_memory()
+    try:
+        getattr(importlib.import_module(f"{__package__}.{module}"), name)(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"{stop}; go on with the same command and --resume", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        # A full disk, a folder taken away: what the commands cannot see coming.
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""The package as a stranger meets it: names that load when they are used, and a help that does not wait for torch."""
+
+import argparse
+import importlib
+import subprocess
+import sys
+
+import realuid_fast as rf
+from realuid_fast.cli.parser import parser
+
+
+def fresh(code, *words):
+    """What a new interpreter prints for ``code``."""
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commands():
+    (found,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+def test_version_and_every_help_come_without_torch():
+    code = """
+import sys
+from realuid_fast.cli import main
+for words in [["--version"], ["--help"], *([name, "--help"] for name in sys.argv[1:])]:
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 0, words
+print("torch" in sys.modules, "numpy" in sys.modules)
+"""
+    assert fresh(code, *commands()).splitlines()[-1] == "False False"
+
+
+def test_the_package_runs_as_a_module():
+    for module in ("realuid_fast", "realuid_fast.cli"):
+        command = [sys.executable, "-m", module, "--version"]
+        assert subprocess.check_output(command, text=True).strip() == rf.__version__
+
+
+def test_every_command_has_its_function():
+    for command in commands().values():
+        module, name = command.get_default("run").split(".")
+        assert callable(getattr(importlib.import_module(f"realuid_fast.cli.{module}"), name))
+
+
+def test_names_load_when_they_are_used():
+    code = """
+import sys
+import realuid_fast as rf
+assert "torch" not in sys.modules
+assert set(rf.__all__) <= set(dir(rf))
+try:
+    rf.nonsense
+except AttributeError as error:
+    assert "'realuid_fast' has no attribute 'nonsense'" in str(error)
+assert "torch" not in sys.modules
+rf.paths.Linear()
+import torch
+assert torch.ops.realuid_fast.interpolate and rf.extension._loaded == (rf.extension.why_missing() is None)
+from realuid_fast import *
+assert interpolate is rf.interpolate is rf.functional.interpolate and NoiseStream is rf.noise.NoiseStream
+assert backend is rf.backends.backend and teachers is rf.teachers and data.digits
+"""
+    fresh(code)
+
+
+def test_every_name_is_what_its_module_has():
+    for name in rf.__all__:
+        found = getattr(rf, name)
+        assert getattr(found, "__module__", None) or found is importlib.import_module(f"realuid_fast.{name}")
+
+
+def test_first_use_inside_a_compiled_function():
+    code = """
+import realuid_fast as rf
+import torch
+x, key = torch.ones(4, 3), torch.tensor([1, 2])
+coef = torch.tensor([[0.5, 0.0, 0.5, 1.0, 0.0, -1.0, 1.0, 0.0, 1.0]]).repeat(4, 1)
+mixed = torch.compile(lambda x, coef, key: rf.interpolate(x, coef, key), fullgraph=True, backend="aot_eager")
+assert torch.equal(mixed(x, coef, key), rf.interpolate(x, coef, key))
+"""
+    fresh(code)
