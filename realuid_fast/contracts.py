@@ -1,11 +1,14 @@
-"""When a check may read tensor values on the host."""
+"""What public calls refuse by its Python type, and when a check may read tensor values on the host."""
 
 from __future__ import annotations
 
+import numbers
 import os
 
 import torch
 from torch import Tensor
+
+from .errors import UserError
 
 
 def contracts_on() -> bool:
@@ -18,3 +21,33 @@ def host_checks_allowed(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return tensor.device.type == "cpu" or contracts_on()
+
+
+def type_name(value: object) -> str:
+    """What a value is, for a sentence: ``"numpy.ndarray"``, ``"the function RealUID itself"``."""
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__} itself"
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def check_device(device: object) -> None:
+    """Refuse what names no device."""
+    try:
+        torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise UserError(f"device must be a torch.device or the name of one, not {device!r}") from None
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuse what is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name} must be a torch.Tensor, not {type_name(value)}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuse what is not a whole number; a traced size is one."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UserError(f"{name} must be a whole number, not {type_name(value)}")

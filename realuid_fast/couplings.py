@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contracts import check_tensor
 from .errors import UserError
 
 
@@ -71,6 +72,8 @@ def _solver() -> Callable[..., Any]:
 
 
 def _check(x: Tensor, y: Tensor, labels: Tensor | None) -> None:
+    for name, value in (("x", x), ("y", y), *([] if labels is None else [("labels", labels)])):
+        check_tensor(name, value)
     if x.dim() == 0 or not x.is_floating_point():
         raise UserError(f"x must be a floating batch, (B, ...), not {x.dtype} of shape {tuple(x.shape)}")
     if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:

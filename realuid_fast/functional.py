@@ -12,8 +12,8 @@ A teacher with classifier-free guidance has two outputs, with its condition and 
 u)`` (Ho and Salimans, 2207.12598, equation 6 with ``s = 1 + w``), taken inside the pass.
 
 The losses differentiate with respect to what their docstrings name, and refuse an input that requires a gradient they
-do not give. Gradients are computed in the forward pass; there is no second derivative. ``*_grads`` return them as
-they are.
+do not give. Gradients are computed in the forward pass; there is no second derivative, and forward-mode derivatives
+(``torch.func.jvp``, ``forward_ad``) are refused. ``*_grads`` return the gradients as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import noise as noises
 from . import ops
+from .contracts import check_tensor, check_whole, type_name
 from .errors import UserError
 from .objectives import Objective
 
@@ -305,8 +306,14 @@ def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
         coef: ``(R, 9)`` of the x0 space.
 
     Raises:
-        UserError: tensors that do not agree.
+        UserError: tensors that do not agree, or what is not a tensor.
     """
+    check_tensor("x", x)
+    check_tensor("coef", coef)
+    if x_t is not None:
+        check_tensor("x_t", x_t)
+    if coef.dim() != 2 or coef.shape[1] != 9:
+        raise UserError(f"coef must have shape (R, 9), one row a sample of x, not {tuple(coef.shape)}")
     rows = torch.zeros_like(coef)
     rows[:, 0] = 1 / coef[:, 6]
     rows[:, 1] = -coef[:, 7] / coef[:, 6]
@@ -330,6 +337,7 @@ def _generator_arguments(
     guidance: float | Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The fake model's output and what the guided operator takes beside the others, with everything checked."""
+    _check_objective(objective)
     if fake_out is None:
         if objective.needs_fake:
             raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
@@ -351,6 +359,8 @@ def _generator_arguments(
 def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
     """What the guided operators take beside the others, nothing without guidance."""
     if not isinstance(guidance, Tensor):
+        if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
+            raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")
         if teacher_uncond is None:
             if guidance != 1.0:
                 raise UserError(f"teacher_uncond must be given with a guidance of {guidance:g}")
@@ -435,6 +445,8 @@ def _fake_arguments(
     guidance: float | Tensor,
 ) -> tuple[str, tuple[object, ...]]:
     """The fake operator's name and its arguments up to the switches, checked."""
+    _check_objective(objective)
+    check_whole("n_real", n_real)
     noise_rows = _check(
         x,
         coef,
@@ -470,6 +482,13 @@ def _fake_arguments(
     return "guided_fake" if guided else "fake", inputs
 
 
+def _check_objective(objective: Objective) -> None:
+    if not isinstance(objective, Objective):
+        raise UserError(
+            f"objective must be an Objective such as objectives.RealUID(0.92, 0.94), not {type_name(objective)}"
+        )
+
+
 def _is_mean(reduction: str) -> bool:
     if reduction not in ("mean", "none"):
         raise UserError(f"reduction must be 'mean' or 'none', not {reduction!r}")
@@ -485,6 +504,14 @@ def _refuse_gradients(call: str, **tensors: Tensor | None) -> None:
 
 def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
     """Refuse tensors that one pass cannot run over; ``noise_rows`` with its default filled in. Reads metadata only."""
+    check_tensor("x", x)
+    check_tensor("coef", coef)
+    if not isinstance(noise, Tensor):
+        raise UserError(
+            f"noise must be a key from NoiseStream.next_key() or a tensor of noise like x, not {type_name(noise)}"
+        )
+    if noise_rows is not None:
+        check_whole("noise_rows", noise_rows)
     if _fits(x, coef, noise, noise_rows, others):
         return x.shape[0] if noise_rows is None else noise_rows
     if x.dim() == 0:
@@ -501,6 +528,7 @@ def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **oth
 
     for name, tensor in others.items():
         if tensor is not None:
+            check_tensor(name, tensor)
             _check_like(name, tensor, x, x.shape, autocast)
     if noises.is_key(noise):
         noises.check_key(noise, x.device, "noise")
@@ -528,7 +556,11 @@ def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others
     shape, dtype, device = x.shape, x.dtype, x.device
     for tensor in others.values():
         if tensor is not None and not (
-            tensor.shape == shape and tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous()
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype == dtype
+            and tensor.device == device
+            and tensor.is_contiguous()
         ):
             return False
     return (

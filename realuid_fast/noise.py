@@ -12,12 +12,14 @@ always passes keys.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .contracts import check_device, check_tensor, type_name
 from .errors import UserError
 
 
@@ -30,12 +32,20 @@ class NoiseStream:
     Args:
         seed: any integer in ``[0, 2^63)``. Streams with different seeds are independent.
         device: where the keys live; the device of the tensors they are used with.
+
+    Raises:
+        UserError: a seed outside its range, or a device that torch does not know or cannot use here.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise UserError(f"seed must be an integer in [0, 2^63), not {seed!r}")
-        self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        check_device(device)
+        try:
+            self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        except (AssertionError, RuntimeError) as error:
+            # A torch without CUDA answers "cuda" with an AssertionError.
+            raise UserError(f"device {str(device)!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
 
     def next_key(self) -> Tensor:
         """A key that no earlier call returned, as an int64 tensor of shape ``(2,)``."""
@@ -47,7 +57,11 @@ class NoiseStream:
         return {"state": self.state.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state.copy_(state["state"])
+        """Continue from :meth:`state_dict`; raises :class:`UserError` for anything else."""
+        saved = state.get("state") if isinstance(state, Mapping) else None
+        if not isinstance(saved, Tensor) or saved.shape != (2,) or saved.dtype != torch.int64:
+            raise UserError("state must be what NoiseStream.state_dict() returned: a dict with an int64 pair 'state'")
+        self.state.copy_(saved)
 
 
 def is_key(noise: Tensor) -> bool:
@@ -57,6 +71,8 @@ def is_key(noise: Tensor) -> bool:
 
 def check_key(key: Tensor, device: torch.device, name: str = "key") -> None:
     """Refuse what is not an int64 ``(seed, offset)`` on ``device``."""
+    if not isinstance(key, Tensor):
+        raise UserError(f"{name} must be a key from NoiseStream.next_key(), not {type_name(key)}")
     if key.dtype != torch.int64 or key.shape != (2,):
         raise UserError(
             f"{name} must be a key from NoiseStream.next_key(), an int64 tensor of shape (2,), not {key.dtype} of "
@@ -76,5 +92,6 @@ def normal(key: Tensor, like: Tensor) -> Tensor:
     Returns:
         Normals like ``like``; element ``i`` in memory order is the stream's ``i``-th.
     """
+    check_tensor("like", like)
     check_key(key, like.device)
     return ops.current(like.device).normal_like(key, like, like.shape[0] if like.dim() else 0)

@@ -13,16 +13,16 @@ C = beta^2 / alpha``; its real rows the same with ``1 - gamma, 1 - beta, 1 - alp
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .contracts import check_tensor
 from .errors import UserError
 
 
@@ -54,11 +54,40 @@ class Objective:
     # Whether there is a fake model. Without one the generator's own sample takes its prediction's place, f := x.
     needs_fake: bool = True
 
+    # What follows from the numbers above, computed once when the objective is made: a call reads plain attributes,
+    # which torch.compile can trace (functools.cached_property holds a lock that it refuses, on Python 3.11).
+
+    # ``alpha, beta, Q, kappa`` of the generator's kernel. Where only ``x`` flows they are ``0, beta / 2, 0, 1``, which
+    # leaves ``dl/dtgt = w beta (f - f*)``. A normalised objective's leave ``w <f* - f, alpha f* - beta tgt>``.
+    generator_scalars: tuple[float, float, float, float] = field(init=False, repr=False, compare=False)
+    # The fake loss' scalars for generated rows, and for real rows: all zero when real data plays no part.
+    generated: FakeRow = field(init=False, repr=False, compare=False)
+    real: FakeRow = field(init=False, repr=False, compare=False)
+    # Whether the fake turn wants real rows, for the teacher's output there or for their quadratic term.
+    needs_real: bool = field(init=False, repr=False, compare=False)
+    # Whether the fake turn wants the teacher's output (``D != 0`` in some half).
+    needs_teacher: bool = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
-        for field in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
+        for name in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
             # Kernels take doubles; an int that slipped in would change the op's schema match.
-            object.__setattr__(self, field, _finite(field, getattr(self, field)))
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        object.__setattr__(self, "needs_real", self.alpha < 1 or self.gamma < 1)
         self._check()
+        if self.normalised:
+            scalars = self.alpha, self.beta, 0.0, 0.5
+        elif self.flows == "x":
+            scalars = 0.0, self.beta / 2, 0.0, 1.0
+        else:
+            scalars = self.alpha, self.beta, self.Q, self.kappa
+        generated = _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
+        real = FakeRow(0.0, 0.0, 0.0, 0.0)
+        if self.needs_real:
+            real = _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
+        object.__setattr__(self, "generator_scalars", scalars)
+        object.__setattr__(self, "generated", generated)
+        object.__setattr__(self, "real", real)
+        object.__setattr__(self, "needs_teacher", generated.D != 0 or real.D != 0)
 
     def _check(self) -> None:
         """Refuse numbers that leave the fake model's loss unbounded below, or mean nothing."""
@@ -101,41 +130,6 @@ class Objective:
                 stacklevel=5,
             )
 
-    @functools.cached_property
-    def generator_scalars(self) -> tuple[float, float, float, float]:
-        """``alpha, beta, Q, kappa`` of the generator's kernel.
-
-        Where only ``x`` flows they are ``0, beta / 2, 0, 1``, which leaves ``dl/dtgt = w beta (f - f*)``. A normalised
-        objective's leave ``w <f* - f, alpha f* - beta tgt>``.
-        """
-        if self.normalised:
-            return self.alpha, self.beta, 0.0, 0.5
-        if self.flows == "x":
-            return 0.0, self.beta / 2, 0.0, 1.0
-        return self.alpha, self.beta, self.Q, self.kappa
-
-    @functools.cached_property
-    def generated(self) -> FakeRow:
-        """The fake loss' scalars for generated rows."""
-        return _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
-
-    @functools.cached_property
-    def real(self) -> FakeRow:
-        """The fake loss' scalars for real rows; all zero when real data plays no part."""
-        if not self.needs_real:
-            return FakeRow(0.0, 0.0, 0.0, 0.0)
-        return _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
-
-    @functools.cached_property
-    def needs_real(self) -> bool:
-        """Whether the fake turn wants real rows, for the teacher's output there or for their quadratic term."""
-        return self.alpha < 1 or self.gamma < 1
-
-    @functools.cached_property
-    def needs_teacher(self) -> bool:
-        """Whether the fake turn wants the teacher's output (``D != 0`` in some half)."""
-        return self.generated.D != 0 or self.real.D != 0
-
 
 # h(r) = r^2 f''(r) with r = p_d / p_g, as a function of u = log r.
 _DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -168,8 +162,9 @@ def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
     Raises:
         UserError: another name.
     """
-    if divergence not in _DIVERGENCES:
+    if not isinstance(divergence, str) or divergence not in _DIVERGENCES:
         raise UserError(f"divergence must be one of {', '.join(_DIVERGENCES)}; got {divergence!r}")
+    check_tensor("log_ratio", log_ratio)
     return _DIVERGENCES[divergence](log_ratio.detach())
 
 
@@ -225,7 +220,7 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
         UserError: ``alpha`` outside ``(0, 1]``, ``beta <= 0``, ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other
             ``alpha`` or ``beta``, or a ``kappa`` that is neither ``1`` nor ``beta``.
     """
-    if kappa not in (1, beta):
+    if _finite("kappa", kappa) not in (1, _finite("beta", beta)):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
     if _finite("gamma", gamma) > 1:
         raise UserError(f"gamma must lie in (0, 1], got {gamma:g}: real data would have a loss unbounded below")
@@ -297,13 +292,15 @@ def RealSiD(alpha: float, beta: float, alpha_sid: float = 1.0, scaled: bool = Tr
     """
     weight = _sid_weight(alpha_sid, beta)
     scale = 0.5 if scaled else 0.0
-    return Objective("RealSiD", alpha=alpha, beta=beta, gamma=alpha, Q=weight * alpha, sample_scale=scale)
+    return Objective(
+        "RealSiD", alpha=alpha, beta=beta, gamma=alpha, Q=weight * _finite("alpha", alpha), sample_scale=scale
+    )
 
 
 def _sid_weight(alpha_sid: float, beta: float) -> float:
     if _finite("alpha_sid", alpha_sid) <= 0:
         raise UserError(f"alpha_sid must be positive, got {alpha_sid:g}")
-    if alpha_sid >= 1.2 and beta != 1:
+    if alpha_sid >= 1.2 and _finite("beta", beta) != 1:
         warnings.warn(
             f"alpha_sid = {alpha_sid:g} with beta = {beta:g} is reported unstable: with real data stay below 1.2",
             UserWarning,

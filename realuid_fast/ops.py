@@ -6,7 +6,7 @@ The library ``realuid_fast`` dispatches on the tensors' device and falls back on
 
 A kernel operator (``generator``) returns loss, rows' losses and gradients from one pass, and has no autograd itself.
 Its loss operator (``generator_loss``) is the differentiable face: backward hands those gradients on, scaled by the
-incoming one.
+incoming one. There is no second derivative and no forward-mode derivative: both are refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, reference
 from .errors import UserError
@@ -221,6 +222,23 @@ def _refuse_second_derivative(grad: Tensor, call: str) -> None:
         raise RuntimeError(f"{call} has no second derivative: call backward without create_graph=True")
 
 
+def refuse_forward_mode(call: str, inputs: Sequence[Any]) -> None:
+    """Refuse inputs with a forward-mode tangent: autograd would take a kernel's missing derivative for zero."""
+    # Outside torch.func.jvp and forward_ad.dual_level no tensor has a tangent, and this is all there is to do.
+    if forward_ad._current_level < 0:
+        return
+    for tensor in inputs:
+        while isinstance(tensor, Tensor):
+            # Nested transforms wrap a tensor once each, and any of the layers may carry the tangent.
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            batched = wrapped and torch._C._functorch.is_batchedtensor(tensor)
+            if not batched and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise UserError(
+                    f"{call} has no forward-mode derivative: take its gradient with backward or torch.autograd"
+                )
+            tensor = torch._C._functorch.get_unwrapped(tensor) if wrapped else None
+
+
 def _scaled(kernel: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     """Gradients times the incoming one: the kernel's own buffers handed on, no copy, no look at the value."""
     if type(scale) is not Tensor:
@@ -270,6 +288,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
         return mean if inputs[-1] else rows
 
     def with_gradients(*inputs: Any) -> Tensor:
+        refuse_forward_mode(op, inputs)
         if torch.is_grad_enabled():
             leaves = [inputs[i] for i in loss.differentiable]
             wants = [leaf is not None and leaf.requires_grad for leaf in leaves]
@@ -424,6 +443,7 @@ def _differentiate(library: torch.library.Library, name: str, op: str, function:
     kernel = getattr(getattr(torch.ops, name), op).default
 
     def with_gradients(*inputs: Any) -> Any:
+        refuse_forward_mode(op, inputs)
         if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
             return function.apply(kernel, *inputs)
         with torch._C._AutoDispatchBelowAutograd():

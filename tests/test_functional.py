@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import realuid_fast as rf
 from realuid_fast.errors import UserError
+from realuid_fast.networks import UNet
 from realuid_fast.paths import MATCH_SPACES
 
 PATH = rf.paths.Linear()
@@ -433,6 +434,82 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(one, other)
 
 
+SETTINGS = {
+    "realuid": (0.92, 0.94),
+    "general": (0.9, 0.93, 0.85, 0.93),
+    "normalised": (0.92, 0.94),
+    "realsid": (0.92, 0.94),
+    "real-bridge": (0.92, 0.94),
+}
+
+
+@pytest.mark.parametrize("preset", rf.objectives.PRESETS)
+def test_an_objective_compiles_at_its_first_use(preset):
+    """The traced call is the first thing that anyone does with the objective: nothing was computed before."""
+    b, objective = batch((4, 6), torch.float32), rf.objectives.PRESETS[preset](*SETTINGS.get(preset, ()))
+
+    def turn(fake, teacher):
+        loss = rf.generator_loss(teacher, fake, b.x, b.x_t, b.coef, KEY, objective)
+        if objective.needs_fake:
+            n_real = 2 if objective.needs_real else 0
+            loss = loss + rf.fake_loss(fake, b.x, b.x_t, b.coef, KEY, objective, n_real, teacher)
+        return loss
+
+    torch._dynamo.reset()
+    found = torch.compile(turn, fullgraph=True, backend="eager")(b.fake, b.teacher)
+    torch.testing.assert_close(found, turn(b.fake, b.teacher))
+
+
+def forward_mode_calls():
+    b = batch((4, 6), torch.float32)
+    images = torch.randn(8, 32, 8, 8).to(memory_format=torch.channels_last)
+    net = UNet((3, 8, 8), 32)
+    ops, weight, bias = torch.ops.realuid_fast, torch.randn(32, 32, 3, 3), torch.randn(32)
+    found = {
+        "interpolate": (b.x, lambda v: rf.interpolate(v, b.coef, KEY)),
+        "interpolate of an endpoint": (b.x, lambda v: rf.interpolate(b.x, b.coef, KEY, v)),
+        "matching_loss": (b.fake, lambda v: rf.matching_loss(v, b.x, b.x_t, b.coef, KEY)),
+        "fake_loss": (b.fake, lambda v: rf.fake_loss(v, b.x, b.x_t, b.coef, KEY, UID)),
+        "generator_loss": (b.x, lambda v: rf.generator_loss(b.teacher, b.fake, v, b.x_t, b.coef, KEY, UID)),
+        "guided_generator_loss": (
+            b.uncond,
+            lambda v: rf.generator_loss(
+                b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, UID, teacher_uncond=v, guidance=2.0
+            ),
+        ),
+        "conv3x3": (images, lambda v: ops.conv3x3(v, weight, bias)),
+        "conv3x3 in its filters": (weight, lambda v: ops.conv3x3(images, v, bias)),
+        "norm_silu": (images, lambda v: ops.norm_silu(v, None, bias, bias, 8, 1e-5)[0]),
+    }
+    if "cpp" in BACKENDS:
+        # Without the extension its layers are torch's own, which have forward-mode derivatives.
+        pictures, t = images[:, :3].contiguous(memory_format=torch.channels_last), torch.linspace(0, 1, 8)
+        found["UNet"] = (pictures, lambda v: net(t, v))
+    return found
+
+
+@pytest.mark.parametrize("name", forward_mode_calls())
+def test_forward_mode_is_refused_and_not_answered_with_zeros(name):
+    leaf, call = forward_mode_calls()[name]
+    tangent, one = torch.ones_like(leaf), torch.ones(())
+    refused = pytest.raises(UserError, match="has no forward-mode derivative")
+    for wants_gradient in (False, True):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(leaf.clone().requires_grad_(wants_gradient), tangent)
+            with refused:
+                call(dual)
+    with refused:
+        torch.func.jvp(call, (leaf,), (tangent,))
+    with refused:
+        torch.func.jacfwd(lambda scale: call(scale * leaf))(one)
+    # The tangent belongs to the outer of two transforms.
+    with refused:
+        torch.func.jvp(lambda v: torch.func.jvp(lambda s: call(v).sum() * s, (one,), (one,))[0], (leaf,), (tangent,))
+    # A tangent that does not reach the call is no reason to refuse it.
+    _, found = torch.func.jvp(lambda s: call(leaf).sum() * 0 + 3 * s, (one,), (one,))
+    assert found == 3
+
+
 class Seen(torch.overrides.TorchFunctionMode):
     """What torch functions a block calls."""
 
@@ -591,6 +668,89 @@ def test_guidance_is_the_guided_teacher_written_out(backend):
         plain = rf.fake_grads(*rows, uncond + scales * (teacher - uncond))
         for mine, theirs in zip(guided, plain, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def wrong_types():
+    b = batch((4, 3), torch.float32)
+    generator = {
+        "teacher_out": b.teacher, "fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY,
+        "objective": REAL,
+    }  # fmt: skip
+    fake = {"fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY, "objective": REAL, "n_real": 2}
+    matching = {"out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY}
+    mixed = {"x": b.x, "coef": b.coef, "noise": KEY}
+    numbers = b.x.numpy()
+    return [
+        *((rf.interpolate, mixed, name, wrong) for name in mixed for wrong in (0, numbers, b.x.tolist(), None)),
+        (rf.interpolate, mixed, "noise", rf.NoiseStream(0)),
+        (rf.interpolate, mixed, "endpoint", numbers),
+        *((rf.interpolate, mixed, "noise_rows", wrong) for wrong in (2.0, "2", b.x, True)),
+        *((call, matching, name, numbers) for call in (rf.matching_loss, rf.matching_grads) for name in matching),
+        *((call, fake, name, [1.0]) for call in (rf.fake_loss, rf.fake_grads) for name in fake),
+        *((call, generator, name, "x") for call in (rf.generator_loss, rf.generator_grads) for name in generator),
+        *((rf.generator_loss, generator, "objective", wrong) for wrong in (rf.objectives.RealUID, PATH, "uid", KEY)),
+        *((rf.fake_loss, fake, "n_real", wrong) for wrong in (2.0, "2", KEY, None, True)),
+        *((rf.generator_loss, generator, "guidance", wrong) for wrong in ("2", numbers, None)),
+        (rf.generator_loss, generator, "teacher_uncond", numbers),
+        (rf.generator_loss, generator | {"objective": rf.objectives.SDS(), "fake_out": None}, "x", numbers),
+        (rf.generator_loss, generator | {"objective": rf.objectives.SDS(), "fake_out": None}, "coef", KEY),
+        *((rf.sample_output, {"x": b.x, "x_t": b.x_t, "coef": b.coef}, name, numbers) for name in ("x", "x_t", "coef")),
+        *((rf.matching_loss, matching, "reduction", wrong) for wrong in (None, 1, b.x, ["mean"])),
+        (rf.noise.normal, {"key": KEY, "like": b.x}, "key", 3),
+        (rf.noise.normal, {"key": KEY, "like": b.x}, "like", (4, 3)),
+        *((rf.NoiseStream, {"seed": 0}, "device", wrong) for wrong in ("cud", 3.5, torch.float32)),
+        (rf.NoiseStream(0).load_state_dict, {}, "state", {"seed": 1}),
+        (rf.NoiseStream(0).load_state_dict, {}, "state", KEY),
+        *((PATH.coefficients, {"t": b.coef[:, 0]}, "t", wrong) for wrong in (0.5, b.coef[:, 0].numpy(), [0.5], None)),
+        *((PATH.coefficients, {"t": b.coef[:, 0].sigmoid()}, name, wrong) for name in ("match", "predict")
+          for wrong in (None, numbers, ["x0"])),
+        *((PATH.coefficients, {"t": b.coef[:, 0].sigmoid()}, "weight", wrong) for wrong in (2.0, lambda t: 1.0)),
+        *((PATH.sample_time, {"n": 4}, "n", wrong) for wrong in (4.0, "4", b.x, -1)),
+        (PATH.sample_time, {"n": 4}, "generator", "cpu"),
+        (PATH.sample_time, {"n": 4}, "device", torch.Generator()),
+        (PATH.network_time, {}, "t", 0.5),
+        (PATH.network_input, {"t": b.coef[:, 0]}, "x_t", numbers),
+        (PATH.reads_x_t, {}, "match", ["x0"]),
+        (rf.paths.Linear, {}, "sampler", rf.paths.samplers.Uniform),
+        (rf.paths.weight, {"name": "edm"}, "path", rf.paths.VE),
+        (rf.paths.build, {}, "name", ["linear"]),
+        (rf.paths.build, {"name": "linear"}, "settings", 3),
+        (rf.paths.custom, {"a": torch.sin, "c": torch.cos}, "a", 1.0),
+        (rf.paths.custom, {"a": torch.sin, "c": torch.cos}, "t_range", 1.0),
+        (rf.couplings.couple, {"x": b.x, "y": b.x}, "y", numbers),
+        (rf.objectives.divergence_weight, {"divergence": "jeffreys"}, "log_ratio", 0.5),
+        (rf.objectives.divergence_weight, {"log_ratio": b.x}, "divergence", ["jeffreys"]),
+        *((rf.objectives.RealUID, {"alpha": 0.9, "beta": 0.9}, name, wrong) for name in ("alpha", "beta")
+          for wrong in ("0.9", None, b.x, [0.9])),
+        (rf.objectives.RealSiD, {"alpha": 0.9, "beta": 0.8}, "alpha", "0.9"),
+        (rf.objectives.RealSiD, {"alpha": 0.9, "alpha_sid": 1.2}, "beta", "0.9"),
+        (rf.objectives.GeneralRealUID, {"alpha": 0.9, "beta": 0.8, "gamma": 0.9}, "kappa", "1"),
+        (rf.objectives.GeneralRealUID, {"alpha": 0.9, "gamma": 0.9}, "beta", "1"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "arguments", "name", "wrong"), wrong_types())
+def test_a_wrong_type_gets_a_sentence_that_names_the_argument(call, arguments, name, wrong):
+    with pytest.raises(UserError, match=rf"\b{name}\b"):
+        call(**arguments | {name: wrong})
+
+
+def test_swapped_arguments_and_uncalled_presets_are_named():
+    b = batch((4, 3), torch.float32)
+    with pytest.raises(UserError, match=r"objective must be an Objective .*, not torch\.Tensor"):
+        rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, b.coef, REAL, KEY)
+    with pytest.raises(UserError, match=r"objective must be .*, not the function RealUID itself"):
+        rf.fake_loss(b.fake, b.x, b.x_t, b.coef, KEY, rf.objectives.RealUID)
+    with pytest.raises(UserError, match="fake_out must have shape"):
+        rf.fake_loss(b.fake, b.coef, b.x_t, b.x, KEY, UID)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_stream_on_a_device_that_is_not_there_is_a_sentence():
+    with pytest.raises(UserError, match="device 'cuda' cannot be used"):
+        rf.NoiseStream(0, device="cuda")
+    with pytest.raises(UserError, match="device 'cuda' cannot be used"):
+        PATH.sample_time(4, device="cuda")
 
 
 def test_guidance_that_cannot_be_is_named():

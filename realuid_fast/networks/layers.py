@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from ..ops import NormSiluConv3x3
+from ..ops import NormSiluConv3x3, refuse_forward_mode
 
 # Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN, which multiplies half types at
 # twice the speed of float32; the operator does not.
@@ -94,9 +94,12 @@ def norm_silu_conv(
 
     Where both are operators, what is convolved is not kept for the backward pass but computed again.
     """
-    if isinstance(conv, Conv3x3) and conv.joins(x) and serves(x, norm.weight):
+    # torch.func's transforms know the two operators, and not the one autograd function that joins them.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if isinstance(conv, Conv3x3) and not transformed and conv.joins(x) and serves(x, norm.weight):
         shift = None if shift is None else shift.to(norm.weight.dtype)
         of_norm = (x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        refuse_forward_mode("norm_silu with conv3x3", (*of_norm, conv.weight, conv.bias))
         return cast(Tensor, NormSiluConv3x3.apply(*of_norm, conv.weight, conv.bias, dropout))
     return cast(Tensor, conv(F.dropout(norm.silu(x, shift), dropout)))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from ..contracts import type_name
 from ..errors import UserError
 from . import samplers
 from .base import COLUMNS, MATCH_SPACES, PREDICTIONS, Path, Preconditioning, Weight
@@ -45,8 +46,10 @@ def build(name: str, settings: Mapping[str, Any] | None = None, sampler: str | s
     Raises:
         UserError: an unknown name, a setting that the path does not have, or a value that it refuses, each named.
     """
-    if name not in PATHS:
+    if not isinstance(name, str) or name not in PATHS:
         raise UserError(f"path.name must be one of {', '.join(PATHS)}; got {name!r}")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError(f"path.settings must be a mapping from names to values, not {type_name(settings)}")
     settings = dict(settings or {})
     known = [f.name for f in fields(PATHS[name]) if f.name != "sampler"]
     if unknown := [key for key in settings if key not in known]:
@@ -66,8 +69,10 @@ def weight(name: str, path: Path) -> Weight | None:
     Raises:
         UserError: an unknown name.
     """
-    if name not in WEIGHTS:
+    if not isinstance(name, str) or name not in WEIGHTS:
         raise UserError(f"a weight must be one of {', '.join(WEIGHTS)}; got {name!r}")
+    if not isinstance(path, Path):
+        raise UserError(f"path must be a path such as paths.Linear(), not {type_name(path)}")
     return WEIGHTS[name](path)
 
 

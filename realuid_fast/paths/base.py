@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..contracts import check_device, check_tensor, check_whole, type_name
 from ..errors import UserError
 from .checks import check_choice, check_number, check_times
 from .samplers import Sampler, named
@@ -112,6 +113,7 @@ class Path(ABC):
 
     def reads_x_t(self, match: str = "velocity", predict: str = "velocity") -> bool:
         """Whether ``k_x`` differs from zero, that is, whether the losses need ``x_t``."""
+        self._check_pair(match, predict)
         return _reads_x_t(self, match, predict)
 
     def coefficients(
@@ -141,20 +143,34 @@ class Path(ABC):
         zero, one = torch.zeros_like(t), torch.ones_like(t)
         p, q, s = {"velocity": rates, "x0": (one, zero, zero), "noise": (zero, zero, one)}[match]
         k_out, k_x = (one, zero) if match == predict else self._conversion(match, predict, t, scales, rates)
-        w = one if weight is None else weight(t).to(t.dtype)
-        if w.shape != t.shape:
-            raise UserError(f"weight must return one value a row, shape {tuple(t.shape)}, not {tuple(w.shape)}")
+        w = one if weight is None else _weights(weight, t)
         return torch.stack((*scales, p, q, s, k_out, k_x, w), dim=-1)
 
     def sample_time(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
     ) -> Tensor:
-        """Draw ``n`` path times in ``t_range``, float32, on ``device``, without reading anything back."""
+        """Draw ``n`` path times in ``t_range``, float32, on ``device``, without reading anything back.
+
+        Raises:
+            UserError: an ``n`` that is no whole number from 0 on, or what is no generator or device.
+        """
+        check_whole("n", n)
+        if n < 0:
+            raise UserError(f"n must not be negative, got {n}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise UserError(f"generator must be a torch.Generator or None, not {type_name(generator)}")
+        if device is not None:
+            check_device(device)
         sampler = named(self.sampler) if isinstance(self.sampler, str) else self.sampler
-        return sampler.draw(n, self, generator, device)
+        try:
+            return sampler.draw(n, self, generator, device)
+        except AssertionError as error:
+            # A torch without CUDA answers "cuda" with one.
+            raise UserError(f"device {str(device)!r} cannot be used: {error}") from error
 
     def network_time(self, t: Tensor, predict: str = "velocity") -> Tensor:
         """What a network is called with at path time ``t``: ``time_scale t``, or ``c_noise`` where preconditioned."""
+        check_tensor("t", t)
         check_choice("predict", predict, PREDICTIONS)
         if predict in PRECONDITIONED:
             return self._precondition(t, predict)[1]
@@ -163,6 +179,8 @@ class Path(ABC):
 
     def network_input(self, x_t: Tensor, t: Tensor, predict: str = "velocity") -> Tensor:
         """What a network is called on at ``x_t``, ``(R, ...)``: itself, or ``c_in x_t`` where preconditioned."""
+        check_tensor("x_t", x_t)
+        check_tensor("t", t)
         check_choice("predict", predict, PREDICTIONS)
         if predict not in PRECONDITIONED:
             return x_t
@@ -217,6 +235,16 @@ class Path(ABC):
     def _singular_times(self, match: str, predict: str) -> tuple[float | None, ...]:
         """Times at which this pair's conversion, or its preconditioning, diverges."""
         return ()
+
+
+def _weights(weight: Weight, t: Tensor) -> Tensor:
+    if not callable(weight):
+        raise UserError(f"weight must be a function from times (R,) to weights (R,), not {type_name(weight)}")
+    w = weight(t)
+    if not isinstance(w, Tensor) or w.shape != t.shape:
+        found = tuple(w.shape) if isinstance(w, Tensor) else type_name(w)
+        raise UserError(f"weight must return one value a row, shape {tuple(t.shape)}, not {found}")
+    return w.to(t.dtype)
 
 
 @functools.lru_cache(maxsize=256)

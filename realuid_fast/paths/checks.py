@@ -8,12 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..contracts import host_checks_allowed
+from ..contracts import check_tensor, host_checks_allowed, type_name
 from ..errors import UserError
 
 
 def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
     """Refuse times of the wrong shape or dtype and, where reading them is free, times outside ``t_range``."""
+    check_tensor("t", t)
     if t.dim() != 1 or not t.is_floating_point():
         raise UserError(f"t must be a floating tensor of shape (R,), not {t.dtype} of shape {tuple(t.shape)}")
     if not host_checks_allowed(t) or t.numel() == 0:
@@ -44,5 +45,7 @@ def check_number(name: str, value: float, above: float = -math.inf, below: float
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    """Refuse what is not one of the words ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        found = repr(value) if isinstance(value, str) else type_name(value)
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, not {found}")

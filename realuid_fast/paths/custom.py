@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contracts import type_name
 from ..errors import UserError
 from .base import Path, Triple
 from .one_sided import OneSidedPath, Pair
@@ -44,7 +45,11 @@ def custom(
             tried at the ends and the middle of the range.
     """
     functions = {"a": (a, da), "c": (c, dc)} | ({} if b is None else {"b": (b, db)})
-    if len(t_range) != 2 or not t_range[0] < t_range[1]:
+    for name, (scale, rate) in functions.items():
+        for label, function in ((name, scale), *([] if rate is None else [(f"d{name}", rate)])):
+            if not callable(function):
+                raise UserError(f"{label} must be a function from times (R,) to (R,), not {type_name(function)}")
+    if not isinstance(t_range, (tuple, list)) or len(t_range) != 2 or not t_range[0] < t_range[1]:
         raise UserError(f"t_range must hold a lower and an upper time, got {t_range!r}")
     low, high = t_range
     times = torch.tensor([low, (low + high) / 2, high], dtype=torch.float64)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..contracts import type_name
 from ..errors import UserError
 from .checks import check_number
 
@@ -136,6 +137,8 @@ class Discrete(QuantileSampler):
     times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.times, Iterable):
+            raise UserError(f"times must be a sequence of path times, not {type_name(self.times)}")
         object.__setattr__(self, "times", tuple(self.times))
         if not self.times:
             raise UserError("times must hold at least one path time")
@@ -208,6 +211,10 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Sampler:
     Raises:
         UserError: an unknown name, or a number that the sampler does not have or refuses.
     """
+    if not isinstance(name, str):
+        raise UserError(f"a sampler's name must be a string, not {type_name(name)}")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise UserError(f"the sampler's settings must be a mapping from names to numbers, not {type_name(settings)}")
     # Those without numbers that would do for everything.
     bare: dict[str, type[Beta | Discrete]] = {"beta": Beta, "discrete": Discrete}
     default = {} if name in bare else vars(named(name))
@@ -220,7 +227,7 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Sampler:
 
 def named(name: str) -> Sampler:
     """The sampler of a name, with its default numbers."""
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise UserError(f"sampler must be a Sampler or one of {', '.join(SAMPLERS)}, not {name!r}")
     return SAMPLERS[name]
 
