@@ -164,6 +164,17 @@ class Attention(nn.Module):
         return x + h.transpose(1, 2).reshape(batch, channels, height, width)
 
 
+class Output(nn.Sequential):
+    """The network's last layers, ``conv(SiLU(norm(x)))``, in the order ``norm, SiLU, conv``.
+
+    The U-Net calls this module as a whole: where a network is sharded, the call is what gathers its parameters.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, _, conv = self
+        return conv(cast(GroupNorm, norm).silu(x))
+
+
 class UNet(nn.Module):
     """U-Net on images ``(B, C, H, W)`` and times ``(B,)``, returning ``(B, out_channels, H, W)``.
 
@@ -291,7 +302,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Blocks(*layers))
 
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.out = nn.Sequential(
+        self.out = Output(
             GroupNorm(norm_groups, channels),
             nn.SiLU(),
             _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
@@ -325,11 +336,8 @@ class UNet(nn.Module):
         middle = x = self.middle_block(x, embedding)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        out = in_full(self._last, x, next(self.out[-1].parameters()))
+        out = in_full(self.out, x, next(self.out[-1].parameters()))
         return (out, middle) if with_features else out
-
-    def _last(self, x: Tensor) -> Tensor:
-        return self.out[2](cast(GroupNorm, self.out[0]).silu(x))
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:

@@ -25,8 +25,9 @@ from .generator import frozen_view
 def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:
     """``net`` itself, its parameters sharded over all ranks and moved to ``device`` one part at a time.
 
-    The parts that are brought together are the network's children, of lists of modules each item. Each must be called
-    as a module, which all of this package are.
+    The parts that are brought together are the network's children, and of a list or dictionary of modules each item.
+    The network must call each part as a module and must not read the parameters of a part's own modules: the call is
+    what brings them together.
 
     Args:
         net: on the host. Parameters become contiguous, which FSDP2 asks for.
@@ -51,7 +52,8 @@ def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Mod
 
 def parts(net: nn.Module) -> list[nn.Module]:
     """What :func:`shard` brings together at once, each of them."""
-    children = [m for child in net.children() for m in (child if isinstance(child, nn.ModuleList) else [child])]
+    containers = (nn.ModuleList, nn.ModuleDict)
+    children = [m for child in net.children() for m in (child.children() if isinstance(child, containers) else [child])]
     return [m for m in children if any(True for _ in m.parameters())]
 
 
