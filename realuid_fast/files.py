@@ -3,36 +3,106 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
+
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """A stream whose content replaces ``file`` in one step when the block ends, and is on disk then.
+def replacing(file: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A stream whose content replaces ``file`` in one step when the block ends, and is on disk then if ``durable``.
 
-    Where the block or the disk fails, ``file`` stays as it was.
+    Where the block or the disk fails, ``file`` stays as it was. A link under that name is replaced and not followed.
+
+    The stream writes to ``.NAME.<16 random digits>.part`` beside ``file``. That file is new, so that nobody else's is
+    overwritten. A process that is killed leaves it behind.
     """
-    part = file.with_name(file.name + ".part")
+    part = new_part(file)
     try:
-        with part.open("wb") as stream:
+        with open(part, "xb", opener=in_place) as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(part, file)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    if durable:
+        sync(file.parent)
+
+
+def new_part(file: Path) -> Path:
+    """A name beside ``file`` that no file has, for what is to become it."""
+    return file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
+
+
+def part_of(name: str) -> str | None:
+    """The name of the file that one with a name of :func:`new_part` was to become, else None."""
+    made = _PART.fullmatch(name)
+    return made[1] if made else None
+
+
+def in_place(path: str, flags: int) -> int:
+    """An ``opener`` for :func:`open` that opens nothing but regular files: no link, and no pipe that would block.
+
+    Raises:
+        OSError: ``path`` is something else.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        # A link, or a pipe without a reader.
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(error.errno, "it is not a regular file", path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return descriptor
+
+
+def is_own(file: Path) -> bool:
+    """Whether ``file`` is a regular file and no link to one."""
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(file.lstat().st_mode)
+    return False
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Delete regular files; leave what else has such a name."""
+    for file in files:
+        if is_own(file):
+            file.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder with its parents where they are missing; the new entries are on disk afterwards."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder's entries to disk, without which a file's new name is not there."""
-    opened = os.open(folder, os.O_RDONLY)
+    """Bring a folder's entries to disk, without which a file's new name is not there after a power cut."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written but not read cannot be opened for this
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has nothing to do here
+            raise
     finally:
         os.close(opened)

@@ -25,7 +25,7 @@ from torch import nn
 
 from realuid_fast import functional, teachers
 from realuid_fast.errors import UserError
-from realuid_fast.files import replacing
+from realuid_fast.files import part_of, replacing
 from realuid_fast.networks import build
 from realuid_fast.pack import pack
 from realuid_fast.train import checkpoint, loop, memory
@@ -138,16 +138,17 @@ def test_nothing_but_the_writing_thread_waits_for_the_disk(run, monkeypatch):
     thread = threading.current_thread()
 
     def recorded(descriptor):
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        synced.append((Path(name).name, threading.current_thread() is thread))
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        synced.append((part_of(name) or name, threading.current_thread() is thread))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded)
     run("run", evaluate_every=0)
     names = [name for name, _ in synced]
     first = names.index("log.csv")
-    assert names[first : first + 3] == ["log.csv", "distances.csv", "update-00000005.pt.part"]
-    assert [name for name, here in synced[first:] if here] == ["student.safetensors.part", "run"]
+    # The folder of the run for the entry of the one of its checkpoints.
+    assert names[first : first + 5] == ["log.csv", "distances.csv", "run", "update-00000005.pt", "checkpoints"]
+    assert [name for name, here in synced[first:] if here] == ["student.safetensors", "run"]
 
 
 def test_the_newest_checkpoints_stay(tmp_path):

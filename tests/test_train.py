@@ -951,7 +951,9 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert (tmp_path / "run/log.csv").read_text() == before
     (tmp_path / "run/notes.txt").write_text("mine")
     loop.open_folder(tmp_path / "run", overwrite=True)
-    assert [f.name for f in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    # The configuration stays until the next run's takes its place: a kill in between must leave a run.
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"notes.txt", "config.yaml"}
+    (tmp_path / "run/config.yaml").unlink()
     with pytest.raises(UserError, match="no run, so --overwrite leaves it alone"):
         loop.open_folder(tmp_path / "run", overwrite=True)
     with pytest.raises(UserError, match="no run to resume"):

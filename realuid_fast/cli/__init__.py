@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .. import streams
 from .parser import parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for input that cannot be used, 130 or 143 after SIGINT or SIGTERM."""
+    """Run one command; the exit code.
+
+    It is 0, 2 for input that cannot be used or output that cannot be written, 129, 130 or 143 after SIGHUP, SIGINT or
+    SIGTERM, and 141 where the command did its work but the reader of its output went away.
+    """
+    return streams.guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     # Imported here: torch takes seconds, which --help and --version do not wait for.
     from . import run

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import data, teachers
 from ..errors import UserError
+from ..files import replacing
 from ..teachers import Model
 from ..train import compare as comparison
 from ..train import config as configs
@@ -108,7 +109,8 @@ def demo(arguments: argparse.Namespace) -> None:
     plot_distances(folder, lines, measure.name)
     noise = evaluation_noise(dataset.shape, 100 if len(dataset.shape) == 3 else count)
     samples = evaluation.sampler(student)(noise, *measure.shown(student.net, len(noise)))
-    save_png(picture(samples), folder / "samples.png")
+    with replacing(folder / "samples.png") as stream:
+        save_png(picture(samples), stream)
     print(f"written to {folder}: samples.png, convergence.png, table.md, evaluation.json, {file.name}")
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import NotWritten, UserError
-from ..files import replacing, sync
+from ..files import is_own, remove, replacing, sync
 from ..optim import is_sharded
 from . import distributed
 
@@ -27,7 +27,12 @@ SHARDED = 4  # a checkpoint whose sharded tensors are in files beside it
 # After torch's own file: this mark, the length of what it covers, and its SHA-256. torch.load does not mind.
 MARK = b"realuid_fast\x00\x00\x00\x01"
 TRAILER = struct.Struct("<16sQ32s")
-_SHARD = re.compile(r"update-\d{8}\.[0-9a-f]{16}\.shard")
+# Every name that a run gives to a file in its folder of checkpoints, and nobody else's.
+_STEP, _DIGEST = r"update-(\d{8,})", r"[0-9a-f]{16}"
+_CHECKPOINT = re.compile(rf"{_STEP}\.pt")
+_SHARD = re.compile(rf"{_STEP}\.{_DIGEST}\.shard")
+_DAMAGED = re.compile(rf"{_STEP}(\.{_DIGEST})?\.damaged\d*")
+_HALF = re.compile(rf"{_STEP}\.rank\d+(\.part)?|\.{_STEP}\.(pt|rank\d+)\.{_DIGEST}\.part")
 _CHUNK = 1 << 20
 
 
@@ -40,10 +45,20 @@ class Checkpoints:
     With ``sharded`` all ranks save together, and nothing is gathered: each writes its rows of the sharded tensors to
     ``update-00000500.<checksum>.shard``. When all have, rank 0 writes ``update-00000500.pt`` with everything else and
     the names of these files, which makes the checkpoint complete. Any number of ranks reads it.
+
+    ``guard`` is called before every change to the folder, and raises where the folder is not this run's any more.
+    ``identity`` is the run's: every checkpoint repeats it, and one that repeats another is refused.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, sharded: bool = False) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        sharded: bool = False,
+        guard: Callable[[], object] = lambda: None,
+        identity: str | None = None,
+    ) -> None:
+        self.folder, self.keep, self.identity, self._guard = folder, keep, identity, guard
         # Of its own: the writing threads talk while the ranks' training does.
         self._group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE) if sharded else None
         self._pending: Future[Path] | None = None
@@ -51,12 +66,12 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        return sorted(self.folder.glob("update-*.pt"))
+        return files(self.folder)
 
     @property
     def lost(self) -> bool:
         """Whether there were checkpoints and every one of them is damaged."""
-        return not self.files() and any(self.folder.glob("update-*.damaged*"))
+        return not self.files() and bool(_named(self.folder, _DAMAGED))
 
     def save(self, step: int, state: dict[str, Any], first: Callable[[], object] | None = None) -> Path:
         """Write ``state`` (tensors and plain values) and torch's own generator states as the checkpoint of ``step``.
@@ -79,7 +94,7 @@ class Checkpoints:
             UserError: an earlier checkpoint could not be written.
         """
         self.wait()
-        content = {"format": FORMAT, "torch_rng": _generator_states(), **state}
+        content = {"format": FORMAT, "run": self.identity, "torch_rng": _generator_states(), **state}
         content, ready = _snapshot(content)
         self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._pending = self._thread.submit(self._write, step, content, ready, first)
@@ -110,11 +125,17 @@ class Checkpoints:
         :class:`Rows`; without ``verify`` their files' checksums are not looked at, as where another rank has.
 
         Raises:
-            UserError: there is none, none is sound, or one was written by another version.
+            UserError: there is none, none is sound, or the newest sound one is of another version or another run.
         """
         for file in reversed(self.files()):
             try:
                 content = read(file, verify)
+                # Earlier versions gave a run no identity.
+                if None not in (run := content.get("run"), self.identity) and run != self.identity:
+                    raise UserError(
+                        f"{file} is a checkpoint of another run ({run!s:.32}; this run is {self.identity}): move it "
+                        "out of the folder"
+                    )
                 _set_generator_states(content.pop("torch_rng", {}))
             except Damaged as damage:
                 aside = _set_aside(file)
@@ -123,9 +144,6 @@ class Checkpoints:
             return content
         why = ": every one was damaged and is set aside there" if self.lost else ""
         raise UserError(f"there is no checkpoint to resume from in {self.folder}{why}")
-
-    def _parts(self, what: str) -> Iterator[Path]:
-        return self.folder.glob(f"update-{'[0-9]' * 8}.{what}")
 
     def _file(self, step: int) -> Path:
         return self.folder / f"update-{step:08d}.pt"
@@ -146,19 +164,30 @@ class Checkpoints:
             if dist.get_rank(self._group):
                 return file
         with _sentences(f"the checkpoint {file}"):
+            self._guard()
             if first is not None:
                 first()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             with replacing(file) as stream:
                 _write_verified(stream, content)
-            for old in self.files()[: -self.keep]:
-                old.unlink(missing_ok=True)
-            steps = {_step(file) for file in self.files()}
-            for part in (*self._parts("*.shard"), *self._parts("rank*")):
-                # A later one is of a rank that is ahead already, or of a run that went no further.
-                if _step(part) not in steps and _step(part) < step:
-                    part.unlink(missing_ok=True)
+                self._guard()
+            self._guard()
+            self._rotate(step)
         return file
+
+    def _make_folder(self) -> None:
+        # Not its parents: a run's folder that was deleted must not come back without a configuration.
+        if not self.folder.is_dir():
+            self.folder.mkdir(exist_ok=True)
+            sync(self.folder.parent)
+
+    def _rotate(self, step: int) -> None:
+        """Delete what the checkpoint of ``step`` replaces; nothing of a later one is touched."""
+        older = [file for file in self.files() if _step(file) < step and is_own(file)]
+        remove(older[: max(len(older) + 1 - self.keep, 0)])
+        steps = {_step(file) for file in self.files()}
+        # A later one is of a rank that is ahead already, or of a run that went no further.
+        remove(f for f in _named(self.folder, _SHARD, _HALF) if _step(f) not in steps and _step(f) < step)
 
     def _write_shards(self, file: Path, content: dict[str, Any], first: Callable[[], object] | None) -> dict[str, Any]:
         """Write this rank's rows; when all ranks have, what is left to write with the names of their files.
@@ -169,9 +198,10 @@ class Checkpoints:
         said: tuple[str, str]
         try:
             with _sentences(f"the checkpoint {file}"):
+                self._guard()
                 if first is not None:
                     first()
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self._make_folder()
                 # Complete under this name already, but nobody's yet.
                 whole = file.with_name(f"{file.stem}.rank{dist.get_rank(self._group)}")
                 with replacing(whole) as stream:
@@ -187,6 +217,27 @@ class Checkpoints:
         if failures := [failure for _, failure in everyone if failure]:
             raise NotWritten(failures[0])
         return {**rest, "format": SHARDED, "shards": [name for name, _ in everyone]}
+
+
+def files(folder: Path) -> list[Path]:
+    """Everything in a run's folder of checkpoints that has a checkpoint's name, oldest first."""
+    return sorted(_named(folder, _CHECKPOINT), key=_step)
+
+
+def clear(folder: Path) -> None:
+    """Delete all that a run has saved in its folder of checkpoints; other files stay."""
+    remove(_named(folder, _CHECKPOINT, _SHARD, _DAMAGED, _HALF))
+
+
+def clear_half_written(folder: Path) -> None:
+    """Delete what a process that was killed had not finished; nobody may be writing there."""
+    remove(_named(folder, _HALF))
+
+
+def _named(folder: Path, *patterns: re.Pattern[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [file for file in folder.iterdir() if any(pattern.fullmatch(file.name) for pattern in patterns)]
 
 
 class Damaged(Exception):
@@ -272,7 +323,7 @@ def read(file: Path, verify: bool = True) -> dict[str, Any]:
         raise Damaged("it does not name its shards")
     for name in names:
         try:
-            with (file.parent / name).open("rb") as stream:
+            with _opened(file.parent / name) as stream:
                 if verify and _verify(stream).hex()[:16] != name.split(".")[-2]:
                     raise Damaged(f"{name} is another file")
         except FileNotFoundError:
@@ -286,17 +337,26 @@ def read(file: Path, verify: bool = True) -> dict[str, Any]:
 
 def _read_verified(file: Path) -> Any:
     try:
-        with file.open("rb") as stream:
+        with _opened(file) as stream:
             _verify(stream)
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
     except (Damaged, MemoryError):
         raise
+    except FileNotFoundError:
+        raise Damaged("it is a link to nothing" if file.is_symlink() else "it is gone") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception as error:
         # What a foreign file makes the reader raise is anything.
         raise Damaged(f"torch cannot read it: {type(error).__name__}") from None
+
+
+def _opened(file: Path) -> BinaryIO:
+    """A stream of a regular file, of which a link may be the name; a pipe or device would not end."""
+    if file.exists() and not file.is_file():
+        raise Damaged("it is not a regular file")
+    return file.open("rb")
 
 
 # What stands in a checkpoint for a tensor whose rows are in its shards.
@@ -402,19 +462,20 @@ class _Hashed:
 
 
 def _step(file: Path) -> int:
-    return int(file.name.split(".")[0].removeprefix("update-"))
+    return int(file.name.removeprefix(".").split(".")[0].removeprefix("update-"))
 
 
 def _set_aside(file: Path) -> Path:
-    for shard in sorted(file.parent.glob(f"{file.stem}.*.shard")):
-        _renamed(shard)
+    for shard in sorted(_named(file.parent, _SHARD)):
+        if _step(shard) == _step(file):
+            _renamed(shard)
     return _renamed(file)
 
 
 def _renamed(file: Path) -> Path:
     aside = file.with_suffix(".damaged")
     count = 1
-    while aside.exists():
+    while os.path.lexists(aside):
         count += 1
         aside = file.with_suffix(f".damaged{count}")
     try:

@@ -22,10 +22,11 @@ from .. import data, teachers
 from ..errors import UserError
 from ..teachers import Model
 from . import config as configs
+from .checkpoint import files as checkpoints_in
 from .config import Config
 from .evaluate import sampler
 from .logging import convergence_plot, read_csv
-from .loop import Interrupted
+from .loop import Interrupted, stopping
 from .measure import Measure, evaluation_noise, generate
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
@@ -55,7 +56,7 @@ def compare(
     Raises:
         UserError: no seeds, ``common`` without a second stage, a folder with results that nobody asked to replace, or a
             run that failed.
-        Interrupted: after SIGINT or SIGTERM, when every running process has saved.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, when every running process has saved.
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, got {list(seeds)}")
@@ -104,7 +105,7 @@ def _folder(folder: Path, objective: str, seed: int, stage: int) -> Path:
 
 def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]:
     command = [sys.executable, "-m", "realuid_fast", "distill", "--config", str(common), "--out", str(out)]
-    if resume and list((out / "checkpoints").glob("update-*.pt")):
+    if resume and checkpoints_in(out / "checkpoints"):
         command.append("--resume")
     elif (out / "config.yaml").is_file():
         command.append("--overwrite")
@@ -118,11 +119,11 @@ def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
 
     Raises:
         UserError: a command that failed, with its last line; the others are stopped.
-        Interrupted: after SIGINT or SIGTERM, when every running process has ended.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, when every running process has ended.
     """
     waiting, running = dict(commands), dict[str, subprocess.Popen[bytes]]()
     received: list[int] = []
-    before = {s: signal.signal(s, lambda signum, _: received.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda signum, _: received.append(signum)) for s in stopping()}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         while (waiting or running) and not received:

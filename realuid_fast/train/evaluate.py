@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import choices
 from ..errors import UserError
+from ..files import replacing
 from ..sampling import evaluations, integrate, needs_endpoint
 from ..teachers import Model
 from .generator import Generator
@@ -124,5 +125,7 @@ def write(folder: Path, table: Sequence[Row], metric: str, **context: Any) -> No
             for row in table
         ],
     }
-    (folder / "evaluation.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(table, metric))
+    written = {"evaluation.json": json.dumps(content, indent=1) + "\n", "table.md": markdown(table, metric)}
+    for name, text in written.items():
+        with replacing(folder / name) as stream:
+            stream.write(text.encode())

@@ -18,7 +18,7 @@ from .config import Config
 from .distill import Distiller
 from .inception import HOW_TO_GET, Inception
 from .lock import held
-from .loop import Trainer, open_folder, run
+from .loop import Trainer, open_folder, require_run, run
 from .measure import Measure
 from .regression import RegressionTrainer
 from .teacher import TeacherTrainer
@@ -36,8 +36,7 @@ def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool
     if not resume:
         return configs.load(source or default, overrides)
     kept = folder / "config.yaml"
-    if not kept.is_file():
-        raise UserError(f"there is no run to resume in {folder}: it has no config.yaml")
+    require_run(folder)
     before, asked = configs.load(kept), configs.load(source or kept, overrides)
     if (key := _difference(configs.to_mapping(before), configs.to_mapping(asked))) is not None:
         raise UserError(f"{key} differs from the run in {folder}: a resumed run keeps all its settings but run.*")
@@ -61,7 +60,7 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
 
     Raises:
         UserError: settings, data, teacher or folder that cannot be used.
-        realuid_fast.train.loop.Interrupted: after SIGINT or SIGTERM, with everything saved.
+        realuid_fast.train.loop.Interrupted: after SIGINT, SIGTERM or SIGHUP, with everything saved.
     """
     asked = evaluated(job, config)
     config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
@@ -89,12 +88,13 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         trainer = TeacherTrainer(config, dataset, command)
     measure = _measure(config, dataset)
     with contextlib.ExitStack() as stack:
+        lock = None
         if distributed.rank() == 0:
-            stack.enter_context(held(folder))
+            lock = stack.enter_context(held(folder))
             open_folder(folder, resume, overwrite)
         distributed.wait()
         try:
-            return run(asked, trainer, folder, measure, dataset.shape, resume), measure
+            return run(asked, trainer, folder, measure, dataset.shape, resume, lock), measure
         finally:
             if isinstance(trainer, Distiller):
                 # NCCL does not end while a graph holds one of its sums.

@@ -13,41 +13,92 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import in_place, make_folder, sync
 
 LOCK = ".lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold ``folder``, which is made where it is missing, against every other process until the block ends.
+class Lock:
+    """A folder, made where it is missing, that this process holds against every other one.
 
-    The lock belongs to the process and not to the file that names it, so that one which was killed leaves none behind.
+    The lock belongs to the process and not to the file that names it, so that a process which was killed leaves none.
+    Whoever deletes the file or the folder opens the way for a second process; :meth:`check` tells.
 
     Raises:
-        UserError: another process holds it, named with its host, or the folder cannot be written.
+        UserError: another process holds the folder, named with its host, or the folder cannot be written.
     """
-    file = folder / LOCK
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, folder / LOCK
+        self._descriptor = self._taken()
+
+    def check(self) -> None:
+        """Raise where another process may be in the folder by now; to be called before anything is written to it.
+
+        A folder that is gone altogether raises nothing here: the write fails by itself, and the run saves what it can.
+
+        Raises:
+            UserError: the lock's file was deleted, or is another one.
+        """
+        if not self._is_own() and self.folder.exists():
+            raise UserError(
+                f"{self._file} was deleted or replaced while this run was going on, so another run may be using the "
+                "folder: this run stops and writes nothing more there; when no other run is, --resume goes on from "
+                "its last checkpoint"
+            )
+
+    def retake(self) -> None:
+        """Hold the folder again after it was deleted; nothing changes where it still is held.
+
+        Raises:
+            UserError: another process has made it again and holds it, or it cannot be made.
+        """
+        if not self._is_own():
+            before, self._descriptor = self._descriptor, self._taken()
+            os.close(before)
+
+    def release(self) -> None:
+        """Let others in."""
+        # The file goes before the lock does, and only if it is this lock's: another process' stays.
+        if self._is_own():
+            with contextlib.suppress(OSError):
+                self._file.unlink()
+        os.close(self._descriptor)
+
+    def _is_own(self) -> bool:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.path.samestat(os.fstat(self._descriptor), self._file.lstat())
+        return False
+
+    def _taken(self) -> int:
+        """A descriptor of the lock's file that holds the lock."""
+        try:
+            make_folder(self.folder)
+            # Also of a folder that was there: whoever made it may not have waited for the disk.
+            sync(self.folder.parent)
+            descriptor = _locked(self._file)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except OSError as error:
+            raise UserError(f"the folder {self.folder} cannot be written: {error.strerror or error}") from None
+        return descriptor
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[Lock]:
+    """Hold ``folder`` until the block ends, see :class:`Lock`."""
+    lock = Lock(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(file)
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
+        yield lock
     finally:
-        # Before the lock goes, so that nobody's new file is taken away.
-        with contextlib.suppress(OSError):
-            file.unlink()
-        os.close(descriptor)
+        lock.release()
 
 
 def _locked(file: Path) -> int:
     """A descriptor of ``file`` that holds the lock."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = in_place(str(file), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

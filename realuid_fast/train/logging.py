@@ -9,13 +9,14 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data import to_bytes
+from ..files import in_place, sync
 
 
 class CsvLog:
@@ -30,13 +31,21 @@ class CsvLog:
         head = io.StringIO()
         csv.writer(head).writerow(self._columns)
         self.start = len(head.getvalue().encode())
-        if file is not None and (not file.exists() or file.stat().st_size < self.start):
-            file.write_text(head.getvalue(), newline="")
+        if file is None:
+            return
+        with open(file, "a+", newline="", opener=in_place) as stream:
+            if stream.tell() < self.start:
+                stream.truncate(0)
+                stream.write(head.getvalue())
+        # The file's name: what comes into it is brought to disk with every checkpoint.
+        sync(file.parent)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; columns that ``row`` lacks stay empty."""
         if self.file is not None:
-            with self.file.open("a", newline="") as stream:
+            # A file that was deleted must not come back without its header.
+            with open(self.file, "r+", newline="", opener=in_place) as stream:
+                stream.seek(0, os.SEEK_END)
                 csv.DictWriter(stream, self._columns, restval="").writerow(dict(row))
 
     @property
@@ -47,7 +56,7 @@ class CsvLog:
     def to_disk(self) -> None:
         """Wait until everything written so far outlives a power cut."""
         if self.file is not None:
-            with self.file.open("rb") as stream:
+            with open(self.file, "rb", opener=in_place) as stream:
                 os.fsync(stream.fileno())
 
     def cut(self, position: int) -> None:
@@ -58,7 +67,7 @@ class CsvLog:
         if size < position:
             warnings.warn(f"{self.file} has lost rows that were written before the checkpoint", stacklevel=2)
         elif position < size:
-            with self.file.open("r+b") as stream:
+            with open(self.file, "r+b", opener=in_place) as stream:
                 stream.truncate(position)
 
 
@@ -129,19 +138,20 @@ def picture(samples: Tensor) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save_png(pixels: np.ndarray, file: Path) -> None:
+def save_png(pixels: np.ndarray, file: Path | BinaryIO) -> None:
     """Write an RGB picture ``(H, W, 3)`` of bytes."""
     from PIL import Image
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(file)
+    if isinstance(file, Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file, format="PNG")
 
 
 def convergence_plot(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     lines: Mapping[str, float],
     metric: str,
-    file: Path,
+    file: Path | BinaryIO,
     spread: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> None:
     """Distance over updates on a logarithmic axis.
@@ -172,4 +182,4 @@ def convergence_plot(
     axes.set_ylabel(metric)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(file)
+    figure.savefig(file, format="png")

@@ -6,10 +6,10 @@ import contextlib
 import json
 import math
 import os
-import shutil
+import re
+import secrets
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import deque
@@ -25,14 +25,15 @@ from tqdm import tqdm
 
 from .. import teachers
 from ..errors import NotWritten, UserError
-from ..files import replacing
+from ..files import is_own, make_folder, new_part, part_of, remove, replacing
 from ..noise import NoiseStream
 from ..optim import Optimiser
+from ..streams import Tolerant
 from . import config as configs
 from . import distributed, memory, sharding
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, clear, clear_half_written
 from .config import Config
-from .lock import LOCK
+from .lock import LOCK, Lock
 from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
 from .measure import Measure, evaluation_noise, generate
 from .meters import Fetched, Meters
@@ -110,15 +111,20 @@ class Interrupted(Exception):
 def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> None:
     """Create or enter a run folder without ever writing over something that was not asked for.
 
+    What a process left that was killed before ``config.yaml`` was there counts as nothing. With ``overwrite`` the old
+    ``config.yaml`` stays until :func:`run` replaces it, so that a kill in between leaves a folder that holds a run.
+
     Raises:
         UserError: the folder is not empty and neither ``resume`` nor ``overwrite`` is given; ``resume`` without a run
-            in it; ``overwrite`` of a folder that holds no run; a folder that cannot be created or written.
+            in it; ``overwrite`` of a folder that holds no run; a folder that cannot be created or written; a link, or
+            anything else that a run would not make, under the name of something that a run writes.
     """
     try:
-        if resume and not (folder / "config.yaml").is_file():
-            raise UserError(f"there is no run to resume in {folder}: it has no config.yaml")
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(file.name != LOCK for file in folder.iterdir()) and not resume:
+        if resume:
+            require_run(folder)
+        make_folder(folder)
+        there = [file for file in folder.iterdir() if not _is_remnant(file)]
+        if there and not resume:
             if not overwrite:
                 raise UserError(
                     f"the folder {folder} is not empty: give --resume to go on with its run, --overwrite to start "
@@ -126,20 +132,59 @@ def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> 
                 )
             if not (folder / "config.yaml").is_file():
                 raise UserError(f"the folder {folder} holds files but no run, so --overwrite leaves it alone")
-            for name in RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
-            for name in RUN_FOLDERS:
-                shutil.rmtree(folder / name, ignore_errors=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for file in (folder / name for name in (*RUN_FILES, *RUN_FOLDERS)):
+            kind = "file" if file.name in RUN_FILES else "folder"
+            if file.is_symlink() or (file.exists() and not (file.is_file() if kind == "file" else file.is_dir())):
+                raise UserError(f"{file} is a link or not a {kind}, where a run would write: move it away")
+        remove(file for file in folder.iterdir() if part_of(file.name) in RUN_FILES)
+        if not resume:
+            _clear(folder)
+        clear_half_written(folder / "checkpoints")
+        tried = new_part(folder / "config.yaml")
+        tried.touch(exist_ok=False)
+        tried.unlink()
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
 
 
-def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape: tuple[int, ...], resume: bool) -> Path:
+def require_run(folder: Path) -> None:
+    """Raise :class:`UserError` where ``folder`` holds no run to go on with."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"there is no run to resume in {folder}: it has no config.yaml; leave --resume out to start a run there"
+        )
+
+
+def _is_remnant(file: Path) -> bool:
+    """Whether ``file`` is what a run leaves that is killed before its configuration is complete."""
+    # Earlier versions wrote config.yaml.part.
+    return file.name in (LOCK, "config.yaml.part") or (part_of(file.name) in RUN_FILES and is_own(file))
+
+
+def _clear(folder: Path) -> None:
+    """Delete a run but for its configuration; files that no run makes stay."""
+    remove(folder / name for name in RUN_FILES if name != "config.yaml")
+    clear(folder / "checkpoints")
+    remove((folder / "samples").glob(f"update-{8 * '[0-9]'}.png"))
+    remove((folder / "events").glob("events.out.tfevents.*"))
+    for name in RUN_FOLDERS:
+        with contextlib.suppress(OSError):
+            (folder / name).rmdir()
+
+
+def run(
+    config: Config,
+    trainer: Trainer,
+    folder: Path,
+    measure: Measure,
+    shape: tuple[int, ...],
+    resume: bool,
+    lock: Lock | None = None,
+) -> Path:
     """Train to the last update and save the result; the file of the exported network.
 
-    ``folder`` comes from :func:`open_folder`. SIGINT and SIGTERM finish the update at hand, save and raise
+    ``folder`` comes from :func:`open_folder`, and rank 0 has its ``lock``, which is looked at before every write.
+    SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) finish the update at hand, save and raise
     :class:`Interrupted`; a second signal ends the process at once. Where distances are evaluated, the network with the
     smallest one so far is in ``best.safetensors``.
 
@@ -147,24 +192,29 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     and ends as it would have without the interruption, bit for bit on one thread.
 
     Raises:
-        UserError: a checkpoint that cannot be resumed from, a folder that stops being writable, memory that does not
-            suffice, or ``stop_after_skips`` updates in a row without a finite gradient.
+        UserError: a checkpoint that cannot be resumed from, a folder that stops being writable or this run's, memory
+            that does not suffice, or ``stop_after_skips`` updates in a row without a finite gradient.
         Interrupted: after a signal.
     """
     settings, leader = config.run, distributed.rank() == 0
-    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, trainer.sharded)
+    check = _nothing if lock is None else lock.check
+    identity = _identity(folder) if leader and resume else None
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep, trainer.sharded, check, identity)
     # What ranks do not have in full takes all of them to evaluate and to save.
     together = leader or trainer.sharded
     saved = _load(checkpoints, leader) if resume else None
     _restore(trainer, saved, settings.seed)
+    checkpoints.identity = identity or (saved or {}).get("run") or secrets.token_hex(8)
     if leader:
-        _write_config(config, folder)
+        check()
+        _write_config(config, folder, checkpoints.identity)
 
     log, distances = _logs(trainer, folder if leader else None, measure)
     log.cut(log.start if saved is None else saved["log"])
     distances.cut(distances.start if saved is None else saved["distances"])
+    stderr = Tolerant(sys.stderr)
     events = Events(folder / "events" if settings.tensorboard and leader else None, trainer.step)
-    best = _Best(folder, trainer, None if saved is None or not leader else saved["best"])
+    best = _Best(folder, trainer, None if saved is None or not leader else saved["best"], check)
     observed: int | None = None if saved is None else saved["observed"]
     rows: list[_Row] = []
     shown: dict[str, str] = {}
@@ -176,11 +226,12 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         nonlocal concerned
         while rows:
             step, row, calls = rows.pop(0)()
+            check()
             log.write({"update": step, **row})
             events.scalars(row, step)
             if not concerned and (concern := trainer.concern(row)) is not None:
                 concerned = True
-                tqdm.write(f"update {step}: {concern}", file=sys.stderr)
+                tqdm.write(f"update {step}: {concern}", file=stderr)
             shown.update({name: f"{row[name]:.4g}" for name in row if name.endswith("loss")})
             shown["images/s"] = f"{row['images_per_second']:.0f}"
             progress.set_postfix(shown, refresh=False)
@@ -208,7 +259,10 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         if not leader:
             return
         pixels = picture(samples)
-        save_png(pixels, folder / "samples" / f"update-{trainer.step:08d}.png")
+        check()
+        (folder / "samples").mkdir(exist_ok=True)
+        with replacing(folder / "samples" / f"update-{trainer.step:08d}.png", durable=False) as stream:
+            save_png(pixels, stream)
         events.image("samples", pixels, trainer.step)
 
     def evaluate() -> float:
@@ -217,6 +271,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         samples, _ = generate(trainer.sample, noise, *conditions)
         values = measure(samples).as_dict() if leader else {"distance": math.inf}
         if leader:
+            check()
             distances.write({"update": trainer.step, **values})
             events.scalars({f"distance/{name}": value for name, value in values.items()}, trainer.step)
         best.consider(values["distance"])
@@ -248,8 +303,9 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         total=trainer.updates,
         initial=trainer.step,
         disable=not (settings.progress and leader),
+        file=stderr,
         unit="update",
-        mininterval=0.2 if sys.stderr.isatty() else 15.0,
+        mininterval=0.2 if stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
     pace = _Pace(trainer.device)
@@ -295,7 +351,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
         except (OSError, UserError):
             # Other ranks are in the middle of something and do not come to make up a state.
             if distributed.size() == 1:
-                _rescue(config, trainer, folder, measure, checkpoints, state)
+                _rescue(config, trainer, folder, measure, checkpoints, state, lock)
             raise
         now = state()
         if together:
@@ -305,6 +361,7 @@ def run(config: Config, trainer: Trainer, folder: Path, measure: Measure, shape:
     exported, description = trainer.exported()
     file = folder / f"{description.role}.safetensors"
     if leader:
+        check()
         if settings.timings:
             _write_timings(folder, trainer, trainer.step - first)
         with _explained(trainer, checkpoints, shape):
@@ -317,7 +374,8 @@ def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str
     points = [(row["update"], row["distance"]) for row in read_csv(folder / "distances.csv")]
     if not points:
         return None
-    convergence_plot({name: points}, lines, metric, folder / "convergence.png")
+    with replacing(folder / "convergence.png") as stream:
+        convergence_plot({name: points}, lines, metric, stream)
     return folder / "convergence.png"
 
 
@@ -334,12 +392,25 @@ def _logs(trainer: Trainer, folder: Path | None, measure: Measure) -> tuple[CsvL
 
 def _write_timings(folder: Path, trainer: Trainer, updates: int) -> None:
     timings = {name: 1e3 * seconds / max(updates, 1) for name, seconds in trainer.phases.seconds.items()}
-    (folder / "timings.json").write_text(json.dumps({"unit": "ms per update", **timings}, indent=1) + "\n")
+    with replacing(folder / "timings.json") as stream:
+        stream.write(json.dumps({"unit": "ms per update", **timings}, indent=1).encode() + b"\n")
 
 
-def _write_config(config: Config, folder: Path) -> None:
+def _write_config(config: Config, folder: Path, identity: str) -> None:
+    # A comment: whoever starts another run from this file starts one with an identity of its own.
+    head = f"# run {identity}: checkpoints of other runs are refused\n"
     with replacing(folder / "config.yaml") as stream:
-        stream.write(yaml.safe_dump(configs.to_mapping(config), sort_keys=False).encode())
+        stream.write((head + yaml.safe_dump(configs.to_mapping(config), sort_keys=False)).encode())
+
+
+def _identity(folder: Path) -> str | None:
+    """The identity in a run's configuration; None where an earlier version wrote that, or somebody by hand."""
+    found = re.search(r"^# run ([0-9a-f]{16}):", (folder / "config.yaml").read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
@@ -405,15 +476,23 @@ def _rescue(
     measure: Measure,
     checkpoints: Checkpoints,
     state: Callable[[], dict[str, Any]],
+    lock: Lock | None,
 ) -> None:
-    """Save to a folder that somebody has removed: with its checkpoints gone, memory holds all there is of the run."""
+    """Save to a folder that somebody has removed: with its checkpoints gone, memory holds all there is of the run.
+
+    Where another run has made the folder again, it is left to that one.
+    """
     if (folder / "config.yaml").exists():
         return
     # One on its way may have failed for the same reason, which must not keep this one from being written.
     checkpoints.close()
     with contextlib.suppress(OSError, UserError):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_config(config, folder)
+        if lock is not None:
+            lock.retake()
+        if (folder / "config.yaml").exists():
+            return
+        make_folder(folder)
+        _write_config(config, folder, checkpoints.identity or "")
         _logs(trainer, folder, measure)
         checkpoints.save(trainer.step, state())
 
@@ -449,10 +528,11 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
 class _Best:
     """The exported network at the smallest distance so far, in ``best.safetensors`` and in every checkpoint."""
 
-    def __init__(self, folder: Path, trainer: Trainer, state: dict[str, Any] | None) -> None:
-        self._file, self._trainer, self.state = folder / "best.safetensors", trainer, state
+    def __init__(self, folder: Path, trainer: Trainer, state: dict[str, Any] | None, check: Callable[[], None]) -> None:
+        self._file, self._trainer, self.state, self._check = folder / "best.safetensors", trainer, state, check
         if state is not None:
             # The file may be from after the checkpoint.
+            check()
             teachers.save(self._file, state["network"], trainer.description)
 
     def consider(self, distance: float) -> None:
@@ -468,6 +548,7 @@ class _Best:
             return
         network = {name: tensor.to("cpu", copy=True) for name, tensor in network.items()}
         self.state = {"update": self._trainer.step, "distance": distance, "network": network}
+        self._check()
         teachers.save(self._file, network, description)
 
 
@@ -578,20 +659,31 @@ class _Watch:
         return _Row(trainer, {"images_per_second": images / max(seconds, 1e-9), "seconds": seconds})
 
 
+def stopping() -> list[signal.Signals]:
+    """The signals that a run is to stop at: SIGHUP is none where it is ignored, as under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM in a list; then the defaults are back, so a second one ends the process."""
+    """Collect the first SIGINT, SIGTERM or SIGHUP in a list; after it, a second SIGINT or SIGTERM ends the process.
+
+    A SIGHUP that is ignored, as under nohup, stays so. After the first signal all are: a terminal that closes sends it
+    two or three times, from the shell and from the kernel, and the run is to be saved meanwhile.
+    """
     received: list[int] = []
     before: dict[int, Any] = {}
 
     def receive(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        # Written directly: the handler may have interrupted a buffered write.
-        os.write(2, b"\nfinishing this update, then saving; a second signal ends the process at once\n")
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
+        # Written directly: the handler may have interrupted a buffered write. Nobody may be there to read it.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishing this update, then saving; a second signal ends the process at once\n")
 
-    for wanted in (signal.SIGINT, signal.SIGTERM):
+    for wanted in stopping():
         with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
             before[wanted] = signal.signal(wanted, receive)
     try:

@@ -11,6 +11,7 @@ from .. import teachers
 from ..errors import UserError
 from ..teachers import CHECKPOINTS, Description
 from .checkpoint import Damaged, read
+from .checkpoint import files as checkpoints_in
 
 
 def student_of(source: str, decay: float | None, teacher: Description, t_start: float) -> nn.Module:
@@ -61,7 +62,7 @@ def _hint(file: Path) -> None:
 
 def _average(folder: Path, decay: float) -> Mapping[str, Tensor]:
     """An average of a run, or its last weights for 0, as its newest checkpoint has it."""
-    files = sorted((folder / "checkpoints").glob("update-*.pt"))
+    files = checkpoints_in(folder / "checkpoints")
     if not files:
         raise UserError(f"distill.start_decay {decay:g} is not what {folder} exported, and it has no checkpoint left")
     try:
