@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import io
 import itertools
 import json
 import math
@@ -19,11 +20,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from realuid_fast import functional, teachers
+from realuid_fast import functional, streams, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.files import part_of, replacing
 from realuid_fast.networks import build
@@ -33,7 +35,7 @@ from realuid_fast.train import config as configs
 from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
-from realuid_fast.train.lock import LOCK, held
+from realuid_fast.train.lock import LOCK, Lock, held
 from realuid_fast.train.logging import CsvLog, read_csv
 from realuid_fast.train.measure import Measure
 
@@ -241,6 +243,83 @@ def test_a_checkpoint_that_does_not_fit_is_a_sentence(run, after):
         run("run", resume=True)
 
 
+def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_deleted(run, after, tmp_path):
+    straight = run("straight")
+    after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+        run("run")
+    folder = tmp_path / "run/checkpoints"
+    mine = [folder / name for name in ("update-best.pt", "update-00000005-backup.pt", "update-5.pt", "update-00000001")]
+    mine += [folder / name for name in ("update-best.damaged", "update-00000001.a.shard", "update-00000001.rankings")]
+    for file in mine:
+        file.write_text("mine")
+    (folder / "update-00000002.pt").mkdir()
+    (folder / "update-00000003.pt").symlink_to(tmp_path / "teacher.safetensors")
+    assert end_of(run("run", resume=True)) == end_of(straight)
+    loop.open_folder(tmp_path / "run", overwrite=True)
+    assert all(file.read_text() == "mine" for file in mine)
+    assert {file.name for file in folder.iterdir()} - {file.name for file in mine} == {
+        "update-00000002.pt",
+        "update-00000003.pt",
+    }
+
+
+def test_a_checkpoint_of_another_run_is_refused(run, after, tmp_path):
+    straight = run("straight")
+    after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+        run("run")
+    foreign = tmp_path / "run/checkpoints/update-00000010.pt"
+    shutil.copy(straight / "checkpoints/update-00000010.pt", foreign)
+    ours, other = (loop._identity(folder) for folder in (tmp_path / "run", straight))
+    assert ours != other
+    with pytest.raises(UserError, match=rf"update-00000010.pt is a checkpoint of another run \({other}; .*{ours}\)"):
+        run("run", resume=True)
+    foreign.rename(tmp_path / "elsewhere.pt")
+    assert end_of(run("run", resume=True)) == end_of(straight)
+
+
+def test_a_run_of_a_version_without_identities_goes_on(run, after, tmp_path):
+    after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+        run("run")
+    file = Checkpoints(tmp_path / "run/checkpoints").files()[-1]
+    content = torch.load(file, weights_only=True)
+    assert content.pop("run") == loop._identity(tmp_path / "run")
+    with file.open("wb") as stream:
+        checkpoint._write_verified(stream, content)
+    settings = tmp_path / "run/config.yaml"
+    settings.write_text(settings.read_text().partition("\n")[2])
+    assert loop._identity(tmp_path / "run") is None
+    assert end_of(run("run", resume=True)) == end_of(run("straight"))
+    assert Checkpoints(tmp_path / "run/checkpoints").load()["run"] == loop._identity(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "FIFO"])
+def test_what_is_no_file_under_a_checkpoints_name_is_set_aside(run, after, tmp_path, kind):
+    straight = run("straight")
+    after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(loop.Interrupted):
+        run("run")
+    newest = tmp_path / "run/checkpoints/update-00000010.pt"
+    make_other(newest, kind)
+    with pytest.warns(UserWarning, match=r"update-00000010.pt is damaged \(it is .*\): set aside as update-00000010.d"):
+        run("run", resume=True)
+    assert end_of(tmp_path / "run") == end_of(straight)
+    assert os.path.lexists(newest.with_suffix(".damaged"))
+
+
+def make_other(file, kind):
+    """Something that is no regular file."""
+    file.unlink(missing_ok=True)
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(file.parent / "nothing" if kind == "link to nothing" else kind)
+
+
 def test_a_run_killed_again_and_again_ends_as_if_left_alone(tmp_path):
     out = tmp_path / "kills.json"
     command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "24", "--out", str(out)]
@@ -273,7 +352,214 @@ def test_a_signal_in_the_last_update_leaves_the_evaluation_to_the_resumed_run(ru
     assert end_of(run("broken", resume=True)) == end_of(run("straight"))
 
 
+def test_a_terminal_that_closes_is_a_signal_to_save(run, after, tmp_path):
+    """It sends SIGHUP more than once."""
+    straight, before = run("straight"), signal.getsignal(signal.SIGHUP)
+
+    def close():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    after(8, close)
+    with pytest.raises(loop.Interrupted, match="stopped by SIGHUP") as stop:
+        run("broken")
+    assert stop.value.code == 129
+    assert signal.getsignal(signal.SIGHUP) == before
+    assert end_of(run("broken", resume=True)) == end_of(straight)
+    # As nohup does it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        after(8, close)
+        assert end_of(run("ignored")) == end_of(straight)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# -- output
+
+
+class Broken(io.TextIOWrapper):
+    """A stream to a reader that is gone, or to a full disk."""
+
+    def __init__(self, kind):
+        if kind == "reader gone":
+            read, write = os.pipe()
+            os.close(read)
+        else:
+            write = os.open("/dev/full", os.O_WRONLY)
+        super().__init__(os.fdopen(write, "wb"), line_buffering=True)
+
+
+@pytest.mark.parametrize("kind", ["reader gone", "disk full", "closed"])
+def test_a_run_whose_messages_nobody_reads_goes_on(run, monkeypatch, kind):
+    straight = run("straight")
+    stream = None if kind == "closed" else Broken(kind)
+    monkeypatch.setattr(sys, "stderr", stream)
+    # Every update tells something.
+    monkeypatch.setattr(Distiller, "concern", lambda self, row: "something to say")
+    broken = run("broken", progress=True)
+    monkeypatch.undo()
+    assert end_of(broken) == end_of(straight)
+    if stream is not None:
+        streams._silence(stream)
+        stream.close()
+
+
+def test_a_command_whose_messages_nobody_reads_saves_on_a_signal(run, tmp_path):
+    straight = run("straight")
+    settings = yaml.safe_load((straight / "config.yaml").read_text())
+    settings["distill"]["updates"] = 100_000
+    settings["run"] |= {"progress": True, "checkpoint_every": 0}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "realuid_fast", "distill", "--config", "c.yaml", "--out", "run"]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=full, stdout=subprocess.DEVNULL)
+    log, deadline = tmp_path / "run/log.csv", time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 129
+    assert len(steps(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(("kind", "code"), [("reader gone", 141), ("disk full", 2)])
+def test_output_that_cannot_be_written_is_told_after_the_work(monkeypatch, capfd, kind, code):
+    stream = Broken(kind)
+    monkeypatch.setattr(sys, "stdout", stream)
+    done = []
+
+    def work():
+        for _ in range(3):
+            print("a line", flush=True)
+        done.append(True)
+        return 0
+
+    assert streams.guarded(work) == code
+    assert done
+    # Python writes what is left in the stream when it ends.
+    stream.close()
+    said = capfd.readouterr().err
+    assert said == ("" if code == 141 else "error: standard output: No space left on device\n")
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
+    words = f"{sys.executable} -m realuid_fast info 2>&1 | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"realuid-fast .*\n141\n", done.stdout), done.stdout
+
+
+def test_a_closed_descriptor_does_not_become_a_file_of_the_run():
+    words = "import os, sys; from realuid_fast import streams; "
+    words += "streams.guarded(lambda: sys.exit(os.open(sys.executable, os.O_RDONLY)))"
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -c '{words}' 2>&- >&-"], cwd=ROOT, timeout=60)
+    assert done.returncode > 2
+
+
 # -- files
+
+
+REMNANTS = [".lock", "config.yaml.part", ".config.yaml.0123456789abcdef.part"]
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in REMNANTS), REMNANTS])
+def test_a_run_that_was_killed_before_it_had_a_configuration_starts(run, names, tmp_path):
+    folder = tmp_path / "run"
+    for overwrite in (False, True):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("half of")
+        with pytest.raises(UserError, match=r"no run to resume in .*: it has no config.yaml; leave --resume out"):
+            loop.open_folder(folder, resume=True)
+        loop.open_folder(folder, overwrite=overwrite)
+    assert (run("run") / "student.safetensors").is_file()
+    assert not list(folder.rglob(".*"))
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_leaves_a_run(run, monkeypatch, tmp_path):
+    """Beside a file of the user's, without which an empty folder would be left."""
+    folder = run("run")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples/mine.png").write_text("mine")
+    loop.open_folder(folder, overwrite=True)
+    assert {file.name for file in folder.iterdir()} == {"notes.txt", "samples", "config.yaml"}
+    loop.open_folder(folder, overwrite=True)
+    loop.open_folder(folder, resume=True)
+    assert end_of(run("run", resume=True)) == end_of(run("straight"))
+    assert (folder / "samples/mine.png").exists()
+
+
+def test_what_is_being_written_has_a_name_of_its_own(tmp_path):
+    mine, target = tmp_path / "mine", tmp_path / "file"
+    mine.write_text("mine")
+    (tmp_path / "file.part").symlink_to(mine)
+    with replacing(target) as stream:
+        (made,) = (file for file in tmp_path.iterdir() if part_of(file.name) == "file")
+        stream.write(b"new")
+    assert (target.read_text(), mine.read_text(), made.exists()) == ("new", "mine", False)
+    assert (tmp_path / "file.part").is_symlink()
+    target.unlink()
+    target.symlink_to(mine)
+    with replacing(target) as stream:
+        stream.write(b"newer")
+    assert (target.read_text(), mine.read_text(), target.is_symlink()) == ("newer", "mine", False)
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "link to nothing", "/dev/zero"])
+def test_a_run_writes_to_nothing_but_files_and_folders_of_its_own(run, tmp_path, kind):
+    whole = run("run")
+    for name in ("log.csv", "distances.csv", "student.safetensors", "checkpoints", "samples"):
+        shutil.copytree(whole, folder := tmp_path / name)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        make_other(folder / name, str(tmp_path) if kind == "folder" and name in loop.RUN_FOLDERS else kind)
+        before = sorted(folder.rglob("*"))
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match=rf"{name} is a link or not a f\w+, where a run would write: move it"):
+                loop.open_folder(folder, **how)
+            assert sorted(folder.rglob("*")) == before
+
+
+def test_a_log_that_becomes_a_link_or_is_deleted_is_not_written_through(run, after, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+
+    def exchange():
+        (tmp_path / "linked/log.csv").unlink()
+        (tmp_path / "linked/log.csv").symlink_to(tmp_path / "mine")
+
+    after(7, exchange)
+    with pytest.raises(UserError, match=r"stopped after update 7: .*log.csv: it is not a regular file; --resume goes"):
+        run("linked")
+    assert (tmp_path / "mine").read_text() == "mine"
+    after(7, lambda: (tmp_path / "gone/log.csv").unlink())
+    with pytest.raises(UserError, match=r"stopped after update 7: .*log.csv: No such file or directory; --resume goes"):
+        run("gone")
+
+
+def test_names_of_new_files_are_on_disk_before_a_checkpoint_counts_on_them(run, monkeypatch, tmp_path):
+    """A power cut forgets an entry of a folder that was not brought to disk, whatever was done with the file."""
+    fsync, replace, known, counted = os.fsync, os.replace, {}, []
+
+    def recorded(descriptor):
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if place.is_dir():
+            known[place] = set(os.listdir(place))
+        fsync(descriptor)
+
+    def replaced(source, target):
+        if Path(target).name == "update-00000005.pt":
+            counted.append(dict(known))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", replaced)
+    run("new/run")
+    (at_checkpoint,) = counted
+    assert "new" in at_checkpoint[tmp_path]
+    assert "run" in at_checkpoint[tmp_path / "new"]
+    assert {"config.yaml", "log.csv", "distances.csv", "checkpoints"} <= at_checkpoint[tmp_path / "new/run"]
+    assert "update-00000012.pt" in known[tmp_path / "new/run/checkpoints"]
 
 
 @pytest.fixture
@@ -500,6 +786,60 @@ def test_a_second_run_in_a_folder_is_refused(run, tmp_path):
         assert {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file() and f.name != LOCK} == before
     assert not (folder / LOCK).exists()
     run("run", resume=True)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["lock removed", "folder deleted and made again"])
+def test_a_run_whose_folder_another_may_have_taken_stops(run, after, tmp_path, again):
+    """Between two updates; from then on its rows, networks and rotation would be in the other one's way."""
+    folder, found = tmp_path / "run", {}
+
+    def take():
+        if again:
+            shutil.rmtree(folder)
+            run("run")
+        else:
+            (folder / LOCK).unlink()
+        found.update({file: file.read_bytes() for file in folder.rglob("*") if file.is_file()})
+
+    after(7, take)
+    with pytest.raises(UserError, match=r"\.lock was deleted or replaced while this run was going on, so another run"):
+        run("run", keep=1)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == found
+    assert end_of(run("run", resume=True))[0][0] == end_of(run("straight"))[0][0]
+
+
+def test_a_lock_is_let_go_without_touching_the_next_ones(tmp_path):
+    first = Lock(tmp_path)
+    (tmp_path / LOCK).unlink()
+    second = Lock(tmp_path)
+    with pytest.raises(UserError, match="was deleted or replaced"):
+        first.check()
+    with pytest.raises(UserError, match="is in use by"):
+        first.retake()
+    first.release()
+    second.check()
+    second.release()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_checkpoint_in_the_making_when_the_folder_changes_hands_deletes_nothing(tmp_path, monkeypatch):
+    lost, write_verified = [], checkpoint._write_verified
+
+    def guard():
+        if lost:
+            raise UserError("not ours")
+
+    checkpoints = Checkpoints(tmp_path, keep=1, guard=guard)
+    checkpoints.save(1, {})
+
+    def slow(stream, content):
+        lost.append(True)
+        return write_verified(stream, content)
+
+    monkeypatch.setattr(checkpoint, "_write_verified", slow)
+    with pytest.raises(UserError, match="not ours"):
+        checkpoints.save(2, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["update-00000001.pt"]
 
 
 def test_a_file_system_without_locks_is_a_warning(monkeypatch, tmp_path):
