@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .. import streams
+from ..streams import guarded
 from .parser import parser
 
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0, 2 for input that cannot be used or output that cannot be written, 129, 130 or 143 after SIGHUP, SIGINT or
     SIGTERM, and 141 where the command did its work but the reader of its output went away.
     """
-    return streams.guarded(lambda: _run(argv))
+    return guarded(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:
