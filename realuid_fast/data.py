@@ -1,10 +1,11 @@
-"""Data sets: digits, 2-D mixtures, image folders and CIFAR-10's binary files in memory, packed images on disk."""
+"""Data sets: digits, 2-D mixtures, image folders, MNIST's and CIFAR-10's files in memory, packed images on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import choices
+from . import choices, folders, idx_files
 from . import packed as stored
 from .errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 FILTERS = choices.FILTERS
 MOST_PIXELS = 1 << 26  # a larger image is more likely a trap than a picture
@@ -58,8 +58,9 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """Number of classes, 0 where the samples carry no label."""
-        return 0 if self.train_labels is None else int(self.train_labels.max()) + 1
+        """Number of classes, 0 where the samples carry no label; one that is only held out counts too."""
+        known = [labels for labels in (self.train_labels, self.heldout_labels) if labels is not None]
+        return 0 if self.train_labels is None else max(int(labels.max()) for labels in known) + 1
 
     def __len__(self) -> int:
         return len(self.train)
@@ -136,8 +137,9 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     """Data set of a name (``"digits"``, ``"moons"``) or of a mapping with ``name`` and its loader's
     arguments.
 
-    ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "cifar10", "path":
-    ...}`` the binary files, ``{"name": "packed", "path": ...}`` what ``realuid-fast pack`` has written.  Every
+    ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "idx", "path": ...}`` MNIST's
+    files, ``{"name": "cifar10", "path": ...}`` the binary files, ``{"name": "packed", "path": ...}`` what
+    ``realuid-fast pack`` has written.  Every
     set takes ``flip`` and ``balance``.  Raises :class:`UserError` for an unknown name, an argument its loader
     does not take, or bad files.
     """
@@ -299,43 +301,70 @@ def folder(
     path: str | Path,
     size: int = 32,
     channels: int = 3,
-    heldout_every: int = 10,
+    heldout_every: int | None = None,
     limit: int | None = None,
+    labels: bool = True,
+    skip_damaged: bool = False,
 ) -> Dataset:
     """All images under ``path`` (any sizes, searched recursively), as uint8 ``(N, channels, size, size)``.
 
-    Each image is scaled so that its shorter side is ``size`` (Lanczos) and cut to the central square.  In
-    the order of their paths every ``heldout_every``-th image is held out; with one image or
-    ``heldout_every=0`` the held-out split is the training split.  Raises for a missing path, a folder
-    without images, or a file that is no readable image.
+    Each image is scaled so that its shorter side is ``size`` (Lanczos) and cut to the central square, see
+    :func:`square`. Folders are classes and, where they are called ``train`` and ``test`` (or ``val``), the split
+    (:func:`realuid_fast.folders.layout`). Without such folders every ``heldout_every``-th image, by default the 10th,
+    in the order of their paths is held out; with one image or ``heldout_every=0`` the held-out split is the training
+    split.
+
+    Args:
+        path: the folder. Hidden files and folders in it are left out.
+        size, channels: of the samples.
+        heldout_every: see above.
+        limit: only the first so many images, of each part of the split that folders make.
+        labels: whether folders are classes.
+        skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
+
+    Raises:
+        UserError: a missing path, a folder without images, or a file that is no readable image, with its name.
     """
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"path: there is no folder {root}")
     if size < 1 or channels not in (1, 3):
         raise UserError(f"size must be positive and channels 1 or 3, got size {size} and channels {channels}")
-    if heldout_every < 0 or heldout_every == 1:
-        raise UserError(f"heldout_every must be 0 (nothing held out) or at least 2, got {heldout_every}")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())[:limit]
-    if not files:
-        raise UserError(f"path: the folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
-    for i, file in enumerate(files):
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    folders.check_heldout_every(heldout_every)
+    found = folders.layout(folders.images_in(root), labels, limit)
+    images = torch.empty(len(found.names), channels, size, size, dtype=torch.uint8)
+    damaged: dict[int, str] = {}
+    for i, name in enumerate(found.names):
         try:
-            images[i] = torch.from_numpy(square(file, size, channels))
+            images[i] = torch.from_numpy(square(root / name, size, channels))
+        except MemoryError:
+            raise
         except Exception as error:
             # What a foreign file makes a decoder raise is anything.
-            raise UserError(f"path: {file} cannot be read as an image ({error})") from None
-    held = torch.zeros(len(files), dtype=torch.bool)
-    if heldout_every:
-        held[heldout_every - 1 :: heldout_every] = True
-    train, heldout = images[~held], images[held]
+            damaged[i] = f"{root / name} cannot be read as an image ({error})"
+            if not skip_damaged:
+                raise UserError(f"path: {damaged[i]}; data.skip_damaged=true leaves such files out") from None
+    train, heldout = ([row for row in rows if row not in damaged] for rows in found.split(heldout_every))
+    warn_damaged(list(damaged.values()), len(found.names))
+    if not train or not heldout:
+        raise UserError(f"path: the folder {root} holds no readable images to train on, or none to hold out")
+    numbers, train_images = torch.tensor(found.numbers, dtype=torch.int64), images[train]
     return Dataset(
         "folder",
-        train,
-        heldout if len(heldout) else train,
+        train_images,
+        train_images if heldout == train else images[heldout],
+        numbers[train] if found.classes else None,
+        numbers[heldout] if found.classes else None,
         preprocessing=f"shorter side to {size}, central square, {channels} channel(s), byte / 127.5 - 1",
     )
+
+
+def warn_damaged(reasons: Sequence[str], count: int) -> None:
+    """Warn that so many of ``count`` images were left out; nothing where ``reasons`` is empty."""
+    if reasons:
+        warnings.warn(f"{len(reasons)} of {count} images were left out; the first: {reasons[0]}", stacklevel=3)
 
 
 def square(
@@ -344,8 +373,10 @@ def square(
     """The pixels ``(channels, size, size)`` uint8 of an image: its central ``crop x crop`` ones, or the largest central
     square, scaled with one of :data:`FILTERS`.
 
-    Raises ``ValueError`` for an image of more than :data:`MOST_PIXELS`, or smaller than ``crop``, and whatever the
-    decoder does for one that is damaged.
+    Transparent pixels are laid over white. Grey images of 16 bits are scaled to bytes, ``u / 257``.
+
+    Raises ``ValueError`` for an image of more than :data:`MOST_PIXELS` or smaller than ``crop``, for pixels whose range
+    the file does not say (whole numbers of 32 bits, floating point), and whatever the decoder does for a damaged one.
     """
     from PIL import Image, ImageOps
 
@@ -353,14 +384,92 @@ def square(
         width, height = opened.size
         if width * height > MOST_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS}")
-        picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+        picture = _bytes(ImageOps.exif_transpose(opened), opened.format, getattr(opened, "tag_v2", {}))
     if crop is not None:
         if min(picture.size) < crop:
             raise ValueError(f"{picture.width} x {picture.height} pixels are less than a crop of {crop}")
         left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
         picture = picture.crop((left, top, left + crop, top + crop))
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling[filter.upper()])
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    picture = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (size, size), _resampling(filter))
     return np.ascontiguousarray(np.array(picture).reshape(size, size, channels).transpose(2, 0, 1))
+
+
+def _resampling(filter: str) -> Any:
+    from PIL import Image
+
+    return Image.Resampling[filter.upper()]
+
+
+def _bytes(picture: Any, format: str | None, tags: Mapping[int, Any]) -> Any:
+    """An image with pixels of 8 bits, of one in ``format`` with TIFF's ``tags``; Pillow itself clips wider pixels."""
+    from PIL import Image
+
+    mode = picture.mode
+    if mode == "F" or (mode == "I" and format not in ("PNG", "PPM")):
+        kind = "floating point" if mode == "F" else "whole numbers of 32 bits"
+        raise ValueError(f"its pixels are {kind}, and the file does not say what is black and what is white")
+    if mode != "I" and not mode.startswith("I;16"):
+        return picture
+    values = np.array(picture).astype(np.float64)
+    # Tag 258 is the number of bits; tag 262 is 0 where the smallest value is white.
+    white = (1 << tags.get(258, (16,))[0]) - 1
+    if tags.get(262) == 0:
+        values = white - values
+    if (hidden := picture.info.get("transparency")) is not None:
+        values[values == hidden] = white
+    return Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
+
+
+def idx(path: str | Path, size: int | None = None, channels: int = 1) -> Dataset:
+    """MNIST and sets like it, from their four IDX files: uint8 ``(60000, 1, 28, 28)``, the test images held out.
+
+    ``path`` is the folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k-`` files,
+    compressed (``.gz``) or not, or a folder with ``MNIST/raw`` in it, as torchvision writes it.
+
+    Args:
+        path: see above.
+        size: side of the samples, by default as stored. A larger one than the images' pads them evenly with black
+            (28 to 32), a smaller one scales them as images of a :func:`folder` are.
+        channels: 1, or 3 to repeat the grey one.
+
+    Raises:
+        UserError: missing or damaged files. Source: Y. LeCun, C. Cortes and C. Burges, The MNIST database, 1998.
+    """
+    splits = [(idx_images(raw, size, channels), labels.astype(np.int64)) for raw, labels in idx_files.read(Path(path))]
+    (train, train_labels), (heldout, heldout_labels) = splits
+    return Dataset(
+        "idx",
+        torch.from_numpy(train),
+        torch.from_numpy(heldout),
+        torch.from_numpy(train_labels),
+        torch.from_numpy(heldout_labels),
+        preprocessing=f"{idx_preprocessing(train.shape, size)}, byte / 127.5 - 1",
+    )
+
+
+def idx_images(images: np.ndarray[Any, Any], size: int | None, channels: int) -> np.ndarray[Any, Any]:
+    """Grey images ``(N, H, W)`` uint8 as samples ``(N, channels, size, size)``, see :func:`idx`."""
+    from PIL import Image, ImageOps
+
+    if (size is not None and size < 1) or channels not in (1, 3):
+        raise UserError(f"size must be positive and channels 1 or 3, got size {size} and channels {channels}")
+    height, width = images.shape[1:]
+    if size is not None and size >= max(height, width):
+        top, left = (size - height) // 2, (size - width) // 2
+        images = np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left)))
+    elif size is not None:
+        scaled = (ImageOps.fit(Image.fromarray(image), (size, size), _resampling("lanczos")) for image in images)
+        images = np.stack([np.array(image) for image in scaled])
+    return np.ascontiguousarray(np.repeat(images[:, None], channels, axis=1))
+
+
+def idx_preprocessing(shape: tuple[int, ...], size: int | None) -> str:
+    """What :func:`idx_images` has done, in words; ``shape`` is that of its samples."""
+    sides = "x".join(map(str, shape[1:]))
+    return f"{sides} as published" if size is None else f"{sides}, padded with black or scaled down (lanczos)"
 
 
 def cifar10(path: str | Path) -> Dataset:
@@ -444,6 +553,7 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     **POINTS,
     "transport": transport,
     "folder": folder,
+    "idx": idx,
     "cifar10": cifar10,
     "packed": packed,
 }

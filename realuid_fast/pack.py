@@ -1,16 +1,17 @@
-"""Packs images for :mod:`realuid_fast.packed`: image folders, zip archives such as CelebA's, CIFAR-10's files."""
+"""Packs images for :mod:`realuid_fast.packed`: folders, zip archives such as CelebA's, MNIST's and CIFAR-10's files."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
+import math
 import os
 import re
-import shutil
 import stat
+import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from . import choices, data
+from . import choices, data, folders, idx_files, staging
 from .errors import UserError
 from .files import sync
-from .packed import MANIFEST, File, Manifest, Split, read_manifest
+from .packed import MANIFEST, SPLITS, File, Manifest, Split, read_manifest
 
 KINDS = choices.SOURCES
+# What a packed set consists of: nothing else is ever removed.
+FILES = (MANIFEST, *(f"{split}_{what}.npy" for split in SPLITS for what in ("images", "labels")))
 CELEBA_CROP, CELEBA_SIZE, CELEBA_FOLDER = 140, 64, "img_align_celeba"
 # A member of an archive that unpacks to more is refused, whatever its header says: no photograph is as large.
 MEMBER_BYTES = 1 << 26
@@ -61,107 +64,156 @@ def pack(
     out: str | Path,
     kind: str | None = None,
     size: int | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     crop: int | None = None,
     filter: str = "lanczos",
-    heldout_every: int = 10,
+    heldout_every: int | None = None,
     partition: str | Path | None = None,
     labels: bool = True,
     limit: int | None = None,
     threads: int = 1,
     overwrite: bool = False,
     progress: bool = False,
+    skip_damaged: bool = False,
 ) -> Manifest:
     """Write the images of ``source`` into the folder ``out``, which :func:`realuid_fast.data.packed` reads.
 
-    ``out`` appears when everything in it is complete and on disk. Until then it is ``out.part``, which a call that is
-    interrupted removes or, where it was killed, the next one starts afresh. Nothing of an archive is unpacked to disk,
-    and images are held in memory 256 at a time.
+    ``out`` appears when everything in it is complete and on disk. Until then it lies in a folder of another name beside
+    ``out`` (:mod:`realuid_fast.staging`), which a call that is interrupted removes or, where it was killed, the next
+    one does. Nothing of an archive is unpacked to disk, and images are held in memory 256 at a time.
 
     Args:
-        source: a folder or a zip archive of images, or the folder of CIFAR-10's binary files.
+        source: a folder or a zip archive of images, or the folder of MNIST's or CIFAR-10's files.
         out: the folder to write.
-        kind: one of :data:`KINDS`; by default ``cifar10`` where the binary files are, ``celeba`` where images lie in
-            ``img_align_celeba``, else ``images``.
-        size: of the stored images; by default 64 for CelebA, else 32, which CIFAR-10's are.
-        channels: 1 or 3.
+        kind: one of :data:`KINDS`; by default ``cifar10`` and ``idx`` (MNIST) where those files are, ``celeba`` where
+            images lie in ``img_align_celeba``, else ``images``.
+        size: of the stored images; by default 64 for CelebA, MNIST's as published, else 32, which CIFAR-10's are.
+        channels: 1 or 3, by default 1 for MNIST, else 3.
         crop: side of the central square that is kept. By default 140 for CelebA's aligned 178x218 images, which leaves
             the face (Song and Ermon, 1907.05600, and score-based models since); others take 178, the full width. For
             other images the largest central square.
         filter: one of :data:`realuid_fast.data.FILTERS`.
-        heldout_every: in the order of their paths every so many-th image is held out; 0 to hold out the training
-            images themselves.
+        heldout_every: in the order of their paths every so many-th image is held out, by default the 10th; 0 to hold
+            out the training images themselves. Folders ``train`` and ``test`` (or ``val``) are the split, and then this
+            cannot be given (:func:`realuid_fast.folders.layout`).
         partition: in its place a file of lines ``NAME NUMBER`` as CelebA comes with: images of number 0 are the
-            training images, those of 2 held out, those of 1 left out.
-        labels: whether folders are classes: the first one in which paths differ, in alphabetical order. Images that do
-            not all lie in one have no labels. CelebA's never have any.
-        limit: only the first so many images.
+            training images, those of 2 held out, those of 1 left out. A name is an image's path inside ``source``, or
+            its last part where no other image has the same.
+        labels: whether folders are classes: the first one in which paths differ, below the folders of a split, in
+            alphabetical order. Images that do not all lie in one have no labels. CelebA's never have any.
+        limit: only the first so many images, of each part of a split by folders.
         threads: that decode images.
         overwrite: whether a packed set in ``out`` may be replaced; anything else is never touched.
+        skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
         progress: whether to show a bar.
 
     Raises:
         UserError: arguments, a source or a file in it that cannot be used, or ``out`` that cannot be written.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), Path(os.path.abspath(out))
     kind = kind or _kind(source)
     if kind not in KINDS:
         raise UserError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if threads < 1 or (limit is not None and limit < 1):
         raise UserError("threads and limit must be at least 1")
-    if heldout_every < 0 or heldout_every == 1:
-        raise UserError(f"heldout_every must be 0 (nothing held out) or at least 2, got {heldout_every}")
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if (next(out.iterdir(), None) is not None) and not (overwrite and (out / MANIFEST).is_file()):
-            how = "give --overwrite or another folder" if (out / MANIFEST).is_file() else "give another folder"
-            raise UserError(f"the folder {out} is not empty: {how}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give the name of a folder")
+    folders.check_heldout_every(heldout_every)
+    _writing(out, lambda: staging.recover(out, FILES))
+    _check_free(out, overwrite)
+    whole = (crop, partition, limit, heldout_every) == (None,) * 4
     if kind == "cifar10":
-        if size not in (None, 32) or channels != 3 or (crop, partition, limit) != (None, None, None):
-            raise UserError("CIFAR-10 is packed as it is: leave size, channels, crop, partition and limit out")
-        with _written(out) as part:
+        if size not in (None, 32) or channels not in (None, 3) or not whole:
+            raise UserError(
+                "CIFAR-10 is packed as it is: leave size, channels, crop, partition, heldout_every and limit out"
+            )
+        with _written(out, overwrite) as part:
             return _cifar10(source, part, progress)
+    if kind == "idx":
+        if not whole:
+            raise UserError("IDX files are packed whole: leave crop, partition, heldout_every and limit out")
+        with _written(out, overwrite) as part:
+            return _idx(source, part, size, 1 if channels is None else channels)
     celeba = kind == "celeba"
-    size = (CELEBA_SIZE if celeba else 32) if size is None else size
+    size, channels = (CELEBA_SIZE if celeba else 32) if size is None else size, 3 if channels is None else channels
     how_made = Images(size, channels, CELEBA_CROP if celeba and crop is None else crop, filter)
     with contextlib.ExitStack() as stack:
-        names, opened = _listed(source, stack)
-        names = names[:limit]
-        classes, numbers = _classes(names) if labels and not celeba else ((), [])
-        train, heldout = _split(names, heldout_every, partition)
+        listed, opened = _listed(source, stack)
+        found = folders.layout(listed, labels and not celeba, limit)
+        names, parts = found.names, found.parts
+        if partition is None:
+            train, heldout = found.split(heldout_every)
+        else:
+            train, heldout = _partitioned(names, source, partition)
 
-        def decode(name: str) -> np.ndarray[Any, Any]:
+        def decode(name: str) -> np.ndarray[Any, Any] | UserError:
             try:
                 return data.square(io.BytesIO(opened(name)), size, channels, how_made.crop, filter)
-            except UserError:
+            except UserError as error:
+                return error
+            except MemoryError:
                 raise
             except Exception as error:
                 # What a foreign file makes a decoder raise is anything.
-                raise UserError(f"{source}: {name} cannot be read as an image ({error})") from None
+                return UserError(f"{source}: {name} cannot be read as an image ({error})")
 
-        part = stack.enter_context(_written(out))
-        bar = stack.enter_context(
-            tqdm(total=len({*train, *heldout}), disable=not progress, unit="image", dynamic_ncols=True)
-        )
+        part = stack.enter_context(_written(out, overwrite))
+        bar = stack.enter_context(_bar(len({*train, *heldout}), "image", progress))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        shape = (channels, size, size)
+        damaged: list[str] = []
         splits: list[Split] = []
         for split, rows in (("train", train), ("heldout", heldout)):
             if split == "heldout" and rows == train:
                 splits.append(splits[0])
                 continue
-            with ArrayWriter(part / f"{split}_images.npy", (len(rows), *shape), np.dtype(np.uint8)) as images:
+            kept = []
+            shape = (len(rows), channels, size, size)
+            with ArrayWriter(part / f"{split}_images.npy", shape, np.dtype(np.uint8)) as images:
                 for first in range(0, len(rows), _CHUNK):
-                    chunk = [names[row] for row in rows[first : first + _CHUNK]]
-                    for pixels in pool.map(decode, chunk):
-                        images.add(pixels)
+                    chunk = rows[first : first + _CHUNK]
+                    for row, pixels in zip(chunk, pool.map(decode, [names[row] for row in chunk]), strict=True):
                         bar.update(1)
-            named = None if not classes else _labels(part, split, np.array([numbers[row] for row in rows]))
-            splits.append(Split(len(rows), images.entry, named))
-        manifest = Manifest(shape, classes, str(how_made), f"{len(names)} images of {source.name}", *splits)
+                        if isinstance(pixels, UserError):
+                            if not skip_damaged:
+                                raise UserError(f"{pixels}; --skip-damaged leaves such files out")
+                            damaged.append(str(pixels))
+                            continue
+                        images.add(pixels)
+                        kept.append(row)
+            if not kept:
+                raise UserError(f"{source} holds no readable images for the split {split}")
+            named = _labels(part, split, np.array([found.numbers[row] for row in kept])) if found.classes else None
+            splits.append(Split(len(kept), images.entry, named))
+        data.warn_damaged(damaged, len({*train, *heldout}))
+        said = f"{len(names)} images of {source.name}" + (f", {len(damaged)} of them left out" if damaged else "")
+        if parts and partition is None:
+            said += ", split by its folders"
+        manifest = Manifest((channels, size, size), found.classes, str(how_made), said, *splits)
         _finish(part, manifest)
     return manifest
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Refuse a place that holds anything, but for a packed set and nothing else where it may be replaced."""
+    if out.is_symlink():
+        raise UserError(f"{out} is a link: give the folder that it leads to, {os.path.realpath(out)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give the name of a folder")
+    there = {file.name for file in out.iterdir()} if out.exists() else set()
+    if not there:
+        return
+    try:
+        read_manifest(out / MANIFEST)
+    except UserError:
+        raise UserError(f"the folder {out} is not empty: give another folder, it holds no packed set") from None
+    if not overwrite:
+        raise UserError(f"the folder {out} is not empty: give --overwrite or another folder")
+    if others := sorted(there.difference(FILES)):
+        raise UserError(f"the folder {out} holds {others[0]}, which is no part of a packed set: move it elsewhere")
+
+
+def _bar(total: int, unit: str, progress: bool) -> tqdm[Any]:
+    """A bar that a log file gets a line of every 15 seconds."""
+    pause = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, disable=not progress, unit=unit, mininterval=pause, dynamic_ncols=True)
 
 
 def _kind(source: Path) -> str:
@@ -169,14 +221,31 @@ def _kind(source: Path) -> str:
     if source.is_dir():
         if any(source.glob("data_batch_*.bin")) or (source / "cifar-10-batches-bin").is_dir():
             return "cifar10"
+        if idx_files.folder(source) is not None:
+            return "idx"
         return "celeba" if CELEBA_FOLDER in (source.name, *(each.name for each in source.iterdir())) else "images"
     return "celeba" if source.stem == CELEBA_FOLDER else "images"
+
+
+def _idx(source: Path, part: Path, size: int | None, channels: int) -> Manifest:
+    splits = []
+    for split, (raw, numbers) in zip(SPLITS, idx_files.read(source), strict=True):
+        rows = data.idx_images(raw, size, channels)
+        with ArrayWriter(part / f"{split}_images.npy", rows.shape, np.dtype(np.uint8)) as images:
+            images.add(rows)
+        splits.append((Split(len(rows), images.entry, _labels(part, split, numbers)), rows.shape, numbers.max()))
+    shape = splits[0][1]
+    classes = tuple(str(number) for number in range(1 + max(int(most) for _, _, most in splits)))
+    done = data.idx_preprocessing(shape, size)
+    manifest = Manifest(shape[1:], classes, done, f"IDX files of {source.name}", splits[0][0], splits[1][0])
+    _finish(part, manifest)
+    return manifest
 
 
 def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
     files, heldout = data.cifar10_files(source)
     splits = []
-    with tqdm(total=len(files) + 1, disable=not progress, unit="file", dynamic_ncols=True) as bar:
+    with _bar(len(files) + 1, "file", progress) as bar:
         for split, parts in (("train", files), ("heldout", [heldout])):
             count = sum(file.stat().st_size // data.CIFAR_RECORD for file in parts)
             numbers = []
@@ -195,8 +264,7 @@ def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
 def _listed(source: Path, stack: contextlib.ExitStack) -> tuple[list[str], Callable[[str], bytes]]:
     """The images in ``source`` in alphabetical order, as paths inside it, and what reads one."""
     if source.is_dir():
-        files = sorted(f for f in source.rglob("*") if f.suffix.lower() in data.IMAGE_SUFFIXES and f.is_file())
-        names = [file.relative_to(source).as_posix() for file in files]
+        names = folders.images_in(source)
 
         def read(name: str) -> bytes:
             return (source / name).read_bytes()
@@ -219,7 +287,7 @@ def _listed(source: Path, stack: contextlib.ExitStack) -> tuple[list[str], Calla
     else:
         raise UserError(f"there is no folder or archive {source}")
     if not names:
-        raise UserError(f"{source} holds no images ({', '.join(sorted(data.IMAGE_SUFFIXES))})")
+        raise UserError(f"{source} holds no images ({', '.join(sorted(folders.IMAGE_SUFFIXES))})")
     return names, read
 
 
@@ -239,7 +307,7 @@ def _members(source: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInf
             raise UserError(f"{source}: {name!r} points out of the archive")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise UserError(f"{source}: {name} is a link")
-        if path.suffix.lower() not in data.IMAGE_SUFFIXES or path.name.startswith("._") or member.is_dir():
+        if not folders.is_image(path) or member.is_dir():
             continue
         if member.flag_bits & 1:
             raise UserError(f"{source}: {name} is encrypted")
@@ -251,33 +319,32 @@ def _members(source: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInf
     return members
 
 
-def _classes(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Names of the classes, and the number of each image's; none where the images do not all lie in a folder of one."""
-    parents = [PurePosixPath(name).parent for name in names]
-    shared, folders = len(PurePosixPath(os.path.commonpath(parents)).parts), [parent.parts for parent in parents]
-    if any(len(parts) == shared for parts in folders):
-        return (), []
-    classes = tuple(sorted({parts[shared] for parts in folders}))
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, [number[parts[shared]] for parts in folders]
-
-
-def _split(names: Sequence[str], every: int, partition: str | Path | None) -> tuple[list[int], list[int]]:
-    """Which images train and which are held out; the same ones where none are."""
-    everything = list(range(len(names)))
-    if partition is None:
-        heldout = everything[every - 1 :: every] if every else []
-        train = [row for row in everything if (row + 1) % every] if every else everything
-        return train, heldout or train
+def _partitioned(names: Sequence[str], source: Path, partition: str | Path) -> tuple[list[int], list[int]]:
+    """The rows to train on and those to hold out, by a file of lines ``NAME NUMBER``."""
+    numbers: dict[str, int] = {}
     try:
-        lines = [line.split() for line in Path(partition).read_text().splitlines() if line.strip()]
-        numbers = {name: int(number) for name, number in lines}
+        for line in Path(partition).read_text().splitlines():
+            if not line.strip():
+                continue
+            name, text = line.rsplit(None, 1)
+            if numbers.setdefault(name.strip(), int(text)) != int(text):
+                raise UserError(f"partition: {partition} gives {name.strip()} two numbers")
     except (OSError, ValueError) as error:
         raise UserError(f"partition: {partition} is no file of lines NAME NUMBER ({error})") from None
-    own = [numbers.get(PurePosixPath(name).name) for name in names]
-    if None in own:
-        raise UserError(f"partition: {partition} does not name {names[own.index(None)]}")
-    train, heldout = ([row for row in everything if own[row] == number] for number in (0, 2))
+    last_parts = [PurePosixPath(name).name for name in names]
+    count = Counter(last_parts)
+    own = []
+    for name, last in zip(names, last_parts, strict=True):
+        number = numbers.get(name, numbers.get(last))
+        if number is None:
+            raise UserError(f"partition: {partition} does not name {name}")
+        if name not in numbers and count[last] > 1:
+            raise UserError(
+                f"partition: {partition} names {last}, which {count[last]} images are called: give their paths inside "
+                f"{source}, such as {name}"
+            )
+        own.append(number)
+    train, heldout = folders.of_parts(own)
     if not train or not heldout:
         raise UserError(f"partition: {partition} leaves no images to train on, or none to hold out")
     return train, heldout
@@ -290,38 +357,61 @@ def _labels(part: Path, split: str, numbers: np.ndarray[Any, Any]) -> File:
 
 
 class ArrayWriter:
-    """An ``.npy`` file that grows by values in order, hashed as it is written; ``entry`` describes it at the end."""
+    """An ``.npy`` file that grows by rows in order, hashed as it is written; ``entry`` describes it at the end.
+
+    ``shape`` is that of the whole array; where fewer rows come, the file says so at the end.
+    """
 
     entry: File
 
     def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._file, self._hash, self._size, self._shape, self._dtype = file, hashlib.sha256(), 0, shape, dtype
+        self._file, self._hash, self._shape, self._dtype = file, hashlib.sha256(), shape, dtype
+        self._bytes = 0  # of values, behind the header
 
     def __enter__(self) -> ArrayWriter:
         self._stream: BinaryIO = _writing(self._file, lambda: self._file.open("xb"))
-        header = io.BytesIO()
-        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": self._shape}
-        np.lib.format.write_array_header_1_0(header, described)
-        self._write(header.getbuffer())
+        self._header = self._header_of(self._shape)
+        self._write(memoryview(self._header))
         return self
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
-        self._write(np.ascontiguousarray(values).data.cast("B"))
+        raw = np.ascontiguousarray(values).data.cast("B")
+        self._write(raw)
+        self._bytes += len(raw)
+
+    def _header_of(self, shape: tuple[int, ...]) -> bytes:
+        header = io.BytesIO()
+        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, described)
+        return header.getvalue()
 
     def _write(self, raw: memoryview) -> None:
         _writing(self._file, lambda: self._stream.write(raw))
         self._hash.update(raw)
-        self._size += len(raw)
+
+    def _correct(self) -> None:
+        """Write the number of rows that came into the header, which numpy pads for that, and hash the file anew."""
+        row = math.prod(self._shape[1:]) * self._dtype.itemsize
+        header = self._header_of((self._bytes // row, *self._shape[1:]))
+        assert len(header) == len(self._header)
+        self._hash = hashlib.sha256()
+        with self._file.open("r+b") as stream:
+            stream.write(header)
+            stream.seek(0)
+            while part := stream.read(1 << 20):
+                self._hash.update(part)
 
     def __exit__(self, kind: object, *_: object) -> None:
         def finish() -> None:
             with self._stream:
                 if kind is None:
                     self._stream.flush()
+                    if self._bytes != math.prod(self._shape) * self._dtype.itemsize:
+                        self._correct()
                     os.fsync(self._stream.fileno())
 
         _writing(self._file, finish)
-        self.entry = File(self._file.name, self._size, self._hash.hexdigest())
+        self.entry = File(self._file.name, len(self._header) + self._bytes, self._hash.hexdigest())
 
 
 def _writing(file: Path, action: Callable[[], Any]) -> Any:
@@ -332,53 +422,13 @@ def _writing(file: Path, action: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _written(out: Path) -> Iterator[Path]:
-    """``out.part``, empty and ours alone, which becomes ``out`` when the block ends, and goes where the block fails."""
-    part = out.with_name(out.name + ".part")
-    descriptor = _writing(part, lambda: _claimed(part))
+def _written(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder that becomes ``out`` when the block ends, and goes where the block fails."""
     try:
-        _writing(part, lambda: _empty(part))
-        try:
+        with staging.staged(out, FILES, overwrite) as part:
             yield part
-            _writing(out, lambda: _replace(part, out))
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _claimed(part: Path) -> int:
-    """A descriptor of the folder that holds a lock on it, which goes with the process."""
-    while True:
-        part.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"{part} is being written by another process: wait for it to end or stop it") from None
-        # Whoever held it before may have given the folder its final name between the two calls.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), part.stat()):
-                return descriptor
-        os.close(descriptor)
-
-
-def _empty(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
-
-
-def _replace(part: Path, out: Path) -> None:
-    """``part`` under the name ``out``; a set that was there is removed after."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    part.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{error.filename or out} cannot be read or written: {error.strerror or error}") from None
 
 
 def _finish(part: Path, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import staging
 from .errors import UserError
 
 FORMAT = 1
@@ -80,7 +81,10 @@ def read_manifest(file: Path) -> Manifest:
         with file.open("rb") as stream:
             raw = stream.read(_MANIFEST_BYTES + 1)
     except FileNotFoundError:
-        raise UserError(f"path: there is no packed data set in {file.parent}: it has no {file.name}") from None
+        said = f"path: there is no packed data set in {file.parent}: it has no {file.name}"
+        if (aside := staging.set_aside(file.parent.absolute())) is not None:
+            said += f"; one that was to be replaced lies in {aside}, and the next pack to {file.parent} puts it back"
+        raise UserError(said) from None
     except OSError as error:
         raise UserError(f"path: {file} cannot be read: {error.strerror or error}") from None
     try:

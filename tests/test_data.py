@@ -2,14 +2,17 @@
 sentence.
 """
 
+import gzip
 import itertools
+import os
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from realuid_fast import data
+from realuid_fast import data, folders, pack, packed
 from realuid_fast.errors import UserError
 
 
@@ -235,3 +238,285 @@ def test_points_from_one_set_to_another():
     assert float(product.abs().max()) < 5 * 0.9 * 1.5 / 500**0.5
     with pytest.raises(UserError, match="source must be one of eight_gaussians, moons, checkerboard"):
         data.load({"name": "transport", "source": "digits"})
+
+
+# What strangers' folders hold: how images of other modes are saved, and the grey value or colour that they then have.
+def save_grey_16(file):
+    Image.fromarray(np.full((6, 6), 257 * 100, np.uint16)).save(file)
+
+
+def save_transparent(file):
+    pixels = np.zeros((6, 6, 4), np.uint8)
+    pixels[:, :, 0], pixels[:, :, 3] = 200, 0
+    Image.fromarray(pixels).save(file)
+
+
+def save_half_transparent(file):
+    Image.fromarray(np.full((6, 6, 2), (0, 128), np.uint8), "LA").save(file)
+
+
+def save_palette(file):
+    picture = Image.new("P", (6, 6), 1)
+    picture.putpalette([9, 9, 9, 10, 200, 30])
+    picture.save(file, **({"transparency": 1} if "hidden" in file.name else {}))
+
+
+def save_mode(mode, colour):
+    return lambda file: Image.new(mode, (6, 6), colour).save(file)
+
+
+def save_grey_12(file):
+    """Twelve bits a pixel, 2,048 of 4,095, as microscopes write TIFF."""
+    rows = b"\x80\x08\x00" * 3 * 6
+    entries = [(256, 6), (257, 6), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 6), (279, len(rows))]
+    directory = struct.pack("<H", len(entries))
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries) + b"\0\0\0\0"
+    file.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + directory)
+
+
+def save_pgm_16(file):
+    file.write_bytes(b"P5 6 6 1000\n" + struct.pack(">36H", *[500] * 36))
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "colour"),
+    [
+        ("grey16.png", save_grey_16, (100, 100, 100)),
+        ("grey16.tif", save_grey_16, (100, 100, 100)),
+        ("grey12.tif", save_grey_12, (128, 128, 128)),
+        ("grey16.pgm", save_pgm_16, (128, 128, 128)),
+        ("transparent.png", save_transparent, (255, 255, 255)),
+        ("half.png", save_half_transparent, (127, 127, 127)),
+        ("palette.png", save_palette, (10, 200, 30)),
+        ("hidden.png", save_palette, (255, 255, 255)),
+        ("hidden.gif", save_palette, (255, 255, 255)),
+        ("cmyk.tif", save_mode("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
+        ("bits.png", save_mode("1", 1), (255, 255, 255)),
+        ("grey.bmp", save_mode("L", 77), (77, 77, 77)),
+        ("opaque.webp", save_mode("RGBA", (255, 255, 255, 255)), (255, 255, 255)),
+    ],
+)
+def test_images_of_every_mode_keep_their_colours(tmp_path, name, save, colour):
+    """By the folder loader and by pack: 16 bits are scaled, transparent pixels lie over white."""
+    save(tmp_path / name)
+    found = data.folder(tmp_path, size=4).train
+    assert found[0].flatten(1).unique(dim=1).tolist() == [[value] for value in colour]
+    pack.pack(tmp_path, tmp_path.parent / f"{tmp_path.name}-packed", size=4)
+    again = data.packed(tmp_path.parent / f"{tmp_path.name}-packed")
+    assert torch.equal(again.train[torch.tensor([0])], found)
+
+
+@pytest.mark.parametrize(
+    ("mode", "sentence"), [("F", "pixels are floating point"), ("I", "pixels are whole numbers of 32 bits")]
+)
+def test_images_without_a_range_are_refused_by_name(tmp_path, mode, sentence):
+    save_mode(mode, 7)(tmp_path / "a.tif")
+    for read in (data.folder, lambda path: pack.pack(path, tmp_path / "packed")):
+        with pytest.raises(UserError, match=rf"a\.tif cannot be read as an image \(its {sentence}"):
+            read(tmp_path)
+
+
+def test_damaged_images_are_counted_and_left_out_where_asked(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        write_image(images / f"{i:02}.png", 8, 8, (10 * i, 0, 0))
+    raw = (images / "03.png").read_bytes()
+    (images / "03.png").write_bytes(raw[: len(raw) // 2])
+    (images / "09.png").write_bytes(b"no image")
+    whole = [10 * i for i in range(20) if i not in (3, 9, 19)]
+    with pytest.raises(UserError, match=r"03\.png cannot be read as an image .*data\.skip_damaged=true leaves"):
+        data.load({"name": "folder", "path": str(images), "size": 8})
+    with pytest.warns(UserWarning, match=r"2 of 20 images were left out; the first: .*03\.png cannot be read"):
+        found = data.load({"name": "folder", "path": str(images), "size": 8, "skip_damaged": True})
+    # The others stay in their part of the split.
+    assert found.train[:, 0, 0, 0].tolist() == whole
+    assert found.heldout[:, 0, 0, 0].tolist() == [190]
+    with pytest.raises(UserError, match=r"03\.png cannot be read as an image .*--skip-damaged leaves"):
+        pack.pack(images, tmp_path / "packed", size=8)
+    with pytest.warns(UserWarning, match="2 of 20 images were left out"):
+        manifest = pack.pack(images, tmp_path / "packed", size=8, skip_damaged=True)
+    assert (manifest.train.count, manifest.heldout.count) == (17, 1)
+    assert manifest.source == "20 images of images, 2 of them left out"
+    packed.verify(tmp_path / "packed")
+    assert np.array_equal(np.load(tmp_path / "packed" / "train_images.npy"), found.train.numpy())
+
+
+def write_split(root, **folders):
+    """One image for every name, of a grey value of its own; the values by name."""
+    values = {}
+    for i, name in enumerate(name for names in folders.values() for name in names.split()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(root / name, 8, 8, (10 * i, 0, 0))
+        values[10 * i] = name
+    return values
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_split_of_the_folders_is_the_split(tmp_path, packs):
+    names = {
+        "train": "train/cats/1.png train/cats/2.png train/dogs/1.png",
+        "left": "val/cats/1.png",
+        "heldout": "test/cats/1.png test/dogs/3.png",
+    }
+    values = write_split(tmp_path / "images", **names)
+    if packs:
+        manifest = pack.pack(tmp_path / "images", tmp_path / "packed", size=8)
+        assert manifest.classes == ("cats", "dogs")
+        found = data.packed(tmp_path / "packed")
+    else:
+        found = data.folder(tmp_path / "images", size=8)
+    for split, labels in (("train", [0, 0, 1]), ("heldout", [0, 1])):
+        rows = getattr(found, split)[torch.arange(len(labels))]
+        assert [values[int(row)] for row in rows[:, 0, 0, 0]] == names[split].split()
+        assert getattr(found, f"{split}_labels").tolist() == labels
+    refused = {"heldout_every": 5}
+    with pytest.raises(UserError, match="heldout_every cannot be given: the folders of the images make the split"):
+        data.folder(tmp_path / "images", size=8, **refused)
+    with pytest.raises(UserError, match="heldout_every cannot be given"):
+        pack.pack(tmp_path / "images", tmp_path / "other", size=8, **refused)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        # Without test, val is held out; a folder around all of it and capitals make no difference.
+        (("x/Train/a/1.png", "x/Val/a/1.png", "x/Val/b/1.png"), (("a", "b"), [0, 0, 1], [0, 2, 2])),
+        (("train/1.png", "test/1.png"), ((), [], [0, 2])),
+        # No split: nothing to hold out, or classes of these names beside another.
+        (("train/a/1.png", "train/b/1.png"), (("a", "b"), [0, 1], [])),
+        (("val/1.png", "test/1.png"), (("test", "val"), [1, 0], [])),
+    ],
+)
+def test_folders_that_make_a_split(names, expected):
+    found = folders.layout(names)
+    assert (found.classes, found.numbers, found.parts) == expected
+
+
+def test_what_lies_beside_a_split_is_refused(tmp_path):
+    for other in ("cover.png", "unlabelled/1.png"):
+        with pytest.raises(UserError, match=rf"{other} lies beside the folders test, train, which make a split"):
+            folders.layout(["train/1.png", "test/1.png", other])
+    assert folders.layout([f"{part}/{i}.png" for part in ("test", "train") for i in range(5)], limit=2).parts == [
+        2,
+        2,
+        0,
+        0,
+    ]
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    write_image(tmp_path / "a.png", 8, 8, (1, 2, 3))
+    (tmp_path / "._a.png").write_bytes(b"what another system leaves")
+    (tmp_path / ".thumbnails").mkdir()
+    write_image(tmp_path / ".thumbnails" / "a.png", 4, 4, (1, 2, 3))
+    assert len(data.folder(tmp_path, size=4)) == 1
+
+
+def write_idx(file, values):
+    raw = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+    file.write_bytes(gzip.compress(raw) if file.suffix == ".gz" else raw)
+
+
+def write_mnist(root, end="", point="-", side=28):
+    """A small set in the four files, and what is in them."""
+    generator, sets = np.random.default_rng(0), []
+    root.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 12), ("t10k", 5)):
+        images = generator.integers(0, 256, (count, side, side), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        write_idx(root / f"{split}-images{point}idx3-ubyte{end}", images)
+        write_idx(root / f"{split}-labels{point}idx1-ubyte{end}", labels)
+        sets.append((images, labels))
+    return sets
+
+
+@pytest.mark.parametrize(
+    ("place", "end", "point"), [("", "", "-"), ("", ".gz", "-"), ("MNIST/raw", ".gz", "-"), ("", "", ".")]
+)
+def test_mnists_files_are_read_and_packed(tmp_path, place, end, point):
+    """In a folder of their own and where torchvision puts them, compressed or not."""
+    (train, train_labels), (heldout, heldout_labels) = write_mnist(tmp_path / "set" / place, end, point)
+    found = data.load({"name": "idx", "path": str(tmp_path / "set")})
+    assert found.shape == (1, 28, 28)
+    assert found.classes == 10
+    assert np.array_equal(found.train[:, 0].numpy(), train)
+    assert np.array_equal(found.heldout[:, 0].numpy(), heldout)
+    assert found.train_labels.tolist() == train_labels.tolist()
+    assert found.heldout_labels.tolist() == heldout_labels.tolist()
+    manifest = pack.pack(tmp_path / "set", tmp_path / "packed")
+    assert manifest.classes == tuple("0123456789")
+    packed.verify(tmp_path / "packed")
+    again = data.packed(tmp_path / "packed")
+    assert torch.equal(again.train[torch.arange(12)], found.train)
+    assert again.heldout_labels.tolist() == heldout_labels.tolist()
+
+
+def test_mnists_images_are_padded_or_scaled(tmp_path):
+    (train, _), _ = write_mnist(tmp_path / "set")
+    wide = data.idx(tmp_path / "set", size=32, channels=3)
+    assert wide.shape == (3, 32, 32)
+    assert np.array_equal(wide.train[:, 1, 2:30, 2:30].numpy(), train)
+    assert int(wide.train[:, :, :2].max()) == 0
+    small = data.idx(tmp_path / "set", size=14)
+    Image.fromarray(train[3]).save(tmp_path / "3.png")
+    assert np.array_equal(small.train[3].numpy(), data.square(tmp_path / "3.png", 14, 1))
+    manifest = pack.pack(tmp_path / "set", tmp_path / "packed", kind="idx", size=32)
+    assert manifest.shape == (1, 32, 32)
+    assert manifest.preprocessing == "1x32x32, padded with black or scaled down (lanczos)"
+
+
+def test_idx_files_that_cannot_be_used_are_named(tmp_path):
+    root = tmp_path / "set"
+    with pytest.raises(UserError, match="there is no folder"):
+        data.idx(root)
+    root.mkdir()
+    with pytest.raises(UserError, match="does not hold the four IDX files train-images-idx3-ubyte"):
+        data.idx(root)
+    write_mnist(root)
+    file = root / "train-images-idx3-ubyte"
+    whole = file.read_bytes()
+    for raw, sentence in (
+        (b"", "is no IDX file"),
+        (b"\x89PNG" + whole[4:], "is no IDX file"),
+        (whole[:2] + b"\x0d" + whole[3:], "holds values of type 0x0d; only bytes"),
+        (whole[:3] + b"\x01" + whole[4:], "holds an array of 1 dimensions, wanted are 3"),
+        (whole[:9], "is cut short in its header"),
+        (whole[:-1], "is cut short: it has fewer than the 9408 values"),
+        (whole + b"x", "holds more than the 9408 values"),
+        (whole[:4] + b"\xff" * 12, "says that it holds 4294967295x4294967295x4294967295 values"),
+        (whole[:4] + b"\0" * 12, "says that it holds 0x0x0 values: none"),
+    ):
+        file.write_bytes(raw)
+        with pytest.raises(UserError, match=rf"train-images-idx3-ubyte {sentence}"):
+            data.idx(root)
+    file.unlink()
+    for raw in (gzip.compress(whole)[:-400], b"\x1f\x8b" + whole, gzip.compress(whole)[:60] + b"\xff" * 60):
+        (root / "train-images-idx3-ubyte.gz").write_bytes(raw)
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is a damaged gzip file"):
+            data.idx(root)
+    (root / "train-images-idx3-ubyte.gz").unlink()
+    write_idx(file, np.zeros((11, 28, 28), np.uint8))
+    with pytest.raises(UserError, match="holds 11 images, train-labels-idx1-ubyte 12"):
+        data.idx(root)
+    write_idx(file, np.zeros((12, 20, 28), np.uint8))
+    with pytest.raises(UserError, match="are not alike in size"):
+        data.idx(root)
+    for name in ("MNIST", "FashionMNIST"):
+        write_mnist(tmp_path / "both" / name / "raw")
+    with pytest.raises(UserError, match=r"holds several sets of IDX files \(FashionMNIST/raw, MNIST/raw\)"):
+        data.idx(tmp_path / "both")
+    with pytest.raises(UserError, match="IDX files are packed whole: leave crop"):
+        pack.pack(tmp_path / "both" / "MNIST", tmp_path / "packed", limit=3)
+
+
+@pytest.mark.skipif(
+    "REALUID_FAST_MNIST" not in os.environ, reason="REALUID_FAST_MNIST names no folder of MNIST's files"
+)
+def test_the_published_mnist_files():
+    found = data.idx(os.environ["REALUID_FAST_MNIST"])
+    assert (len(found.train), len(found.heldout)) == (60_000, 10_000)
+    # The first label is 5, the means are those of the published set.
+    assert found.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert float(found.train.float().mean()) / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert found.train_labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from realuid_fast import cli, data, pack, packed
+from realuid_fast import cli, data, folders, pack, packed, staging
 from realuid_fast.errors import UserError
 
 
@@ -131,6 +131,25 @@ def test_the_published_partition_of_celeba(celeba, tmp_path):
         pack.pack(celeba, tmp_path / "none", partition=lines)
 
 
+def test_a_partition_names_paths_where_names_repeat(tmp_path):
+    """Two classes of files with the same names, as cameras and cutting tools number them."""
+    for i, name in enumerate(("cats/1.png", "cats/2.png", "dogs/1.png", "dogs/lone one.png")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(picture(8, 8, i))
+    lines = tmp_path / "lines.txt"
+    lines.write_text("cats/1.png 0\ncats/2.png 2\ndogs/1.png 2\nlone one.png 0\n")
+    manifest = pack.pack(tmp_path / "images", tmp_path / "packed", size=8, partition=lines)
+    assert (manifest.train.count, manifest.heldout.count) == (2, 2)
+    assert data.packed(tmp_path / "packed").train_labels.tolist() == [0, 1]
+    assert data.packed(tmp_path / "packed").heldout_labels.tolist() == [0, 1]
+    lines.write_text("1.png 0\n2.png 2\nlone one.png 0\n")
+    with pytest.raises(UserError, match=r"names 1\.png, which 2 images are called: give their paths inside .*cats/1"):
+        pack.pack(tmp_path / "images", tmp_path / "none", partition=lines)
+    lines.write_text("cats/1.png 0\ncats/1.png 2\n")
+    with pytest.raises(UserError, match=r"gives cats/1\.png two numbers"):
+        pack.pack(tmp_path / "images", tmp_path / "none", partition=lines)
+
+
 @pytest.mark.parametrize(
     ("names", "classes"),
     [
@@ -142,7 +161,8 @@ def test_the_published_partition_of_celeba(celeba, tmp_path):
     ],
 )
 def test_folders_that_are_classes(names, classes):
-    assert pack._classes(names) == (classes, list(range(len(classes))))
+    found = folders.layout(names)
+    assert (found.classes, found.numbers, found.parts) == (classes, list(range(len(classes))), [])
 
 
 def test_what_is_there_is_not_touched_unasked(folder, tmp_path):
@@ -182,10 +202,116 @@ pack.pack({str(folder)!r}, {str(tmp_path / "packed")!r}, size=8)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "packed").exists()
-    assert (tmp_path / "packed.part" / "train_images.npy").exists()
+    [left] = tmp_path.glob(f"{staging.PREFIX}*")
+    assert (left / "new" / "train_images.npy").exists()
     pack.pack(folder, tmp_path / "packed", size=8)
     packed.verify(tmp_path / "packed")
-    assert not (tmp_path / "packed.part").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "packed"]
+
+
+USERS = ("packed.part", "packed.old", f"{staging.PREFIX}mine")
+
+
+def test_what_a_user_has_beside_the_set_stays(folder, tmp_path):
+    """Folders of names that look like working folders, links among them, and strangers' files in what is replaced."""
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "train_images.npy").write_text("mine")
+    out = tmp_path / "packed"
+    for name in USERS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+        (tmp_path / name / "train_images.npy").write_text("mine")
+    (tmp_path / f"{staging.PREFIX}link").symlink_to(keep)
+    for _ in range(2):
+        pack.pack(folder, out, size=8, overwrite=True)
+    for place in (*(tmp_path / name for name in USERS), keep):
+        assert (place / "train_images.npy").read_text() == "mine"
+    assert (tmp_path / f"{staging.PREFIX}link").is_symlink()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt, which is no part of a packed set: move it elsewhere"):
+        pack.pack(folder, out, size=8, overwrite=True)
+    packed.verify(out)
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "manifest.json").write_text('{"name": "my web page"}')
+    with pytest.raises(UserError, match="is not empty: give another folder, it holds no packed set"):
+        pack.pack(folder, tmp_path / "manifest", size=8, overwrite=True)
+    (tmp_path / "link").symlink_to(keep)
+    with pytest.raises(UserError, match="is a link: give the folder that it leads to"):
+        pack.pack(folder, tmp_path / "link", size=8, overwrite=True)
+    assert (keep / "train_images.npy").read_text() == "mine"
+
+
+def test_working_folders_of_killed_packings_are_known_by_their_marker(folder, tmp_path):
+    left = tmp_path / f"{staging.PREFIX}abc"
+    (left / "new").mkdir(parents=True)
+    (left / staging.MARKER).write_text("packed")
+    (left / "new" / "train_images.npy").write_text("half")
+    (left / "new" / "notes.txt").write_text("mine")
+    # Of another set beside this one, whose packing may be going on.
+    other = tmp_path / f"{staging.PREFIX}def"
+    other.mkdir()
+    (other / staging.MARKER).write_text("other")
+    with pytest.warns(UserWarning, match="holds files that are not this program's"):
+        pack.pack(folder, tmp_path / "packed", size=8)
+    assert not (left / "new" / "train_images.npy").exists()
+    assert (left / "new" / "notes.txt").read_text() == "mine"
+    assert (other / staging.MARKER).exists()
+
+
+KILLED_AT_EVERY_STEP = """
+import os, signal, sys
+from pathlib import Path
+from realuid_fast import pack, packed, staging
+source, out, exchange = sys.argv[1:]
+if exchange == "no":
+    staging._exchange = lambda one, other: False
+left = -1
+def watch(event, given):
+    global left
+    written = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)
+    if left >= 0 and (written or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+pack.pack(source, out, size=8)
+seen, step, ended = set(), 0, False
+while not ended:
+    before = packed.verify(Path(out)).shape[1]
+    child = os.fork()
+    if not child:
+        left = step
+        pack.pack(source, out, size=24 - before, overwrite=True)
+        os._exit(0)
+    ended = os.waitpid(child, 0)[1] == 0
+    step += 1
+    if not Path(out).exists():
+        seen.add("aside")
+        try:
+            packed.verify(Path(out))
+        except Exception as error:
+            assert "the next pack to" in str(error), error
+        staging.recover(Path(out), pack.FILES)
+    seen.add("old" if packed.verify(Path(out)).shape[1] == before else "new")
+staging.recover(Path(out), pack.FILES)
+# A folder whose marker was not written yet, or is gone already, is left: it is empty.
+left = [f for f in Path(out).parent.iterdir() if any(each.is_file() and each.stat().st_size for each in f.rglob("*"))]
+print(step, *sorted(seen), *sorted(f.name for f in left))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("exchange", ["yes", "no"])
+def test_a_packing_killed_at_any_step_leaves_the_old_or_the_new_set(folder, tmp_path, exchange):
+    """At every file that is opened, made, renamed or removed, with and without a file system that exchanges folders."""
+    words = [sys.executable, "-c", KILLED_AT_EVERY_STEP, folder, tmp_path / "packed", exchange]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    steps, *found = ended.stdout.split()
+    assert int(steps) > 20
+    # Without an exchange there is a step between two renames, at which the set is known to have been set aside.
+    assert found == [*(["aside"] if exchange == "no" else []), "new", "old", "images", "packed"]
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
@@ -251,8 +377,7 @@ def test_archives_that_are_traps(tmp_path, monkeypatch):
     script = archive(tmp_path, "a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
         pack.pack(script, tmp_path / "packed", size=8)
-    assert not (tmp_path / "packed").exists()
-    assert not (tmp_path / "packed.part").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images.zip"]
 
 
 def test_damaged_archives(tmp_path):
@@ -279,7 +404,7 @@ def test_damaged_archives(tmp_path):
 
 def test_errors_name_the_argument(folder, tmp_path):
     for settings, sentence in (
-        ({"kind": "video"}, "kind must be one of images, celeba, cifar10; got 'video'"),
+        ({"kind": "video"}, "kind must be one of images, celeba, idx, cifar10; got 'video'"),
         ({"size": 0}, "size and crop must be positive"),
         ({"crop": 0}, "size and crop must be positive"),
         ({"channels": 2}, "channels 1 or 3"),

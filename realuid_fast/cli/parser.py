@@ -95,12 +95,12 @@ def _add_pack(add: Add) -> None:
     command = add(
         "pack", "tools.pack", "write images into arrays on disk that runs read row by row: --set data.name=packed"
     )
-    text = "a folder or zip archive of images, such as CelebA's, or CIFAR-10's binary files"
+    text = "a folder or zip archive of images, such as CelebA's, or the folder of MNIST's or CIFAR-10's files"
     command.add_argument("source", nargs="?", type=Path, help=text)
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--kind", choices=choices.SOURCES, help="what the source is (default: by its names)")
-    command.add_argument("--size", type=int, help="side of the stored images (default: 32, CelebA's 64)")
-    command.add_argument("--channels", type=int, default=3, choices=(1, 3), help="default: 3")
+    command.add_argument("--size", type=int, help="side of the images (default: 32, CelebA's 64, MNIST's as is)")
+    command.add_argument("--channels", type=int, choices=(1, 3), help="default: 3, of MNIST 1")
     command.add_argument(
         "--crop", type=int, help="central square to keep (default: the largest; of CelebA 140, some take 178)"
     )
@@ -108,10 +108,13 @@ def _add_pack(add: Add) -> None:
         "--filter", choices=choices.FILTERS, default="lanczos", help="of the scaling (default: lanczos)"
     )
     split = command.add_mutually_exclusive_group()
-    split.add_argument("--heldout-every", type=int, default=10, help="every so many-th image is held out (default: 10)")
-    split.add_argument("--partition", type=Path, help="lines NAME NUMBER, 0 to train on and 2 to hold out, as CelebA's")
+    text = "every so many-th image is held out (default: 10, or what the folders train and test say)"
+    split.add_argument("--heldout-every", type=int, help=text)
+    text = "lines NAME NUMBER, 0 to train on and 2 to hold out, as CelebA's; NAME may be a path inside SOURCE"
+    split.add_argument("--partition", type=Path, help=text)
     command.add_argument("--no-labels", action="store_true", help="folders are not classes")
-    command.add_argument("--limit", type=int, help="only the first so many images")
+    command.add_argument("--skip-damaged", action="store_true", help="leave images out that cannot be read, and say so")
+    command.add_argument("--limit", type=int, help="only the first so many images, of train and test if they are there")
     command.add_argument("--threads", type=int, default=1, help="threads that decode (default: 1)")
     command.add_argument("--overwrite", action="store_true", help="replace a packed set in --out")
     command.add_argument("--verify", action="store_true", help="without SOURCE: compare --out with its checksums")

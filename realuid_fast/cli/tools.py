@@ -31,7 +31,7 @@ def pack(arguments: argparse.Namespace) -> None:
         manifest = verify(out)
     else:
         names = ("kind", "size", "channels", "crop", "filter", "heldout_every", "partition", "limit", "threads")
-        settings = {name: getattr(arguments, name) for name in (*names, "overwrite")}
+        settings = {name: getattr(arguments, name) for name in (*names, "overwrite", "skip_damaged")}
         manifest = packing.pack(arguments.source, out, labels=not arguments.no_labels, progress=True, **settings)
     what = "every checksum is right" if arguments.verify else "use it with --set data.name=packed data.path=" + str(out)
     sizes = "x".join(map(str, manifest.shape))

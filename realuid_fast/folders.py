@@ -1,0 +1,130 @@
+"""Images in folders: which files are images, and the classes and the split that their paths say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+# The parts of a split by the names of their folders, and the numbers that CelebA's partition gives to them.
+TRAIN, LEFT_OUT, HELDOUT = 0, 1, 2
+_TRAINING = ("train", "training")
+_VALIDATION = ("val", "valid", "validation")
+_TEST = ("test", "testing", "heldout")
+HELDOUT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The images of a folder or archive in alphabetical order, and what their paths say.
+
+    ``names`` are paths inside the source; ``classes`` are the names of the classes and ``numbers`` each image's class,
+    both empty without classes; ``parts`` are each image's part of the split, empty where folders make none.
+    """
+
+    names: list[str]
+    classes: tuple[str, ...]
+    numbers: list[int]
+    parts: list[int]
+
+    def split(self, every: int | None) -> tuple[list[int], list[int]]:
+        """The rows to train on and those to hold out: by folders, else every ``every``-th image; alike for 0.
+
+        Raises :class:`UserError` where ``every`` is given although folders make the split.
+        """
+        if self.parts:
+            if every is not None:
+                raise UserError("heldout_every cannot be given: the folders of the images make the split already")
+            return of_parts(self.parts)
+        every, rows = HELDOUT_EVERY if every is None else every, list(range(len(self.names)))
+        if not every:
+            return rows, rows
+        return [row for row in rows if (row + 1) % every], rows[every - 1 :: every] or rows
+
+
+def check_heldout_every(every: int | None) -> None:
+    """Raise :class:`UserError` for a distance between held-out images that leaves none to train on."""
+    if every is not None and (every < 0 or every == 1):
+        raise UserError(f"heldout_every must be 0 (nothing held out) or at least 2, got {every}")
+
+
+def of_parts(parts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The rows of :data:`TRAIN` and those of :data:`HELDOUT`."""
+    train, heldout = ([row for row, part in enumerate(parts) if part == wanted] for wanted in (TRAIN, HELDOUT))
+    return train, heldout
+
+
+def is_image(name: PurePosixPath) -> bool:
+    """Whether a path inside a source is an image's by its name; hidden files and folders hold none."""
+    return name.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in name.parts)
+
+
+def images_in(root: Path) -> list[str]:
+    """The images under a folder, as paths inside it in the order of their parts.
+
+    Raises :class:`UserError` where there are none.
+    """
+    files = ((PurePosixPath(file.relative_to(root).as_posix()), file) for file in root.rglob("*"))
+    names = [str(name) for name, file in sorted(files) if is_image(name) and file.is_file()]
+    if not names:
+        raise UserError(f"path: the folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return names
+
+
+def layout(names: Sequence[str], labels: bool = True, limit: int | None = None) -> Layout:
+    """What the paths ``names`` say; only the first ``limit`` images are taken, of each part of a split.
+
+    A split: the first folder in which the paths differ is ``train`` or ``test`` (or ``val``) for all of them. Where
+    both ``test`` and ``val`` are there, ``test`` is held out and ``val`` left out. Classes are the folders below, or
+    without a split the first folder in which the paths differ; images that do not all lie in one have none.
+
+    Raises:
+        UserError: other images lie beside the folders ``train`` and ``test``.
+    """
+    names = list(names)
+    parts = _parts(names)
+    if parts:
+        rows = [row for part in sorted(set(parts)) for row in [i for i, p in enumerate(parts) if p == part][:limit]]
+        names, parts = [names[row] for row in sorted(rows)], [parts[row] for row in sorted(rows)]
+        shared = _shared(names)
+        below = ["/".join(PurePosixPath(name).parts[shared + 1 :]) for name in names]
+    else:
+        names = below = names[:limit]
+    classes, numbers = folder_classes(below) if labels else ((), [])
+    return Layout(names, classes, numbers, parts)
+
+
+def folder_classes(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the classes, and the number of each image's; none where the images do not all lie in a folder of one."""
+    shared, folders = _shared(names), [PurePosixPath(name).parent.parts for name in names]
+    if any(len(parts) == shared for parts in folders):
+        return (), []
+    classes = tuple(sorted({parts[shared] for parts in folders}))
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, [number[parts[shared]] for parts in folders]
+
+
+def _shared(names: Sequence[str]) -> int:
+    """The number of folders that all paths begin with."""
+    return len(PurePosixPath(os.path.commonpath([PurePosixPath(name).parent for name in names])).parts)
+
+
+def _parts(names: Sequence[str]) -> list[int]:
+    """Each image's part of the split that folders make; empty where they make none."""
+    shared = _shared(names)
+    firsts = [PurePosixPath(name).parts[shared].lower() for name in names]
+    found = set(firsts)
+    held = found.intersection(_TEST) or found.intersection(_VALIDATION)
+    if not found.intersection(_TRAINING) or not held:
+        return []
+    if others := [name for name, f in zip(names, firsts, strict=True) if f not in (*_TRAINING, *_VALIDATION, *_TEST)]:
+        split = ", ".join(sorted(found.intersection((*_TRAINING, *_VALIDATION, *_TEST))))
+        raise UserError(
+            f"{others[0]} lies beside the folders {split}, which make a split: move what belongs to no part of it "
+            "elsewhere"
+        )
+    return [TRAIN if first in _TRAINING else HELDOUT if first in held else LEFT_OUT for first in firsts]
