@@ -1,9 +1,10 @@
 """Updates that RealUID needs to the distance that UID ends at, over alpha and beta: ``python -m bench.sensitivity``.
 
-Eight Gaussians in the plane, configuration ``mixture`` with one fake turn; every run as many updates as UID's. A run
-has arrived at the first evaluation from which two in a row are at or below UID's end: the mean of its last five
-evaluations over all seeds, since two thousand samples leave one evaluation noisy. Finished runs are kept in ``--out``
-and not run again. Writes sensitivity.json, .md and .png to ``bench/results`` (``--results``).
+Eight Gaussians in the plane, configuration ``mixture`` with the paper's five fake turns (its appendix D.1 calls fewer
+than three unstable); every run takes as many updates as UID's. A run has arrived at the first evaluation from which two
+in a row are at or below UID's end. UID's end is the mean of its last five evaluations over all seeds, since two
+thousand samples leave one evaluation noisy. Finished runs are kept in ``--out`` and not run again. Writes
+sensitivity.json, .md and .png to ``bench/results`` (``--results``).
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from . import machine
 
 ALPHAS = (0.88, 0.90, 0.92, 0.94, 0.96, 0.98)
 RATIOS = (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06)
-SETTINGS = ["distill.batch=128", "distill.fake_turns=1", "run.tensorboard=false", "run.evaluate_every=0"]
+FAKE_TURNS = 5
+SETTINGS = ["distill.batch=128", f"distill.fake_turns={FAKE_TURNS}", "run.tensorboard=false", "run.evaluate_every=0"]
 LAST = 5  # evaluations that make an end
 Curve = list[tuple[int, float]]
 
 
 def run(folder: Path, alpha: float, ratio: float, seed: int, updates: int, every: int, samples: int) -> Curve:
     """Distances on the way of one student; ``alpha = 1`` is UID."""
-    file = folder / f"{alpha:g}-{ratio:g}-seed{seed}-{updates}-{every}-{samples}.json"
+    file = folder / f"{alpha:g}-{ratio:g}-turns{FAKE_TURNS}-seed{seed}-{updates}-{every}-{samples}.json"
     if file.is_file():
         return [(int(update), float(distance)) for update, distance in json.loads(file.read_text())]
     torch.set_num_threads(1)
@@ -95,7 +97,8 @@ def markdown(content: dict[str, Any]) -> str:
     lines = [
         f"UID's end: {content['target']:.4f} (each seed: {', '.join(f'{v:.4f}' for v in uid['ends'])}), which UID "
         f"itself reaches after {_arrivals(uid)}. A cell: median updates to it (seeds that arrive), mean distance "
-        f"at the end after {content['updates']:,} updates, {len(content['seeds'])} seeds.",
+        f"at the end after {content['updates']:,} updates of {content['fake_turns']} fake turns, "
+        f"{len(content['seeds'])} seeds. `{content['command']}`, revision {content['machine']['revision']}.",
         "",
         "| alpha \\ beta / alpha | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |",
         "|---|" + "---:|" * len(RATIOS),
@@ -168,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = {
         "command": "python -m bench.sensitivity",
         "machine": machine.describe(),
+        "fake_turns": FAKE_TURNS,
         "updates": options.updates,
         "every": options.every,
         "samples": options.samples,

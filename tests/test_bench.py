@@ -409,8 +409,13 @@ def test_sensitivity_finds_arrivals_and_writes_its_table(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "sensitivity.json").read_text())
     assert [(cell["alpha"], cell["ratio"]) for cell in content["cells"]] == [(1.0, 1.0), (0.9, 0.96), (0.9, 1.04)]
     uid = content["curves"][0]["runs"]
+    # The paper trains with five fake turns and calls fewer than three unstable.
+    assert content["fake_turns"] == 5
+    assert "distill.fake_turns=5" in sensitivity.SETTINGS
     assert content["target"] == pytest.approx(sum(d for run in uid for _, d in run) / 4)
-    assert "| 0.9 |" in (tmp_path / "sensitivity.md").read_text()
+    table = (tmp_path / "sensitivity.md").read_text()
+    assert "| 0.9 |" in table
+    assert "4 updates of 5 fake turns, 2 seeds." in table
     assert (tmp_path / "sensitivity.png").stat().st_size > 1000
 
 
