@@ -174,7 +174,7 @@ def fake_loss(
         UserError: tensors that do not agree, real rows without an objective that has them or the reverse, a missing
             ``teacher_out``, or a gradient wanted in anything but ``fake_out``.
 
-    Source: RealUID paper, the general real-data loss, as a loss in ``f``.
+    Source: RealUID (2509.22459), the general real-data loss, as a loss in ``f``.
     """
     op, arguments = _fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
@@ -243,7 +243,7 @@ def generator_loss(
     Raises:
         UserError: tensors that do not agree, or a gradient wanted in ``endpoint``, ``coef`` or ``noise``.
 
-    Source: RealUID paper, the general real-data loss, as a loss in the generator.
+    Source: RealUID (2509.22459), the general real-data loss, as a loss in the generator.
     """
     fake_out, guided = _generator_arguments(
         teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance

@@ -126,6 +126,20 @@ def test_ratio_one_warns_that_real_data_is_idle():
         RealUID(0.92, 0.94)
 
 
+@pytest.mark.parametrize(
+    "build", [RealUID, lambda a, b: GeneralRealUID(a, b, 0.9), NormalisedRealUID, RealSiD, RealBridge]
+)
+def test_beta_above_one_warns_that_it_is_outside_the_papers_range(build):
+    with pytest.warns(
+        UserWarning, match=r"beta = 1\.1 is outside \(0, 1\], the range of the RealUID paper \(arXiv 2509"
+    ):
+        built = build(0.92, 1.1)
+    assert built.beta == 1.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(0.92, 1.0)
+
+
 def test_strong_sid_with_real_data_warns():
     with pytest.warns(UserWarning, match=r"alpha_sid = 1.2 with beta = 0.94 is reported unstable"):
         RealSiD(0.92, 0.94, alpha_sid=1.2)

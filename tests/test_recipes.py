@@ -332,6 +332,15 @@ def test_a_fast_recipe_changes_no_hyper_parameter(name):
     assert plain == fast
 
 
+def test_the_preset_edm_says_that_it_is_not_sid_as_published():
+    """The published fake and generator turns have a law of noise levels and a weight each; a run here has one law."""
+    head = configs.presets()["edm"]
+    assert "as published" not in head
+    assert "one law of noise levels for both turns" in head
+    text = (configs.CONFIGS / "presets" / "edm.yaml").read_text()
+    assert "This is not SiD as published" in text
+
+
 def test_several_bases_lie_over_one_another(tmp_path):
     (tmp_path / "c.yaml").write_text("base: [recipes/cifar10, recipes/fast]\nrun: {mode: eager}\n")
     config = configs.load(tmp_path / "c.yaml")

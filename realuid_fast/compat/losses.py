@@ -51,7 +51,7 @@ def dist_loss(
         UserError: tensors that do not agree; in the fake turn an ``alpha`` or ``beta`` that
             :func:`~realuid_fast.objectives.RealUID` refuses, in the generator turn an ``alpha`` of 0.
 
-    Source: RealUID paper, the real-data loss.
+    Source: RealUID (2509.22459), the real-data loss.
     """
     if generator_turn:
         if alpha == 0:
@@ -87,7 +87,7 @@ def general_dist_loss(
         UserError: tensors that do not agree, an unknown ``parametrization``; in the fake turn numbers that
             :func:`~realuid_fast.objectives.GeneralRealUID` refuses.
 
-    Source: RealUID paper, the general real-data loss.
+    Source: RealUID (2509.22459), the general real-data loss.
     """
     if parametrization not in ("standard", "beta"):
         raise UserError(f"parametrization must be 'standard' or 'beta', not {parametrization!r}")

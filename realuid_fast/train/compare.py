@@ -265,7 +265,8 @@ def _markdown(content: dict[str, Any]) -> str:
     for row in content["rows"]:
         spreads = " | ".join(_spread(row[kind]) for kind in DISTANCES)
         lines.append(
-            f"| {row['method']} (alpha = {row['alpha']:g}, beta = {row['beta']:g}) | {row['updates']:,} "
+            f"| {row['method']} (alpha = {row['alpha']:g}, beta = {row['beta']:g}{_outside(row['beta'])}) "
+            f"| {row['updates']:,} "
             f"| {spreads} | {statistics.mean(row['precision']):.3f} | {statistics.mean(row['recall']):.3f} |"
         )
     held, train = content["teacher_100_steps"], content["teacher_100_steps_to_train"]
@@ -286,6 +287,11 @@ def _markdown(content: dict[str, Any]) -> str:
     for name, reached in content["updates_to"].items():
         lines.append(f"| {name} | {_updates(reached['teacher'])} | {_updates(reached['uid_end'])} |")
     return "\n".join(lines) + "\n"
+
+
+def _outside(beta: float) -> str:
+    """What is said beside a beta that the paper, whose range is (0, 1], does not have."""
+    return ", outside the paper's (0, 1]" if beta > 1 else ""
 
 
 def _spread(values: list[float]) -> str:
