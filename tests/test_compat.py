@@ -427,6 +427,10 @@ def test_flow_matching_paths():
 
 
 def test_flow_matching_schedulers():
+    class AffineProbPath:
+        def __init__(self, scheduler):
+            self.scheduler = scheduler
+
     class PolynomialConvexScheduler:
         def __call__(self, t):
             return types.SimpleNamespace(alpha_t=t**2, sigma_t=1 - t**2, d_alpha_t=2 * t, d_sigma_t=-2 * t)
@@ -437,14 +441,124 @@ def test_flow_matching_schedulers():
         def __call__(self, t):
             raise AssertionError("known in closed form")
 
+    VPScheduler.__module__ = "flow_matching.path.scheduler.scheduler"
     t = torch.tensor([0.2, 0.7])
-    path = compat.from_flow_matching(types.SimpleNamespace(scheduler=PolynomialConvexScheduler()))
+    path = compat.from_flow_matching(AffineProbPath(PolynomialConvexScheduler()))
     torch.testing.assert_close(path.scales(t), (t**2, 1 - t**2))
-    path = compat.from_flow_matching(types.SimpleNamespace(scheduler=VPScheduler()))
+    path = compat.from_flow_matching(AffineProbPath(VPScheduler()))
     a, c = path.scales(t)
     torch.testing.assert_close(a, torch.exp(-((1 - t) * 0.1 + (1 - t) ** 2 * 9.95) / 2))
     torch.testing.assert_close(a**2 + c**2, torch.ones(2))
-    with pytest.raises(UserError, match="affine path"):
-        compat.from_flow_matching(object())
+    for other in (object(), types.SimpleNamespace(scheduler=VPScheduler())):
+        with pytest.raises(UserError, match="path must be an AffineProbPath of flow_matching"):
+            compat.from_flow_matching(other)
+
+    class CosineScheduler(PolynomialConvexScheduler):
+        """A class of a user's own under a name of the package."""
+
+    path = compat.from_flow_matching(AffineProbPath(CosineScheduler()))
+    torch.testing.assert_close(path.scales(t), (t**2, 1 - t**2))
     with pytest.raises(UserError, match="conditional flow matchers"):
         compat.from_torchcfm(object())
+
+
+def test_only_affine_paths_of_flow_matching_are_taken():
+    """Geodesics and discrete mixtures have a scheduler too, and a subclass may draw its samples in another way."""
+    theirs = pytest.importorskip("flow_matching.path", reason="flow_matching is not installed")
+    from flow_matching.path.scheduler import CondOTScheduler, PolynomialConvexScheduler
+    from flow_matching.utils.manifolds import Sphere
+
+    class Bent(theirs.AffineProbPath):
+        def sample(self, x_0, x_1, t):
+            return super().sample(x_0, x_1, t**2)
+
+    for path in (
+        theirs.GeodesicProbPath(CondOTScheduler(), Sphere()),
+        theirs.MixtureDiscreteProbPath(PolynomialConvexScheduler(n=2.0)),
+        Bent(CondOTScheduler()),
+    ):
+        with pytest.raises(UserError, match=rf"path must be an AffineProbPath .*, not {type(path).__name__}: no other"):
+            compat.from_flow_matching(path)
+
+
+def test_times_near_an_end_are_clipped_and_not_refused(torchcfm):
+    """A row there is the row of the clipped time: on CPU times outside a path's range would be an error."""
+    schedulers = pytest.importorskip("flow_matching.path.scheduler", reason="flow_matching is not installed")
+    from flow_matching.path import AffineProbPath
+
+    t = torch.cat(
+        [torch.tensor([0.0, 1e-6, 1 - 1e-6, 1.0]), torch.rand(4096, generator=torch.Generator().manual_seed(0))]
+    )
+    for scheduler, low in (
+        (schedulers.PolynomialConvexScheduler(n=0.5), 1e-4),
+        (schedulers.LinearVPScheduler(), 1e-4),
+        (schedulers.VPScheduler(), 0.0),
+    ):
+        clipped = t.double().clamp(low, 1 - 1e-4)
+        found = compat.from_flow_matching(AffineProbPath(scheduler)).coefficients(t.double())
+        out = scheduler(clipped)
+        expected = torch.stack([out.alpha_t, out.sigma_t, out.d_alpha_t, out.d_sigma_t], 1)
+        torch.testing.assert_close(found[:, [0, 2, 3, 5]], expected)
+        assert torch.isfinite(compat.from_flow_matching(AffineProbPath(scheduler)).coefficients(t)).all()
+    path = compat.from_torchcfm(torchcfm.SchrodingerBridgeConditionalFlowMatcher(0.5))
+    found, at = path.coefficients(t.double()), t.double().clamp(1e-4, 1 - 1e-4)
+    root = torch.sqrt(at * (1 - at))
+    expected = [at, 1 - at, 0.5 * root, torch.ones_like(at), -torch.ones_like(at), 0.25 * (1 - 2 * at) / root]
+    torch.testing.assert_close(found[:, :6], torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("generator_turn", [True, False])
+def test_times_are_taken_in_every_form_that_the_published_code_takes(generator_turn):
+    u, teacher, t, x0, gen, data, y = case()
+    losses = (
+        lambda t: compat.dist_loss(u, teacher, t, x0, gen, data, y, 0.92, 0.94, generator_turn),
+        lambda t: compat.general_dist_loss(u, teacher, t, x0, gen, data, y, 0.92, 0.94, 0.8, "beta", generator_turn),
+        lambda t: compat.GANloss(head(u), t, x0, gen, data, y, generator_turn),
+    )
+    for loss in losses:
+        expected = loss(t)
+        for form in (t.double(), t.view(3, 1, 1, 1), t.double().view(3, 1, 1, 1)):
+            assert torch.equal(loss(form), expected)
+        same = loss(torch.full((3,), 0.25))
+        for form in (
+            0.25,
+            torch.tensor(0.25),
+            torch.tensor([0.25], dtype=torch.float64),
+            torch.full((1, 1, 1, 1), 0.25),
+        ):
+            assert torch.equal(loss(form), same)
+        for form in (0, 1):
+            assert torch.isfinite(loss(form))
+        for wrong, words in ((torch.rand(2), r"shape \(2,\)"), ([0.1, 0.2, 0.3], r"\[0\.1, 0\.2, 0\.3\]")):
+            with pytest.raises(UserError, match=rf"t must be a number or a tensor of one time or of 3, .*got {words}"):
+                loss(wrong)
+    # float32 times of float64 samples.
+    given = exact([u, teacher, x0, gen, data])
+    loss = compat.dist_loss(*given[:2], t, *given[2:], y, 0.92, 0.94, generator_turn)
+    assert loss.dtype == torch.float64
+    close(loss, losses[0](t))
+
+
+def test_the_published_loss_at_alpha_one_has_a_maximum_without_real_data():
+    """Its real half is left out there: the maximum is beta times the target, and the generator ends at u* / beta."""
+    _, teacher, t, x0, gen, data, y = exact(case())
+    s, v, beta = t.view(-1, 1, 1, 1), (gen - x0).detach(), 0.96
+    at, best = (s * gen + (1 - s) * x0).detach(), beta * v
+
+    def value(f, real, generator_turn=False):
+        fake = lambda t, x, y: f  # noqa: E731
+        return written_out(fake, teacher, t, x0, gen.detach(), real, y, 1.0, beta, None, 1, generator_turn)
+
+    top = value(best, data)
+    assert float(top) == 0
+    for size in (-1e3, -0.1, 0.1, 1e3):
+        assert value(best + size * v, data) < top
+        assert value(best + size * v, data) == value(best + size * v, 7 * data)
+    # The generator's turn there is the distance of its own field, here v, to u* / beta.
+    with torch.no_grad():
+        distance = beta**2 * (v - teacher(t, at, y) / beta).square().sum() / 3
+        torch.testing.assert_close(value(best, data, True), distance)
+    with pytest.raises(
+        UserError, match=r"alpha = 1 requires beta = 1, got beta = 0\.96: .* leaves its real half out there"
+    ):
+        compat.dist_loss(*case(), 1.0, beta, generator_turn=False)

@@ -5,9 +5,15 @@ fake turn's value is to be MAXIMISED over ``u`` and the generator turn's minimis
 differentiates in ``u`` alone and runs both halves in one forward; ``dist_loss`` with ``alpha = beta = 1`` leaves the
 real half out; ``general_dist_loss`` honours ``gamma``, which is ignored there (``alpha`` stands in its place).
 
-A fake turn whose real half has no square has no maximum and is an error: ``dist_loss`` with ``alpha = 1`` and another
-``beta``, ``general_dist_loss`` with ``gamma = 1`` and another ``alpha`` or ``beta``. The generator turn has no
-real half, and its formula takes any numbers.
+Two fake turns are errors. ``general_dist_loss`` with ``gamma = 1`` and another ``alpha`` or ``beta`` has no maximum:
+its real half is linear in ``u``. ``dist_loss`` with ``alpha = 1`` and another ``beta`` has one in the published code,
+which leaves its real half out there: ``u = beta u_g`` with the generator's own field ``u_g``, whatever the real data
+are. Its generator turn is then ``||u* - beta u_g||^2`` and ends at the field ``u* / beta``, which is not the teacher's.
+The generator turn has no real half, and its formula takes any numbers.
+
+``t`` is a tensor of ``B`` times in any shape, such as ``(B,)`` or ``(B, 1, 1, 1)``, or one time for all rows, a number
+or a tensor with one element. Its dtype is turned into that of the samples' arithmetic, and the networks are called
+with ``(B,)``.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ _PATH = Linear()
 def dist_loss(
     u: Network,
     u_star: Network,
-    t: Tensor,
+    t: Tensor | float,
     x0: Tensor,
     x1_gen: Tensor,
     x1_data: Tensor | None,
@@ -44,12 +50,13 @@ def dist_loss(
 
     Args:
         u, u_star: fake model and frozen teacher, called as ``net(t, x_t, y)``.
-        t: times ``(B,)``; ``x0`` noise, ``x1_gen`` generated and ``x1_data`` real samples ``(B, ...)``; ``y`` labels.
+        t: times, see above; ``x0`` noise, ``x1_gen`` generated and ``x1_data`` real samples ``(B, ...)``; ``y`` labels.
         generator_turn: False leaves out the teacher's term and takes off the real half's, with ``1 - alpha, 1 - beta``.
 
     Raises:
-        UserError: tensors that do not agree; in the fake turn an ``alpha`` or ``beta`` that
-            :func:`~realuid_fast.objectives.RealUID` refuses, in the generator turn an ``alpha`` of 0.
+        UserError: tensors that do not agree, times that are neither one nor one a sample; in the fake turn an
+            ``alpha`` or ``beta`` that :func:`~realuid_fast.objectives.RealUID` refuses, in the generator turn an
+            ``alpha`` of 0.
 
     Source: RealUID (2509.22459), the real-data loss.
     """
@@ -57,6 +64,11 @@ def dist_loss(
         if alpha == 0:
             raise UserError("alpha must not be 0: the formula divides by it")
         return _generator(u, u_star, t, x0, x1_gen, y, _formula(alpha, beta, alpha))
+    if alpha == 1 and beta != 1:
+        raise UserError(
+            f"alpha = 1 requires beta = 1, got beta = {beta:g}: the published function leaves its real half out there "
+            "and draws the generator's field to u* / beta, without real data; with that half it would be unbounded"
+        )
     objective = _plain(alpha, beta)
     x, x_t, t, y, coef, x0 = _fake_rows(t, x0, x1_gen, x1_data, y, objective)
     out = _laid_out(u(t, x_t, y), x)
@@ -67,7 +79,7 @@ def dist_loss(
 def general_dist_loss(
     u: Network,
     u_star: Network,
-    t: Tensor,
+    t: Tensor | float,
     x0: Tensor,
     x1_gen: Tensor,
     x1_data: Tensor | None,
@@ -110,7 +122,7 @@ def general_dist_loss(
 
 def GANloss(
     u: Network,
-    t: Tensor,
+    t: Tensor | float,
     x0: Tensor,
     x1_gen: Tensor,
     x1_data: Tensor,
@@ -122,10 +134,12 @@ def GANloss(
     ``softplus(-h(gen))`` in the generator's turn; ``-softplus(h(gen)) - softplus(-h(data))``, to be maximised, in the
     other; means over all logits, in float32 (float64 for float64).
     """
+    t = _times(t, x1_gen)
     weight = t.view(-1, *[1] * (x0.dim() - 1))
 
     def logits(x1: Tensor) -> Tensor:
-        out: Tensor = u.forward_head(t, torch.lerp(x0, x1, weight), y)  # type: ignore[attr-defined]
+        x_t = torch.lerp(x0.to(t.dtype), x1.to(t.dtype), weight).to(x1.dtype)
+        out: Tensor = u.forward_head(t, x_t, y)  # type: ignore[attr-defined]
         return out if out.dtype == torch.float64 else out.float()
 
     if generator_turn:
@@ -156,9 +170,9 @@ def _general(alpha: float, beta: float, gamma: float, kappa: float) -> Objective
 
 
 def _generator(
-    u: Network, u_star: Network, t: Tensor, x0: Tensor, x1: Tensor, y: Tensor | None, objective: Objective
+    u: Network, u_star: Network, t: Tensor | float, x0: Tensor, x1: Tensor, y: Tensor | None, objective: Objective
 ) -> Tensor:
-    x1 = _laid_out(x1, x1)
+    x1, t = _laid_out(x1, x1), _times(t, x1)
     coef, x0 = _PATH.coefficients(t), _laid_out(x0, x1)
     x_t = functional.interpolate(x1, coef, x0)
     fake, teacher = _laid_out(u(t, x_t, y), x1), _laid_out(u_star(t, x_t, y), x1)
@@ -166,10 +180,10 @@ def _generator(
 
 
 def _fake_rows(
-    t: Tensor, x0: Tensor, x1_gen: Tensor, x1_data: Tensor | None, y: Tensor | None, objective: Objective
+    t: Tensor | float, x0: Tensor, x1_gen: Tensor, x1_data: Tensor | None, y: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Samples, states, times, labels and coefficients of the fake turn's rows, real ones last; the noise they share."""
-    x = _laid_out(x1_gen.detach(), x1_gen)
+    x, t = _laid_out(x1_gen.detach(), x1_gen), _times(t, x1_gen)
     x0, rows = _laid_out(x0, x), x.shape[0]
     if objective.needs_real:
         if x1_data is None:
@@ -178,6 +192,19 @@ def _fake_rows(
         t, y = torch.cat((t, t)), None if y is None else torch.cat((y, y))
     coef = _PATH.coefficients(t)
     return x, functional.interpolate(x, coef, x0, noise_rows=rows), t, y, coef, x0
+
+
+def _times(t: Tensor | float, x: Tensor) -> Tensor:
+    """``(B,)`` times in the dtype of the arithmetic on ``x``."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(t, (int, float)):
+        return x.new_full((len(x),), t, dtype=dtype)
+    if not isinstance(t, Tensor) or t.numel() not in (1, len(x)):
+        got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+        raise UserError(
+            f"t must be a number or a tensor of one time or of {len(x)}, one for each sample, got {got:.60}"
+        )
+    return t.to(dtype).reshape(-1).expand(len(x))
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..paths import ICFM, VP, FlowMatching, Linear, Path, Trigonometric, custom
@@ -17,7 +18,8 @@ def from_torchcfm(matcher: Any) -> Path:
 
     With ``sigma = 0`` its ``x0`` is our ``noise``; with ``sigma > 0`` (and always for the Schrödinger bridge) it is
     our ``endpoint`` and the noise is drawn beside it. For ``TargetConditionalFlowMatcher`` it is the noise. Matchers
-    that pair samples by optimal transport pair them before.
+    that pair samples by optimal transport pair them before. The noise of the Schrödinger bridge changes infinitely fast
+    at both ends of time, so the row of a time within 1e-4 of one is the row of the clipped time, on every device.
 
     Raises:
         UserError: a matcher of no known class.
@@ -29,9 +31,16 @@ def from_torchcfm(matcher: Any) -> Path:
     if "TargetConditionalFlowMatcher" in names:
         return FlowMatching(sigma=sigma)
     if "SchrodingerBridgeConditionalFlowMatcher" in names:
-        times = (_CLIP, 1 - _CLIP)
+
+        def clipped(t: Tensor) -> Tensor:
+            return t.clamp(_CLIP, 1 - _CLIP)
+
+        def spread(t: Tensor) -> Tensor:
+            return torch.sqrt(clipped(t) * (1 - clipped(t)))
+
         return custom(
-            lambda t: t, lambda t: sigma * torch.sqrt(t * (1 - t)), lambda t: 1 - t, t_range=times,
+            clipped, lambda t: sigma * spread(t), lambda t: 1 - clipped(t), da=torch.ones_like,
+            dc=lambda t: sigma * (1 - 2 * clipped(t)) / (2 * spread(t)), db=lambda t: -torch.ones_like(t),
         )  # fmt: skip
     if "VariancePreservingConditionalFlowMatcher" in names:
         path = Trigonometric()
@@ -47,26 +56,41 @@ def from_torchcfm(matcher: Any) -> Path:
 def from_flow_matching(path: Any) -> Path:
     """The path of flow_matching's ``AffineProbPath``: ``x_t = alpha_t x_1 + sigma_t x_0``, ``x_0`` our noise.
 
-    Schedulers without a path here keep their own functions, on times clipped by 1e-4 at both ends.
+    Schedulers without a path here keep their own functions. Some of those diverge at an end of time, so the row of a
+    time within 1e-4 of 0 or 1 (``VPScheduler``: of 1) is the row of the clipped time, on every device.
 
     Raises:
-        UserError: a path without a scheduler.
+        UserError: a path that is not affine: a geodesic on a manifold, a discrete mixture, or a subclass with a
+            ``sample`` of its own.
     """
-    scheduler = getattr(path, "scheduler", None)
-    if not callable(scheduler):
-        raise UserError(f"path must be an affine path of flow_matching with a scheduler, not {type(path).__name__}")
-    name = type(scheduler).__name__
+    kind = type(path)
+    affine = next((base for base in kind.__mro__ if base.__name__ == "AffineProbPath"), None)
+    if affine is None or getattr(kind, "sample", None) is not getattr(affine, "sample", None):
+        raise UserError(
+            f"path must be an AffineProbPath of flow_matching, alpha_t x_1 + sigma_t x_0, not {kind.__name__}: no "
+            "other path of it (geodesics on manifolds, discrete mixtures, samples of a subclass) is affine"
+        )
+    scheduler = path.scheduler
+    # Classes of the same names that a user wrote may have other functions.
+    name = type(scheduler).__name__ if type(scheduler).__module__.startswith("flow_matching.") else ""
     if name == "CondOTScheduler":
         return Linear()
     if name == "CosineScheduler":
         return Trigonometric()
     if name == "VPScheduler":
         vp = VP(beta_min=float(scheduler.beta_min), beta_max=float(scheduler.beta_max))
+
+        def left(t: Tensor) -> Tensor:
+            return 1 - t.clamp(max=1 - _CLIP)
+
         return custom(
-            lambda t: vp.scales(1 - t)[0], lambda t: vp.scales(1 - t)[1],
-            da=lambda t: -vp.rates(1 - t)[0], dc=lambda t: -vp.rates(1 - t)[1], t_range=(0.0, 1 - _CLIP),
+            lambda t: vp.scales(left(t))[0], lambda t: vp.scales(left(t))[1],
+            da=lambda t: -vp.rates(left(t))[0], dc=lambda t: -vp.rates(left(t))[1],
         )  # fmt: skip
+
+    def at(t: Tensor) -> Any:
+        return scheduler(t.clamp(_CLIP, 1 - _CLIP))
+
     return custom(
-        lambda t: scheduler(t).alpha_t, lambda t: scheduler(t).sigma_t,
-        da=lambda t: scheduler(t).d_alpha_t, dc=lambda t: scheduler(t).d_sigma_t, t_range=(_CLIP, 1 - _CLIP),
-    )  # fmt: skip
+        lambda t: at(t).alpha_t, lambda t: at(t).sigma_t, da=lambda t: at(t).d_alpha_t, dc=lambda t: at(t).d_sigma_t
+    )
