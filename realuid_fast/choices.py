@@ -8,7 +8,7 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
 TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors"}  # the shipped ones
-SOLVERS = ("euler", "heun")
+SOLVERS = ("euler", "heun", "midpoint", "ddim", "edm")
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # that scale images
 SOURCES = ("images", "celeba", "idx", "cifar10")  # that `pack` reads
 LABELS = ("empirical", "balanced")  # that Inception distances ask a generator for

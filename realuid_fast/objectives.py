@@ -145,6 +145,8 @@ _DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "jeffreys": lambda u: 1 + torch.exp(u),  # f = (r - 1) log r
     "jensen-shannon": torch.sigmoid,  # f = r log r - (r + 1) log((r + 1) / 2)
     "squared-hellinger": lambda u: torch.exp(u / 2) / 2,  # f = (1 - sqrt(r))^2
+    "softened-reverse-kl": lambda u: torch.sigmoid(-u),  # f = (r + 1) log((r + 1) / (2 r))
+    "neyman": lambda u: torch.exp(-u),  # f = (1 - r)^2 / (2 r), half of Neyman's chi^2
 }
 
 
@@ -159,8 +161,9 @@ def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
     (2502.15681), theorem 1 and table 1.
 
     Args:
-        divergence: ``"reverse-kl"`` (1: the plain objectives), ``"forward-kl"``, ``"jeffreys"``, ``"jensen-shannon"``
-            or ``"squared-hellinger"``.
+        divergence: ``"reverse-kl"`` (1: the plain objectives), ``"forward-kl"``, ``"jeffreys"``, ``"jensen-shannon"``,
+            ``"squared-hellinger"``, ``"softened-reverse-kl"`` (``1 / (1 + r)``) or ``"neyman"`` (``1 / r``). FastGen
+            calls them ``rkl``, ``kl``, ``jf``, ``js``, ``sh`` (twice ours), ``sf`` and ``neyman``.
         log_ratio: ``log p_d(x_t) - log p_g(x_t)``, ``(R,)``, for instance a discriminator's logits.
 
     Returns:

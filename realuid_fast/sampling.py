@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -124,8 +125,14 @@ def integrate(
     On a one-sided path, and for a velocity on any, the probability flow ``dx/dt = v``, where ``v = k_out F + k_x x`` is
     the network's output taken into the velocity space. Euler takes one evaluation a step. Heun (trapezoid, second
     order) takes two, and one in its last step where the velocity divides by the vanishing noise or endpoint at the
-    data's end. Steps are equal in time; on :class:`~realuid_fast.paths.VE` those of Karras et al. (2206.00364),
-    equation 5 with ``rho = 7``; quadratically shorter towards an end at which ``c'`` diverges.
+    data's end. Midpoint (second order) takes two, the second half-way through the step, and none at the data's end.
+    Steps are equal in time; on :class:`~realuid_fast.paths.VE` those of Karras et al. (2206.00364), equation 5 with
+    ``rho = 7``; quadratically shorter towards an end at which ``c'`` diverges; on a
+    :class:`~realuid_fast.paths.Linear` with a ``shift`` those that it says.
+
+    DDIM keeps the predicted noise: ``x_s = a_s x0 + c_s n`` with ``x0`` and ``n`` predicted at ``x_t``, on one-sided
+    paths. It is Euler's method in ``c / a``, and on the linear path the same as Euler. Source: Song et al.
+    (2010.02502), equation 12 with ``sigma = 0``. The solver ``edm`` is :func:`edm_sampler` with its own numbers.
 
     From a data prediction on a two-sided path the endpoint's share of the velocity is not known, but the law of ``x_s``
     between ``x0`` and ``x_t`` is: ``x_s = A x0 + B x_t + C n`` with ``B = b_s / b_t, A = a_s - B a_t, C^2 = c_s^2 - B^2
@@ -137,7 +144,7 @@ def integrate(
         net: called as the path says, see :func:`call`; on the linear path as ``net(t, x, y)``, ``t`` ``(B,)``.
         noise: standard normal ``(B, ...)``; with ``t_start`` the state ``x_t`` there.
         steps: number of steps, at least 1.
-        solver: ``"euler"`` or ``"heun"``; from a two-sided path's data prediction only ``"euler"``.
+        solver: one of :data:`SOLVERS`; from a two-sided path's data prediction only ``"euler"``.
         labels: ``(B,)`` int64 for class-conditional networks.
         t_start: time to start from; the path's own end when None.
         path, predict: what the network was trained on.
@@ -154,9 +161,12 @@ def integrate(
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
-    if solver not in SOLVERS:
-        raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    check_solver(solver, path, predict)
     _check_endpoint(net, path, endpoint)
+    if solver == "edm":
+        if t_start is not None:
+            raise UserError("t_start must not be given with the solver edm, which starts at its path's largest noise")
+        return edm_sampler(net, noise, steps, labels, path, predict, endpoint, stream, guidance)
     ordinary = follows_flow(path, predict)
     start, data = ends(path)
     low, high = path.time_range("velocity" if ordinary else "x0", predict)
@@ -169,9 +179,7 @@ def integrate(
         _check_start(path, t_start)
         x = noise
     times = _grid(path, t_start, data, steps)
-    if not ordinary:
-        if solver != "euler":
-            raise UserError(f"solver must be euler for {predict} on {type(path).__name__}: its steps are random")
+    if not ordinary or solver == "ddim":
         return _walk(net, x, times, labels, path, predict, endpoint, stream, guidance)
     convert = predict != "velocity"
 
@@ -183,17 +191,105 @@ def integrate(
     for i, (time, h) in enumerate(times):
         t = x.new_full((len(x),), time, dtype=torch.float32)
         slope = velocity(t, x)
-        if solver == "euler" or (i == steps - 1 and not _trapezoid_to_data(path, predict)):
+        if solver == "euler" or (solver == "heun" and i == steps - 1 and not _trapezoid_to_data(path, predict)):
             x = torch.add(x, slope, alpha=h)
+        elif solver == "midpoint":
+            x = torch.add(x, velocity(t + h / 2, torch.add(x, slope, alpha=h / 2)), alpha=h)
         else:
             ahead = velocity(t + h, torch.add(x, slope, alpha=h))
             x = torch.add(x, slope + ahead, alpha=h / 2)
     return x
 
 
+def check_solver(solver: str, path: Path, predict: str) -> None:
+    """Refuse a solver that :func:`integrate` does not have for this path and prediction."""
+    name = type(path).__name__
+    if solver not in SOLVERS:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    if solver != "euler" and not follows_flow(path, predict):
+        raise UserError(f"solver must be euler for {predict} on {name}: its steps are random")
+    if solver == "ddim" and not isinstance(path, OneSidedPath):
+        raise UserError(f"solver must not be ddim on {name}: it needs a path from noise alone to data")
+    if solver == "edm" and not isinstance(path, VE):
+        raise UserError(f"solver must not be edm on {name}: it needs the path ve, whose times are levels of noise")
+
+
 def evaluations(steps: int, solver: str = "euler", path: Path = LINEAR, predict: str = "velocity") -> int:
     """Network evaluations per sample of :func:`integrate`."""
-    return steps if solver == "euler" else 2 * steps - (not _trapezoid_to_data(path, predict))
+    last = {"heun": not _trapezoid_to_data(path, predict), "midpoint": False, "edm": True}
+    return 2 * steps - last[solver] if solver in last else steps
+
+
+@torch.no_grad()
+def edm_sampler(
+    net: nn.Module,
+    noise: Tensor,
+    steps: int = 18,
+    labels: Tensor | None = None,
+    path: Path | None = None,
+    predict: str = "edm",
+    endpoint: Tensor | None = None,
+    stream: NoiseStream | None = None,
+    guidance: float = 1.0,
+    *,
+    rho: float = RHO,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Samples by the sampler of Karras et al. (2206.00364): algorithm 1, with ``s_churn`` algorithm 2.
+
+    With the data prediction ``D(x; sigma)`` it is Heun's method for ``dx/dsigma = (x - D) / sigma`` on ``steps`` levels
+    from ``sigma_max`` to ``sigma_min``, the path's, equal in ``sigma^(1 / rho)``, and an Euler step from the last level
+    to 0: ``2 steps - 1`` evaluations. A step from a level ``sigma`` between ``s_min`` and ``s_max`` first raises it to
+    ``(1 + g) sigma``, ``g = min(s_churn / steps, sqrt(2) - 1)``, by fresh noise of deviation ``s_noise``. The state is
+    float64, as in the paper's code; the network sees it in the dtype of ``noise``.
+
+    Args:
+        net, noise, labels, predict, endpoint, stream, guidance: as for :func:`integrate`, ``noise`` standard normal.
+        steps: number of steps, at least 1.
+        path: a path :class:`~realuid_fast.paths.VE`, whose numbers are the range of levels; the paper's when None.
+        rho, s_churn, s_min, s_max, s_noise: the paper's numbers.
+
+    Returns:
+        Samples like ``noise``.
+
+    Raises:
+        UserError: another path, or numbers out of range.
+    """
+    path = VE() if path is None else path
+    check_solver("edm", path, predict)
+    assert isinstance(path, VE)
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    if not (rho > 0 and s_churn >= 0 and s_noise >= 0):
+        raise UserError(
+            f"rho must be positive, s_churn and s_noise not negative; got {rho:g}, {s_churn:g}, {s_noise:g}"
+        )
+    _check_endpoint(net, path, endpoint)
+    stream = NoiseStream(0, noise.device) if stream is None else stream
+    low, high = (level ** (1 / rho) for level in path.t_range)
+    levels = [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
+    most = min(s_churn / steps, math.sqrt(2) - 1)
+    raised = [level * (1 + most) if s_min <= level <= s_max else level for level in levels]
+    # Raised levels may lie above the path's largest, where its times would be clipped.
+    wide = replace(path, sigma_max=2 * path.sigma_max)
+
+    def slope(x: Tensor, level: float) -> Tensor:
+        t = x.new_full((len(x),), level)
+        seen = t if noise.dtype == t.dtype else t.float()
+        out = call(net, seen, x.to(noise.dtype), labels, wide, predict, endpoint, guidance)
+        return (x - _converted(wide, "x0", predict, t, out.to(x.dtype), x)) / level
+
+    x = noise.double() * levels[0]
+    for level, now, then in zip(levels, raised, [*levels[1:], 0.0], strict=True):
+        if now > level:
+            x = x + math.sqrt(now**2 - level**2) * s_noise * normal(stream.next_key(), x)
+        first = slope(x, now)
+        ahead = x + (then - now) * first
+        x = ahead if then == 0 else x + (then - now) * (first + slope(ahead, then)) / 2
+    return x.to(noise.dtype)
 
 
 def one_step(
@@ -342,16 +438,25 @@ def _grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[floa
     else:
         upwards = data > start
         at_start, at_data = path.steep[not upwards], path.steep[upwards]
-        if not (at_start or at_data):
+        shift = path.shift if isinstance(path, Linear) else 1.0
+        if not (at_start or at_data) and shift == 1:
             h = (data - start) / steps
             return tuple((start + i * h, h) for i in range(steps))
         shares = [i / steps for i in range(steps + 1)]
-        if at_start and at_data:
+        if shift != 1:
+            shares = [1 - shift * (1 - u) / (1 + (shift - 1) * (1 - u)) for u in shares]
+        elif at_start and at_data:
             shares = [(1 - math.cos(math.pi * u)) / 2 for u in shares]
         else:
             shares = [u**2 if at_start else 1 - (1 - u) ** 2 for u in shares]
         times = [start + u * (data - start) for u in shares]
     return tuple((now, then - now) for now, then in itertools.pairwise(times))
+
+
+def _inside(path: Path, t: float) -> float:
+    """``t`` without what rounding put outside of the path's range."""
+    low, high = path.t_range
+    return min(max(t, low), high)
 
 
 def _converted(path: Path, match: str, predict: str, t: Tensor, out: Tensor, x_t: Tensor) -> Tensor:
@@ -372,15 +477,22 @@ def _walk(
     stream: NoiseStream | None,
     guidance: float,
 ) -> Tensor:
-    """From an endpoint to data through the law of ``x_s`` between ``x0`` and ``x_t``."""
+    """From an endpoint to data through the law of ``x_s`` between ``x0`` and ``x_t``; without endpoint DDIM's steps.
+
+    On a one-sided path that law with the noise in the endpoint's place, ``B = c_s / c_t`` and ``C = 0``.
+    """
+    ddim = isinstance(path, OneSidedPath)
     stream = NoiseStream(0, x.device) if stream is None else stream
     low, high = path.time_range("x0", predict)
     for i, (time, h) in enumerate(times):
         t = x.new_full((len(x),), min(max(time, low), high), dtype=torch.float32)
         x0 = _converted(path, "x0", predict, t, call(net, t, x, labels, path, predict, endpoint, guidance), x)
-        if i == len(times) - 1:
+        if i == len(times) - 1 and not ddim:
             return x0
-        (a, b, c), (a_s, b_s, c_s) = _scales(path, time), _scales(path, time + h)
+        (a, b, c), (a_s, b_s, c_s) = _scales(path, time), _scales(path, _inside(path, time + h))
+        if ddim:
+            x = (a_s - c_s / c * a) * x0 + c_s / c * x
+            continue
         kept = b_s / b
         spread = math.sqrt(max(c_s**2 - kept**2 * c**2, 0.0))
         fresh = normal(stream.next_key(), x)

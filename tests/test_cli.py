@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from realuid_fast import cli, teachers
+from realuid_fast import cli, paths, sampling, teachers
 from realuid_fast.networks import build
+from realuid_fast.noise import NoiseStream, normal
 from realuid_fast.train import compare as comparison
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import read_csv
@@ -468,3 +469,22 @@ def test_convert_from_a_checkpoint_to_samples(tmp_path, monkeypatch, capsys):
     ]
     assert run("convert", "net.pt", "--out", "o.safetensors", "--student", "--t-start", "0.3", *config) == 0
     assert teachers.load("o.safetensors", role="student").description.t_start == 0.3
+
+
+def test_sample_takes_every_solver_of_a_teacher(tmp_path, capsys):
+    """On an EDM teacher; its own sampler takes 18 steps where none are given."""
+    network = {"kind": "song-unet", "dim": [1, 8, 8], "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+    net = build(network).eval()
+    for parameter in net.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    teachers.save(tmp_path / "t.safetensors", net.state_dict(), teachers.Description(network, path="ve", predict="edm"))
+    words = ["sample", "--model", str(tmp_path / "t.safetensors"), "--count", "2", "--seed", "3", "--overwrite"]
+    noise = normal(NoiseStream(3).next_key(), torch.empty(2, 1, 8, 8))
+    for solver, steps in (("edm", []), ("ddim", ["--steps", "3"]), ("midpoint", ["--steps", "3"])):
+        out = tmp_path / "x.npy"
+        assert cli.main([*words, "--out", str(out), "--solver", solver, *steps]) == 0
+        expected = sampling.integrate(net, noise, 3 if steps else 18, solver, path=paths.VE(), predict="edm")
+        np.testing.assert_allclose(np.load(out), expected.numpy(), rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    assert cli.main(["sample", "--model", "digits", "--solver", "edm", "--out", str(tmp_path / "d.npy")]) == 2
+    assert "solver must not be edm on Linear: it needs the path ve" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Networks of others as teachers: the same outputs from the converted file, strict names, and nothing that runs."""
 
+import argparse
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import resource
 import struct
 import sys
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -96,6 +98,148 @@ def headed(peer):
         torch.nn.Conv2d(64, 1, 1),
     )
     return shaken(made), {"kind": "unet", **options}
+
+
+@pytest.fixture(scope="module")
+def torchcfms(peer):
+    """torchcfm's U-Net in the shape of the configuration "folder", whose time_scale is 100 and norm_groups are 8."""
+    torch.manual_seed(0)
+    options = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2, 2], "num_heads": 2}
+    return shaken(peer(dim=[3, 32, 32], attention_resolutions="8", **options))
+
+
+TAKEN = (
+    r"c\.pt is a checkpoint of torchcfm or of the published code, whose U-Net has time_scale = 1 and norm_groups = 32"
+)
+
+
+@pytest.mark.parametrize("kind", ["ema_models", "ema_gens", "ema_model", "net_model"])
+def test_published_files_have_the_published_numbers_that_no_state_dict_shows(
+    torchcfms, kind, tmp_path, capsys, monkeypatch
+):
+    """--config folder for its network, which has others: outputs were 48 % off without a word."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    state = torchcfms.state_dict()
+    torch.save({kind: {"0.999": state} if kind.endswith("s") else state, "step": 1}, "c.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert (
+            cli.main(
+                ["convert", "c.pt", "--config", "folder", "--set", "network.dim=[3,32,32]", "--out", "c.safetensors"]
+            )
+            == 0
+        )
+    assert re.search(
+        rf"warning: {TAKEN}: this is taken, not the configuration's .*100.0 and norm_groups = 8",
+        capsys.readouterr().err,
+    )
+    config = configs.load("folder", ["network.dim=[3,32,32]"])
+    with pytest.warns(UserWarning, match=TAKEN):
+        direct = teachers.load_teacher("c.pt", config.teachers_network())
+    t, x = torch.tensor([0.2, 0.9]), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = torchcfms(t, x)
+        for model in (direct, teachers.load_teacher("c.safetensors")):
+            torch.testing.assert_close(model.net(t, x), expected, rtol=1e-5, atol=1e-5)
+            assert (model.description.network["time_scale"], model.description.network["norm_groups"]) == (1, 32)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_alone_keep_the_configurations_numbers_and_say_so(torchcfms, suffix, tmp_path):
+    """Nothing tells whose they are. The warning names what torchcfm's would need, and with that it is silent."""
+    file = tmp_path / f"c{suffix}"
+    if suffix == ".pt":
+        torch.save(torchcfms.state_dict(), file)
+    else:
+        save_file(torchcfms.state_dict(), str(file))
+    network = {**configs.load("folder").network, "dim": [3, 32, 32]}
+    words = (
+        rf"c\{suffix} holds weights without time_scale and norm_groups: the configuration's time_scale = 100.0 and "
+        r"norm_groups = 8 is taken, .* torchcfm, .*\(network.time_scale=1 network.norm_groups=32\)"
+    )
+    with pytest.warns(UserWarning, match=words):
+        kept = convert(file, tmp_path / "o.safetensors", network=network)
+    assert (kept.description.network["time_scale"], kept.description.network["norm_groups"]) == (100, 8)
+    t, x = torch.tensor([0.2, 0.9]), torch.randn(2, 3, 32, 32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = convert(file, tmp_path / "o.safetensors", network={**network, "time_scale": 1, "norm_groups": 32})
+        expected = torchcfms(t, x)
+        assert (kept.net(t, x) - expected).norm() > 0.1 * expected.norm()
+        torch.testing.assert_close(right.net(t, x), expected, rtol=1e-5, atol=1e-5)
+        # Networks that torchcfm cannot have made: 32 does not divide their width, or their middle has no attention.
+        for own in (
+            {"num_channels": 8, "norm_groups": 4},
+            {"num_channels": 32, "norm_groups": 8, "middle_attention": False},
+        ):
+            own = {"kind": "unet", "dim": [1, 8, 8], "channel_mult": [1, 2], "time_scale": 100.0, **own}
+            torch.save({"ema_model": build(own).state_dict()}, tmp_path / "own.pt")
+            assert teachers.load_teacher(tmp_path / "own.pt", own).description.network == own
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.model."])
+def test_names_of_a_network_inside_another_are_taken(prefix, tmp_path):
+    """DMD2's files are state dicts of EDM's preconditioning, which has the network as "model"."""
+    net = shaken(build(SONG))
+    state = {f"{prefix}{name}": value for name, value in net.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    save_file(state, str(tmp_path / "bare.safetensors"))
+    for name in ("pytorch_model.bin", "bare.safetensors"):
+        made = convert(tmp_path / name, tmp_path / "o.safetensors", network=SONG, path="ve", predict="edm")
+        t, x = torch.tensor([0.2, 0.9]), torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(made.net(t, x), net(t, x))
+    torch.save({**state, "other.weight": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"missing .*unexpected model\."):
+        convert(tmp_path / "pytorch_model.bin", tmp_path / "o.safetensors", network=SONG, path="ve", predict="edm")
+
+
+@pytest.mark.parametrize(("averages", "last"), [("ema_gens", "gen"), ("ema_models", "net_model")])
+def test_a_decay_of_zero_is_the_last_weights(averages, last, tmp_path, capsys):
+    """As the published code saves them: a student's beside ema_gens, a teacher's beside ema_models."""
+    network = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+    states = [shaken(build(network), seed).state_dict() for seed in range(3)]
+    content = {last: states[0], averages: {"0.999": states[1], "0.9999": states[2]}, "u": states[1], "step": 7}
+    torch.save(content, tmp_path / "c.pt")
+    words = ["convert", str(tmp_path / "c.pt"), "--out", str(tmp_path / "o.safetensors"), "--overwrite", "--set"]
+    words += ["network={kind: mlp, shape: [2], width: 8, depth: 1}", *(["--student"] if last == "gen" else [])]
+    for decay, expected in (("0", 0), ("0.999", 1), (None, 2)):
+        assert cli.main([*words, *([] if decay is None else ["--decay", decay])]) == 0
+        model = teachers.load(tmp_path / "o.safetensors", role="student" if last == "gen" else "teacher")
+        assert model.description.decay == (None if decay is None else float(decay))
+        for name, value in model.net.state_dict().items():
+            assert torch.equal(value, states[expected][name])
+    del content[last]
+    torch.save(content, tmp_path / "c.pt")
+    assert cli.main([*words, "--decay", "0"]) == 2
+    assert "has no average of decay 0, only 0.999, 0.9999" in capsys.readouterr().err
+    torch.save({"ema_model": states[1], "net_model": states[0]}, tmp_path / "c.pt")
+    for decay, expected in ((0.0, 0), (None, 1)):
+        found = teachers.published_state(tmp_path / "c.pt", decay)
+        assert torch.equal(found["first.weight"], states[expected]["first.weight"])
+
+
+def test_flow_matchings_checkpoints_are_refused_by_what_is_in_them(tmp_path):
+    """Its image example saves the parsed command line beside the weights, and averages that have no names."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 2))
+    network = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
+    averaged = {f"model.{name}": value for name, value in net.state_dict().items()} | {"num_updates": torch.tensor(3)}
+    averaged |= {f"shadow_params.{i}": value for i, value in enumerate(net.state_dict().values())}
+    whole = {"model": averaged, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
+    plain = {name: value for name, value in whole.items() if name != "args"}
+    for content, words in (
+        (whole, r"plain values alone: it also holds argparse\.Namespace, which is not read; save its state dict alone"),
+        (plain, r"holds no state dict, .*; it holds model, optimizer, epoch: save the state dict among them alone"),
+        (averaged, r"holds averages without names \(shadow_params\.0 and so on, as flow_matching's EMA keeps them\)"),
+    ):
+        torch.save(content, tmp_path / "checkpoint.pth")
+        for read in (
+            lambda: teachers.load_teacher(tmp_path / "checkpoint.pth", network),
+            lambda: convert(tmp_path / "checkpoint.pth", tmp_path / "o.safetensors", network=network),
+        ):
+            with pytest.raises(UserError, match=words):
+                read()
 
 
 HEADED = "has a discriminator's head, cls_pred_branch: it is left out"

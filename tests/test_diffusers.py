@@ -121,7 +121,7 @@ def test_flows_run_backwards_with_a_thousand_times_their_time(tmp_path):
     made = pipeline(tmp_path, scheduler="FlowMatchEulerDiscreteScheduler", shift=3.0)
     described = convert(tmp_path, tmp_path / "out.safetensors").description
     path = described.interpolant()
-    assert (path, described.predict) == (paths.Linear(data_at=0), "velocity")
+    assert (path, described.predict) == (paths.Linear(data_at=0, shift=3.0), "velocity")
     # The scheduler's own step is an Euler step of ours between its noise levels.
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(4)
@@ -136,6 +136,52 @@ def test_flows_run_backwards_with_a_thousand_times_their_time(tmp_path):
     assert hundred is not None
     described = convert(tmp_path, tmp_path / "out.safetensors").description
     assert described.interpolant().network_time(torch.tensor([0.5])).item() == 50.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "shift"),
+    [("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 3.0), ("FlowMatchEulerDiscreteScheduler", {}, 1.0),
+     ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"},
+      5.0)],
+)  # fmt: skip
+def test_sampling_takes_the_flow_schedulers_shifted_steps(kind, settings, shift, tmp_path):
+    """Euler's steps of diffusers' own scheduler from equal steps of noise, which it shifts."""
+    made = pipeline(tmp_path, scheduler=kind, **settings)
+    model = convert(tmp_path, tmp_path / "out.safetensors")
+    path, x = model.description.interpolant(), torch.randn(2, 1, 8, 8)
+    assert path.shift == shift
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5))
+    assert shift == 1 or scheduler.sigmas[1] > 0.9
+    expected = x
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            expected = scheduler.step(made(expected, t.expand(2)).sample, t, expected).prev_sample
+    found = sampling.integrate(model.net, x, 5, path=path, predict=model.description.predict)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shift_by_the_images_size_is_left_out_with_a_word(tmp_path):
+    pipeline(tmp_path, scheduler="FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True)
+    with pytest.warns(UserWarning, match="FlowMatchEulerDiscreteScheduler has a shift by the image's size: it is left"):
+        described = convert(tmp_path, tmp_path / "out.safetensors").description
+    assert described.interpolant() == paths.Linear(data_at=0)
+
+
+def test_ddim_is_the_schedulers_own(tmp_path):
+    """Nine steps of 111 of a thousand, from step 999 to step 0, which both grids have."""
+    made = pipeline(tmp_path, scheduler="DDIMScheduler", clip_sample=False)
+    model = convert(tmp_path, tmp_path / "out.safetensors")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(9)
+    x = torch.randn(2, 1, 8, 8)
+    path, expected = model.description.interpolant(), x * (1 - scheduler.alphas_cumprod[-1]) ** 0.5
+    with torch.no_grad():
+        for t in range(999, 0, -111):
+            expected = scheduler.step(made(expected, torch.full((2,), t)).sample, t, expected).prev_sample
+    found = sampling.integrate(model.net, x, 9, "ddim", path=path, predict=model.description.predict)
+    # The scheduler's table is a product of a thousand numbers in float32.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
 
 
 @pytest.mark.parametrize("predicted", ["epsilon", "v_prediction"])

@@ -466,13 +466,20 @@ def test_divergence_weights_are_the_second_derivative():
         "jeffreys": lambda r: (r - 1) * r.log(),
         "jensen-shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
         "squared-hellinger": lambda r: (1 - r.sqrt()) ** 2,
+        "softened-reverse-kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
+        "neyman": lambda r: (1 - r) ** 2 / (2 * r),
     }
+    assert set(functions) == set(rf.objectives.DIVERGENCES)
     u = torch.linspace(-3, 3, 13, dtype=torch.float64)
     for name, f in functions.items():
         r = u.exp().requires_grad_()
         (first,) = torch.autograd.grad(f(r).sum(), r, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), r)
         torch.testing.assert_close(divergence_weight(name, u), (r**2 * second).detach(), rtol=1e-10, atol=1e-12)
+    # FastGen's table of the same weights, as functions of the ratio.
+    theirs = {"softened-reverse-kl": lambda r: 1 / (1 + r), "neyman": lambda r: 1 / r, "forward-kl": lambda r: r}
+    for name, weight in theirs.items():
+        torch.testing.assert_close(divergence_weight(name, u), weight(u.exp()))
     assert not divergence_weight("forward-kl", u.clone().requires_grad_()).requires_grad
     with pytest.raises(rf.errors.UserError, match="divergence must be one of reverse-kl"):
         divergence_weight("kl", u)

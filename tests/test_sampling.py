@@ -1,5 +1,6 @@
 """Sampling: orders of convergence on a closed form, the generator as one Euler step, errors."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 
 from realuid_fast import paths, sampling
 from realuid_fast.errors import UserError
+from realuid_fast.networks import build
+from realuid_fast.noise import NoiseStream, normal
 
 
 class GaussianVelocity(nn.Module):
@@ -30,15 +33,19 @@ def test_solvers_converge_at_their_order():
     exact = net.mean + net.std * noise
     error = {
         (solver, steps): (sampling.integrate(net, noise, steps, solver) - exact).abs().max().item()
-        for solver in ("euler", "heun")
+        for solver in ("euler", "heun", "midpoint", "ddim")
         for steps in (64, 128)
     }
     assert math.log2(error["euler", 64] / error["euler", 128]) == pytest.approx(1, abs=0.15)
     assert math.log2(error["heun", 64] / error["heun", 128]) == pytest.approx(2, abs=0.3)
+    # On this flow the term of second order happens to vanish for the midpoint rule.
+    assert math.log2(error["midpoint", 64] / error["midpoint", 128]) > 1.7
     assert error["heun", 64] < error["euler", 128]
+    # On the linear path a step of DDIM is one of Euler.
+    assert error["ddim", 64] == pytest.approx(error["euler", 64], rel=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "ddim"])
 def test_evaluations_are_counted(solver):
     net = GaussianVelocity()
     sampling.integrate(net, torch.randn(4, 2), 5, solver)
@@ -144,7 +151,8 @@ def test_every_prediction_follows_the_exact_flow_of_gaussians(name):
     c = path.coefficients(torch.tensor([start], dtype=torch.float64), "x0", "x0")[0, 2]
     for predict in [p for p in paths.PREDICTIONS if p != "residual"]:
         net = Posterior(path, predict)
-        for solver, most in (("euler", 0.15), ("heun", 0.02))[predict != "velocity" :]:
+        second = (("heun", 0.02), ("midpoint", 0.02), ("ddim", 0.15))
+        for solver, most in (("euler", 0.15), *second)[predict != "velocity" :]:
             net.calls = 0
             made = sampling.integrate(net, noise, 80, solver, path=path, predict=predict)
             assert net.calls == sampling.evaluations(80, solver, path, predict)
@@ -248,3 +256,123 @@ def test_errors_name_the_argument():
         sampling.integrate(net, noise, 3, path=bridge, predict="score", endpoint=y)
     with pytest.raises(UserError, match=r"t_start must lie in \(0.002, 80\]"):
         sampling.one_step(net, noise, 0.002, path=paths.VE(), predict="edm")
+
+
+EDM = {"kind": "song-unet", "dim": [1, 8, 8], "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1,
+       "attn_resolutions": [4], "dropout": 0.0}  # fmt: skip
+
+
+def karras(net, latents, steps, noise, s_churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
+    """Algorithm 2 of Karras et al. (2206.00364) line by line; without churning algorithm 1. ``noise()`` draws."""
+    rho, sigma_min, sigma_max, sigma_data = 7, 0.002, 80, 0.5
+
+    def denoiser(x, sigma):
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        c_in = 1 / (sigma_data**2 + sigma**2).sqrt()
+        return c_skip * x + c_out * net((sigma.log() / 4).expand(len(x)), c_in * x)
+
+    i = torch.arange(steps, dtype=torch.float64)
+    t = (sigma_max ** (1 / rho) + i / (steps - 1) * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    t = torch.cat([t, torch.zeros(1, dtype=torch.float64)])
+    x = latents * t[0]
+    for i in range(steps):
+        gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_min <= t[i] <= s_max else 0
+        t_hat = t[i] + gamma * t[i]
+        x_hat = x + (t_hat**2 - t[i] ** 2).sqrt() * s_noise * noise() if gamma else x
+        d = (x_hat - denoiser(x_hat, t_hat)) / t_hat
+        x = x_hat + (t[i + 1] - t_hat) * d
+        if t[i + 1] != 0:
+            d_prime = (x - denoiser(x, t[i + 1])) / t[i + 1]
+            x = x_hat + (t[i + 1] - t_hat) * (d / 2 + d_prime / 2)
+    return x
+
+
+@pytest.mark.parametrize(
+    "churn", [{}, {"s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}, {"s_churn": 2.0}], ids=str
+)
+def test_edms_sampler_is_the_papers(churn):
+    """18 steps and 35 evaluations, on an EDM teacher and in float64; the second row is the paper's for ImageNet."""
+    torch.manual_seed(0)
+    net = build(EDM).double().eval()
+    for parameter in net.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    latents, stream = torch.randn(2, 1, 8, 8, dtype=torch.float64), NoiseStream(5)
+    with torch.no_grad():
+        expected = karras(net, latents, 18, lambda: normal(stream.next_key(), latents), **churn)
+    calls.clear()
+    found = sampling.edm_sampler(net, latents, 18, stream=NoiseStream(5), **churn)
+    assert len(calls) == sampling.evaluations(18, "edm", paths.VE(), "edm") == 35
+    assert expected.std() > 0.1
+    # The network's embedding of the time is float32.
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    if not churn:
+        again = sampling.integrate(net, latents, 18, "edm", path=paths.VE(), predict="edm")
+        assert torch.equal(again, found)
+        single = sampling.integrate(net.float(), latents.float(), 18, "edm", path=paths.VE(), predict="edm")
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_edms_sampler_takes_every_prediction_and_follows_the_exact_flow():
+    path, noise = paths.VE(), torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # All the way to noise level 0, where the others end at sigma_min.
+    exact = MEAN + STD / math.hypot(STD, 80) * (80 * noise - MEAN)
+    for predict in [p for p in paths.PREDICTIONS if p != "residual"]:
+        made = sampling.integrate(Posterior(path, predict), noise, 80, "edm", path=path, predict=predict)
+        assert (made - exact).abs().max() < 0.02 * STD, predict
+
+
+def test_midpoint_and_ddim_are_their_formulas():
+    net, x = Posterior(paths.VP(), "noise"), torch.randn(5, 3, dtype=torch.float64)
+    path, times = paths.VP(), [t for t, _ in sampling._grid(paths.VP(), 1.0, 1e-5, 3)] + [1e-5]
+    ddim = x * float(path.scales(torch.tensor([1.0], dtype=torch.float64))[1])
+    for now, then in itertools.pairwise(times):
+        (a, c), (a_s, c_s) = (path.scales(torch.tensor([t], dtype=torch.float64)) for t in (now, then))
+        with torch.no_grad():
+            n = net(torch.full((5,), 999 * now, dtype=torch.float32), ddim)
+        # Song et al. (2010.02502), equation 12 with sigma = 0.
+        ddim = a_s * (ddim - c * n) / a + c_s * n
+    torch.testing.assert_close(
+        sampling.integrate(net, x, 3, "ddim", path=path, predict="noise"), ddim, rtol=1e-4, atol=1e-4
+    )
+
+    net, middle = GaussianVelocity(), x
+    for i in range(3):
+        half = middle + net(torch.full((5,), i / 3), middle) / 6
+        middle = middle + net(torch.full((5,), i / 3 + 1 / 6), half) / 3
+    torch.testing.assert_close(sampling.integrate(net, x, 3, "midpoint"), middle, rtol=1e-6, atol=1e-6)
+
+
+def test_a_shift_moves_the_steps_and_nothing_else():
+    """Share u of the noise left becomes shift u / (1 + (shift - 1) u), in either direction of time."""
+    net, x = GaussianVelocity(), torch.randn(5, 3, dtype=torch.float64)
+    shifted = [1 - 3 * (1 - i / 4) / (1 + 2 * (1 - i / 4)) for i in range(5)]
+    seen = []
+    hook = net.register_forward_pre_hook(lambda _, given: seen.append(float(given[0][0])))
+    sampling.integrate(net, x, 4, path=paths.Linear(shift=3.0))
+    assert seen == pytest.approx(shifted[:-1])
+    seen.clear()
+    backwards = nn.Module()
+    backwards.forward = lambda t, x, y: seen.append(float(t[0])) or -net(1 - t / 1000, x)
+    hook.remove()
+    made = sampling.integrate(backwards, x, 4, path=paths.Linear(data_at=0, shift=3.0))
+    assert seen == pytest.approx([1000 * (1 - t) for t in shifted[:-1]])
+    torch.testing.assert_close(made, sampling.integrate(net, x, 4, path=paths.Linear(shift=3.0)))
+    assert torch.equal(sampling.one_step(net, x, 0.3, path=paths.Linear(shift=3.0)), sampling.one_step(net, x, 0.3))
+    with pytest.raises(UserError, match="shift must lie above 0, got 0"):
+        paths.Linear(shift=0.0)
+
+
+def test_solvers_that_a_path_does_not_have_are_named():
+    net, noise = GaussianVelocity(), torch.zeros(2, 2)
+    with pytest.raises(UserError, match="solver must not be edm on Linear: it needs the path ve"):
+        sampling.integrate(net, noise, 3, "edm")
+    with pytest.raises(UserError, match="solver must not be ddim on ICFM: it needs a path from noise alone to data"):
+        sampling.integrate(net, noise, 3, "ddim", path=paths.ICFM(), endpoint=noise)
+    with pytest.raises(UserError, match="t_start must not be given with the solver edm"):
+        sampling.integrate(net, noise, 3, "edm", path=paths.VE(), predict="edm", t_start=3.0)
+    with pytest.raises(UserError, match="s_churn and s_noise not negative; got 7, -1, 1"):
+        sampling.edm_sampler(net, noise, s_churn=-1.0)

@@ -76,7 +76,8 @@ def sample(arguments: argparse.Namespace) -> None:
     student = model.description.role == "student"
     if student and (arguments.steps or arguments.solver):
         raise UserError("--steps and --solver are a teacher's: a student makes its samples in one step")
-    steps = 100 if arguments.steps is None else arguments.steps
+    usual = 18 if arguments.solver == "edm" else 100
+    steps = usual if arguments.steps is None else arguments.steps
     draw = evaluation.sampler(model, steps, arguments.solver or "euler", arguments.guidance)
     like = torch.empty(arguments.count, *common.shape(model))
     labels, endpoint = class_by_class(model.net, arguments.count), None

@@ -63,7 +63,9 @@ def _add_convert(add: Add) -> None:
         "--config", help=f"whose network, path and data a checkpoint has: a YAML file or one of: {SHIPPED}"
     )
     _add_settings(command, "network.KEY=VALUE, path.name=, path.settings=, path.predict=, data.KEY=VALUE")
-    command.add_argument("--decay", type=float, help="which average of a checkpoint (default: the largest)")
+    command.add_argument(
+        "--decay", type=float, help="which average of a checkpoint, 0 for the last weights (default: the largest)"
+    )
     command.add_argument("--preprocessing", default="", help="what the network's samples are, in words")
     command.add_argument("--student", action="store_true", help="the checkpoint is a one-step generator (ema_gens)")
     command.add_argument("--t-start", type=float, default=0.0, help="the time that generator starts from (default: 0)")
@@ -80,7 +82,7 @@ def _add_sample(add: Add) -> None:
     )
     command.add_argument("--out", required=True, nargs="+", type=Path, help="files to write: .png, .npy, .safetensors")
     command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
-    command.add_argument("--steps", type=int, help="a teacher's steps (default: 100)")
+    command.add_argument("--steps", type=int, help="a teacher's steps (default: 100, of edm 18)")
     command.add_argument("--solver", choices=choices.SOLVERS, help="a teacher's solver (default: euler)")
     command.add_argument(
         "--guidance", type=float, default=1.0, help="a teacher's guidance by labels (default: 1, none)"

@@ -2,7 +2,7 @@
 
 ======================  =================================================================================
 ``.pt .pth .ckpt .bin``  published checkpoints, torchcfm U-Nets (:func:`realuid_fast.teachers.published_state`)
-``.safetensors``        a state dict without a description
+``.safetensors``        a state dict without a description (:func:`realuid_fast.teachers.plain_names`)
 ``.pkl``                pickled EDM networks (:mod:`.edm_pickle`, which runs nothing in them)
 a folder                a diffusers model or pipeline (:mod:`.diffusers_folder`)
 ======================  =================================================================================
@@ -45,10 +45,11 @@ def convert(
     Args:
         source: a file or folder of a kind in the table above.
         out: the safetensors file to write.
-        network: settings of the network, over those that the source has; a checkpoint has none.
+        network: settings of the network, over those that the source has; a checkpoint has none, but see
+            :func:`realuid_fast.teachers.published` for ``time_scale`` and ``norm_groups`` of a published one.
         path, path_settings, predict: the path and the prediction, where the source does not say them or to overrule it;
             a checkpoint's are the linear path and the velocity.
-        decay: which of a checkpoint's averages to take; the largest when not given.
+        decay: which of a checkpoint's averages to take, 0 for the last weights; the largest when not given.
         data, preprocessing, command: for the description, see :class:`realuid_fast.teachers.Description`.
         student, t_start: the checkpoint is a one-step generator from that start time.
         allow_missing, allow_unexpected: names of parameters, or patterns, that need not be in the source or in the
@@ -64,7 +65,6 @@ def convert(
     state, described = _read(source, decay, dict(network or {}))
     described = replace(
         described,
-        network={**described.network, **(network or {})},
         path=path or described.path,
         path_settings=dict(path_settings or ({} if path else described.path_settings)),
         predict=predict or described.predict,
@@ -90,19 +90,20 @@ def _read(source: Path, decay: float | None, network: dict[str, Any]) -> tuple[d
         raise UserError(f"there is no file or folder {source}")
     if decay is not None and source.suffix not in CHECKPOINTS:
         raise UserError(f"{source} has no averages by decay")
-    if source.is_dir():
-        return diffusers_folder.read(source)
-    if source.suffix == ".pkl":
-        return edm_pickle.read(source)
+    if source.is_dir() or source.suffix == ".pkl":
+        state, described = diffusers_folder.read(source) if source.is_dir() else edm_pickle.read(source)
+        return state, replace(described, network={**described.network, **network})
     if source.suffix in CHECKPOINTS:
-        state = teachers.published_state(source, decay)
+        network, state = teachers.published(source, network, decay)
     elif source.suffix == ".safetensors":
         state, metadata = teachers.read_safetensors(source)
         if teachers.KEY in metadata:
             raise UserError(f"{source} is a file of this package already")
+        state = teachers.plain_names(state)
+        network = teachers.settled(network, state, str(source), recognised=False)
     else:
         known = ", ".join((*CHECKPOINTS, ".safetensors", ".pkl"))
         raise UserError(f"{source} is neither a folder nor a file that ends in one of {known}")
     if not network:
         raise UserError(f"{source} does not say which network it holds: give its configuration")
-    return state, Description(network={}, preprocessing="pixels / 127.5 - 1")
+    return state, Description(network=network, preprocessing="pixels / 127.5 - 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
     Path and prediction come from the scheduler in the folder's part ``scheduler``:
 
     =======================================  ============================================================
-    FlowMatch...                             ``linear`` with data at 0, ``velocity``
-    ``use_flow_sigmas``                      the same, with the prediction that the scheduler names
+    FlowMatch...                             ``linear`` with data at 0 and its ``shift``, ``velocity``
+    ``use_flow_sigmas``                      the same, with the prediction that it names and ``flow_shift``
     ``sigma_data`` (EDM...)                  ``ve``, ``edm``
     ScoreSdeVe...                            ``ve``, ``score``
     ``beta_schedule`` or ``trained_betas``   ``vp-discrete``, ``noise``, ``v`` or ``x0``
@@ -109,8 +110,13 @@ def _path(scheduler: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
         predict = "velocity" if name.startswith("FlowMatch") else PREDICTIONS.get(str(asked), "")
         if not predict or predict == "v":
             raise UserError(f"the scheduler {name} has the prediction_type {asked!r} on a flow, which is not supported")
-        scale = {} if steps == 1000 else {"time_scale": float(steps)}
-        return "linear", {"data_at": 0, **scale}, predict
+        if scheduler.get("use_dynamic_shifting"):
+            warnings.warn(f"the scheduler {name} has a shift by the image's size: it is left out", stacklevel=2)
+        shift = float(scheduler.get("shift" if name.startswith("FlowMatch") else "flow_shift") or 1.0)
+        shift = 1.0 if scheduler.get("use_dynamic_shifting") else shift
+        numbers = {"time_scale": float(steps), "shift": shift}
+        usual = {"time_scale": 1000.0, "shift": 1.0}
+        return "linear", {"data_at": 0, **{k: v for k, v in numbers.items() if v != usual[k]}}, predict
     if name.startswith("EDM"):
         if asked not in ("epsilon", "v_prediction"):
             raise UserError(f"the scheduler {name} has the prediction_type {asked!r}, which is not supported")

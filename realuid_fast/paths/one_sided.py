@@ -145,14 +145,20 @@ class Linear(OneSidedPath):
     other way, ``x_t = (1 - t) x + t n`` and ``v = n - x``, and the network is called with ``1000 t``: the convention of
     diffusers' flow models. Source: Liu et al., Flow Straight and Fast (2209.03003), equation 1; Lipman et al.
     (2210.02747), equation 22 with ``sigma_min = 0``; reversed, Esser et al. (2403.03206), equation 13.
+
+    ``shift`` concerns samplers with many steps alone: the share ``u`` of noise that is left at a step's time, equal
+    steps without it, becomes ``shift u / (1 + (shift - 1) u)``, which takes more steps in noise where it is above 1.
+    Source: Esser et al. (2403.03206), equation 23; ``shift`` of diffusers' ``FlowMatchEulerDiscreteScheduler``.
     """
 
     data_at: int = field(default=1, kw_only=True)
+    shift: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data_at not in (0, 1):
             raise UserError(f"data_at must be 0 or 1, the time at which the path is data, not {self.data_at!r}")
+        check_number("shift", self.shift, above=0)
 
     @property
     def own_time_scale(self) -> float:

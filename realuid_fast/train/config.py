@@ -204,7 +204,7 @@ class GanConfig:
 
 @dataclass(frozen=True)
 class RegressionConfig:
-    """The teacher's trajectories for ``objective: {name: regression}``: ``steps`` of ``solver``, euler or heun."""
+    """The teacher's trajectories for ``objective: {name: regression}``: ``steps`` of a solver of ``SOLVERS``."""
 
     steps: int = 20
     solver: str = "euler"

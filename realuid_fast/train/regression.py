@@ -24,7 +24,7 @@ from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
-from ..sampling import follows_flow, integrate, null_labels
+from ..sampling import check_solver, follows_flow, integrate, null_labels
 from ..teachers import Description, Model
 from . import distributed, modes, precision
 from .batches import endpoints_to_draw, labels_to_draw, picked
@@ -57,6 +57,7 @@ class RegressionTrainer:
                 f"regression needs a teacher whose samples follow from the noise: from {self._predict} on "
                 f"{type(self.path).__name__} they are random"
             )
+        check_solver(settings.regression.solver, self.path, self._predict)
         self.parts = config.run.accumulate
         self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
         self.updates, self.step = settings.updates, 0

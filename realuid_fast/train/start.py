@@ -30,8 +30,8 @@ def student_of(source: str, decay: float | None, teacher: Description, t_start: 
     """
     file = Path(source)
     if file.suffix in CHECKPOINTS:
-        state = teachers.published_state(file, decay)
-        network, described = teachers.filled(teacher.network, state, source), Description(teacher.network)
+        settings, state = teachers.published(file, teacher.network, decay)
+        network, described = teachers.filled(settings, state, source), Description(settings)
     else:
         _hint(file)
         model = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
