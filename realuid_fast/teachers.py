@@ -291,8 +291,8 @@ def load_teacher(
             ``.ckpt``), whose dictionary holds ``ema_models`` or, a student's, ``ema_gens`` (decay to state dict),
             ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no
             code in it runs.
-        network: the network of a published checkpoint, which does not say it itself.
-            Where it has the layout of torchcfm's U-Net, its ``time_scale`` and ``norm_groups`` are :func:`published`'s.
+        network: the network of a published checkpoint, which does not say it itself; what becomes of its
+            ``time_scale`` and ``norm_groups`` says :func:`published`.
         decay: which of its averages to take, 0 for the last weights; the largest when not given. A file of this package
             has one, which must be it where it says.
         data: what a published checkpoint was trained on, for its description.
