@@ -247,7 +247,10 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
         ),
         ({"divergence": "forward-kl"}, "divergence forward-kl needs a discriminator"),
         ({"divergence": "kl"}, "distill.divergence must be one of reverse-kl, forward-kl"),
-        ({"regression": {"solver": "dopri"}}, "distill.regression.solver must be one of euler, heun, midpoint, ddim, edm; got 'dopri'"),
+        (
+            {"regression": {"solver": "dopri"}},
+            "distill.regression.solver must be one of euler, heun, midpoint, ddim, edm; got 'dopri'",
+        ),
         ({"regression": {"steps": 0}}, "distill.regression.steps must be at least 1, got 0"),
         ({**REGRESSION, "times": [0.5], "t_start": 0.1}, "distill.times is not for distill.objective regression"),
         ({**REGRESSION, "gan": {"weight_fake": 1.0}}, "distill.gan is not for distill.objective regression"),
