@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class NotWritten(UserError):
-    """A file that the disk did not take."""
+    """A file that the disk did not take, or that must not be written any more."""

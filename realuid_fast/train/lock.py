@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import NotWritten, UserError
 from ..files import in_place, make_folder, sync
 
 LOCK = ".lock"
@@ -39,13 +39,11 @@ class Lock:
         A folder that is gone altogether raises nothing here: the write fails by itself, and the run saves what it can.
 
         Raises:
-            UserError: the lock's file was deleted, or is another one.
+            NotWritten: the lock's file was deleted, or is another one.
         """
         if not self._is_own() and self.folder.exists():
-            raise UserError(
-                f"{self._file} was deleted or replaced while this run was going on, so another run may be using the "
-                "folder: this run stops and writes nothing more there; when no other run is, --resume goes on from "
-                "its last checkpoint"
+            raise NotWritten(
+                f"{self._file} was deleted or replaced while this run was going on, so another run may use the folder"
             )
 
     def retake(self) -> None:

@@ -352,6 +352,8 @@ def run(
             # Other ranks are in the middle of something and do not come to make up a state.
             if distributed.size() == 1:
                 _rescue(config, trainer, folder, measure, checkpoints, state, lock)
+            # Where the folder has changed hands, that is the reason, whatever was noticed first.
+            check()
             raise
         now = state()
         if together:
