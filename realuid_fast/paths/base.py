@@ -10,11 +10,12 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import interpolant
 from ..contracts import check_device, check_tensor, check_whole, type_name
 from ..errors import UserError
 from .checks import check_choice, check_number, check_times
@@ -71,6 +72,9 @@ class Path(ABC):
     Raises:
         UserError: a sampler or a number that cannot be used, named.
     """
+
+    # Whether the path has a second endpoint y, which every call is then given.
+    has_endpoint: ClassVar[bool] = True
 
     sampler: str | Sampler = "uniform"
     time_scale: float | None = field(default=None, kw_only=True)
@@ -167,6 +171,45 @@ class Path(ABC):
         except AssertionError as error:
             # A torch without CUDA answers "cuda" with one.
             raise UserError(f"device {str(device)!r} cannot be used: {error}") from error
+
+    def draw(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        *,
+        real: Tensor | None = None,
+        endpoint: Tensor | None = None,
+        real_endpoint: Tensor | None = None,
+        t: Tensor | None = None,
+        match: str = "velocity",
+        predict: str = "velocity",
+        weight: Weight | None = None,
+        shared: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> interpolant.Interpolant:
+        """Draw times and the interpolant of a batch, ``x_t = a x + b y + c n``, for the losses of :mod:`.losses`.
+
+        Args:
+            x: generated samples ``(B, ...)``, or training samples for :func:`~realuid_fast.matching_loss`. ``x_t`` is
+                differentiable in them.
+            noise: a key of a :class:`~realuid_fast.NoiseStream`, or normals with a row for each row that draws.
+            real: as many real samples; they become the last rows of the batch. For the fake model's turn alone.
+            endpoint, real_endpoint: the second endpoint ``y`` of either half, on a two-sided path.
+            t: path times for the rows that draw their own; from :meth:`sample_time` where not given.
+            match, predict, weight: as for :meth:`coefficients`.
+            shared: whether real row ``i`` has the time and the noise of generated row ``i``; then ``B`` rows draw, else
+                all ``2 B``.
+            generator: of the times.
+
+        Raises:
+            UserError: tensors that do not agree, a missing endpoint, or what :meth:`coefficients` refuses.
+
+        Source: RealUID (2509.22459), algorithm 1, shares times and noise.
+        """
+        return interpolant.draw(
+            self, x, noise, real=real, endpoint=endpoint, real_endpoint=real_endpoint, t=t, match=match, predict=predict,
+            weight=weight, shared=shared, generator=generator,
+        )  # fmt: skip
 
     def network_time(self, t: Tensor, predict: str = "velocity") -> Tensor:
         """What a network is called with at path time ``t``: ``time_scale t``, or ``c_noise`` where preconditioned."""

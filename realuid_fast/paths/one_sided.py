@@ -39,6 +39,8 @@ class OneSidedPath(Path):
     (2210.02747), section 4.
     """
 
+    has_endpoint: ClassVar[bool] = False
+
     @abstractmethod
     def scales(self, t: Tensor) -> Pair:
         """``(a(t), c(t))``, each shaped like ``t``."""

@@ -1,0 +1,156 @@
+"""The losses of a drawn batch: :mod:`realuid_fast.functional` on an :class:`~realuid_fast.interpolant.Interpolant`.
+
+Symbols are those of :mod:`realuid_fast.functional`: ``f`` is the fake model's and ``f*`` the teacher's prediction in the
+match space, ``F`` a network's raw output. Every loss is float32 (float64 for float64 samples), ``()`` or, with
+``reduction="none"``, ``(R,)``; sums run over the non-batch dimensions, the mean over the generated rows.
+``*_grads`` return loss and gradients without autograd.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import functional
+from .errors import UserError
+from .functional import FakeGrads, GeneratorGrads, MatchingGrads, Reduction
+from .interpolant import Interpolant
+from .objectives import Objective
+
+
+def matching_loss(draw: Interpolant, out: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """The universal matching loss that trains teachers, ``w ||f - tgt||^2``.
+
+    Args:
+        draw: the batch, from :meth:`Path.draw`.
+        out: the network's raw output ``F`` at ``draw.x_t``, ``(R, ...)``.
+
+    Returns:
+        The loss, differentiable in ``out``.
+
+    Raises:
+        UserError: tensors that do not agree, or a gradient wanted in the drawn samples.
+
+    Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
+    """
+    return functional.matching_loss(out, *_drawn(draw), draw.endpoint, reduction)
+
+
+def matching_grads(draw: Interpolant, out: Tensor) -> MatchingGrads:
+    """:func:`matching_loss` with its gradient, without autograd."""
+    return functional.matching_grads(out, *_drawn(draw), draw.endpoint)
+
+
+def fake_loss(
+    objective: Objective,
+    draw: Interpolant,
+    fake_out: Tensor,
+    *,
+    teacher_out: Tensor | None = None,
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The fake model's loss, ``w (A ||f||^2 - 2 <f, B tgt + D f*> + C ||tgt||^2)``, minimised.
+
+    Args:
+        objective: gives ``A, B, D, C`` for generated and for real rows.
+        draw: the batch, from ``path.draw(x, key, real=real)``; ``x`` must not require a gradient.
+        fake_out: the fake model's raw output at ``draw.x_t``, ``(R, ...)``.
+        teacher_out: the teacher's raw output there; needed only if ``objective.needs_teacher``.
+        teacher_uncond, guidance: as for :func:`generator_loss`.
+
+    Returns:
+        The loss, differentiable in ``fake_out``; the mean is the sum over all rows by the number of generated rows.
+
+    Raises:
+        UserError: tensors that do not agree, real rows without an objective that has them or the reverse, a missing
+            ``teacher_out``, or a gradient wanted in anything but ``fake_out``.
+
+    Source: RealUID (2509.22459), the general real-data loss, as a loss in ``f``.
+    """
+    x, x_t, coef, noise = _drawn(draw)
+    return functional.fake_loss(
+        fake_out, x, x_t, coef, noise, objective, draw.n_real, teacher_out, draw.endpoint, draw.noise_rows, reduction,
+        teacher_uncond, guidance,
+    )  # fmt: skip
+
+
+def fake_grads(
+    objective: Objective,
+    draw: Interpolant,
+    fake_out: Tensor,
+    *,
+    teacher_out: Tensor | None = None,
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+) -> FakeGrads:
+    """:func:`fake_loss` with its gradient, without autograd."""
+    x, x_t, coef, noise = _drawn(draw)
+    return functional.fake_grads(
+        fake_out, x, x_t, coef, noise, objective, draw.n_real, teacher_out, draw.endpoint, draw.noise_rows,
+        teacher_uncond, guidance,
+    )  # fmt: skip
+
+
+def generator_loss(
+    objective: Objective,
+    draw: Interpolant,
+    teacher_out: Tensor,
+    fake_out: Tensor | None = None,
+    *,
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
+
+    Args:
+        objective: gives ``alpha, beta, Q, kappa``.
+        draw: the batch, from ``path.draw(x, key)``, where ``x`` carries the generator's graph.
+        teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``draw.x_t``, ``(R, ...)``;
+            ``fake_out`` is left out for an objective without a fake model.
+        teacher_uncond: the teacher's raw output without its condition; ``teacher_uncond + guidance (teacher_out -
+            teacher_uncond)`` then takes the place of ``teacher_out``.
+        guidance: the scale, a number or ``(R,)`` of ``draw.coef``'s dtype.
+
+    Returns:
+        The loss, differentiable in the outputs and in ``draw.x`` and ``draw.x_t``: ``loss.backward()`` reaches the
+        generator through all of them.
+
+    Raises:
+        UserError: real rows in ``draw``, tensors that do not agree, or a gradient wanted in the endpoint.
+
+    Source: RealUID (2509.22459), the general real-data loss, as a loss in the generator.
+    """
+    _refuse_real(draw)
+    return functional.generator_loss(
+        teacher_out, fake_out, *_drawn(draw), objective, draw.endpoint, reduction, teacher_uncond, guidance
+    )
+
+
+def generator_grads(
+    objective: Objective,
+    draw: Interpolant,
+    teacher_out: Tensor,
+    fake_out: Tensor | None = None,
+    *,
+    teacher_uncond: Tensor | None = None,
+    guidance: float | Tensor = 1.0,
+) -> GeneratorGrads:
+    """:func:`generator_loss` with its gradients, without autograd."""
+    _refuse_real(draw)
+    return functional.generator_grads(
+        teacher_out, fake_out, *_drawn(draw), objective, draw.endpoint, teacher_uncond, guidance
+    )
+
+
+def _drawn(draw: Interpolant) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """``x``, ``x_t`` where the losses read it, the coefficient rows and the noise."""
+    if not isinstance(draw, Interpolant):
+        raise UserError(f"draw must be an Interpolant from path.draw(...), not {type(draw).__name__}")
+    return draw.x, draw.read_x_t, draw.coef, draw.noise
+
+
+def _refuse_real(draw: Interpolant) -> None:
+    if isinstance(draw, Interpolant) and draw.n_real:
+        raise UserError("draw must hold no real rows: real data acts through the fake model's loss alone")

@@ -1,0 +1,136 @@
+"""A drawn batch: its losses are those of the tensor calls, to the bit, and what does not fit is refused by name."""
+
+import pytest
+import torch
+
+import realuid_fast as rf
+from realuid_fast import functional, losses
+from realuid_fast.errors import UserError
+
+B, SHAPE = 6, (3, 4, 4)
+REALUID, UID = rf.objectives.RealUID(0.92, 0.94), rf.objectives.UID()
+
+
+@pytest.fixture
+def key():
+    return rf.NoiseStream(3).next_key()
+
+
+def samples(rows=B, dtype=torch.float32):
+    return torch.randn(rows, *SHAPE, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("predict", ["velocity", "x0"])
+def test_fake_turn_is_that_of_the_tensor_calls(key, dtype, predict):
+    path, x, real = rf.paths.Linear(), samples(dtype=dtype), samples(dtype=dtype)
+    draw = path.draw(x, key, real=real, predict=predict)
+    assert draw.n_real == B
+    assert torch.equal(draw.t[:B], draw.t[B:])
+    coef = path.coefficients(draw.t, "velocity", predict)
+    both = torch.cat([x, real])
+    x_t = rf.interpolate(both, coef, key, noise_rows=B)
+    assert torch.equal(draw.x_t, x_t)
+    out = torch.randn_like(both).requires_grad_()
+    inputs = (both, x_t if predict == "x0" else None, coef, key, REALUID)
+    expected = functional.fake_grads(out.detach(), *inputs, n_real=B, noise_rows=B)
+    loss = losses.fake_loss(REALUID, draw, out)
+    loss.backward()
+    found = losses.fake_grads(REALUID, draw, out.detach())
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(out.grad, expected.fake_out)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("predict", ["velocity", "x0"])
+def test_generator_turn_reaches_the_generator(key, predict):
+    """The gradient of the drawn loss through x and x_t is that of the tensor calls."""
+    path, teacher, fake = rf.paths.Linear(), torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+    found, expected = (samples().requires_grad_() for _ in range(2))
+    expected.data.copy_(found.data)
+    t = path.sample_time(B)
+    draw = path.draw(found, key, t=t, predict=predict)
+    losses.generator_loss(REALUID, draw, teacher(draw.x_t), fake(draw.x_t)).backward()
+    coef = path.coefficients(t, "velocity", predict)
+    x_t = rf.interpolate(expected, coef, key)
+    read = x_t if predict == "x0" else None
+    functional.generator_loss(teacher(x_t), fake(x_t), expected, read, coef, key, REALUID).backward()
+    assert torch.equal(found.grad, expected.grad)
+
+
+def test_guidance_and_rows_are_passed_on(key):
+    draw = rf.paths.Linear().draw(samples(), key)
+    conditional, unconditional, fake = samples(), samples(), samples()
+    guided = torch.lerp(unconditional, conditional, 2.0)
+    found = losses.generator_loss(
+        UID, draw, conditional, fake, teacher_uncond=unconditional, guidance=2.0, reduction="none"
+    )
+    expected = losses.generator_grads(UID, draw, guided, fake).rows
+    # float32 sums of 48 products of order one
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_two_sided_path_takes_an_endpoint_for_either_half(key):
+    path, ends, real_ends = rf.paths.BrownianBridge(), samples(), samples()
+    draw = path.draw(samples(), key, real=samples(), endpoint=ends, real_endpoint=real_ends)
+    assert torch.equal(draw.endpoint, torch.cat([ends, real_ends]))
+    losses.fake_loss(rf.objectives.RealBridge(0.92, 0.94), draw, samples(2 * B))
+
+
+def test_halves_apart_draw_their_own_times_and_noise(key):
+    draw = rf.paths.Linear().draw(samples(), key, real=samples(), shared=False)
+    assert draw.noise_rows == 2 * B
+    assert not torch.equal(draw.t[:B], draw.t[B:])
+
+
+def test_a_teacher_is_trained_on_a_draw(key):
+    draw, out = rf.paths.Linear().draw(samples(), key), samples().requires_grad_()
+    loss = losses.matching_loss(draw, out)
+    loss.backward()
+    grads = losses.matching_grads(draw, out.detach())
+    assert torch.equal(loss, grads.loss)
+    assert torch.equal(out.grad, grads.out)
+
+
+def test_a_preconditioned_network_is_called_as_its_path_says(key):
+    path = rf.paths.VE()
+    draw = path.draw(samples(), key, match="x0", predict="edm")
+    assert torch.equal(draw.network_time, path.network_time(draw.t, "edm"))
+    assert torch.equal(draw.network_input, path.network_input(draw.x_t, draw.t, "edm"))
+    assert draw.read_x_t is draw.x_t
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"real": samples(3)}, "real must have x's shape"),
+        ({"real": samples(dtype=torch.float64)}, "real must have x's shape and dtype"),
+        ({"endpoint": samples()}, "endpoint must not be given for the path Linear"),
+        ({"t": torch.rand(2)}, r"t must be a tensor of shape \(6,\)"),
+        ({"t": 0.5}, r"t must be a tensor of shape \(6,\)"),
+        ({"noise": samples(2)}, "noise must be a key or have 6 rows"),
+        ({"noise": 0}, "noise must be a tensor"),
+        ({"x": [1.0]}, "x must be a tensor"),
+        ({"match": "speed"}, "match"),
+    ],
+)
+def test_what_does_not_fit_is_named(key, wrong, sentence):
+    given = {"x": samples(), "noise": key} | wrong
+    with pytest.raises(UserError, match=sentence):
+        rf.paths.Linear().draw(given.pop("x"), given.pop("noise"), **given)
+
+
+def test_a_bridge_without_its_endpoint_is_named(key):
+    with pytest.raises(UserError, match="endpoint must be given for the path BrownianBridge"):
+        rf.paths.BrownianBridge().draw(samples(), key)
+
+
+def test_losses_refuse_what_is_no_draw_of_their_turn(key):
+    path, out = rf.paths.Linear(), samples()
+    with pytest.raises(UserError, match="draw must be an Interpolant"):
+        losses.matching_loss(out, out)
+    with pytest.raises(UserError, match="draw must hold no real rows"):
+        losses.generator_loss(REALUID, path.draw(samples(), key, real=samples()), samples(2 * B), samples(2 * B))
+    with pytest.raises(UserError, match="gives no gradient in x"):
+        losses.fake_loss(UID, path.draw(samples().requires_grad_(), key), out)
