@@ -28,7 +28,7 @@ API = {
 
 
 def write(folder: Path) -> None:
-    """Write the pages into ``folder``; a page that has not changed keeps its time, so that Sphinx need not read it again."""
+    """Write the pages into ``folder``; a page that has not changed keeps its time, so that Sphinx skips it."""
     for name, text in {"api.md": _api(), "settings.md": _settings(), "commands.md": _commands()}.items():
         file = folder / name
         if not file.is_file() or file.read_text() != text:
@@ -47,9 +47,9 @@ def _settings() -> str:
     from realuid_fast.train import config as configs
 
     text = (
-        "# Settings\n\nA run's configuration is a YAML file of these sections; `--set section.key=value` replaces one value. "
-        "The resolved configuration is saved as `config.yaml` in the run's folder. The keys of `data` and `network` depend on "
-        "their `name` and `kind`: {doc}`data` and {doc}`architecture` list them.\n"
+        "# Settings\n\nA run's configuration is a YAML file of these sections; `--set section.key=value` replaces one "
+        "value. The resolved configuration is saved as `config.yaml` in the run's folder. The keys of `data` and "
+        "`network` depend on their `name` and `kind`: {doc}`data` and {doc}`architecture` list them.\n"
     )
     return text + "".join(_section(name, hint) for name, hint in typing.get_type_hints(configs.Config).items())
 

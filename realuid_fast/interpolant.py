@@ -101,9 +101,7 @@ def draw(
         t = path.sample_time(drawn, generator, x.device)
     elif not isinstance(t, Tensor) or t.shape != (drawn,):
         found = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-        raise UserError(
-            f"t must be a tensor of shape ({drawn},), one time for each row that draws its own, not {found}"
-        )
+        raise UserError(f"t must be a tensor of shape ({drawn},), one time for each row that draws, not {found}")
     if sharing:
         t = torch.cat((t, t))
     if x.dtype == torch.float64:
@@ -111,7 +109,7 @@ def draw(
     coef = path.coefficients(t, match, predict, weight)
     if not noises.is_key(noise) and noise.shape[:1] != (drawn,):
         raise UserError(
-            f"noise must be a key or have {drawn} rows, one for each row that draws its own, not {tuple(noise.shape)}"
+            f"noise must be a key or have {drawn} rows, one for each row that draws, not {tuple(noise.shape)}"
         )
     x_t = interpolate(x, coef, noise, endpoint, drawn)
     return Interpolant(path, match, predict, x, x_t, t, coef, noise, drawn, endpoint, n_real)

@@ -1,7 +1,7 @@
 """The losses of a drawn batch: :mod:`realuid_fast.functional` on an :class:`~realuid_fast.interpolant.Interpolant`.
 
-Symbols are those of :mod:`realuid_fast.functional`: ``f`` is the fake model's and ``f*`` the teacher's prediction in the
-match space, ``F`` a network's raw output. Every loss is float32 (float64 for float64 samples), ``()`` or, with
+Symbols are those of :mod:`realuid_fast.functional`: ``f`` is the fake model's and ``f*`` the teacher's prediction in
+the match space, ``F`` a network's raw output. Every loss is float32 (float64 for float64 samples), ``()`` or, with
 ``reduction="none"``, ``(R,)``; sums run over the non-batch dimensions, the mean over the generated rows.
 ``*_grads`` return loss and gradients without autograd.
 """

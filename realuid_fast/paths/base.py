@@ -207,8 +207,8 @@ class Path(ABC):
         Source: RealUID (2509.22459), algorithm 1, shares times and noise.
         """
         return interpolant.draw(
-            self, x, noise, real=real, endpoint=endpoint, real_endpoint=real_endpoint, t=t, match=match, predict=predict,
-            weight=weight, shared=shared, generator=generator,
+            self, x, noise, real=real, endpoint=endpoint, real_endpoint=real_endpoint, t=t, match=match,
+            predict=predict, weight=weight, shared=shared, generator=generator,
         )  # fmt: skip
 
     def network_time(self, t: Tensor, predict: str = "velocity") -> Tensor:
