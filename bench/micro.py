@@ -113,8 +113,12 @@ def _generator(s: Setting, drawn: bool) -> Call:
     table = {"coef": s.coef}
     return Call(
         moved=6 if drawn else 7,
-        ours=lambda: rf.generator_grads(teacher, fake, x, None, s.coef, noise, s.objective),
-        loss=lambda a, b, c: rf.generator_loss(a, b, c, None, s.coef, noise, s.objective),
+        ours=lambda: rf.functional.generator_grads(
+            s.objective, teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=s.coef, noise=noise
+        ),
+        loss=lambda a, b, c: rf.functional.generator_loss(
+            s.objective, teacher_out=a, fake_out=b, x=c, x_t=None, coef=s.coef, noise=noise
+        ),
         alone=lambda: torch.ops.realuid_fast.generator(
             teacher, fake, x, None, s.coef, noise, None, *s.objective.generator_scalars, True, True, True, True, False
         ),
@@ -136,8 +140,12 @@ def _fake(s: Setting) -> Call:
     coef = s.path.coefficients(s.t[:half].repeat(2))
     return Call(
         moved=3,
-        ours=lambda: rf.fake_grads(fake, x, None, coef, s.key, s.objective, n_real=half, noise_rows=half),
-        loss=lambda f: rf.fake_loss(f, x, None, coef, s.key, s.objective, n_real=half, noise_rows=half),
+        ours=lambda: rf.functional.fake_grads(
+            s.objective, fake_out=fake, x=x, x_t=None, coef=coef, noise=s.key, n_real=half, noise_rows=half
+        ),
+        loss=lambda f: rf.functional.fake_loss(
+            s.objective, fake_out=f, x=x, x_t=None, coef=coef, noise=s.key, n_real=half, noise_rows=half
+        ),
         alone=lambda: torch.ops.realuid_fast.fake(
             fake, x, None, coef, s.key, None, None, half, half, *s.objective.generated, *s.objective.real, True, True
         ),
@@ -155,8 +163,8 @@ def _matching(s: Setting) -> Call:
     out, x = s.tensor(), s.tensor()
     return Call(
         moved=3,
-        ours=lambda: rf.matching_grads(out, x, None, s.coef, s.key),
-        loss=lambda f: rf.matching_loss(f, x, None, s.coef, s.key),
+        ours=lambda: rf.functional.matching_grads(out=out, x=x, x_t=None, coef=s.coef, noise=s.key),
+        loss=lambda f: rf.functional.matching_loss(out=f, x=x, x_t=None, coef=s.coef, noise=s.key),
         alone=lambda: torch.ops.realuid_fast.matching(out, x, None, s.coef, s.key, None, s.rows, True, True),
         inputs=(out,),
         draw=lambda: torch.randn_like(x),

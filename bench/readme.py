@@ -32,7 +32,7 @@ def pages() -> list[Path]:
 
 
 def rendered(text: str) -> str:
-    """A document with every table replaced by ``bench/results/<name>.md``, and the one named ``speed`` by :func:`speed`."""
+    """A document with every table replaced by ``bench/results/<name>.md``, ``speed`` by :func:`speed`."""
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)

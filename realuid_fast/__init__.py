@@ -13,19 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import backends, couplings, data, errors, functional, noise, objectives, optim, paths, teachers
     from .backends import backend
-    from .functional import (
-        FakeGrads,
-        GeneratorGrads,
-        MatchingGrads,
-        fake_grads,
-        fake_loss,
-        generator_grads,
-        generator_loss,
-        interpolate,
-        matching_grads,
-        matching_loss,
-        sample_output,
-    )
+    from .functional import FakeGrads, GeneratorGrads, MatchingGrads, interpolate, sample_output
+    from .interpolant import Interpolant
+    from .losses import fake_grads, fake_loss, generator_grads, generator_loss, matching_grads, matching_loss
     from .noise import NoiseStream
 
 __version__ = "0.1.0"
@@ -33,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FakeGrads",
     "GeneratorGrads",
+    "Interpolant",
     "MatchingGrads",
     "NoiseStream",
     "backend",
@@ -59,7 +50,12 @@ __all__ = [
 _MODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))
 # The command line's help needs these, and they need no torch.
 _LIGHT = frozenset({"choices", "cli", "errors", "streams", "__main__"})
-_HOMES = {"NoiseStream": "noise", "backend": "backends"}
+_HOMES = {
+    "Interpolant": "interpolant",
+    "NoiseStream": "noise",
+    "backend": "backends",
+    **dict.fromkeys(("FakeGrads", "GeneratorGrads", "MatchingGrads", "interpolate", "sample_output"), "functional"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -71,7 +67,7 @@ def __getattr__(name: str) -> Any:
         importlib.import_module(f"{__name__}.ops")
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'functional')}"), name)
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'losses')}"), name)
     return found
 
 

@@ -101,6 +101,7 @@ def interpolate(
 
 
 def matching_loss(
+    *,
     out: Tensor,
     x: Tensor,
     x_t: Tensor | None,
@@ -132,7 +133,7 @@ def matching_loss(
 
 
 def matching_grads(
-    out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None
+    *, out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
@@ -141,12 +142,13 @@ def matching_grads(
 
 
 def fake_loss(
+    objective: Objective,
+    *,
     fake_out: Tensor,
     x: Tensor,
     x_t: Tensor | None,
     coef: Tensor,
     noise: Tensor,
-    objective: Objective,
     n_real: int = 0,
     teacher_out: Tensor | None = None,
     endpoint: Tensor | None = None,
@@ -185,12 +187,13 @@ def fake_loss(
 
 
 def fake_grads(
+    objective: Objective,
+    *,
     fake_out: Tensor,
     x: Tensor,
     x_t: Tensor | None,
     coef: Tensor,
     noise: Tensor,
-    objective: Objective,
     n_real: int = 0,
     teacher_out: Tensor | None = None,
     endpoint: Tensor | None = None,
@@ -206,13 +209,14 @@ def fake_grads(
 
 
 def generator_loss(
+    objective: Objective,
+    *,
     teacher_out: Tensor,
     fake_out: Tensor | None,
     x: Tensor,
     x_t: Tensor | None,
     coef: Tensor,
     noise: Tensor,
-    objective: Objective,
     endpoint: Tensor | None = None,
     reduction: Reduction = "mean",
     teacher_uncond: Tensor | None = None,
@@ -263,13 +267,14 @@ def generator_loss(
 
 
 def generator_grads(
+    objective: Objective,
+    *,
     teacher_out: Tensor,
     fake_out: Tensor | None,
     x: Tensor,
     x_t: Tensor | None,
     coef: Tensor,
     noise: Tensor,
-    objective: Objective,
     endpoint: Tensor | None = None,
     teacher_uncond: Tensor | None = None,
     guidance: float | Tensor = 1.0,

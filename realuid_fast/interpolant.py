@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import noise as noises
+from .contracts import check_tensor
 from .errors import UserError
 from .functional import interpolate
 
@@ -80,9 +81,8 @@ def draw(
     generator: torch.Generator | None = None,
 ) -> Interpolant:
     """What :meth:`Path.draw` documents."""
-    for name, tensor in {"x": x, "noise": noise}.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    check_tensor("x", x)
+    check_tensor("noise", noise)
     rows = x.shape[0] if x.dim() else 0
     x = _joined("real", x, "x", real)
     if (endpoint is not None) != path.has_endpoint:

@@ -8,9 +8,12 @@ the match space, ``F`` a network's raw output. Every loss is float32 (float64 fo
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from torch import Tensor
 
 from . import functional
+from .contracts import type_name
 from .errors import UserError
 from .functional import FakeGrads, GeneratorGrads, MatchingGrads, Reduction
 from .interpolant import Interpolant
@@ -32,12 +35,12 @@ def matching_loss(draw: Interpolant, out: Tensor, *, reduction: Reduction = "mea
 
     Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
     """
-    return functional.matching_loss(out, *_drawn(draw), draw.endpoint, reduction)
+    return functional.matching_loss(out=out, **_tensors(draw), reduction=reduction)
 
 
 def matching_grads(draw: Interpolant, out: Tensor) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
-    return functional.matching_grads(out, *_drawn(draw), draw.endpoint)
+    return functional.matching_grads(out=out, **_tensors(draw))
 
 
 def fake_loss(
@@ -68,10 +71,9 @@ def fake_loss(
 
     Source: RealUID (2509.22459), the general real-data loss, as a loss in ``f``.
     """
-    x, x_t, coef, noise = _drawn(draw)
     return functional.fake_loss(
-        fake_out, x, x_t, coef, noise, objective, draw.n_real, teacher_out, draw.endpoint, draw.noise_rows, reduction,
-        teacher_uncond, guidance,
+        objective, fake_out=fake_out, **_tensors(draw), n_real=draw.n_real, noise_rows=draw.noise_rows,
+        teacher_out=teacher_out, teacher_uncond=teacher_uncond, guidance=guidance, reduction=reduction,
     )  # fmt: skip
 
 
@@ -85,10 +87,9 @@ def fake_grads(
     guidance: float | Tensor = 1.0,
 ) -> FakeGrads:
     """:func:`fake_loss` with its gradient, without autograd."""
-    x, x_t, coef, noise = _drawn(draw)
     return functional.fake_grads(
-        fake_out, x, x_t, coef, noise, objective, draw.n_real, teacher_out, draw.endpoint, draw.noise_rows,
-        teacher_uncond, guidance,
+        objective, fake_out=fake_out, **_tensors(draw), n_real=draw.n_real, noise_rows=draw.noise_rows,
+        teacher_out=teacher_out, teacher_uncond=teacher_uncond, guidance=guidance,
     )  # fmt: skip
 
 
@@ -124,8 +125,9 @@ def generator_loss(
     """
     _refuse_real(draw)
     return functional.generator_loss(
-        teacher_out, fake_out, *_drawn(draw), objective, draw.endpoint, reduction, teacher_uncond, guidance
-    )
+        objective, teacher_out=teacher_out, fake_out=fake_out, **_tensors(draw), teacher_uncond=teacher_uncond,
+        guidance=guidance, reduction=reduction,
+    )  # fmt: skip
 
 
 def generator_grads(
@@ -140,15 +142,24 @@ def generator_grads(
     """:func:`generator_loss` with its gradients, without autograd."""
     _refuse_real(draw)
     return functional.generator_grads(
-        teacher_out, fake_out, *_drawn(draw), objective, draw.endpoint, teacher_uncond, guidance
-    )
+        objective, teacher_out=teacher_out, fake_out=fake_out, **_tensors(draw), teacher_uncond=teacher_uncond,
+        guidance=guidance,
+    )  # fmt: skip
 
 
-def _drawn(draw: Interpolant) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """``x``, ``x_t`` where the losses read it, the coefficient rows and the noise."""
+class _Tensors(TypedDict):
+    x: Tensor
+    x_t: Tensor | None
+    coef: Tensor
+    noise: Tensor
+    endpoint: Tensor | None
+
+
+def _tensors(draw: Interpolant) -> _Tensors:
+    """The drawn tensors under the names that the tensor forms give them; ``x_t`` where the losses read it."""
     if not isinstance(draw, Interpolant):
-        raise UserError(f"draw must be an Interpolant from path.draw(...), not {type(draw).__name__}")
-    return draw.x, draw.read_x_t, draw.coef, draw.noise
+        raise UserError(f"draw must be an Interpolant from path.draw(...), not {type_name(draw)}")
+    return {"x": draw.x, "x_t": draw.read_x_t, "coef": draw.coef, "noise": draw.noise, "endpoint": draw.endpoint}
 
 
 def _refuse_real(draw: Interpolant) -> None:

@@ -172,8 +172,9 @@ def test_fake_turn_with_a_discriminator_equals_plain_autograd(objective):
     out, logits = trainer.judged(t, x_t, y)
     rows = 16 if trainer.objective.needs_real else 8
     teacher = trainer.teacher(t, x_t, y)[:rows] if trainer.objective.needs_teacher else None
-    loss = rf.fake_loss(
-        out[:rows], x[:rows], None, coef[:rows], key, trainer.objective, rows - 8, teacher, noise_rows=8
+    loss = rf.functional.fake_loss(
+        trainer.objective, fake_out=out[:rows], x=x[:rows], x_t=None, coef=coef[:rows], noise=key, n_real=rows - 8,
+        teacher_out=teacher, noise_rows=8,
     )  # fmt: skip
     near = (t >= 0.3).float()[:, None]
     adversarial = (near * F.softplus(logits))[:8].mean() + (near * F.softplus(-logits))[8:].mean()
@@ -203,7 +204,9 @@ def test_generator_turn_with_a_discriminator_equals_plain_autograd(objective, ma
     coef, key = trainer.path.coefficients(t, match=match), trainer.noise.next_key()
     x_t = rf.interpolate(x, coef, key)
     out, logits = trainer.judged.requires_grad_(False)(t, x_t)
-    plain = rf.generator_loss(trainer.teacher(t, x_t), out, x, x_t, coef, key, trainer.objective)
+    plain = rf.functional.generator_loss(
+        trainer.objective, teacher_out=trainer.teacher(t, x_t), fake_out=out, x=x, x_t=x_t, coef=coef, noise=key
+    )
     adversarial = ((t >= 0.3).float()[:, None] * F.softplus(-logits)).mean()
     (plain + 2.0 * adversarial).backward()
     # Half precision rounds the networks' outputs, and the gradient is driven by their difference.

@@ -142,7 +142,16 @@ def test_inner_maximum_of_uid_is_a_known_multiple_of_the_squared_distance(settin
     (coef, endpoint, noise), x = draws(setting, t, e, weights), (mean + z)[:, None]
     x_t = rf.interpolate(x, coef, noise, endpoint)
     teacher, fake = (field(setting, x_t, t[:, None], m, 1.0) for m in (teacher_mean, mean))
-    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, rf.objectives.UID(), endpoint)
+    loss = rf.functional.generator_loss(
+        rf.objectives.UID(),
+        teacher_out=teacher,
+        fake_out=fake,
+        x=x,
+        x_t=None,
+        coef=coef,
+        noise=noise,
+        endpoint=endpoint,
+    )
     # 64 Legendre nodes integrate these rational functions of t to rounding; the rest is polynomial, hence exact.
     assert float(loss) == pytest.approx(distance * gap**2, rel=1e-9)
 
@@ -170,7 +179,15 @@ def test_inner_maximum_of_normalised_uid_is_a_multiple_of_the_distance():
     fake = field(setting, x_t, t[:, None], 0.7, 1.0)
     k = setting.columns(t[:, None])
     teacher = fake + gap * (k["p"] - (k["p"] * k["a"] + k["s"] * k["c"]) / (k["a"] ** 2 + k["c"] ** 2) * k["a"])
-    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, rf.objectives.NormalisedRealUID(1.0, 1.0))
+    loss = rf.functional.generator_loss(
+        rf.objectives.NormalisedRealUID(1.0, 1.0),
+        teacher_out=teacher,
+        fake_out=fake,
+        x=x,
+        x_t=None,
+        coef=coef,
+        noise=noise,
+    )
     assert float(loss) == pytest.approx(math.pi / 4 * float(gap.norm()), rel=1e-9)
 
 
@@ -215,13 +232,13 @@ def test_fake_loss_is_stationary_and_minimal_at_the_inner_optimum(setting, objec
     coef = setting.path.coefficients(time.repeat(len(halves)), setting.match, setting.match, weight=lambda _: densities)
 
     def grads(f):
-        return rf.fake_grads(
-            f.repeat(len(halves))[:, None],
-            x[:, None],
-            None,
-            coef,
-            noise[:, None],
+        return rf.functional.fake_grads(
             objective,
+            fake_out=f.repeat(len(halves))[:, None],
+            x=x[:, None],
+            x_t=None,
+            coef=coef,
+            noise=noise[:, None],
             n_real=n_real,
             teacher_out=teacher.repeat(len(halves))[:, None] if objective.needs_teacher else None,
             endpoint=torch.zeros_like(x)[:, None],
@@ -262,7 +279,9 @@ def test_generator_gradient_is_the_derivative_of_the_distance(setting, objective
     teacher = field(setting, x_t, time, *DATA)
     m, normaliser = delta(setting, x_t, time, objective, DATA, GENERATED)
     fake = teacher - m / normaliser / objective.kappa
-    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, objective, endpoint)
+    loss = rf.functional.generator_loss(
+        objective, teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=coef, noise=noise, endpoint=endpoint
+    )
     if not objective.needs_real:  # else the real rows of the fake turn hold a part of the value, none of the gradient
         assert float(loss.detach()) == pytest.approx(inner_maximum(setting, objective, GENERATED), rel=1e-5)
     found = torch.autograd.grad(loss, (mean, std))
@@ -291,7 +310,17 @@ def test_fake_loss_falls_by_the_inner_maximum(setting, objective):
     def loss(fake):
         given = teacher if objective.needs_teacher else None
         real = len(x) - len(t)
-        return rf.fake_loss(fake, x, None, coef, noise, objective, real, teacher_out=given, endpoint=endpoint)
+        return rf.functional.fake_loss(
+            objective,
+            fake_out=fake,
+            x=x,
+            x_t=None,
+            coef=coef,
+            noise=noise,
+            n_real=real,
+            teacher_out=given,
+            endpoint=endpoint,
+        )
 
     fall = float(loss(teacher) - loss(teacher - m / normaliser / objective.kappa))
     # 1e-5: as for the gradient, the quadrature of the posterior tails.
@@ -378,11 +407,15 @@ def test_gradient_of_the_normalised_loss_is_the_derivative_of_the_distance(setti
     m, normaliser = plane.m(x_t, times[:, None])
     teacher = plane.parts(x_t, times[:, None])[0]
     fake = teacher - m / normaliser
-    loss = rf.generator_loss(teacher, fake, x, None, coef, noise, plane.objective)
+    loss = rf.functional.generator_loss(
+        plane.objective, teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=coef, noise=noise
+    )
     (found,) = torch.autograd.grad(loss, leaves, retain_graph=True)
     weighed = coef.clone()
     weighed[:, COLUMNS.index("w")] /= 2 * (teacher - fake).detach().norm(dim=1)
-    held = rf.generator_loss(teacher, fake, x, None, weighed, noise, rf.objectives.RealUID(0.6, 0.8))
+    held = rf.functional.generator_loss(
+        rf.objectives.RealUID(0.6, 0.8), teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=weighed, noise=noise
+    )
     assert (torch.autograd.grad(held, leaves)[0] - found).abs().min() > 1e-3
 
     h = 1e-3

@@ -66,27 +66,44 @@ def calls(b, noise, n_real, noise_rows):
     """Every call's outputs by name, through the explicit forms."""
     out = {"x_t": rf.interpolate(b.x, b.coef, noise, b.endpoint, noise_rows)}
     own = noise if not noise.is_floating_point() or len(noise) == len(b.x) else b.noise
-    for name, value in rf.matching_grads(b.fake, b.x, b.x_t, b.coef, own, b.endpoint)._asdict().items():
+    for name, value in (
+        rf.functional.matching_grads(out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=own, endpoint=b.endpoint)
+        ._asdict()
+        .items()
+    ):
         out[f"matching.{name}"] = value
-    fake = rf.fake_grads(
-        b.fake, b.x, b.x_t, b.coef, noise, GENERAL, n_real, b.teacher, endpoint=b.endpoint, noise_rows=noise_rows
+    fake = rf.functional.fake_grads(
+        GENERAL,
+        fake_out=b.fake,
+        x=b.x,
+        x_t=b.x_t,
+        coef=b.coef,
+        noise=noise,
+        n_real=n_real,
+        teacher_out=b.teacher,
+        endpoint=b.endpoint,
+        noise_rows=noise_rows,
     )
     for name, value in fake._asdict().items():
         out[f"fake.{name}"] = value
-    inputs = (b.teacher, b.fake, b.x, b.x_t, b.coef, own, GENERAL, b.endpoint)
-    for name, value in rf.generator_grads(*inputs)._asdict().items():
+    inputs = {"teacher_out": b.teacher, "fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": own}
+    inputs["endpoint"] = b.endpoint
+    for name, value in rf.functional.generator_grads(GENERAL, **inputs)._asdict().items():
         out[f"generator.{name}"] = value
     guided = {"teacher_uncond": b.uncond, "guidance": b.guidance}
-    fake = rf.fake_grads(
-        b.fake, b.x, b.x_t, b.coef, noise, GENERAL, n_real, b.teacher, b.endpoint, noise_rows, **guided
+    fake = rf.functional.fake_grads(
+        GENERAL, **inputs | {"noise": noise}, n_real=n_real, noise_rows=noise_rows, **guided
     )
     out |= {f"guided_fake.{name}": value for name, value in fake._asdict().items()}
-    out |= {f"guided_generator.{name}": v for name, v in rf.generator_grads(*inputs, **guided)._asdict().items()}
+    out |= {
+        f"guided_generator.{k}": v
+        for k, v in rf.functional.generator_grads(GENERAL, **inputs, **guided)._asdict().items()
+    }
     # The weight of a sample in x0 space, through the same guidance.
-    scaled = rf.generator_grads(*inputs[:6], rf.objectives.DMD(), b.endpoint, **guided)
+    scaled = rf.functional.generator_grads(rf.objectives.DMD(), **inputs, **guided)
     out["scaled.x"] = scaled.x
     normalised = rf.objectives.NormalisedRealUID(0.92, 0.94)
-    out |= {f"normalised.{k}": v for k, v in rf.generator_grads(*inputs[:6], normalised, b.endpoint)._asdict().items()}
+    out |= {f"normalised.{k}": v for k, v in rf.functional.generator_grads(normalised, **inputs)._asdict().items()}
     return {name: value for name, value in out.items() if value is not None}
 
 
@@ -198,31 +215,47 @@ def test_gradcheck(backend, match, predict):
     scales = torch.tensor([0.0, 1.0, 1.5, 4.0], dtype=torch.float64)
     t = 0.2 + 0.6 * torch.rand(4, dtype=torch.float64, generator=generator)
     coef = PATH.coefficients(t, match, predict, weight=lambda t: 1 + t)
-    held = x.detach(), x_t.detach() if PATH.reads_x_t(match, predict) else None
+    held = {
+        "x": x.detach(),
+        "x_t": x_t.detach() if PATH.reads_x_t(match, predict) else None,
+        "coef": coef,
+        "noise": KEY,
+    }
+    names = ("teacher_out", "fake_out", "x", "x_t")
+
+    def generator_loss(*leaves, **others):
+        given = dict(zip(names, leaves, strict=True))
+        return rf.functional.generator_loss(GENERAL, **given, coef=coef, noise=KEY, **others)
 
     with rf.backend(backend):
         for reduction in ("mean", "none"):
             assert torch.autograd.gradcheck(
-                lambda f, r=reduction: rf.matching_loss(f, *held, coef, KEY, reduction=r), (fake,)
+                lambda f, r=reduction: rf.functional.matching_loss(out=f, **held, reduction=r), (fake,)
             )
             assert torch.autograd.gradcheck(
-                lambda f, r=reduction: rf.fake_loss(
-                    f, *held, coef, KEY, GENERAL, 2, teacher.detach(), noise_rows=2, reduction=r
+                lambda f, r=reduction: rf.functional.fake_loss(
+                    GENERAL, fake_out=f, **held, n_real=2, teacher_out=teacher.detach(), noise_rows=2, reduction=r
                 ),
                 (fake,),
             )
             assert torch.autograd.gradcheck(
-                lambda *v, r=reduction: rf.generator_loss(*v, coef, KEY, GENERAL, reduction=r), (teacher, fake, x, x_t)
+                lambda *v, r=reduction: generator_loss(*v, reduction=r), (teacher, fake, x, x_t)
             )
             assert torch.autograd.gradcheck(
-                lambda u, *v, r=reduction: rf.generator_loss(
-                    *v, coef, KEY, GENERAL, reduction=r, teacher_uncond=u, guidance=scales
-                ),
+                lambda u, *v, r=reduction: generator_loss(*v, reduction=r, teacher_uncond=u, guidance=scales),
                 (uncond, teacher, fake, x, x_t),
             )
             assert torch.autograd.gradcheck(
-                lambda f, r=reduction: rf.fake_loss(
-                    f, *held, coef, KEY, GENERAL, 2, teacher.detach(), None, 2, r, uncond.detach(), 1.7
+                lambda f, r=reduction: rf.functional.fake_loss(
+                    GENERAL,
+                    fake_out=f,
+                    **held,
+                    n_real=2,
+                    teacher_out=teacher.detach(),
+                    noise_rows=2,
+                    reduction=r,
+                    teacher_uncond=uncond.detach(),
+                    guidance=1.7,
                 ),
                 (fake,),
             )
@@ -238,9 +271,19 @@ def test_generator_loss_keeps_its_value_where_fake_is_near_teacher(backend):
     teacher = b.teacher.float()
     fake = teacher + 1e-3 * b.fake.float()
     x, noise = b.x.float(), b.noise.float()
-    expected = rf.generator_grads(teacher.double(), fake.double(), x.double(), None, coef.double(), noise.double(), UID)
+    expected = rf.functional.generator_grads(
+        UID,
+        teacher_out=teacher.double(),
+        fake_out=fake.double(),
+        x=x.double(),
+        x_t=None,
+        coef=coef.double(),
+        noise=noise.double(),
+    )
     with rf.backend(backend):
-        found = rf.generator_grads(teacher, fake, x, None, coef, noise, UID)
+        found = rf.functional.generator_grads(
+            UID, teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=coef, noise=noise
+        )
     # The loss is a signed sum of <D, r>: float32 products, measured against the sum of their sizes.
     scale = 2 * ((teacher - fake).abs() * (teacher - x + noise).abs()).double().sum() / 8
     assert abs(float(found.loss) - float(expected.loss)) < 2e-7 * scale
@@ -254,14 +297,16 @@ def test_realuid_equals_the_two_squared_distances():
     tgt = c["p"] * b.x + c["s"] * b.noise
     teacher, fake = (c["k_out"] * f + c["k_x"] * b.x_t for f in (b.teacher, b.fake))
     rows = c["w"] * a * ((teacher - ratio * tgt) ** 2 - (fake - ratio * tgt) ** 2)
-    loss = rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, b.coef, b.noise, REAL)
+    loss = rf.functional.generator_loss(
+        REAL, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=b.noise
+    )
     torch.testing.assert_close(loss, rows.sum() / 6)
 
     real_ratio = (1 - REAL.beta) / (1 - a)
     weight = torch.tensor([a, a, a, 1 - a, 1 - a, 1 - a], dtype=torch.float64)[:, None, None]
     shift = torch.tensor([ratio] * 3 + [real_ratio] * 3, dtype=torch.float64)[:, None, None]
     rows = c["w"] * weight * (fake - shift * tgt) ** 2
-    loss = rf.fake_loss(b.fake, b.x, b.x_t, b.coef, b.noise, REAL, n_real=3)
+    loss = rf.functional.fake_loss(REAL, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=b.noise, n_real=3)
     torch.testing.assert_close(loss, rows.sum() / 3)
 
 
@@ -269,8 +314,10 @@ def test_general_realuid_at_gamma_alpha_is_realuid():
     b = batch((4, 6))
     general = rf.objectives.GeneralRealUID(0.92, 0.94, 0.92)
     for call in (
-        lambda o: rf.generator_grads(b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, o),
-        lambda o: rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, o, n_real=2),
+        lambda o: rf.functional.generator_grads(
+            o, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY
+        ),
+        lambda o: rf.functional.fake_grads(o, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY, n_real=2),
     ):
         for one, other in zip(call(general), call(REAL), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -282,7 +329,10 @@ def test_backward_twice_gives_the_right_gradients(backend, dtype):
     b = batch((3, 4, 5), dtype)
     inputs = [v.requires_grad_() for v in (b.teacher, b.fake, b.x)]
     with rf.backend(backend):
-        loss = rf.generator_loss(*inputs, None, zero_k_x(b.coef), KEY, REAL)
+        teacher, fake, x = inputs
+        loss = rf.functional.generator_loss(
+            REAL, teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=zero_k_x(b.coef), noise=KEY
+        )
         third = torch.autograd.grad(loss, inputs, torch.tensor(3.0), retain_graph=True)
         third = [g.clone() for g in third]
         once = torch.autograd.grad(loss, inputs, retain_graph=True)
@@ -304,25 +354,37 @@ def test_incoming_gradient_scales_every_row(backend):
     fake = b.fake.clone().requires_grad_()
     weights = torch.tensor([0.0, 1.0, -2.0, 0.5])
     with rf.backend(backend):
-        rows = rf.fake_loss(fake, b.x, b.x_t, b.coef, KEY, UID, reduction="none")
+        rows = rf.functional.fake_loss(UID, fake_out=fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY, reduction="none")
         (found,) = torch.autograd.grad(rows, fake, weights)
-        expected = rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, UID).fake_out * 4 * weights[:, None]
+        expected = (
+            rf.functional.fake_grads(UID, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY).fake_out
+            * 4
+            * weights[:, None]
+        )
     torch.testing.assert_close(found, expected)
 
 
 def test_only_wanted_gradients_exist_and_others_are_refused():
     b = batch((4, 5), torch.float32)
     x = b.x.clone().requires_grad_()
-    rf.generator_loss(b.teacher, b.fake, x, b.x_t, b.coef, KEY, UID).backward()
+    rf.functional.generator_loss(
+        UID, teacher_out=b.teacher, fake_out=b.fake, x=x, x_t=b.x_t, coef=b.coef, noise=KEY
+    ).backward()
     assert x.grad is not None
     with pytest.raises(rf.errors.UserError, match=r"fake_loss gives no gradient in x: pass x.detach\(\)"):
-        rf.fake_loss(b.fake, x, b.x_t, b.coef, KEY, UID)
+        rf.functional.fake_loss(UID, fake_out=b.fake, x=x, x_t=b.x_t, coef=b.coef, noise=KEY)
     with pytest.raises(rf.errors.UserError, match="no gradient in coef"):
         rf.interpolate(b.x, b.coef.clone().requires_grad_(), KEY)
     with pytest.raises(rf.errors.UserError, match="no gradient in noise"):
         rf.interpolate(b.x, b.coef, b.noise.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="generator_loss has no second derivative"):
-        torch.autograd.grad(rf.generator_loss(b.teacher, b.fake, x, b.x_t, b.coef, KEY, UID), x, create_graph=True)
+        torch.autograd.grad(
+            rf.functional.generator_loss(
+                UID, teacher_out=b.teacher, fake_out=b.fake, x=x, x_t=b.x_t, coef=b.coef, noise=KEY
+            ),
+            x,
+            create_graph=True,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -343,7 +405,9 @@ def test_zero_rows_and_zero_columns(backend):
     with rf.backend(backend):
         for shape in ((0, 3), (2, 0)):
             b = batch(shape, torch.float32)
-            grads = rf.generator_grads(b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, UID)
+            grads = rf.functional.generator_grads(
+                UID, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY
+            )
             assert grads.loss == 0
             assert grads.x.shape == shape
             assert rf.interpolate(b.x, b.coef, KEY).shape == shape
@@ -354,8 +418,10 @@ def test_teacher_is_not_read_where_its_weight_is_zero(backend):
     b = batch((4, 6), torch.float32)
     poisoned = torch.full_like(b.teacher, float("nan"))
     with rf.backend(backend):
-        found = rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, REAL, n_real=2, teacher_out=poisoned)
-        expected = rf.fake_grads(b.fake, b.x, b.x_t, b.coef, KEY, REAL, n_real=2)
+        found = rf.functional.fake_grads(
+            REAL, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY, n_real=2, teacher_out=poisoned
+        )
+        expected = rf.functional.fake_grads(REAL, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY, n_real=2)
     assert torch.equal(found.fake_out, expected.fake_out)
 
 
@@ -421,9 +487,9 @@ def test_compiles_without_graph_breaks():
 
     def loss(teacher, fake, x):
         x_t = rf.interpolate(x, coef, KEY)
-        return rf.generator_loss(teacher * x_t, fake + x_t, x, x_t, coef, KEY, REAL) + rf.matching_loss(
-            fake * 2, x.detach(), None, coef, KEY
-        )
+        return rf.functional.generator_loss(
+            REAL, teacher_out=teacher * x_t, fake_out=fake + x_t, x=x, x_t=x_t, coef=coef, noise=KEY
+        ) + rf.functional.matching_loss(out=fake * 2, x=x.detach(), x_t=None, coef=coef, noise=KEY)
 
     expected = loss(*leaves)
     found = torch.compile(loss, fullgraph=True)(*leaves)
@@ -449,10 +515,14 @@ def test_an_objective_compiles_at_its_first_use(preset):
     b, objective = batch((4, 6), torch.float32), rf.objectives.PRESETS[preset](*SETTINGS.get(preset, ()))
 
     def turn(fake, teacher):
-        loss = rf.generator_loss(teacher, fake, b.x, b.x_t, b.coef, KEY, objective)
+        loss = rf.functional.generator_loss(
+            objective, teacher_out=teacher, fake_out=fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY
+        )
         if objective.needs_fake:
             n_real = 2 if objective.needs_real else 0
-            loss = loss + rf.fake_loss(fake, b.x, b.x_t, b.coef, KEY, objective, n_real, teacher)
+            loss = loss + rf.functional.fake_loss(
+                objective, fake_out=fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY, n_real=n_real, teacher_out=teacher
+            )
         return loss
 
     torch._dynamo.reset()
@@ -468,13 +538,32 @@ def forward_mode_calls():
     found = {
         "interpolate": (b.x, lambda v: rf.interpolate(v, b.coef, KEY)),
         "interpolate of an endpoint": (b.x, lambda v: rf.interpolate(b.x, b.coef, KEY, v)),
-        "matching_loss": (b.fake, lambda v: rf.matching_loss(v, b.x, b.x_t, b.coef, KEY)),
-        "fake_loss": (b.fake, lambda v: rf.fake_loss(v, b.x, b.x_t, b.coef, KEY, UID)),
-        "generator_loss": (b.x, lambda v: rf.generator_loss(b.teacher, b.fake, v, b.x_t, b.coef, KEY, UID)),
+        "matching_loss": (
+            b.fake,
+            lambda v: rf.functional.matching_loss(out=v, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY),
+        ),
+        "fake_loss": (
+            b.fake,
+            lambda v: rf.functional.fake_loss(UID, fake_out=v, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY),
+        ),
+        "generator_loss": (
+            b.x,
+            lambda v: rf.functional.generator_loss(
+                UID, teacher_out=b.teacher, fake_out=b.fake, x=v, x_t=b.x_t, coef=b.coef, noise=KEY
+            ),
+        ),
         "guided_generator_loss": (
             b.uncond,
-            lambda v: rf.generator_loss(
-                b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, UID, teacher_uncond=v, guidance=2.0
+            lambda v: rf.functional.generator_loss(
+                UID,
+                teacher_out=b.teacher,
+                fake_out=b.fake,
+                x=b.x,
+                x_t=b.x_t,
+                coef=b.coef,
+                noise=KEY,
+                teacher_uncond=v,
+                guidance=2.0,
             ),
         ),
         "conv3x3": (images, lambda v: ops.conv3x3(v, weight, bias)),
@@ -528,7 +617,10 @@ def test_a_loss_is_its_operator_with_and_without_the_dispatcher(backend):
     leaves = [tensor.requires_grad_() for tensor in (b.teacher, b.fake, b.x)]
 
     def whole():
-        loss = rf.generator_loss(*leaves, b.x_t, b.coef, KEY, REAL)
+        teacher, fake, x = leaves
+        loss = rf.functional.generator_loss(
+            REAL, teacher_out=teacher, fake_out=fake, x=x, x_t=b.x_t, coef=b.coef, noise=KEY
+        )
         return loss, *torch.autograd.grad(3 * loss, leaves)
 
     with rf.backend(backend):
@@ -543,10 +635,20 @@ def test_a_loss_is_its_operator_with_and_without_the_dispatcher(backend):
 
 def test_autocast_runs_the_loss_in_float32():
     b = batch((4, 6), torch.float32)
-    expected = rf.generator_loss(b.teacher.bfloat16().float(), b.fake.bfloat16().float(), b.x, b.x_t, b.coef, KEY, REAL)
+    expected = rf.functional.generator_loss(
+        REAL,
+        teacher_out=b.teacher.bfloat16().float(),
+        fake_out=b.fake.bfloat16().float(),
+        x=b.x,
+        x_t=b.x_t,
+        coef=b.coef,
+        noise=KEY,
+    )
     with torch.autocast("cpu", torch.bfloat16):
         fake = b.fake.bfloat16().requires_grad_()
-        found = rf.generator_loss(b.teacher.bfloat16(), fake, b.x, b.x_t, b.coef, KEY, REAL)
+        found = rf.functional.generator_loss(
+            REAL, teacher_out=b.teacher.bfloat16(), fake_out=fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY
+        )
         found.backward()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
@@ -573,9 +675,11 @@ def test_an_endpoint_cannot_be_left_out_where_the_path_has_one(backend):
     coef = path.coefficients(path.sample_time(4))
     calls = [
         lambda: rf.interpolate(b.x, coef, KEY),
-        lambda: rf.matching_loss(b.fake, b.x, b.x_t, coef, KEY),
-        lambda: rf.fake_loss(b.fake, b.x, b.x_t, coef, KEY, UID),
-        lambda: rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, coef, KEY, UID),
+        lambda: rf.functional.matching_loss(out=b.fake, x=b.x, x_t=b.x_t, coef=coef, noise=KEY),
+        lambda: rf.functional.fake_loss(UID, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=coef, noise=KEY),
+        lambda: rf.functional.generator_loss(
+            UID, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=coef, noise=KEY
+        ),
     ]
     for call in calls:
         with rf.backend(backend), pytest.raises((ValueError, RuntimeError), match="endpoint is needed"):
@@ -586,7 +690,9 @@ def test_an_endpoint_cannot_be_left_out_where_the_path_has_one(backend):
 def test_x_t_cannot_be_left_out_where_the_prediction_reads_it(backend):
     b = batch((4, 6), torch.float32)
     with rf.backend(backend), pytest.raises((ValueError, RuntimeError), match="x_t is needed"):
-        rf.generator_loss(b.teacher, b.fake, b.x, None, b.coef, KEY, UID)
+        rf.functional.generator_loss(
+            UID, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=None, coef=b.coef, noise=KEY
+        )
 
 
 def bad(**changes):
@@ -619,7 +725,16 @@ def bad(**changes):
 def test_mismatched_tensors_get_a_sentence(change, sentence):
     b = bad(**change)
     with pytest.raises(rf.errors.UserError, match=sentence):
-        rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, b.coef, b.noise, UID, b.endpoint)
+        rf.functional.generator_loss(
+            UID,
+            teacher_out=b.teacher,
+            fake_out=b.fake,
+            x=b.x,
+            x_t=b.x_t,
+            coef=b.coef,
+            noise=b.noise,
+            endpoint=b.endpoint,
+        )
 
 
 @pytest.mark.parametrize(
@@ -637,7 +752,7 @@ def test_mismatched_tensors_get_a_sentence(change, sentence):
 def test_bad_fake_arguments_get_a_sentence(arguments, sentence):
     b = batch((4, 3), torch.float32)
     with pytest.raises(rf.errors.UserError, match=sentence):
-        rf.fake_loss(b.fake, b.x, b.x_t, b.coef, KEY, **arguments)
+        rf.functional.fake_loss(**arguments, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -652,20 +767,21 @@ def test_guidance_is_the_guided_teacher_written_out(backend):
             values = []
             for fused in (True, False):
                 teacher, uncond, *rest = leaves
-                inputs = (*rest, b.coef, b.noise, objective)
+                inputs = dict(zip(("fake_out", "x", "x_t"), rest, strict=True), coef=b.coef, noise=b.noise)
                 if fused:
-                    loss = rf.generator_loss(teacher, *inputs, teacher_uncond=uncond, guidance=b.guidance)
+                    inputs |= {"teacher_out": teacher, "teacher_uncond": uncond, "guidance": b.guidance}
                 else:
-                    loss = rf.generator_loss(uncond + scales * (teacher - uncond), *inputs)
+                    inputs["teacher_out"] = uncond + scales * (teacher - uncond)
+                loss = rf.functional.generator_loss(objective, **inputs)
                 values.append([loss, *torch.autograd.grad(loss, leaves, allow_unused=True)])
             for mine, plain in zip(*values, strict=True):
                 assert (mine is None) == (plain is None)
                 if plain is not None:
                     torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-10)
         teacher, uncond, fake, x, x_t = (leaf.detach() for leaf in leaves)
-        rows = (fake, x, x_t, b.coef, b.noise, real, 3)
-        guided = rf.fake_grads(*rows, teacher, teacher_uncond=uncond, guidance=b.guidance)
-        plain = rf.fake_grads(*rows, uncond + scales * (teacher - uncond))
+        rows = {"fake_out": fake, "x": x, "x_t": x_t, "coef": b.coef, "noise": b.noise, "n_real": 3}
+        guided = rf.functional.fake_grads(real, **rows, teacher_out=teacher, teacher_uncond=uncond, guidance=b.guidance)
+        plain = rf.functional.fake_grads(real, **rows, teacher_out=uncond + scales * (teacher - uncond))
         for mine, theirs in zip(guided, plain, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
@@ -679,23 +795,23 @@ def wrong_types():
     fake = {"fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY, "objective": REAL, "n_real": 2}
     matching = {"out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY}
     mixed = {"x": b.x, "coef": b.coef, "noise": KEY}
-    numbers = b.x.numpy()
+    numbers, f = b.x.numpy(), rf.functional
     return [
         *((rf.interpolate, mixed, name, wrong) for name in mixed for wrong in (0, numbers, b.x.tolist(), None)),
         (rf.interpolate, mixed, "noise", rf.NoiseStream(0)),
         (rf.interpolate, mixed, "endpoint", numbers),
         *((rf.interpolate, mixed, "noise_rows", wrong) for wrong in (2.0, "2", b.x, True)),
-        *((call, matching, name, numbers) for call in (rf.matching_loss, rf.matching_grads) for name in matching),
-        *((call, fake, name, [1.0]) for call in (rf.fake_loss, rf.fake_grads) for name in fake),
-        *((call, generator, name, "x") for call in (rf.generator_loss, rf.generator_grads) for name in generator),
-        *((rf.generator_loss, generator, "objective", wrong) for wrong in (rf.objectives.RealUID, PATH, "uid", KEY)),
-        *((rf.fake_loss, fake, "n_real", wrong) for wrong in (2.0, "2", KEY, None, True)),
-        *((rf.generator_loss, generator, "guidance", wrong) for wrong in ("2", numbers, None)),
-        (rf.generator_loss, generator, "teacher_uncond", numbers),
-        (rf.generator_loss, generator | {"objective": rf.objectives.SDS(), "fake_out": None}, "x", numbers),
-        (rf.generator_loss, generator | {"objective": rf.objectives.SDS(), "fake_out": None}, "coef", KEY),
+        *((call, matching, name, numbers) for call in (f.matching_loss, f.matching_grads) for name in matching),
+        *((call, fake, name, [1.0]) for call in (f.fake_loss, f.fake_grads) for name in fake),
+        *((call, generator, name, "x") for call in (f.generator_loss, f.generator_grads) for name in generator),
+        *((f.generator_loss, generator, "objective", wrong) for wrong in (rf.objectives.RealUID, PATH, "uid", KEY)),
+        *((rf.functional.fake_loss, fake, "n_real", wrong) for wrong in (2.0, "2", KEY, None, True)),
+        *((rf.functional.generator_loss, generator, "guidance", wrong) for wrong in ("2", numbers, None)),
+        (rf.functional.generator_loss, generator, "teacher_uncond", numbers),
+        (rf.functional.generator_loss, generator | {"objective": rf.objectives.SDS(), "fake_out": None}, "x", numbers),
+        (rf.functional.generator_loss, generator | {"objective": rf.objectives.SDS(), "fake_out": None}, "coef", KEY),
         *((rf.sample_output, {"x": b.x, "x_t": b.x_t, "coef": b.coef}, name, numbers) for name in ("x", "x_t", "coef")),
-        *((rf.matching_loss, matching, "reduction", wrong) for wrong in (None, 1, b.x, ["mean"])),
+        *((rf.functional.matching_loss, matching, "reduction", wrong) for wrong in (None, 1, b.x, ["mean"])),
         (rf.noise.normal, {"key": KEY, "like": b.x}, "key", 3),
         (rf.noise.normal, {"key": KEY, "like": b.x}, "like", (4, 3)),
         *((rf.NoiseStream, {"seed": 0}, "device", wrong) for wrong in ("cud", 3.5, torch.float32)),
@@ -738,11 +854,13 @@ def test_a_wrong_type_gets_a_sentence_that_names_the_argument(call, arguments, n
 def test_swapped_arguments_and_uncalled_presets_are_named():
     b = batch((4, 3), torch.float32)
     with pytest.raises(UserError, match=r"objective must be an Objective .*, not torch\.Tensor"):
-        rf.generator_loss(b.teacher, b.fake, b.x, b.x_t, b.coef, REAL, KEY)
+        rf.functional.generator_loss(
+            KEY, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=REAL
+        )
     with pytest.raises(UserError, match=r"objective must be .*, not the function RealUID itself"):
-        rf.fake_loss(b.fake, b.x, b.x_t, b.coef, KEY, rf.objectives.RealUID)
+        rf.functional.fake_loss(rf.objectives.RealUID, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY)
     with pytest.raises(UserError, match="fake_out must have shape"):
-        rf.fake_loss(b.fake, b.coef, b.x_t, b.x, KEY, UID)
+        rf.functional.fake_loss(UID, fake_out=b.fake, x=b.coef, x_t=b.x_t, coef=b.x, noise=KEY)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -755,7 +873,7 @@ def test_a_stream_on_a_device_that_is_not_there_is_a_sentence():
 
 def test_guidance_that_cannot_be_is_named():
     b = batch((4, 3))
-    inputs = (b.teacher, b.fake, b.x, b.x_t, b.coef, KEY, rf.objectives.UID())
+    inputs = {"teacher_out": b.teacher, "fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY}
     for wrong, sentence in (
         ({"guidance": 2.0}, "teacher_uncond must be given with a guidance of 2"),
         ({"guidance": b.guidance}, "teacher_uncond must be given with a guidance"),
@@ -766,4 +884,4 @@ def test_guidance_that_cannot_be_is_named():
         ({"teacher_uncond": b.uncond, "guidance": b.guidance.requires_grad_()}, "gradient in guidance"),
     ):
         with pytest.raises(UserError, match=sentence):
-            rf.generator_loss(*inputs, **wrong)
+            rf.functional.generator_loss(UID, **inputs, **wrong)

@@ -1037,12 +1037,22 @@ def test_threads_get_the_same_bits_on_shared_inputs():
 
     def calls(_):
         leaf = fake.detach().requires_grad_()
-        rf.fake_loss(leaf, x, None, coef, key, objective, n_real=4, noise_rows=4).backward()
+        rf.functional.fake_loss(
+            objective, fake_out=leaf, x=x, x_t=None, coef=coef, noise=key, n_real=4, noise_rows=4
+        ).backward()
         return [
             rf.interpolate(x, coef, key),
-            *rf.matching_grads(fake, x, None, coef, key),
-            *rf.fake_grads(fake, x, None, coef, key, objective, n_real=4, noise_rows=4),
-            *(t for t in rf.generator_grads(teacher, fake, x, None, coef, key, objective) if t is not None),
+            *rf.functional.matching_grads(out=fake, x=x, x_t=None, coef=coef, noise=key),
+            *rf.functional.fake_grads(
+                objective, fake_out=fake, x=x, x_t=None, coef=coef, noise=key, n_real=4, noise_rows=4
+            ),
+            *(
+                t
+                for t in rf.functional.generator_grads(
+                    objective, teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=coef, noise=key
+                )
+                if t is not None
+            ),
             leaf.grad,
         ]
 

@@ -32,8 +32,10 @@ def test_fake_turn_is_that_of_the_tensor_calls(key, dtype, predict):
     x_t = rf.interpolate(both, coef, key, noise_rows=B)
     assert torch.equal(draw.x_t, x_t)
     out = torch.randn_like(both).requires_grad_()
-    inputs = (both, x_t if predict == "x0" else None, coef, key, REALUID)
-    expected = functional.fake_grads(out.detach(), *inputs, n_real=B, noise_rows=B)
+    read = x_t if predict == "x0" else None
+    expected = functional.fake_grads(
+        REALUID, fake_out=out.detach(), x=both, x_t=read, coef=coef, noise=key, n_real=B, noise_rows=B
+    )
     loss = losses.fake_loss(REALUID, draw, out)
     loss.backward()
     found = losses.fake_grads(REALUID, draw, out.detach())
@@ -55,7 +57,8 @@ def test_generator_turn_reaches_the_generator(key, predict):
     coef = path.coefficients(t, "velocity", predict)
     x_t = rf.interpolate(expected, coef, key)
     read = x_t if predict == "x0" else None
-    functional.generator_loss(teacher(x_t), fake(x_t), expected, read, coef, key, REALUID).backward()
+    inputs = {"x": expected, "x_t": read, "coef": coef, "noise": key}
+    functional.generator_loss(REALUID, teacher_out=teacher(x_t), fake_out=fake(x_t), **inputs).backward()
     assert torch.equal(found.grad, expected.grad)
 
 
@@ -110,8 +113,8 @@ def test_a_preconditioned_network_is_called_as_its_path_says(key):
         ({"t": torch.rand(2)}, r"t must be a tensor of shape \(6,\)"),
         ({"t": 0.5}, r"t must be a tensor of shape \(6,\)"),
         ({"noise": samples(2)}, "noise must be a key or have 6 rows"),
-        ({"noise": 0}, "noise must be a tensor"),
-        ({"x": [1.0]}, "x must be a tensor"),
+        ({"noise": 0}, "noise must be a torch.Tensor"),
+        ({"x": [1.0]}, "x must be a torch.Tensor"),
         ({"match": "speed"}, "match"),
     ],
 )

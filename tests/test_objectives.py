@@ -76,8 +76,9 @@ def test_general_realuid_has_real_rows_at_alpha_one_where_gamma_is_less(kappa):
     assert tuple(objective.real) == pytest.approx((0.2 * kappa**2, 0.1 * kappa, 0.2 * kappa**2, 0.0))
     assert objective.needs_real
     assert objective.needs_teacher
+    zeros = torch.zeros(B, D)
     with pytest.raises(rf.errors.UserError, match="n_real must not be 0 for General RealUID with alpha = 1"):
-        rf.fake_loss(*torch.zeros(2, B, D), None, torch.zeros(B, 9), torch.zeros(B, D), objective)
+        rf.functional.fake_loss(objective, fake_out=zeros, x=zeros, x_t=None, coef=torch.zeros(B, 9), noise=zeros)
     assert not GeneralRealUID(1.0, 1.0, 1.0).needs_real
 
 
@@ -198,7 +199,16 @@ def fused_generator(path, match, predict, objective, weight=None):
     coef = path.coefficients(t, match, predict, weight)
     x_t = rf.interpolate(x, coef, n, y)
     seen, time = path.network_input(x_t, t, predict), path.network_time(t, predict)
-    loss = rf.generator_loss(TEACHER(time, seen), FAKE(time, seen), x, x_t, coef, n, objective, y)
+    loss = rf.functional.generator_loss(
+        objective,
+        teacher_out=TEACHER(time, seen),
+        fake_out=FAKE(time, seen),
+        x=x,
+        x_t=x_t,
+        coef=coef,
+        noise=n,
+        endpoint=y,
+    )
     return loss, torch.autograd.grad(loss, x)[0]
 
 
@@ -209,7 +219,7 @@ def fused_fake(path, match, predict, objective, n_real, weight=None):
     coef = path.coefficients(t, match, predict, weight)
     x_t = rf.interpolate(x, coef, n, y)
     out = FAKE(path.network_time(t, predict), path.network_input(x_t, t, predict)).requires_grad_()
-    loss = rf.fake_loss(out, x, x_t, coef, n, objective, n_real, endpoint=y)
+    loss = rf.functional.fake_loss(objective, fake_out=out, x=x, x_t=x_t, coef=coef, noise=n, n_real=n_real, endpoint=y)
     return loss, torch.autograd.grad(loss, out)[0]
 
 
@@ -314,7 +324,9 @@ def test_general_realuid_is_its_max_over_delta(kappa, alpha):
         value(*numbers, teacher[half], fake[half], target[half]).sum() / B
         for numbers, half in zip(of_each, (slice(B), slice(B, None)), strict=True)
     )
-    fused = rf.fake_loss(fake, x, None, coef, n, objective, B, teacher)
+    fused = rf.functional.fake_loss(
+        objective, fake_out=fake, x=x, x_t=None, coef=coef, noise=n, n_real=B, teacher_out=teacher
+    )
     # The values differ by what does not depend on the fake model.
     for one, other in zip(*(torch.autograd.grad(v, fake) for v in (fused, -maximised)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -342,9 +354,11 @@ def test_normalised_realuid_is_the_inner_product_with_a_direction(path, match, g
 
     for reduction, expected in (("mean", rows.mean()), ("none", mixed.sum())):
         x_t = rf.interpolate(x, coef, n, y)
-        inputs = (TEACHER(t, x_t), FAKE(t, x_t), x, x_t, coef, n, objective, y)
         guidance = {"teacher_uncond": UNCONDITIONAL(t, x_t), "guidance": 1.7} if guided else {}
-        loss = rf.generator_loss(*inputs, reduction, **guidance)
+        loss = rf.functional.generator_loss(
+            objective, teacher_out=TEACHER(t, x_t), fake_out=FAKE(t, x_t), x=x, x_t=x_t, coef=coef, noise=n, endpoint=y,
+            reduction=reduction, **guidance,
+        )  # fmt: skip
         if reduction == "none":
             torch.testing.assert_close(loss, rows, rtol=1e-12, atol=1e-12)
             loss = (torch.linspace(-1, 2, B, dtype=torch.float64) * loss).sum()
@@ -357,8 +371,10 @@ def test_normalised_realuid_is_the_inner_product_with_a_direction(path, match, g
     x_t = rf.interpolate(x.detach(), coef, n, y).requires_grad_()
     outs = [TEACHER(t, x_t), FAKE(t, x_t)] + ([UNCONDITIONAL(t, x_t)] if guided else [])
     last = {"teacher_uncond": outs[2].detach(), "guidance": 1.7} if guided else {}
-    inputs = (*(out.detach() for out in outs[:2]), x.detach(), x_t.detach(), coef, n, objective, y)
-    grads = rf.generator_grads(*inputs, **last)
+    grads = rf.functional.generator_grads(
+        objective, teacher_out=outs[0].detach(), fake_out=outs[1].detach(), x=x.detach(), x_t=x_t.detach(), coef=coef,
+        noise=n, endpoint=y, **last,
+    )  # fmt: skip
     seeds = [grads.teacher_out, grads.fake_out] + ([grads.teacher_uncond] if guided else [])
     (g_x_t,) = torch.autograd.grad(outs, x_t, seeds)
     expected = torch.autograd.grad(rows.mean(), x)[0]
@@ -379,7 +395,9 @@ def test_a_normalised_loss_is_finite_where_fake_model_and_teacher_agree(dtype):
     """As they do at the start, where the fake model is the teacher's copy."""
     x, n, out = torch.randn(3, B, D).to(dtype)
     coef = Linear().coefficients(torch.linspace(0.1, 0.9, B))
-    grads = rf.generator_grads(out, out.clone(), x, None, coef, n, NormalisedRealUID(0.9, 0.95))
+    grads = rf.functional.generator_grads(
+        NormalisedRealUID(0.9, 0.95), teacher_out=out, fake_out=out.clone(), x=x, x_t=None, coef=coef, noise=n
+    )
     assert grads.loss == 0
     assert not grads.x.any()
     torch.testing.assert_close(grads.fake_out, -grads.teacher_out, rtol=0, atol=0)
@@ -428,7 +446,10 @@ def test_x_alone_moves_by_the_difference_of_the_fields(objective, alpha, scaled,
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
     coef = path.coefficients(sigma, "x0", predict, lambda sigma: 1 / sigma)
-    grads = rf.generator_grads(*outs, fixed, x_t, coef, n, objective)
+    teacher_out, fake_out = outs
+    grads = rf.functional.generator_grads(
+        objective, teacher_out=teacher_out, fake_out=fake_out, x=fixed, x_t=x_t, coef=coef, noise=n
+    )
     assert grads.teacher_out is grads.fake_out is grads.x_t is None
     torch.testing.assert_close(grads.x, expected, rtol=1e-12, atol=1e-12)
 
@@ -445,17 +466,21 @@ def test_score_distillation_needs_no_fake_model(predict):
     coef = path.coefficients(sigma, "x0", predict, lambda sigma: 1 / sigma)
     at = x_t if path.reads_x_t("x0", predict) else None
     objective = SDS()
-    grads = rf.generator_grads(out, None, fixed, at, coef, n, objective)
+    grads = rf.functional.generator_grads(
+        objective, teacher_out=out, fake_out=None, x=fixed, x_t=at, coef=coef, noise=n
+    )
     torch.testing.assert_close(grads.x, (fixed - teacher) / s / B, rtol=1e-10, atol=1e-12)
-    rf.generator_loss(out, None, x, at, coef, n, objective).backward()
+    rf.functional.generator_loss(objective, teacher_out=out, fake_out=None, x=x, x_t=at, coef=coef, noise=n).backward()
     torch.testing.assert_close(x.grad, grads.x, rtol=1e-12, atol=0)
     own = rf.sample_output(fixed, at, coef)
     torch.testing.assert_close(coef[:, 6:7] * own + coef[:, 7:8] * x_t, fixed, rtol=1e-10, atol=1e-12)
 
     with pytest.raises(rf.errors.UserError, match="SDS has no fake model"):
-        rf.fake_loss(out, fixed, at, coef, n, objective)
+        rf.functional.fake_loss(objective, fake_out=out, x=fixed, x_t=at, coef=coef, noise=n)
     with pytest.raises(rf.errors.UserError, match="fake_out must be given for Diff-Instruct"):
-        rf.generator_loss(out, None, fixed, at, coef, n, DiffInstruct())
+        rf.functional.generator_loss(
+            DiffInstruct(), teacher_out=out, fake_out=None, x=fixed, x_t=at, coef=coef, noise=n
+        )
 
 
 def test_divergence_weights_are_the_second_derivative():
@@ -505,7 +530,9 @@ def test_the_fake_model_of_moment_matching_is_drawn_to_the_teacher():
     teacher, fake = TEACHER(sigma, x_t), FAKE(sigma, x_t).requires_grad_()
     assert objective.needs_teacher
     assert not objective.needs_real
-    fused = rf.fake_loss(fake, x, x_t, path.coefficients(sigma, "x0", "x0"), n, objective, teacher_out=teacher)
+    fused = rf.functional.fake_loss(
+        objective, fake_out=fake, x=x, x_t=x_t, coef=path.coefficients(sigma, "x0", "x0"), noise=n, teacher_out=teacher
+    )
     literal = (square(fake - x) + square(fake - teacher)).mean()
     # The values differ by ||f*||^2, which does not depend on the fake model.
     expected = torch.autograd.grad(literal, fake)[0]
@@ -571,7 +598,9 @@ def test_match_spaces_differ_by_what_the_theory_gives(path, objective):
     data = path.coefficients(t, "x0", "x0", weight=lambda _: k**2)
 
     def generator(coef):
-        return rf.generator_grads(teacher[:B], fake[:B], x[:B], x_t[:B], coef[:B], n[:B], objective).rows
+        return rf.functional.generator_grads(
+            objective, teacher_out=teacher[:B], fake_out=fake[:B], x=x[:B], x_t=x_t[:B], coef=coef[:B], noise=n[:B]
+        ).rows
 
     shift = objective.kappa * (objective.alpha - objective.beta) * 2 * k * m
     expected = shift[:B] * inner(teacher - fake, x_t)[:B]
@@ -580,7 +609,12 @@ def test_match_spaces_differ_by_what_the_theory_gives(path, objective):
         assert expected.abs().min() > 1e-6
 
     def gradient(coef):
-        return rf.fake_grads(fake, x, x_t, coef, n, objective, n_real, teacher).fake_out * B
+        return (
+            rf.functional.fake_grads(
+                objective, fake_out=fake, x=x, x_t=x_t, coef=coef, noise=n, n_real=n_real, teacher_out=teacher
+            ).fake_out
+            * B
+        )
 
     sign = torch.cat([torch.ones(B), -torch.ones(n_real)]).double()
     expected = (sign * shift)[:, None] * x_t

@@ -203,7 +203,9 @@ def test_generator_turn_equals_plain_autograd(objective, match):
     key = trainer.noise.next_key()
     x_t = rf.interpolate(x, coef, key)
     teacher_out, fake_out = (net.requires_grad_(False)(t, x_t) for net in (trainer.teacher, trainer.fake))
-    plain = rf.generator_loss(teacher_out, fake_out, x, x_t, coef, key, trainer.objective)
+    plain = rf.functional.generator_loss(
+        trainer.objective, teacher_out=teacher_out, fake_out=fake_out, x=x, x_t=x_t, coef=coef, noise=key
+    )
     plain.backward()
 
     torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
@@ -236,7 +238,17 @@ def test_fake_turn_equals_plain_autograd(labelled):
     y = torch.cat([labels, real_labels]) if labelled else None
     x_t = rf.interpolate(x, coef, key, noise_rows=8)
     teacher_out = trainer.teacher(t, x_t, y)
-    loss = rf.fake_loss(trainer.fake(t, x_t, y), x, x_t, coef, key, trainer.objective, 8, teacher_out, noise_rows=8)
+    loss = rf.functional.fake_loss(
+        trainer.objective,
+        fake_out=trainer.fake(t, x_t, y),
+        x=x,
+        x_t=x_t,
+        coef=coef,
+        noise=key,
+        n_real=8,
+        teacher_out=teacher_out,
+        noise_rows=8,
+    )
     loss.backward()
     assert trainer.meters.read()["fake loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, p in trainer.fake.named_parameters():
@@ -456,7 +468,9 @@ def test_generator_turn_equals_plain_autograd_on_other_paths(name, predict):
     x_t = rf.interpolate(x, coef, key)
     seen = own.network_time(t, predict), own.network_input(x_t, t, predict)
     teacher_out, fake_out = (net.requires_grad_(False)(*seen) for net in (trainer.teacher, trainer.fake))
-    plain = rf.generator_loss(teacher_out, fake_out, x, x_t, coef, key, trainer.objective)
+    plain = rf.functional.generator_loss(
+        trainer.objective, teacher_out=teacher_out, fake_out=fake_out, x=x, x_t=x_t, coef=coef, noise=key
+    )
     plain.backward()
     torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
     for mine, p in zip(explicit, trainer.generator.parameters(), strict=True):
@@ -535,7 +549,9 @@ def test_two_sided_fake_turn_equals_plain_autograd():
     x, y = torch.cat([generated, real]), torch.cat([ends, trainer.batches.endpoints()])
     x_t = rf.interpolate(x, coef, key, y, noise_rows=8)
     out = trainer.fake(t, x_t, None, y)
-    rf.fake_loss(out, x, x_t, coef, key, trainer.objective, 8, endpoint=y, noise_rows=8).backward()
+    rf.functional.fake_loss(
+        trainer.objective, fake_out=out, x=x, x_t=x_t, coef=coef, noise=key, n_real=8, endpoint=y, noise_rows=8
+    ).backward()
     for name, p in trainer.fake.named_parameters():
         torch.testing.assert_close(seen[name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
 

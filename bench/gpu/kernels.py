@@ -70,13 +70,17 @@ def calls(i: Inputs) -> Iterator[Call]:
     """The calls, each with its peers: those draw noise once, for the interpolant, and read it again for the loss."""
 
     def generator(noise: Tensor) -> Function:
-        return lambda: rf.generator_grads(i.out, i.other, i.x, None, i.coef, noise, i.objective)
+        return lambda: rf.functional.generator_grads(
+            i.objective, teacher_out=i.out, fake_out=i.other, x=i.x, x_t=None, coef=i.coef, noise=noise
+        )
 
     def fake(noise: Tensor) -> Function:
-        return lambda: rf.fake_grads(i.out, i.x, None, i.coef, noise, i.objective, i.half, noise_rows=i.half)
+        return lambda: rf.functional.fake_grads(
+            i.objective, fake_out=i.out, x=i.x, x_t=None, coef=i.coef, noise=noise, n_real=i.half, noise_rows=i.half
+        )
 
     def matching(noise: Tensor) -> Function:
-        return lambda: rf.matching_grads(i.out, i.x, None, i.coef, noise)
+        return lambda: rf.functional.matching_grads(out=i.out, x=i.x, x_t=None, coef=i.coef, noise=noise)
 
     def with_noise(interpolate: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, t: interpolate(x, t, torch.randn_like(x))

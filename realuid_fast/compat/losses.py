@@ -73,7 +73,9 @@ def dist_loss(
     x, x_t, t, y, coef, x0 = _fake_rows(t, x0, x1_gen, x1_data, y, objective)
     out = _laid_out(u(t, x_t, y), x)
     rows = x0.shape[0]
-    return -functional.fake_loss(out, x, None, coef, x0, objective, x.shape[0] - rows, noise_rows=rows)
+    return -functional.fake_loss(
+        objective, fake_out=out, x=x, x_t=None, coef=coef, noise=x0, n_real=x.shape[0] - rows, noise_rows=rows
+    )
 
 
 def general_dist_loss(
@@ -117,7 +119,12 @@ def general_dist_loss(
         halves.append(_formula(1 - alpha, 1 - beta, 1 - gamma, kappa))
     rows = x0.shape[0]
     parts = zip(halves, teacher.split(rows), fake.split(rows), x.split(rows), coef.split(rows), strict=True)
-    return torch.stack([functional.generator_loss(a, b, c, None, d, x0, half) for half, a, b, c, d in parts]).sum()
+    return torch.stack(
+        [
+            functional.generator_loss(half, teacher_out=a, fake_out=b, x=c, x_t=None, coef=d, noise=x0)
+            for half, a, b, c, d in parts
+        ]
+    ).sum()
 
 
 def GANloss(
@@ -176,7 +183,7 @@ def _generator(
     coef, x0 = _PATH.coefficients(t), _laid_out(x0, x1)
     x_t = functional.interpolate(x1, coef, x0)
     fake, teacher = _laid_out(u(t, x_t, y), x1), _laid_out(u_star(t, x_t, y), x1)
-    return functional.generator_loss(teacher, fake, x1, None, coef, x0, objective)
+    return functional.generator_loss(objective, teacher_out=teacher, fake_out=fake, x=x1, x_t=None, coef=coef, noise=x0)
 
 
 def _fake_rows(

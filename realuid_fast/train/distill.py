@@ -307,8 +307,9 @@ class Distiller:
                 out_own, x, at, coef_own, on_path = _rows_of(own, out.detach(), x, at, coef, on_path)
                 n_real = self._own_rows - self.batch
                 grads = rf.fake_grads(
-                    out_own, x, at, coef_own, key, self.objective, n_real, teacher_out, on_path, self.batch,
-                    uncond, self.guidance if uncond is not None else 1.0,
+                    self.objective, fake_out=out_own, x=x, x_t=at, coef=coef_own, noise=key, n_real=n_real,
+                    teacher_out=teacher_out, endpoint=on_path, noise_rows=self.batch, teacher_uncond=uncond,
+                    guidance=self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
                 watched, seeds = {"fake loss": grads.loss}, [grads.fake_out]
                 outs = [out if self._own_rows == len(out) else out[own]]
@@ -380,8 +381,9 @@ class Distiller:
                     weighed = coef.clone()
                     weighed[:, WEIGHT] *= divergence_weight(self._divergence, logits.mean(1))
                 grads = rf.generator_grads(
-                    teacher_out.detach(), fake_out.detach(), x.detach(), at, weighed, key, self.objective, on_path,
-                    None if uncond is None else uncond.detach(), self.guidance,
+                    self.objective, teacher_out=teacher_out.detach(), fake_out=fake_out.detach(), x=x.detach(), x_t=at,
+                    coef=weighed, noise=key, endpoint=on_path, guidance=self.guidance,
+                    teacher_uncond=None if uncond is None else uncond.detach(),
                 )  # fmt: skip
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
                 gap = torch.linalg.vector_norm(fake_out - asked) / torch.linalg.vector_norm(asked)

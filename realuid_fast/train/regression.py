@@ -178,7 +178,7 @@ class RegressionTrainer:
             x = self._run_generator(z, labels, ends)
         x, target = (t.float().contiguous(memory_format=self._layout) for t in (x, target))
         with self.phases("loss"):
-            grads = rf.matching_grads(x.detach(), target, None, self._plain, self.noise.state)
+            grads = rf.matching_grads(out=x.detach(), x=target, x_t=None, coef=self._plain, noise=self.noise.state)
         with self.phases("generator backward"):
             x.backward(grads.out)
         self.meters.add("regression loss", grads.loss)

@@ -157,7 +157,9 @@ class TeacherTrainer:
             y = self._dropped(labels)
             out = call(self.net, t, x_t, y, self.path, self._predict, ends).contiguous(memory_format=self._layout)
         with self.phases("loss"):
-            grads = rf.matching_grads(out.detach(), x, x_t if self._reads_x_t else None, coef, noise, on_path)
+            grads = rf.matching_grads(
+                out=out.detach(), x=x, x_t=x_t if self._reads_x_t else None, coef=coef, noise=noise, endpoint=on_path
+            )
         with self.phases("backward"):
             out.backward(grads.out)
         self.meters.add("loss", grads.loss)

@@ -70,7 +70,12 @@ class Tripwires:
         scales = coef[:, :SCALES].abs()
         bucket = (scales[:, 0] / scales.sum(1) * BUCKETS).long().clamp(max=BUCKETS - 1)
         gaps = norms @ (bucket[:, None] == self._buckets).to(norms)
-        errors = torch.stack([rf.matching_loss(out, x, x_t, coef, key, endpoint) for out in (fake_out, teacher_out)])
+        errors = torch.stack(
+            [
+                rf.matching_loss(out=out, x=x, x_t=x_t, coef=coef, noise=key, endpoint=endpoint)
+                for out in (fake_out, teacher_out)
+            ]
+        )
         apart = (x.flatten(1) @ self._directions).sort(dim=0).values - self._quantiles
         distance = apart.square().mean().sqrt()
         return torch.cat([gaps, errors[:, None], torch.stack([distance, torch.ones_like(distance)])[:, None]], dim=1)

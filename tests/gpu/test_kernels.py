@@ -126,8 +126,11 @@ def test_backward_hands_the_gradients_on():
     x, out, other, coef, noise, _ = case.on(CUDA, False)
     objective = rf.objectives.RealUID(0.92, 0.94)
     leaves = [tensor.requires_grad_() for tensor in (other, out, x)]
-    (rf.generator_loss(*leaves, None, coef, noise, objective) * 0.5).backward()
-    grads = rf.generator_grads(*(leaf.detach() for leaf in leaves), None, coef, noise, objective)
+    names = ("teacher_out", "fake_out", "x")
+    inputs = dict(zip(names, leaves, strict=True), x_t=None, coef=coef, noise=noise)
+    (rf.functional.generator_loss(objective, **inputs) * 0.5).backward()
+    held = {name: value.detach() for name, value in inputs.items() if value is not None}
+    grads = rf.functional.generator_grads(objective, **held, x_t=None)
     for leaf, want in zip(leaves, (grads.teacher_out, grads.fake_out, grads.x), strict=True):
         torch.testing.assert_close(leaf.grad, 0.5 * want, rtol=1e-6, atol=0)
 

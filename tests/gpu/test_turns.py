@@ -152,12 +152,14 @@ def test_the_loss_path_is_at_most_five_launches():
 
     def generator():
         rf.interpolate(x, coef, key)
-        grads = rf.generator_grads(out, other, x, None, coef, key, objective)
+        grads = rf.functional.generator_grads(
+            objective, teacher_out=out, fake_out=other, x=x, x_t=None, coef=coef, noise=key
+        )
         torch.addcmul(grads.x, coef[:, 0].view(-1, 1, 1, 1), out)
 
     def fake():
         rf.interpolate(x, coef, key, noise_rows=32)
-        rf.fake_grads(out, x, None, coef, key, objective, 32, noise_rows=32)
+        rf.functional.fake_grads(objective, fake_out=out, x=x, x_t=None, coef=coef, noise=key, n_real=32, noise_rows=32)
 
     assert 0 < launches(generator) <= 5
     assert 0 < launches(fake) <= 5
