@@ -27,6 +27,8 @@ MODULES = [
             "data",
             "errors",
             "functional",
+            "interpolant",
+            "losses",
             "metrics",
             "networks",
             "noise",
