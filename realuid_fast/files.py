@@ -1,4 +1,4 @@
-"""Files that are whole whatever happens while they are written."""
+"""Files that are whole whatever happens while they are written, and the check of what is safe to read."""
 
 from __future__ import annotations
 
@@ -106,3 +106,24 @@ def sync(folder: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def check_regular(file: Path, most: int | None = None) -> None:
+    """Refuse what must not be read: a FIFO keeps its reader waiting, and a device such as /dev/zero never ends.
+
+    Raises:
+        OSError: ``file`` is missing, is no regular file, or has more than ``most`` bytes. ``strerror`` says which.
+    """
+    found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind} and not a regular file", str(file))
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and at most {most:,} are read", str(file))
+
+
+def read_regular(file: Path, most: int) -> bytes:
+    """The content of a regular file of at most ``most`` bytes; raises :class:`OSError` for any other."""
+    check_regular(file, most)
+    return file.read_bytes()

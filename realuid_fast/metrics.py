@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import data
+from .checksums import CHECKSUM, matches, with_checksum
 from .errors import UserError
 
 CLASSIFIER_FILE = Path(__file__).parent / "assets" / "digits_classifier.safetensors"
@@ -80,12 +81,19 @@ def train_classifier(
 @lru_cache(maxsize=1)
 def digit_classifier() -> DigitClassifier:
     """The shipped classifier, frozen, in evaluation mode."""
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
-    if not CLASSIFIER_FILE.exists():
-        raise UserError(f"the digit classifier is missing at {CLASSIFIER_FILE}; reinstall, or run its training command")
-    net = DigitClassifier()
-    net.load_state_dict(load_file(str(CLASSIFIER_FILE)))
+    net, repair = DigitClassifier(), "reinstall, or run its training command"
+    try:
+        with safe_open(str(CLASSIFIER_FILE), framework="pt") as opened:
+            checksum = json.loads(opened.metadata()["realuid_fast"]).get(CHECKSUM)
+            if not matches(CLASSIFIER_FILE, checksum):
+                raise ValueError
+            net.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"the digit classifier is missing at {CLASSIFIER_FILE}; {repair}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"the digit classifier at {CLASSIFIER_FILE} is damaged; {repair}") from None
     return net.eval().requires_grad_(False)
 
 
@@ -267,8 +275,6 @@ def _covered(points: Tensor, support: Tensor, k: int) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """``python -m realuid_fast.metrics train-classifier [--out FILE]``: reproduce the shipped classifier."""
-    from safetensors.torch import save_file
-
     parser = argparse.ArgumentParser(prog="python -m realuid_fast.metrics", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train-classifier", help="train the digit classifier whose features the metric uses")
@@ -290,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": "digits",
         "heldout_accuracy": round(accuracy, 4),
     }
-    save_file(net.state_dict(), str(out), metadata={"realuid_fast": json.dumps(description)})
+    out.write_bytes(with_checksum(net.state_dict(), "realuid_fast", description))
     digits = data.digits()
     floor = frechet_distance(net.features(digits.pixels()), net.features(digits.pixels("heldout")))
     print(f"held-out accuracy {accuracy:.4f}, training digits at distance {floor:.4f}, written to {out}")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import staging
 from .errors import UserError
+from .files import check_regular, read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -31,6 +32,8 @@ _MANIFEST_BYTES = 1 << 24
 _CHUNK = 1 << 20
 # numpy has no larger arrays, and no file is as long.
 _MOST_BYTES = 2**62
+# Labels are read whole: 4 GB of them.
+_MOST_LABELS = 2**30
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def read_manifest(file: Path) -> Manifest:
         UserError: there is none, it is damaged or of a newer format; the sentence names the file and the value.
     """
     try:
+        check_regular(file)
         with file.open("rb") as stream:
             raw = stream.read(_MANIFEST_BYTES + 1)
     except FileNotFoundError:
@@ -163,6 +167,7 @@ class Stored:
         self.file, self.shape, self.sha256 = file, shape, sha256
         self._row = math.prod(shape[1:])
         try:
+            check_regular(file)
             self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UserError(f"path: there is no file {file}") from None
@@ -215,9 +220,11 @@ def labels(file: Path, count: int, classes: int, sha256: str) -> Tensor:
         UserError: the file is missing, not what the manifest describes, or holds a label of no class.
     """
     try:
-        raw = file.read_bytes()
+        check_regular(file)
         with file.open("rb") as stream:
             start = _header(file, stream.fileno(), (count,), np.dtype(np.int32))
+        # A file of a terabyte need not have a byte on disk: it is as long as its array, or it is not read.
+        raw = read_regular(file, start + 4 * min(count, _MOST_LABELS))
     except OSError as error:
         raise UserError(f"path: {file} cannot be read: {error.strerror or error}") from None
     values = torch.from_numpy(np.frombuffer(raw, np.int32, count, start).astype(np.int64))
@@ -239,18 +246,18 @@ def verify(folder: Path) -> Manifest:
         for entry in (split.images, split.labels):
             if entry is None:
                 continue
-            found, length = hashlib.sha256(), 0
+            file, found = folder / entry.name, hashlib.sha256()
             try:
-                with (folder / entry.name).open("rb") as stream:
+                check_regular(file)
+                if (length := file.stat().st_size) != entry.size:
+                    raise UserError(f"{file} has {length} bytes, the manifest says {entry.size}")
+                with file.open("rb") as stream:
                     while part := stream.read(_CHUNK):
                         found.update(part)
-                        length += len(part)
             except OSError as error:
-                raise UserError(f"{folder / entry.name} cannot be read: {error.strerror or error}") from None
-            if length != entry.size:
-                raise UserError(f"{folder / entry.name} has {length} bytes, the manifest says {entry.size}")
+                raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
             if found.hexdigest() != entry.sha256:
-                raise UserError(f"{folder / entry.name} is damaged: its checksum is not the manifest's")
+                raise UserError(f"{file} is damaged: its checksum is not the manifest's")
     return manifest
 
 

@@ -6,7 +6,6 @@ import fnmatch
 import json
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from . import choices, paths
+from . import choices, paths, pickles
+from .checksums import CHECKSUM, matches, with_checksum
 from .errors import NotWritten, UserError
-from .files import replacing
+from .files import check_regular, replacing
 from .networks import build
 from .sampling import follows_flow
 
-FORMAT = 2  # 2 knows a path's settings
+FORMAT = 3  # 2 knows a path's settings, 3 has a checksum
 KEY = "realuid_fast"
 SHIPPED = choices.TEACHERS
 ROLES = ("teacher", "student")
@@ -150,15 +150,12 @@ def wrap(
 
 def save(file: str | Path, state: Mapping[str, Tensor], description: Description) -> None:
     """Write a state dict and its description as safetensors; ``file`` is replaced in one step, never half written."""
-    from safetensors.torch import save as serialise
-
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    metadata = {KEY: json.dumps(asdict(description), sort_keys=True)}
     file = Path(file)
     try:
         # Written by ourselves: the library's own writer makes files that only their owner can read.
         with replacing(file) as stream:
-            stream.write(serialise(tensors, metadata=metadata))
+            stream.write(with_checksum(tensors, KEY, asdict(description)))
     except OSError as error:
         raise NotWritten(f"{file} cannot be written: {error.strerror or error}") from None
 
@@ -173,7 +170,8 @@ def load(file: str | Path, role: str | None = None, net: nn.Module | None = None
 
     Raises:
         UserError: a missing, damaged or foreign file, a newer format, the other role, or parameters that do not fit the
-            described network or are not finite (each one named).
+            described network or are not finite (each one named). The checksum that :func:`save` wrote is compared;
+            files of earlier formats may have none.
     """
     file = Path(file)
     tensors, metadata = read_safetensors(file)
@@ -192,14 +190,16 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; raises :class:`UserError` for a missing or damaged one."""
     from safetensors import SafetensorError, safe_open
 
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"there is no file {file}")
     try:
+        check_regular(file)
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata() or {}
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no safetensors file, or a damaged one: {_first_line(error)}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+        raise UserError(f"{file} is no safetensors file, or a damaged one: {reason}") from None
 
 
 def filled(
@@ -271,6 +271,8 @@ def _description(file: Path, text: str) -> Description:
         if "role" not in content or "network" not in content:
             kind = content.get("kind", "something else")
             raise UserError(f"{file} holds no teacher or student but {kind}")
+        if (CHECKSUM in content or content.get("format", 0) >= 3) and not matches(file, content.get(CHECKSUM)):
+            raise UserError(f"{file} is damaged: its bytes do not have the checksum that was written with them")
         return Description(**{key: value for key, value in content.items() if key in known})
     except UserError:
         raise
@@ -384,9 +386,12 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
 
 def _published(file: Path, decay: float | None) -> tuple[dict[str, Tensor], bool]:
     """The state dict, and whether it is recognised as torchcfm's or the published code's."""
-    _check_archive(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = pickles.load(file, str(file))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception:
         # What a damaged pickle makes torch's reader trip over is of every kind: KeyError, IndexError, TypeError, ...
         raise UserError(f"{file} is no checkpoint that holds tensors and plain values alone{_beside(file)}") from None
@@ -410,6 +415,9 @@ def _published(file: Path, decay: float | None) -> tuple[dict[str, Tensor], bool
             f"{file} holds no state dict, plain or under ema_models, ema_gens, ema_model or net_model; it holds "
             f"{there or 'nothing'}: save the state dict among them alone"
         )
+    for name, value in state.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+            raise UserError(f"{file} holds {name} as no plain tensor of real numbers")
     state = plain_names(state)
     if any(name.startswith("shadow_params.") for name in state):
         raise UserError(
@@ -440,25 +448,11 @@ def _beside(file: Path) -> str:
     return f": it also holds {named}, which is not read; save its state dict alone" if named else ""
 
 
-def _check_archive(file: Path) -> None:
-    """Refuse a zip archive whose entries unpack to more than the file holds: torch.save stores them as they are."""
-    try:
-        # Which raises too, for an archive of several disks.
-        if not zipfile.is_zipfile(file):
-            return
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except Exception:
-        raise UserError(f"{file} is a damaged archive") from None
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError(f"{file} is a compressed archive, which torch.save does not write: it could unpack to any size")
-    declared, held = sum(entry.file_size for entry in entries), file.stat().st_size
-    if declared > held:
-        raise UserError(f"{file} declares {declared:,} bytes of content and holds {held:,}: it is damaged")
-
-
 def _chosen_average(file: Path, averages: Mapping[Any, Any], last: Any, decay: float | None) -> Any:
-    by_decay = {float(key): value for key, value in averages.items()}
+    try:
+        by_decay = {float(key): value for key, value in averages.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{file} has averages that are not told apart by their decay") from None
     if not by_decay:
         raise UserError(f"{file} has an empty dictionary of averages")
     if last is not None:

@@ -6,6 +6,7 @@ installed, ``python tests/test_fuzz.py READER`` lets libFuzzer look for them, gu
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import io
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 import realuid_fast as rf
 from realuid_fast import networks, packed, teachers
+from realuid_fast.checksums import CHECKSUM
 from realuid_fast.convert import convert, diffusers_folder, edm_pickle
 from realuid_fast.errors import UserError
 from realuid_fast.train import config, loop
@@ -61,10 +63,13 @@ def checkpoint():
 
 def network_file():
     def write(folder):
-        teachers.save(folder / "net", small_network().state_dict(), teachers.Description(network=NETWORK))
-        return (folder / "net").read_bytes()
+        state, described = small_network().state_dict(), teachers.Description(network=NETWORK, format=2)
+        teachers.save(folder / "net", state, teachers.Description(network=NETWORK))
+        # A file of before, without the checksum that keeps all damage from going any further.
+        save_file(state, str(folder / "old"), metadata={teachers.KEY: json.dumps(dataclasses.asdict(described))})
+        return [(folder / name).read_bytes() for name in ("net", "old")]
 
-    return [with_folder(write)]
+    return with_folder(write)
 
 
 def published():
@@ -364,7 +369,9 @@ def described_anew(file, network):
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     description = json.loads(header["__metadata__"][teachers.KEY])
-    header["__metadata__"][teachers.KEY] = json.dumps({**description, "network": network})
+    # As a file from before there were checksums, or as one whose writer means it.
+    del description[CHECKSUM]
+    header["__metadata__"][teachers.KEY] = json.dumps({**description, "network": network, "format": 2})
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
@@ -490,7 +497,7 @@ def test_an_archive_of_several_disks_is_a_sentence(tmp_path):
         ("base: [1]", "base must be the name"),
         ("base: {file}", "starts from itself"),
         ("run: !!python/object/apply:os.system [true]", "is not valid YAML"),
-        ("a: &a [*a]", "there is no key 'a'"),
+        ("a: &a [*a]", "run.yaml has more than 32 levels inside one another, or an alias inside itself"),
     ],
 )
 def test_configurations_that_yaml_alone_does_not_refuse(text, sentence, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import read_regular
 from ..networks.diffusers import CLASSES
 from ..teachers import Description, read_safetensors
 
@@ -25,6 +26,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
 # A last step of pure noise keeps this share of the signal of the one before: its logarithm must be finite.
 LEAST = 2.0**-10
+MOST_BYTES = 2**24  # of a file of JSON
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
@@ -62,7 +64,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
         scheduler = _json(folder / "scheduler" / "scheduler_config.json")
         try:
             *path_and_settings, predict = _path(scheduler)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{folder / 'scheduler'} has numbers that are none: {error}") from None
         path = (*path_and_settings, predict.removeprefix("-"))  # type: ignore[assignment]
         if predict.startswith("-"):
@@ -158,11 +160,13 @@ def _without_signal(settings: Mapping[str, Any]) -> list[float]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"there is no file {file}")
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(file, MOST_BYTES))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
         raise UserError(f"{file} is no JSON") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no mapping")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pickles
 from ..errors import UserError
+from ..files import check_regular
+from ..pickles import Reader
 from ..teachers import Description
 
 DEEPEST = 32  # of modules inside one another; a U-Net has five
@@ -50,6 +51,9 @@ class _ModuleList(Inert):
 class _EasyDict(dict):
     """A dictionary; what the file wants its attributes to be is dropped."""
 
+    def __init__(self) -> None:
+        """Empty: entries are added one by one, with their keys checked."""
+
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -58,7 +62,7 @@ class _NumpyType:
     """The letters of a numpy type, such as ``f8``."""
 
     def __init__(self, code: Any = "", *_: Any) -> None:
-        self.code, self.order = str(code), "<"
+        self.code, self.order = code, "<"
 
     def __setstate__(self, state: Any) -> None:
         self.order = state[1]
@@ -82,7 +86,8 @@ class _Function:
 def _persistent(meta: Any) -> Inert:
     if not isinstance(meta, Mapping):
         raise UserError("a persistent object in it is not described by a dictionary")
-    return Inert(str(meta.get("class_name", "")), meta.get("state"))
+    name = meta.get("class_name")
+    return Inert(name if isinstance(name, str) else "", meta.get("state"))
 
 
 def _numpy_scalar(kind: Any, data: Any = None) -> float | int:
@@ -95,7 +100,7 @@ def _numpy_scalar(kind: Any, data: Any = None) -> float | int:
 
 def _storage(data: Any) -> Any:
     # torch's own reader of tensors and nothing else; the bytes are a pickle of their own.
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return pickles.load(io.BytesIO(data), "a tensor's content in it")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -106,7 +111,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
         raise UserError("a tensor in it has an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     held = storage._untyped_storage
-    if 0 not in size and last >= held.nbytes() // storage.dtype.itemsize:
+    # Both: steps of 0 make any number of elements out of one.
+    if 0 not in size and max(last + 1, math.prod(size)) > held.nbytes() // storage.dtype.itemsize:
         raise UserError("a tensor in it is larger than its storage")
     return torch.empty(0, dtype=storage.dtype).set_(held, offset, size, stride)
 
@@ -121,9 +127,9 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Function(_persistent),
     ("dnnlib.util", "EasyDict"): _EasyDict,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
+    ("collections", "OrderedDict"): _Function(pickles.ordered_dict),
+    ("builtins", "set"): _Function(pickles.plain_set),
+    ("__builtin__", "set"): _Function(pickles.plain_set),
     ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
     ("torch.storage", "_load_from_bytes"): _Function(_storage),
@@ -135,11 +141,8 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-class _Reader(pickle._Unpickler):
-    """An unpickler that knows no names but :data:`ALLOWED`.
-
-    The one in Python, since the one in C takes memory by the largest number that a file gives to one of its objects.
-    """
+class _Reader(Reader):
+    """An unpickler that knows no names but :data:`ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -161,17 +164,25 @@ def read(file: Path) -> tuple[dict[str, Tensor], Description]:
         UserError: anything in the file that such a network does not have, named; nothing in it has run then either.
     """
     try:
+        check_regular(file)
         with file.open("rb") as stream:
             content = _Reader(stream).load()
     except UserError as error:
         raise UserError(f"{file} is no pickled EDM network: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception as error:
         # What a damaged pickle makes the reader trip over is of every kind.
         raise UserError(f"{file} is no pickled EDM network: {type(error).__name__} while reading it") from None
     try:
-        return _understood(content)
+        state, described = _understood(content)
+        if sum(value.nbytes for value in state.values()) > file.stat().st_size:
+            raise UserError("its parameters take more bytes than the file has")
+        return state, described
     except UserError as error:
         raise UserError(f"{file} is no EDM network that can be converted: {error}") from None
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no EDM network that can be converted: {type(error).__name__} in it") from None
 
 
 def _understood(content: Any) -> tuple[dict[str, Tensor], Description]:
@@ -209,7 +220,7 @@ def _settings(inner: Inert) -> dict[str, Any]:
         settings["dim"] = [channels, side, side]
         settings["null_label"] = bool(settings.pop("label_dropout", 0)) and bool(settings.get("label_dim"))
         out = int(settings.pop("out_channels", channels))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError("its network was built without a size or number of channels") from None
     if out != channels:
         settings["out_channels"] = out
@@ -217,11 +228,11 @@ def _settings(inner: Inert) -> dict[str, Any]:
 
 
 def _plain(key: str, value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(key, v) for v in value]
+    if isinstance(value, (list, tuple)) and all(v is None or isinstance(v, (bool, int, float, str)) for v in value):
+        return list(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UserError(f"the setting {key} of its network is neither number, text nor list")
+    raise UserError(f"the setting {key} of its network is neither number, text nor a list of them")
 
 
 def _preconditioning(outer: Inert) -> tuple[str, dict[str, Any], str]:

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, Union
+from typing import Annotated, Any, NamedTuple, TypeVar, Union
 
 import yaml
 from torch import Tensor
 
 from .. import choices, paths
 from ..errors import UserError
+from ..files import read_regular
 from ..objectives import DIVERGENCES, PRESETS, Objective
 from ..sampling import SOLVERS
 from ..teachers import Description
@@ -29,6 +30,41 @@ presets, recipes = choices.presets, choices.recipes
 T = TypeVar("T")
 # ValueError: dates and numbers that only look right, bytes that are no text. RecursionError: thousands of brackets.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+# What a configuration may have: a noise schedule of 4,000 numbers takes 4,000 nodes and 100 KB of them.
+MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_BASES = 2**20, 20_000, 32, 64
+MOST_TEXT = 10_000  # characters of one value
+MOST_THREADS = 1024  # libgomp ends the process where the system gives it no more threads
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a whole number in a configuration, both ends included."""
+
+    least: int
+    most: int
+
+    def check(self, name: str, value: int) -> None:
+        """Raises :class:`UserError` where ``value``, called ``name``, is outside."""
+        if value < self.least:
+            bound = "must not be negative" if self.least == 0 else f"must be at least {self.least}"
+        elif value > self.most:
+            bound = f"must be at most {self.most}"
+        else:
+            return
+        raise UserError(f"{name} {bound}, got {shown(value)}")
+
+
+Positive = Annotated[int, Range(1, 2**31 - 1)]
+Whole = Annotated[int, Range(0, 2**31 - 1)]
+
+
+def shown(value: object) -> str:
+    """``value`` in an error's sentence, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # of thousands of digits, which Python does not write
+        return "a longer number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)
@@ -109,7 +145,7 @@ class OptimiserConfig:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.0, 0.999)
     clip: float = 1.0
-    warmup: int = 0
+    warmup: Whole = 0
     warmup_from_zero: bool = False
     decay: str = "constant"
     floor: float = 0.0
@@ -136,8 +172,8 @@ class TeacherConfig:
     sampler_settings: dict[str, Any] = field(default_factory=dict)
     match: str | None = None
     weight: str | None = None
-    batch: int = 64
-    updates: int = 10_000
+    batch: Positive = 64
+    updates: Positive = 10_000
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(betas=(0.9, 0.999)))
     label_dropout: float = 0.0
     reduction: str = "sum"
@@ -145,7 +181,7 @@ class TeacherConfig:
     ema: tuple[float, ...] = (0.999,)
     ema_warmup: bool = True
     export: float = 0.999
-    evaluate_every: int | None = None
+    evaluate_every: Whole | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +242,7 @@ class GanConfig:
 class RegressionConfig:
     """The teacher's trajectories for ``objective: {name: regression}``: ``steps`` of a solver of ``SOLVERS``."""
 
-    steps: int = 20
+    steps: Positive = 20
     solver: str = "euler"
 
 
@@ -247,9 +283,9 @@ class DistillConfig:
     gan: GanConfig = field(default_factory=GanConfig)
     divergence: str = "reverse-kl"
     regression: RegressionConfig = field(default_factory=RegressionConfig)
-    batch: int = 64
-    updates: int = 1000
-    fake_turns: int = 5
+    batch: Positive = 64
+    updates: Positive = 1000
+    fake_turns: Positive = 5
     fake_precision: str = "float32"
     generator_precision: str = "float32"
     teacher_precision: str = "float32"
@@ -286,26 +322,26 @@ class RunConfig:
     same gradients with less memory, for one more forward pass. ``timings`` logs the time of every phase of an update.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "cpu"
     mode: str = "eager"
-    threads: int = 1
+    threads: Annotated[int, Range(0, MOST_THREADS)] = 1
     channels_last: bool = True
-    log_every: int = 10
-    sample_every: int = 0
-    evaluate_every: int = 0
-    evaluate_samples: int = 2000
+    log_every: Positive = 10
+    sample_every: Whole = 0
+    evaluate_every: Whole = 0
+    evaluate_samples: Positive = 2000
     inception: str = ""
     inception_only: bool = False
     real_split: str = "heldout"
-    teacher_steps: int = 0
-    checkpoint_every: int = 1000
-    keep: int = 2
-    accumulate: int = 1
+    teacher_steps: Whole = 0
+    checkpoint_every: Whole = 1000
+    keep: Positive = 2
+    accumulate: Positive = 1
     shard: bool = False
     offload_teacher: bool = False
     checkpoint_activations: bool = False
-    stop_after_skips: int = 100
+    stop_after_skips: Whole = 100
     tensorboard: bool = True
     progress: bool = True
     timings: bool = False
@@ -426,31 +462,84 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """A reader of plain values that stops at what no configuration has, before it builds anything.
+
+    Aliases count as what they stand for: nine aliases of nine aliases, ten times over, are a kilobyte of text and
+    billions of values.
+    """
+
+    left, most = MOST_NODES, f"has more than the {MOST_NODES:,} values that are read, aliases written out"
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.left -= 1
+        if self.left < 0:
+            raise UserError(self.most)
+        return super().compose_node(parent, index)
+
+    def get_single_node(self) -> yaml.Node | None:
+        root, left = super().get_single_node(), MOST_NODES
+        waiting = [] if root is None else [(root, 1)]
+        while waiting:
+            node, depth = waiting.pop()
+            left -= 1
+            if depth > MOST_DEPTH:
+                raise UserError(f"has more than {MOST_DEPTH} levels inside one another, or an alias inside itself")
+            if left < 0:
+                raise UserError(self.most)
+            if isinstance(node, yaml.ScalarNode):
+                if len(node.value) > MOST_TEXT:
+                    raise UserError(f"has a value of more than {MOST_TEXT:,} characters")
+                continue
+            for each in node.value:
+                waiting += [(part, depth + 1) for part in (each if isinstance(each, tuple) else (each,))]
+        return root
+
+
+def _plain_yaml(text: str) -> Any:
+    """YAML as plain values.
+
+    Raises:
+        UserError: it is longer, deeper or larger than configurations are.
+        yaml.YAMLError, ValueError, RecursionError: it is no YAML.
+    """
+    if len(text) > MOST_BYTES:
+        raise UserError(f"has more than the {MOST_BYTES:,} characters that are read")
+    return yaml.load(text, _Loader)
+
+
+def _read(source: str | Path, above: tuple[Path, ...] = (), bases: list[Path] | None = None) -> dict[str, Any]:
+    """The configuration with its bases below; ``bases`` counts the files that have been read for all of it."""
+    bases = [] if bases is None else bases
     file = CONFIGS / f"{source}.yaml" if (CONFIGS / f"{source}.yaml").is_file() else Path(source)
-    if not file.is_file():
+    if not file.exists():
         names = [*sorted(f.stem for f in CONFIGS.glob("*.yaml")), *(f"recipes/{name}" for name in recipes())]
         shipped = ", ".join(names)
         raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped})")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = _plain_yaml(read_regular(file, MOST_BYTES).decode())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except UserError as error:
+        raise UserError(f"{file} {error}") from None
     except _NOT_YAML as error:
         raise UserError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
     if file.resolve() in above:
         raise UserError(f"base: {file} starts from itself")
+    bases.append(file)
+    if len(bases) > MOST_BASES:
+        raise UserError(f"base: {bases[0]} starts from more than {MOST_BASES} configurations in all")
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a mapping of sections")
     base = content.pop("base", None)
     if base is None:
         return content
-    bases = base if isinstance(base, list) else [base]
-    if not all(isinstance(name, str) for name in bases):
-        raise UserError(f"base must be the name of a configuration, or several in a list, got {base!r}")
+    names = base if isinstance(base, list) else [base]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"base must be the name of a configuration, or several in a list, got {shown(base)}")
     below: dict[str, Any] = {}
-    for name in bases:
-        below = merge(below, _read(name, (*above, file.resolve())))
+    for name in names:
+        below = merge(below, _read(name, (*above, file.resolve()), bases))
     return merge(below, content)
 
 
@@ -463,9 +552,11 @@ def nested(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not all(parts):
             raise UserError(f"an override must read key.sub=value, got {override!r}")
         try:
-            value = yaml.safe_load(text)
+            value = _plain_yaml(text)
+        except UserError as error:
+            raise UserError(f"the value of {key} {error}") from None
         except _NOT_YAML:
-            raise UserError(f"the value of {key} is not valid YAML: {text!r}") from None
+            raise UserError(f"the value of {key} is not valid YAML: {shown(text)}") from None
         section = sections
         for part in parts[:-1]:
             section = section.setdefault(part, {})
@@ -479,13 +570,13 @@ def _fill(cls: type[T], content: Any, prefix: str) -> T:
     """The dataclass ``cls`` from a mapping; defaults where a key is missing."""
     where = prefix or "the configuration"
     if not isinstance(content, Mapping):
-        raise UserError(f"{where} must be a section with keys, got {content!r}")
-    hints = typing.get_type_hints(cls)
+        raise UserError(f"{where} must be a section with keys, got {shown(content)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in content:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f", did you mean {near[0]}" if near else f"; it takes {', '.join(hints)}"
-            raise UserError(f"there is no key '{_join(prefix, key)}' in the configuration{hint}")
+            raise UserError(f"there is no key '{_join(prefix, key):.80}' in the configuration{hint}")
     return cls(**{key: _value(hints[key], value, _join(prefix, key), cls, key) for key, value in content.items()})
 
 
@@ -496,17 +587,21 @@ def _value(hint: Any, value: Any, name: str, owner: Any, key: str) -> Any:
         defaults = asdict(factory()) if factory is not MISSING else {}
         return _fill(typing.cast(type, hint), merge(defaults, value) if isinstance(value, Mapping) else value, name)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        number = _value(inner[0], value, name, owner, key)
+        inner[1].check(name, number)
+        return number
     if origin in (Union, types.UnionType):
         return None if value is None else _value(inner[0], value, name, owner, key)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} must be a section with keys, got {value!r}")
+            raise UserError(f"{name} must be a section with keys, got {shown(value)}")
         return dict(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{name} must be a list of numbers, got {value!r}")
+            raise UserError(f"{name} must be a list of numbers, got {shown(value)}")
         if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise UserError(f"{name} must be a list of {len(inner)} numbers, got {value!r}")
+            raise UserError(f"{name} must be a list of {len(inner)} numbers, got {shown(value)}")
         return tuple(_value(inner[0], v, name, owner, key) for v in value)
     return _scalar(hint, value, name)
 
@@ -526,7 +621,7 @@ def _scalar(kind: type, value: Any, name: str) -> Any:
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"{name} must be {words[kind]}, got {value!r}")
+    raise UserError(f"{name} must be {words[kind]}, got {shown(value)}")
 
 
 def _in_parity(config: Config, content: Mapping[str, Any]) -> Config:
@@ -562,34 +657,6 @@ def _in_parity(config: Config, content: Mapping[str, Any]) -> Config:
 
 def _check(config: Config) -> None:
     run, teacher, distill = config.run, config.teacher, config.distill
-    positive = {
-        "teacher.batch": teacher.batch,
-        "teacher.updates": teacher.updates,
-        "distill.batch": distill.batch,
-        "distill.updates": distill.updates,
-        "distill.fake_turns": distill.fake_turns,
-        "distill.regression.steps": distill.regression.steps,
-        "run.log_every": run.log_every,
-        "run.keep": run.keep,
-        "run.accumulate": run.accumulate,
-        "run.evaluate_samples": run.evaluate_samples,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
-    for name in (
-        "seed",
-        "threads",
-        "sample_every",
-        "evaluate_every",
-        "teacher_steps",
-        "checkpoint_every",
-        "stop_after_skips",
-    ):
-        if getattr(run, name) < 0:
-            raise UserError(f"run.{name} must not be negative, got {getattr(run, name)}")
-    if (teacher.evaluate_every or 0) < 0:
-        raise UserError(f"teacher.evaluate_every must not be negative, got {teacher.evaluate_every}")
     one_of = {
         "run.mode": (run.mode, MODES),
         "run.real_split": (run.real_split, ("heldout", "train")),

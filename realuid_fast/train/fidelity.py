@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import choices
+from ..checksums import CHECKSUM, matches, with_checksum
 from ..data import Dataset
 from ..errors import UserError
-from ..files import replacing
+from ..files import check_regular, replacing
 from ..metrics import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
 from ..noise import NoiseStream, normal
 from ..sampling import evaluations
@@ -34,7 +35,7 @@ LABELS = choices.LABELS
 CACHE = choices.CACHE
 NEIGHBOURS = 3
 SUBSETS, SUBSET_SIZE = 100, 1000
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,17 @@ def _read(file: Path, described: str) -> Statistics | None:
     from safetensors import safe_open
 
     try:
+        check_regular(file)
         with safe_open(str(file), framework="pt") as opened:
-            if (opened.metadata() or {}).get("key") != described:
+            content = json.loads((opened.metadata() or {}).get("key", "{}"))
+            checksum = content.pop(CHECKSUM, None)
+            if json.dumps(content, sort_keys=True) != described:
                 raise ValueError("it is of another protocol")
+            if not matches(file, checksum):
+                raise ValueError("its checksum is wrong")
             tensors = {name: opened.get_tensor(name) for name in ("mean", "covariance", "features")}
         return Statistics(**tensors, count=json.loads(described)["count"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
         warnings.warn(f"{file} is damaged ({error}): its statistics are computed again", stacklevel=2)
@@ -210,13 +216,11 @@ def _read(file: Path, described: str) -> Statistics | None:
 
 
 def _write(file: Path, found: Statistics, described: str) -> None:
-    from safetensors.torch import save
-
     tensors = {name: getattr(found, name).contiguous() for name in ("mean", "covariance", "features")}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as stream:
-            stream.write(save(tensors, metadata={"key": described}))
+            stream.write(with_checksum(tensors, "key", json.loads(described)))
     except OSError as error:
         warnings.warn(f"{file} cannot be written ({error.strerror or error}): nothing is cached", stacklevel=2)
 

@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pickles
 from ..data import to_bytes
 from ..errors import UserError
+from ..files import read_regular
 from .precision import Precision
 
 FEATURES = 2048
+MOST_BYTES = 2**30  # of a file of weights; the published one has 95 MB
 # The first digits of the SHA-256 of the weights that everybody uses; they are part of the file's name.
 PUBLISHED = "6726825d"
 LIBRARY = "torch-fidelity"
@@ -100,7 +103,7 @@ class Inception:
 def _read(file: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors in a weights' file, and its SHA-256."""
     try:
-        raw = file.read_bytes()
+        raw = read_regular(file, MOST_BYTES)
     except FileNotFoundError:
         raise UserError(f"there are no Inception weights {file}: {HOW_TO_GET}") from None
     except OSError as error:
@@ -111,7 +114,9 @@ def _read(file: Path) -> tuple[dict[str, Tensor], str]:
 
             state = load(raw)
         else:
-            state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            state = pickles.load(io.BytesIO(raw), str(file))
+    except UserError as error:
+        raise UserError(f"{error}; {HOW_TO_GET}") from None
     except Exception as error:
         what = "holds more than tensors" if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise UserError(f"{file} cannot be read as a state dict ({what}): {HOW_TO_GET}") from None
