@@ -83,7 +83,7 @@ def _plain(text: str | None) -> str:
 
 def _commands() -> str:
     """The help of every command, as the command line prints it."""
-    from realuid_fast.cli import _parser as parser
+    from realuid_fast.cli.parser import parser
 
     found = parser()
     subcommands = next(a for a in found._actions if isinstance(a, argparse._SubParsersAction))

@@ -11,12 +11,14 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, couplings, data, errors, functional, noise, objectives, optim, paths, teachers
+    from . import backends, couplings, data, errors, functional, noise, objectives, optim, paths, sampling, teachers
     from .backends import backend
     from .functional import FakeGrads, GeneratorGrads, MatchingGrads, interpolate, sample_output
     from .interpolant import Interpolant
     from .losses import fake_grads, fake_loss, generator_grads, generator_loss, matching_grads, matching_loss
+    from .models import load, sample
     from .noise import NoiseStream
+    from .pictures import save_picture
 
 __version__ = "0.1.0"
 
@@ -37,13 +39,17 @@ __all__ = [
     "generator_grads",
     "generator_loss",
     "interpolate",
+    "load",
     "matching_grads",
     "matching_loss",
     "noise",
     "objectives",
     "optim",
     "paths",
+    "sample",
     "sample_output",
+    "sampling",
+    "save_picture",
     "teachers",
 ]
 
@@ -54,6 +60,9 @@ _HOMES = {
     "Interpolant": "interpolant",
     "NoiseStream": "noise",
     "backend": "backends",
+    "load": "models",
+    "sample": "models",
+    "save_picture": "pictures",
     **dict.fromkeys(("FakeGrads", "GeneratorGrads", "MatchingGrads", "interpolate", "sample_output"), "functional"),
 }
 

@@ -43,7 +43,7 @@ class Description:
     ``network`` is what :func:`realuid_fast.networks.build` takes; ``data`` what :func:`realuid_fast.data.load` takes.
     ``path`` and ``path_settings`` are what :func:`realuid_fast.paths.build` takes, ``predict`` one of its predictions.
     ``t_start`` is a student's start time and ``times`` those of its further steps (see
-    :class:`realuid_fast.train.generator.Generator`), ``teacher`` what it was distilled from. ``decay`` is that of the
+    :class:`realuid_fast.generator.Generator`), ``teacher`` what it was distilled from. ``decay`` is that of the
     average which the file holds, 0 for the last weights, None where nobody said.
     """
 

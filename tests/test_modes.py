@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from realuid_fast import data, paths, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.generator import Generator
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
 from realuid_fast.train import modes
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.generator import Generator
 from realuid_fast.train.modes import WARM_UP, Captured
 
 POINTS = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}

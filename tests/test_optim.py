@@ -10,8 +10,8 @@ from torch import nn
 
 import realuid_fast as rf
 from realuid_fast.errors import UserError
+from realuid_fast.generator import frozen_view
 from realuid_fast.optim import FlatParameters, FusedAdam, Optimiser
-from realuid_fast.train.generator import frozen_view
 
 BACKENDS = [row.name for row in rf.backends.report() if row.name in ("torch", "cpp") and row.why_not is None]
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)

@@ -19,18 +19,19 @@ import realuid_fast as rf
 from realuid_fast import data, functional, paths, sampling, teachers
 from realuid_fast.couplings import couple
 from realuid_fast.errors import UserError
+from realuid_fast.generator import Generator, _key, frozen_view
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
+from realuid_fast.pictures import grid, picture
 from realuid_fast.sampling import starting, state_from, step_at
 from realuid_fast.train import checkpoint, loop
 from realuid_fast.train import config as configs
 from realuid_fast.train.batches import Batches
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.evaluate import sampler
-from realuid_fast.train.generator import Generator, _key, frozen_view
 from realuid_fast.train.jobs import distiller as distiller_of
 from realuid_fast.train.jobs import free_cores, resolve, train
-from realuid_fast.train.logging import CsvLog, Events, convergence_plot, grid, picture, read_csv
+from realuid_fast.train.logging import CsvLog, Events, convergence_plot, read_csv
 from realuid_fast.train.measure import Measure, evaluation_noise, generate
 from realuid_fast.train.meters import Fetched, Meters
 from realuid_fast.train.phases import Phases

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .. import __version__, data, teachers
+from .. import __version__, data, models
 from ..errors import UserError
-from ..teachers import SHIPPED, Model
+from ..teachers import Model
 from ..train import evaluate as evaluation
 from ..train.measure import Measure
 
@@ -35,15 +35,7 @@ def command_line(arguments: argparse.Namespace) -> str:
 
 def model(source: str) -> Model:
     """A student or teacher: a file, a finished run's folder, or a shipped name."""
-    if source in SHIPPED:
-        return teachers.load_teacher(source)
-    place = Path(source)
-    if not place.is_dir():
-        return teachers.load(place)
-    for role in teachers.ROLES[::-1]:
-        if (place / f"{role}.safetensors").is_file():
-            return teachers.load(place / f"{role}.safetensors")
-    raise UserError(f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?")
+    return models.open_model(source)
 
 
 def shape(model: Model) -> tuple[int, ...]:

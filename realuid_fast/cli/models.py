@@ -15,13 +15,13 @@ from .. import convert as conversion
 from .. import data
 from ..errors import UserError
 from ..noise import NoiseStream, normal
+from ..pictures import picture, save_png
 from ..sampling import needs_endpoint
 from ..teachers import SHIPPED, Model
 from ..train import config as configs
 from ..train import evaluate as evaluation
 from ..train import fidelity
 from ..train.inception import HOW_TO_GET, Inception
-from ..train.logging import picture, save_png
 from ..train.measure import Measure, class_by_class, generate
 from . import common
 

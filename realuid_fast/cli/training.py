@@ -11,13 +11,14 @@ from pathlib import Path
 from .. import data, teachers
 from ..errors import UserError
 from ..files import replacing
+from ..pictures import picture, save_png
 from ..teachers import Model
 from ..train import compare as comparison
 from ..train import config as configs
 from ..train import distributed, jobs, plan
 from ..train import evaluate as evaluation
 from ..train.jobs import free_cores, resolve
-from ..train.logging import picture, read_csv, save_png
+from ..train.logging import read_csv
 from ..train.loop import plot_distances
 from ..train.measure import evaluation_noise, generate
 from ..train.teacher import SAMPLING_STEPS

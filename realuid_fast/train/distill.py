@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import functional as rf
 from ..data import Dataset
 from ..errors import UserError
+from ..generator import Generator, frozen_view
 from ..networks import build
 from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
@@ -26,7 +27,6 @@ from . import distributed, modes, precision, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw, picked
 from .config import Config
 from .discriminator import Judged, softplus_term
-from .generator import Generator, frozen_view
 from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases

@@ -13,9 +13,9 @@ from torch import Tensor
 from .. import choices
 from ..errors import UserError
 from ..files import replacing
+from ..generator import Generator
 from ..sampling import evaluations, integrate, needs_endpoint
 from ..teachers import Model
-from .generator import Generator
 from .measure import Distances, Measure, Sampler, evaluation_noise, generate
 
 STEPS = choices.TEACHER_STEPS

@@ -28,13 +28,14 @@ from ..errors import NotWritten, UserError
 from ..files import is_own, make_folder, new_part, part_of, remove, replacing
 from ..noise import NoiseStream
 from ..optim import Optimiser
+from ..pictures import picture, save_png
 from ..streams import Tolerant
 from . import config as configs
 from . import distributed, memory, sharding
 from .checkpoint import Checkpoints, clear, clear_half_written
 from .config import Config
 from .lock import LOCK, Lock
-from .logging import CsvLog, Events, convergence_plot, picture, read_csv, save_png
+from .logging import CsvLog, Events, convergence_plot, read_csv
 from .measure import Measure, evaluation_noise, generate
 from .meters import Fetched, Meters
 from .phases import Phases

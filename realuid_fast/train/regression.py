@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import functional as rf
 from ..data import Dataset
 from ..errors import UserError
+from ..generator import Generator, frozen_view
 from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
@@ -29,7 +30,6 @@ from ..teachers import Description, Model
 from . import distributed, modes, precision
 from .batches import endpoints_to_draw, labels_to_draw, picked
 from .config import Config
-from .generator import Generator, frozen_view
 from .meters import Meters
 from .phases import Phases
 from .precision import Precision

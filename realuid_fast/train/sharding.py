@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..generator import frozen_view
 from ..optim import is_sharded
 from . import distributed
 from .checkpoint import Rows, rows_of
-from .generator import frozen_view
 
 
 def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import functional as rf
-from ..errors import UserError
-from ..paths import COLUMNS, Path
-from ..sampling import LINEAR, arguments, default_start, ends, starting, state_from, step_at, step_from
+from . import functional as rf
+from .errors import UserError
+from .paths import COLUMNS, Path
+from .sampling import LINEAR, arguments, default_start, ends, starting, state_from, step_at, step_from
 
 
 class Generator(nn.Module):

@@ -1,0 +1,172 @@
+"""Finished networks as objects: load one by its file, its run's folder or a shipped name, and draw samples from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import teachers
+from .errors import UserError
+from .generator import Generator
+from .noise import NoiseStream, normal
+from .sampling import SOLVERS, integrate, needs_endpoint
+from .teachers import ROLES, SHIPPED, Model
+
+STEPS = 100  # of a teacher, where none are given
+
+
+class Loaded:
+    """A student or a teacher that is called with noise: ``model(z, labels)`` are samples like ``z``.
+
+    Attributes:
+        net: the network, in evaluation mode, without gradients.
+        description: what its file says about it.
+        shape: the shape of one sample.
+        classes: the number of classes, 0 for an unconditional network.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.net, self.description = model.net.requires_grad_(False), model.description
+        self._path, self._predict = self.description.interpolant(), self.description.predict
+        network = self.description.network
+        self.shape: tuple[int, ...] = tuple(network.get("dim", network.get("shape", (2,))))
+        self.classes = int(getattr(model.net, "num_classes", 0) or 0)
+        self._student: Callable[..., Tensor] | None = None
+        if self.is_student:
+            start = (self.description.t_start, self._path, self._predict, self.description.times)
+            self._student = Generator(self.net, *start)
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it makes its samples in its own one or few steps; a teacher takes ``steps`` of a solver."""
+        return self.description.role == "student"
+
+    def to(self, device: torch.device | str) -> Loaded:
+        """The same object with its network on ``device``."""
+        self.net.to(device)
+        if isinstance(self._student, Generator):
+            self._student.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        endpoint: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Samples from noise.
+
+        Args:
+            z: standard normal noise ``(B, *shape)``.
+            labels: ``(B,)`` int64, for a class-conditional network.
+            endpoint: ``y`` like ``z``, for a path with two endpoints.
+            steps, solver, guidance: a teacher's, see :func:`realuid_fast.sampling.integrate`; 100 Euler steps where
+                not given. A student has none of them.
+
+        Raises:
+            UserError: noise, labels or an endpoint that do not fit, or a teacher's setting given to a student.
+        """
+        if z.shape[1:] != self.shape:
+            raise UserError(f"z must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
+        if self.classes and (labels is None or labels.shape != z.shape[:1]):
+            raise UserError(f"labels must be given, one for each of the {len(z)} samples: 0 to {self.classes - 1}")
+        if self._student is None:
+            return integrate(
+                self.net, z, STEPS if steps is None else steps, solver or "euler", labels, path=self._path,
+                predict=self._predict, endpoint=endpoint, guidance=guidance,
+            )  # fmt: skip
+        if steps is not None or solver is not None or guidance != 1.0:
+            raise UserError("steps, solver and guidance are a teacher's: a student makes its samples in its own steps")
+        return self._student(z, labels, endpoint)
+
+
+def load(source: str | Path) -> Loaded:
+    """A student or a teacher from a ``.safetensors`` file, a finished run's folder, or a shipped name (``"digits"``).
+
+    ``load("student.safetensors")(z, labels)`` are samples. Nothing is downloaded, and no code in a file runs.
+
+    Raises:
+        UserError: a file that cannot be read or used, or a folder without a finished network.
+    """
+    return Loaded(open_model(source))
+
+
+def open_model(source: str | Path) -> Model:
+    """What :func:`load` wraps: the network with its description."""
+    if str(source) in SHIPPED:
+        return teachers.load_teacher(str(source))
+    place = Path(source)
+    if not place.is_dir():
+        return teachers.load(place)
+    for role in ROLES[::-1]:
+        if (place / f"{role}.safetensors").is_file():
+            return teachers.load(place / f"{role}.safetensors")
+    raise UserError(f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?")
+
+
+def sample(
+    model: Loaded | str | Path,
+    count: int,
+    *,
+    labels: Tensor | int | None = None,
+    endpoint: Tensor | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    solver: str | None = None,
+    guidance: float = 1.0,
+    batch: int = 500,
+) -> Tensor:
+    """``count`` samples ``(count, *shape)`` on the CPU, made ``batch`` at a time where the network lies.
+
+    Args:
+        model: what :func:`load` returns, or what it takes.
+        labels: ``(count,)`` int64, or one class for all samples; classes in turn where not given.
+        endpoint: ``(count, *shape)``, for a path with two endpoints.
+        seed: of the noise; the same samples on every backend within 1e-4 of their noise.
+        steps, solver, guidance: a teacher's, as for :class:`Loaded`.
+
+    Raises:
+        UserError: a number out of range, or tensors that do not fit.
+    """
+    made = model if isinstance(model, Loaded) else load(model)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"count must be a whole number of at least 1, got {count!r}")
+    if solver is not None and solver not in SOLVERS:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    chosen = _labels(made.classes, count, labels)
+    if needs_endpoint(made.net, made.description.interpolant()) and (endpoint is None or len(endpoint) != count):
+        raise UserError(f"endpoint must be given, {count} rows: the model restores one endpoint of a bridge")
+    device = next(made.net.parameters()).device
+    z = normal(NoiseStream(seed, device).next_key(), torch.empty(count, *made.shape, device=device))
+
+    parts = []
+    for i in range(0, count, batch):
+        rows = slice(i, i + batch)
+        given = [None if t is None else t[rows].to(device) for t in (chosen, endpoint)]
+        parts.append(made(z[rows], *given, steps=steps, solver=solver, guidance=guidance).cpu())
+    return torch.cat(parts)
+
+
+def _labels(classes: int, count: int, labels: Tensor | int | None) -> Tensor | None:
+    """``(count,)`` labels from those given, from one class, or class by class; None for an unconditional network."""
+    if not classes:
+        if labels is not None:
+            raise UserError("labels must not be given: the model is unconditional")
+        return None
+    if labels is None:
+        return torch.arange(count) % classes
+    if not isinstance(labels, Tensor):
+        if not 0 <= labels < classes:
+            raise UserError(f"labels must name one of the model's {classes} classes, got {labels}")
+        return torch.full((count,), labels)
+    if labels.shape != (count,):
+        raise UserError(f"labels must have shape ({count},), not {tuple(labels.shape)}")
+    return labels
