@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ if importlib.util.find_spec("bench") is None:
 from bench.gpu import __main__ as suite
 from bench.gpu import kernels, steps
 from bench.report import OURS
+from realuid_fast.train.modes import MODES
 
 
 def test_dry_run_goes_everywhere_and_has_no_figures(tmp_path, capfd):
@@ -48,6 +50,17 @@ def test_dry_run_goes_everywhere_and_has_no_figures(tmp_path, capfd):
     said = capfd.readouterr().out
     assert said.rstrip().endswith((tmp_path / "gpu.md").read_text().rstrip())
     assert "A dry run on the CPU: no figures." in said
+
+
+def test_the_measured_networks_are_those_that_the_results_describe():
+    """Students without dropout; and the first of our rows is a mode that a run can have."""
+    config, _, teacher = steps.PROBLEMS["cifar10"].make()
+    assert config.distill.dropout == 0
+    said = " ".join((Path(steps.__file__).parents[1] / "results" / "README.md").read_text().split())
+    assert "head width 64, dropout 0 as the recipe distils it" in said
+    assert (teacher.net.num_channels, teacher.net.dim) == (128, (3, 32, 32))
+    assert next(way for way in steps.WAYS if way.name.startswith(OURS)).mode == "graphs-eager"
+    assert {way.mode for way in steps.WAYS} == set(MODES)
 
 
 def test_a_section_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from realuid_fast import functional, streams, teachers
+from realuid_fast import backends, functional, streams, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.files import part_of, replacing
 from realuid_fast.networks import build
@@ -1009,6 +1009,44 @@ def test_activations_are_counted_once_and_without_the_parameters():
     left = RuntimeError("the capture of a graph has become invalid")
     left.__context__ = torch.OutOfMemoryError("CUDA out of memory")
     assert memory.is_exhausted(left)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes.",
+        "no memory for images like those of x",
+        "could not create a primitive",
+        "could not create a primitive descriptor for a convolution forward propagation primitive",
+        "std::bad_alloc",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_memory_that_does_not_suffice_is_known_by_what_libraries_say(words):
+    assert memory.is_exhausted(RuntimeError(words))
+
+
+def test_the_packages_operators_are_known_when_they_find_no_memory():
+    """The real operator, in a process with 30 MB of memory more than it has, is asked for images of 67 MB."""
+    if not backends.compiled(torch.device("cpu")):
+        pytest.skip("the C++ extension was not built")
+    x = torch.randn(64, 64, 64, 64).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 64, 3, 3)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 30 * 2**20,) * 2)
+            torch.ops.realuid_fast.conv3x3.default(x, weight, None)
+        except RuntimeError as error:
+            code = 0 if "no memory for" in str(error) and memory.is_exhausted(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_clock_that_is_set_back_changes_nothing(run, monkeypatch):

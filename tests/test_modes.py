@@ -4,7 +4,9 @@ CUDA graphs are emulated: a tape of the operators that a turn dispatched, replay
 whatever the turn did on the host is frozen at what it was.
 """
 
+import contextlib
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from realuid_fast.errors import UserError
 from realuid_fast.generator import Generator
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
+from realuid_fast.train import distill as distill_module
 from realuid_fast.train import modes
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.modes import WARM_UP, Captured
@@ -180,6 +183,87 @@ def test_compiled_follows_the_eager_trajectory(settings):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_graphs_of_eager_networks_are_a_mode(monkeypatch):
+    """The turns are captured, nothing is compiled, and no number changes."""
+    recorder = TapeRecorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_module, "CudaRecorder", lambda *_: recorder)
+        patch.setattr(modes, "why_not", lambda *_: None)
+        patch.setattr(modes, "compiled", lambda _: pytest.fail("a network was compiled"))
+        trainer = distiller(mode="graphs-eager")
+    rows, parameters = trajectory(trainer, WARM_UP + 2)
+    assert len(recorder.captured) == 3
+    expected, expected_parameters = trajectory(distiller(), WARM_UP + 2)
+    assert rows == expected
+    assert all(map(torch.equal, parameters, expected_parameters))
+    # No compiler is needed for it.
+    monkeypatch.setattr(modes.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert modes.why_not("graphs-eager", "cuda") is None
+    assert "needs the triton package" in modes.why_not("graphs", "cuda")
+
+
+class FakeGraphs:
+    """Stands for ``torch.cuda``'s graphs: which pool each capture used, and what generators a graph was told of.
+
+    Like torch's allocator it refuses a pool whose graphs are all gone.
+    """
+
+    def __init__(self, monkeypatch):
+        self.pools, self.told, self.alive = [], [], weakref.WeakKeyDictionary()
+        self.handles = itertools.count()
+        fakes = {
+            "Stream": lambda _: None,
+            "graph_pool_handle": lambda: next(self.handles),
+            "CUDAGraph": lambda: FakeGraph(self.told),
+            "graph": self.graph,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        if pool in self.pools and pool not in self.alive.values():
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self.pools.append(pool)
+        self.alive[graph] = pool
+        yield
+
+
+class FakeGraph:
+    def __init__(self, told):
+        self.told = told
+
+    def register_generator_state(self, generator):
+        self.told.append(generator)
+
+    def replay(self):
+        pass
+
+
+def test_each_generation_of_graphs_has_a_pool_of_its_own(monkeypatch):
+    """torch refuses to capture into a pool that only a kept result is left of."""
+    fake, recorder = FakeGraphs(monkeypatch), modes.CudaRecorder(torch.device("cuda"))
+    turns = [Captured(dict, recorder, warm_up=0) for _ in range(3)]
+    for _ in range(2):
+        for turn in turns:
+            turn()
+        for turn in turns:
+            turn.reset()
+    first, second = fake.pools[0], fake.pools[3]
+    assert first != second
+    assert fake.pools == [first] * 3 + [second] * 3
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_graph_is_told_of_generators_where_torch_asks_for_it(monkeypatch, told):
+    """From torch 2.14 on telling it does nothing but warn, and will be an error."""
+    fake, generator = FakeGraphs(monkeypatch), torch.Generator()
+    monkeypatch.setattr(modes, "_TOLD", told)
+    modes.CudaRecorder(torch.device("cuda"), [generator]).capture(dict)
+    assert fake.told == [generator] * told
+
+
 def test_many_compiled_networks_of_one_class():
     """torch.compile counts its variants by code, of which it allows eight."""
     nets = [torch.nn.Linear(size, 1) for size in range(1, 12)]
@@ -200,9 +284,10 @@ def test_a_generator_of_several_steps_compiles_on_a_path_that_is_a_table():
 
 
 def test_modes_that_cannot_be_had_are_refused(monkeypatch):
-    with pytest.raises(UserError, match=r"run.mode graphs cannot be had on cpu: it needs a CUDA device"):
-        distiller(mode="graphs")
-    with pytest.raises(UserError, match=r"run\.mode must be one of eager, compiled, graphs; got 'fast'"):
+    for mode in ("graphs", "graphs-eager"):
+        with pytest.raises(UserError, match=rf"run.mode {mode} cannot be had on cpu: it needs a CUDA device"):
+            distiller(mode=mode)
+    with pytest.raises(UserError, match=r"run\.mode must be one of eager, compiled, graphs, graphs-eager; got 'fast'"):
         distiller(mode="fast")
     monkeypatch.setattr(modes.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match=r"run.mode compiled cannot be had on cpu: torch.compile needs a C\+\+ comp"):

@@ -246,6 +246,35 @@ def test_a_slow_machine_measures_less_and_says_so(monkeypatch):
     assert found.measured.remark.startswith("in place of 8: the batch does not fit into the free memory")
 
 
+@pytest.mark.parametrize(("most", "tried", "measured"), [(8, [8], 8), (4, [8, 4], 4)])
+def test_on_a_gpu_the_largest_batch_that_should_fit_is_the_one_that_is_warmed(monkeypatch, most, tried, measured):
+    """There every size is compiled anew, which takes minutes: the others are left alone."""
+    made = []
+
+    class Updates:
+        def __init__(self, batch):
+            made.append(batch)
+            self.batch = batch
+
+        def update(self):
+            if self.batch > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = configured("run.mode=graphs", "run.device=cuda")
+    what = plan.make("distill", configured(), steps=0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
+    monkeypatch.setattr(plan, "_timed", lambda trainer, device: 0.5)
+    found = plan._measure(what, Updates, config, 20, 120.0)
+    assert made == tried
+    assert (found.batch, found.updates, found.seconds) == (measured, 20, 0.5)
+    # What the plan itself says does not fit is not tried.
+    made.clear()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: sum(what.memory.values()) - 1)
+    assert plan._measure(what, Updates, config, 20, 120.0).batch == made[0] == 4
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    assert plan._measure(what, Updates, config, 20, 120.0).batch == 1
+
+
 def test_what_the_device_does_not_have_is_not_guessed():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

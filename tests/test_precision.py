@@ -1,6 +1,8 @@
 """Precision of a turn: what half precision does to either turn's gradient, the scaled seed, and the tripwire."""
 
+import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -66,6 +68,77 @@ def test_a_scaled_seed_changes_no_bit_in_float32(exact):
     scaled = gradients(trainer)
     assert torch.equal(scaled["generator"], exact["generator"])
     assert torch.equal(scaled["fake"], exact["fake"])
+
+
+FLAGS = (
+    torch.backends,
+    torch.backends.cudnn,
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,
+)
+
+
+def flags():
+    """The newer settings, and the older ones where torch lets them be read."""
+
+    def older(read):
+        with contextlib.suppress(RuntimeError):
+            return read()
+
+    reads = (lambda: torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision)
+    return [each.fp32_precision for each in FLAGS], [older(read) for read in reads]
+
+
+@pytest.fixture
+def settings_of_torch():
+    """torch's settings are those of the whole process: put back afterwards."""
+    (generic, *_), _ = flags()
+    yield
+    torch.backends.fp32_precision = generic
+    torch.backends.cudnn.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("name", ["float32", "tf32"])
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (None, None),
+        ("cuda.matmul.fp32_precision", "tf32"),
+        ("cuda.matmul.fp32_precision", "ieee"),
+        ("cudnn.conv.fp32_precision", "ieee"),
+        ("cudnn.fp32_precision", "tf32"),
+        ("fp32_precision", "ieee"),
+        ("fp32_precision", "tf32"),
+        ("cuda.matmul.allow_tf32", True),
+        ("cudnn.allow_tf32", False),
+        ("medium", None),
+    ],
+)
+def test_a_callers_settings_are_respected_by_whichever_names_they_were_given(settings_of_torch, place, value, name):
+    """A turn has its own arithmetic, in both kinds of torch's switches; afterwards the caller's hold again."""
+    if place == "medium":
+        torch.set_float32_matmul_precision(place)
+    elif place is not None:
+        *path, last = place.split(".")
+        setattr(functools.reduce(getattr, path, torch.backends), last, value)
+    before, wanted = flags(), "tf32" if name == "tf32" else "ieee"
+    for _ in range(2):
+        with Precision(name, torch.device("cuda")).turn():
+            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == wanted
+            assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (name == "tf32")
+            assert torch.get_float32_matmul_precision() == ("high" if name == "tf32" else "highest")
+        assert flags()[0] == before[0]
+        for older, was in zip(flags()[1], before[1], strict=True):
+            assert was is None or older == was
+    if place == "fp32_precision":
+        # What was left to the setting for all of torch still is.
+        torch.backends.fp32_precision = other = "tf32" if value == "ieee" else "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == other
 
 
 def test_an_overflow_is_skipped():

@@ -14,7 +14,7 @@ from torch import nn
 from realuid_fast.optim import Optimiser
 from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.modes import WARM_UP
+from realuid_fast.train.modes import WARM_UP, captures, compiles
 
 from ..published import Published
 from ..report import OURS, Row
@@ -29,24 +29,23 @@ TINY = replace(PROBLEMS["digits"], shape=(1, 8, 8), distill={"ema": (0.9,), "exp
 
 @dataclass(frozen=True)
 class Way:
-    """One way of making an update: whose trainer, with which settings, and whether captured afterwards."""
+    """One way of making an update: whose trainer, with which settings and ``run.mode``."""
 
     name: str
     distill: dict[str, Any] | None = None  # None for the algorithm as published
     mode: str = "eager"
-    capture: bool = False
     autocast: bool = False
 
 
 # The most telling first, what needs a compiler last: time may run out. Compiled code is found again in torch's cache.
 WAYS = (
     Way("as published, eager float32 (torch's defaults: TF32 convolutions)"),
-    Way(f"{OURS}, graphs of eager networks, bf16 and fp16 turns", HALF, capture=True),
+    Way(f"{OURS}, graphs of eager networks, bf16 and fp16 turns", HALF, mode="graphs-eager"),
     Way("as published, eager under bf16 autocast", autocast=True),
     Way(f"{OURS}, eager, bf16 and fp16 turns", HALF),
     Way(f"{OURS}, eager, float32", {}),
     Way(f"{OURS}, compiled, bf16 and fp16 turns", HALF, mode="compiled"),
-    Way(f"{OURS}, graphs, bf16 and fp16 turns", HALF, mode="compiled", capture=True),
+    Way(f"{OURS}, graphs, bf16 and fp16 turns", HALF, mode="graphs"),
 )
 
 
@@ -140,7 +139,10 @@ def _trainer(
     device: Device, way: Way, batch: int
 ) -> tuple[Distiller | Published, contextlib.AbstractContextManager[Any]]:
     config, dataset, teacher = _problem(device, batch).make()
-    run = replace(config.run, device=str(device.device), mode=way.mode)
+    # A dry run's device has no graphs: a recorder of its own stands for them.
+    dry = device.dry and captures(way.mode)
+    mode = ("compiled" if compiles(way.mode) else "eager") if dry else way.mode
+    run = replace(config.run, device=str(device.device), mode=mode)
     if way.distill is None:
         published = Published(replace(config, run=run), dataset, teacher)
         kind = device.device.type
@@ -149,8 +151,8 @@ def _trainer(
         return published, rounded if way.autocast else contextlib.nullcontext()
     changed = configs.merge(configs.to_mapping(replace(config, run=run)), {"distill": way.distill})
     distiller = Distiller(configs.from_mapping(changed), dataset, teacher)
-    if way.capture:
-        distiller.capture(device.recorder() if device.dry else None)
+    if dry:
+        distiller.capture(device.recorder())
     return distiller, contextlib.nullcontext()
 
 
@@ -158,7 +160,7 @@ def _measure(device: Device, way: Way, batch: int, deadline: Deadline) -> Row:
     trainer, context = _trainer(device, way, batch)
     with context:
         # Until its turns are captured where they are to be.
-        for _ in range(1 if device.dry else WARM_UP + 2 if way.capture else 2):
+        for _ in range(1 if device.dry else WARM_UP + 2 if captures(way.mode) else 2):
             trainer.update()
         return _figures(device, trainer, deadline)
 

@@ -22,7 +22,7 @@ from ..files import read_regular
 from ..objectives import DIVERGENCES, PRESETS, Objective
 from ..sampling import SOLVERS
 from ..teachers import Description
-from .modes import MODES
+from .modes import MODES, captures
 from .precision import PRECISIONS
 
 CONFIGS = choices.CONFIGS
@@ -306,8 +306,9 @@ class RunConfig:
     """What a run does besides training: seeds, device, threads, logs, checkpoints. Intervals are updates, 0 for never.
 
     ``parity`` follows the published procedure step for step: it sets :data:`PARITY` over whatever is configured.
-    ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile) or ``graphs``
-    (on top of that each turn one CUDA graph), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
+    ``mode`` is how the turns of ``distill`` run: ``eager``, ``compiled`` (networks through torch.compile), ``graphs``
+    (on top of that each turn one CUDA graph) or ``graphs-eager`` (each turn one CUDA graph of the networks as they are,
+    with nothing to compile), teachers train eagerly; ``threads`` is torch's CPU thread count, 0 to
     leave it; ``inception`` is a file of Inception weights, in whose features images are then evaluated, against the
     ``real_split`` ``heldout`` or ``train``; ``inception_only`` says that no other features will do, so that a run
     without that file is not evaluated, and says so at its start;
@@ -670,15 +671,15 @@ def _check(config: Config) -> None:
     for name, (word, words) in one_of.items():
         if word not in words:
             raise UserError(f"{name} must be one of {', '.join(words)}; got {word!r}")
-    if run.accumulate > 1 and run.mode == "graphs":
-        raise UserError("run.accumulate must be 1 with run.mode graphs: a graph holds one whole turn")
+    if run.accumulate > 1 and captures(run.mode):
+        raise UserError(f"run.accumulate must be 1 with run.mode {run.mode}: a graph holds one whole turn")
     for name in ("shard", "offload_teacher"):
         if getattr(run, name) and run.mode != "eager":
             raise UserError(f"run.{name} must be false with run.mode {run.mode}: only eager turns bring parts together")
-    if run.checkpoint_activations and run.mode == "graphs":
+    if run.checkpoint_activations and captures(run.mode):
         raise UserError(
-            "run.checkpoint_activations must be false with run.mode graphs: a block that runs again takes its random "
-            "state from the host, which a graph does not see"
+            f"run.checkpoint_activations must be false with run.mode {run.mode}: a block that runs again takes its "
+            "random state from the host, which a graph does not see"
         )
     if run.checkpoint_activations and run.shard:
         raise UserError(

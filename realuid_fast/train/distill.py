@@ -179,13 +179,13 @@ class Distiller:
             names += ["discriminator loss", "adversarial loss"]
         self.meters = Meters(names, self.device)
         self.phases = Phases(config.run.timings, self.device)
-        compiled: Callable[[Any], Callable[..., Any]] = modes.compiled if self.mode != "eager" else lambda net: net
+        compiled: Callable[[Any], Callable[..., Any]] = modes.compiled if modes.compiles(self.mode) else lambda net: net
         self._run_generator, self._run_fake = compiled(self.generator), compiled(self.judged)
         self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
         self._generate: Turn = self._generate_rows
         self._fake_step: Turn = self._fake_step_plain
         self._generator_step: Turn = self._generator_step_plain
-        if self.mode == "graphs":
+        if modes.captures(self.mode):
             self.capture()
         self.description = Description(
             network=described.network,

@@ -38,6 +38,7 @@ from .lock import LOCK, Lock
 from .logging import CsvLog, Events, convergence_plot, read_csv
 from .measure import Measure, evaluation_noise, generate
 from .meters import Fetched, Meters
+from .modes import captures, compiles
 from .phases import Phases
 
 # What a run writes, and so what --overwrite may remove.
@@ -518,8 +519,8 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
             traceback.clear_frames(held.__traceback__)
             held = held.__context__
         what = memory.advice(trainer.network, trainer.batch, trainer.parts, trainer.rows, shape, trainer.device)
-        if "run.accumulate" in what and getattr(trainer, "mode", "") == "graphs":
-            what += " (and run.mode=compiled: a graph takes a batch whole)"
+        if "run.accumulate" in what and captures(mode := getattr(trainer, "mode", "")):
+            what += f" (and run.mode={'compiled' if compiles(mode) else 'eager'}: a graph takes a batch whole)"
     else:
         return
     checkpoints.close()

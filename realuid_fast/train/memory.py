@@ -14,6 +14,20 @@ from ..networks.recompute import recompute
 from ..optim import is_sharded
 from ..sampling import arguments, takes_endpoint
 
+# What allocations without an error class of their own say when they fail.
+_EXHAUSTED = (
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",  # torch's CPU allocator, elsewhere than on Linux
+    "no memory for",  # this package's operators
+    "std::bad_alloc",  # C++
+    "could not create a primitive",  # oneDNN, which says no more; a primitive's descriptor too
+    "could not create a memory",
+    "could not execute a primitive",
+    "out of memory",  # CUDA and its libraries
+    "ALLOC_FAILED",  # cuBLAS, cuSOLVER, cuDNN
+    "ALLOCATION_FAILED",  # cuDNN from version 9 on
+)
+
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether an error is an allocation that failed, on whatever device, or was raised in the wake of one.
@@ -22,9 +36,7 @@ def is_exhausted(error: BaseException) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The CPU's allocator has no class of its own, nor have the workspaces of CUDA's libraries.
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _EXHAUSTED):
         return True
     return error.__context__ is not None and is_exhausted(error.__context__)
 

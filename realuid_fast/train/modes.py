@@ -1,4 +1,4 @@
-"""How a turn runs: as it is written (eager), with compiled networks, or captured whole as a CUDA graph on top of that.
+"""How a turn runs: as it is written or with compiled networks, and in either way call by call or as one CUDA graph.
 
 A turn is a function without arguments over tensors that stay where they are. It reads nothing on the host, draws its
 noise from a key stream whose state is on the device and its times and labels from generators that the graph advances;
@@ -11,17 +11,31 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-MODES = ("eager", "compiled", "graphs")
+MODES = ("eager", "compiled", "graphs", "graphs-eager")
 # Plain calls before a capture: they compile kernels, choose algorithms and settle the optimiser's state.
 WARM_UP = 3
 
+# From torch 2.14 on a graph finds the generators that it draws from itself, and telling it of them only warns.
+_TOLD = torch.torch_version.TorchVersion(torch.__version__) < "2.14"
+
 Turn = Callable[[], dict[str, Tensor]]
+
+
+def compiles(mode: str) -> bool:
+    """Whether a mode's networks go through torch.compile."""
+    return mode in ("compiled", "graphs")
+
+
+def captures(mode: str) -> bool:
+    """Whether a mode captures each turn as a CUDA graph."""
+    return mode in ("graphs", "graphs-eager")
 
 
 def why_not(mode: str, device: torch.device | str) -> str | None:
@@ -32,10 +46,10 @@ def why_not(mode: str, device: torch.device | str) -> str | None:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "torch finds no GPU"
-        if importlib.util.find_spec("triton") is None:
+        if compiles(mode) and importlib.util.find_spec("triton") is None:
             return "torch.compile needs the triton package for it"
         return None
-    if mode == "graphs":
+    if captures(mode):
         return "it needs a CUDA device"
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     if not any(map(shutil.which, (compiler.split()[0], "g++", "clang++"))):
@@ -64,11 +78,13 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures turns as CUDA graphs on one stream and in one memory pool.
+    """Captures turns as CUDA graphs on one stream, and those that live at the same time in one memory pool.
 
     Sharing the pool lets a turn use what another has freed. It asks that captured turns never run at the same time,
     that they are replayed in the order in which they were captured, and that what one hands to a later one stays
-    referenced; :class:`Captured` keeps its results.
+    referenced; :class:`Captured` keeps its results. When all graphs of a pool are gone, the next capture takes a new
+    pool: torch refuses to capture into a pool without graphs while a tensor in it is still alive, as a result that a
+    caller has kept is.
 
     Args:
         device: a CUDA device.
@@ -79,6 +95,7 @@ class CudaRecorder:
         self._device, self._generators = device, tuple(generators)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def run(self, turn: Turn) -> dict[str, Tensor]:
         """Call ``turn`` as it is, on the stream that captures it later, in order with the current stream."""
@@ -91,9 +108,13 @@ class CudaRecorder:
 
     def capture(self, turn: Turn) -> tuple[Callable[[], Any], dict[str, Tensor]]:
         """Record ``turn`` without running it; what replays it, and the tensors that every replay writes."""
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
+        self._graphs.add(graph)
+        if _TOLD:
+            for generator in self._generators:
+                graph.register_generator_state(generator)
         # Threads that read batches or write checkpoints go on with memory of their own meanwhile.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             results = turn()

@@ -468,30 +468,44 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
     fixed = sum(plan.memory.values()) - growing
     made: Trainer | None = None
     batch, taken, why = 0, 0.0, "the batch does not fit into the free memory"
-    # From the smallest up, as long as the next one's updates can be expected to be done in time.
-    for size in reversed(sizes):
-        if batch and free is not None and fixed + growing * size / plan.batch > free:
-            break
-        if batch and 2 * taken * steps > bound:
-            why = f"so many of the whole batch would take longer than {bound:g} s"
-            break
+
+    def fits(size: int) -> bool:
+        return free is None or fixed + growing * size / plan.batch <= free
+
+    def tried(size: int) -> Trainer | None:
         # Trainers hold on to themselves, and to all their memory, until somebody collects them.
-        made = None
         gc.collect()
         try:
-            made = warmed(size)
-            batch, taken = size, _timed(made, device)
+            return warmed(size)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_exhausted(error):
                 raise
+            return None
+
+    if device.type == "cuda":
+        # Every size is compiled and captured anew there, which takes minutes: begin with the largest that should fit.
+        for size in [size for size in sizes if fits(size)] or sizes[-1:]:
+            made = tried(size)
+            if made is not None:
+                batch, taken = size, _timed(made, device)
+                break
+    else:
+        # From the smallest up, as long as the next one's updates can be expected to be done in time.
+        for size in reversed(sizes):
+            if batch and not fits(size):
+                break
+            if batch and 2 * taken * steps > bound:
+                why = f"so many of the whole batch would take longer than {bound:g} s"
+                break
             made = None
-        if made is None:
-            if not batch:
-                raise UserError(f"updates of batch {size} do not fit into the memory of {device}")
-            gc.collect()
-            made = warmed(batch)
-            break
-    assert made is not None
+            made = tried(size)
+            if made is None:
+                if batch:
+                    made = warmed(batch)
+                break
+            batch, taken = size, _timed(made, device)
+    if made is None:
+        raise UserError(f"updates of batch {sizes[-1]} do not fit into the memory of {device}")
     done = max(min(steps, int(bound / taken)), min(steps, LEAST))
     seconds = median(_timed(made, device) for _ in range(done))
     remarks = [f"in place of {plan.batch}: {why}; its time is taken to be {plan.batch / batch:g} times as long"]

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,17 +39,8 @@ class Precision:
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Around a whole turn with its backward passes: whether float32 products may be TF32."""
-        if self.device.type != "cuda":
+        with _tf32(self.name == "tf32") if self.device.type == "cuda" else contextlib.nullcontext():
             yield
-            return
-        # The older switches: torch.compile reads them, and refuses to where the newer ones were used.
-        matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, conv.allow_tf32
-        matmul.allow_tf32 = conv.allow_tf32 = self.name == "tf32"
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, conv.allow_tf32 = before
 
     def networks(self) -> contextlib.AbstractContextManager[None]:
         """Around the networks' forward passes, and nothing else."""
@@ -62,6 +54,40 @@ class Precision:
         2.8 %. ``u`` is the unit roundoff.
         """
         return math.inf if gap == 0 else 3 * _ROUNDOFF[self.name] / gap
+
+
+@contextlib.contextmanager
+def _tf32(wanted: bool) -> Iterator[None]:
+    """Within it products in float32 may be TF32 or not; afterwards the caller's settings hold again.
+
+    torch has older switches (``allow_tf32``, ``set_float32_matmul_precision``) and newer ones (``fp32_precision``).
+    torch.compile reads both kinds, so both are set here, and they agree. Where a caller has set a newer one alone,
+    reading the older one is an error of torch.
+    """
+    # torch makes these modules when it is imported, where no type checker sees them.
+    backends: Any = torch.backends
+    newer = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    before = [each.fp32_precision for each in newer]
+    # What cannot be read goes back to torch's default.
+    matmul, conv = "highest", True
+    with contextlib.suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with contextlib.suppress(RuntimeError):
+        conv = backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    backends.cudnn.allow_tf32 = wanted
+    # Turned off, the older switch of convolutions leaves them to the setting for all of torch.
+    backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "tf32" if wanted else "ieee"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        backends.cudnn.allow_tf32 = conv
+        for each, value in zip(newer, before, strict=True):
+            # Under "none" the setting for all of torch counts, which a caller may have given in place of this one.
+            each.fp32_precision = "none"
+            if each.fp32_precision != value:
+                each.fp32_precision = value
 
 
 def round_weights(net: nn.Module) -> None:

@@ -94,7 +94,7 @@ class RegressionTrainer:
             self._plain[:, COLUMNS.index(name)] = 1.0
         self.meters = Meters(("regression loss", "generator gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
-        compiled = modes.compiled if config.run.mode != "eager" else lambda net: net
+        compiled = modes.compiled if modes.compiles(config.run.mode) else lambda net: net
         self._run_generator = compiled(self.generator)
         self.description = Description(
             network=described.network,
@@ -117,7 +117,7 @@ class RegressionTrainer:
             "distill.start": bool(settings.start),
             "distill.gan": bool(settings.gan.weight_fake),
             "distill.generator_precision fp16": settings.generator_precision == "fp16",
-            "run.mode graphs": config.run.mode == "graphs",
+            f"run.mode {config.run.mode}": modes.captures(config.run.mode),
         }
         for name, given in refused.items():
             if given:

@@ -1,6 +1,7 @@
 """Turns on a GPU: graphs, compiled and eager networks follow one trajectory; nothing waits for the host; launches."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -36,9 +37,7 @@ def distiller(mode="eager", device="cuda", **distill):
 
 def graphs(**distill):
     """Graphs of eager networks, which need no compiling."""
-    trainer = distiller(**distill)
-    trainer.capture()
-    return trainer
+    return distiller("graphs-eager", **distill)
 
 
 def trajectory(trainer, updates):
@@ -56,6 +55,33 @@ def test_graphs_follow_the_eager_trajectory():
     for row, wanted in zip(rows, expected, strict=True):
         assert row == pytest.approx(wanted, rel=2e-3)
     assert float((parameters - expected_parameters).norm() / expected_parameters.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+def test_graphs_are_captured_again_after_they_were_forgotten(capfd, keep):
+    """While a result of the first ones is kept, too; and torch has nothing to warn of."""
+    trainer, kept = distiller("graphs-eager"), []
+    for _ in range(3):
+        for _ in range(WARM_UP + 2):
+            trainer.update()
+        assert trainer._generator_step.captured
+        if keep:
+            kept += [optimiser.norm for optimiser in trainer.optimisers.values()]
+        trainer.forget_graphs()
+    assert "Warning" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["cuda.matmul", "cudnn.conv"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_caller_may_set_precisions_by_torchs_newer_names(place, mode):
+    setting = functools.reduce(getattr, place.split("."), torch.backends)
+    before = setting.fp32_precision
+    setting.fp32_precision = other = "ieee" if place == "cudnn.conv" else "tf32"
+    try:
+        distiller(mode, fake_precision="tf32").update()
+        assert setting.fp32_precision == other
+    finally:
+        setting.fp32_precision = before
 
 
 @pytest.mark.slow
