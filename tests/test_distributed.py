@@ -515,6 +515,46 @@ def test_a_sharded_run_ends_as_one_with_whole_copies(place, job):
     assert a == pytest.approx(b, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"distill": {"generator": {"lr": 0.5}}}, r"distill\.generator\.lr is 0\.0\d* on rank 0 and 0\.5 on rank 1"),
+        ({"distill": {"batch": 8}}, "distill.batch is 16 on rank 0 and 8 on rank 1"),
+        # Rank 1 would wait in the collectives of a sharded network, the other in those of its batches.
+        ({"run": SHARD}, "run.shard is False on rank 0 and True on rank 1"),
+        ({"network": {"dropout": 0.1}}, "network.dropout is not there on rank 0 and 0.1 on rank 1"),
+        ("train-teacher", "command is 'distill' on rank 0 and 'train-teacher' on rank 1"),
+        ("resume", "--resume is False on rank 0 and True on rank 1"),
+        ("code", r"realuid_fast is '\S+ \(\w+\)' on rank 0 and 'other' on rank 1"),
+    ],
+    ids=["rate", "batch", "shard", "network", "command", "resume", "code"],
+)
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_ranks_with_different_settings_do_not_begin(place, sections, words, monkeypatch):
+    def work(rank):
+        asked, job = config(place, **(sections if rank and isinstance(sections, dict) else {})), "distill"
+        if rank and sections == "code":
+            monkeypatch.setattr(distributed, "_code", lambda: "other")
+        if rank and sections == "train-teacher":
+            job = sections
+        with pytest.raises(UserError, match=words) as error:
+            train(job, asked, place / "run", bool(rank and sections == "resume"), False, "")
+        assert error.value.of_all_ranks
+        return str(error.value)
+
+    said, other = on_ranks(place, 2, work)
+    assert said == other
+    assert not (place / "run").exists()
+
+
+def test_ranks_may_name_their_own_gpu(place):
+    def work(rank):
+        distributed.check_alike({"run": {"device": f"cuda:{rank}", "limit": float("nan"), "steps": [1, 2]}})
+        return True
+
+    assert on_ranks(place, 2, work) == [True, True]
+
+
 def train_interrupted():
     from realuid_fast.train.loop import Interrupted
 

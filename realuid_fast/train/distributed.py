@@ -9,11 +9,12 @@ come together while the backward pass goes on and rank 0 alone writes the state;
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map_only
+
+import realuid_fast
 
 from ..errors import UserError
 from ..optim import FusedAdam, Optimiser
@@ -283,6 +286,53 @@ def gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
     # Each rank would get another's tensors on that one's GPU.
     dist.all_gather_object(everyone, tree_map_only(Tensor, Tensor.cpu, own))
     return everyone
+
+
+class RanksDiffer(UserError):
+    """The ranks of a run were started with different settings; every rank raises it."""
+
+    of_all_ranks = True
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Compare ``settings``, nested by name, and the package's and torch's code over all ranks; all ranks must call.
+
+    Of a device the kind is compared alone.
+
+    Raises:
+        RanksDiffer: on every rank, with the first key that differs and both values.
+    """
+    if size() == 1:
+        return
+    own = {"realuid_fast": _code(), "torch": str(torch.__version__), **_flat(settings)}
+    if "run.device" in own:
+        own["run.device"] = own["run.device"].partition(":")[0]
+    # As words, in which a number that is none equals itself.
+    first, *others = gathered({key: repr(value) for key, value in own.items()})
+    for other, found in enumerate(others, 1):
+        for key in {**first, **found}:
+            one, two = (each.get(key, "not there") for each in (first, found))
+            if one != two:
+                raise RanksDiffer(
+                    f"the ranks of a run must have the same settings and the same code: {key} is {one} on rank 0 and "
+                    f"{two} on rank {other}"
+                )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _code() -> str:
+    """The package's version and a hash of its Python files."""
+    content, root = hashlib.sha256(), Path(realuid_fast.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        content.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return f"{realuid_fast.__version__} ({content.hexdigest()[:12]})"
 
 
 def _died(error: BaseException) -> bool:

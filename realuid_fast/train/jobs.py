@@ -59,10 +59,12 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     Everything that can be refused is refused before the folder is touched.
 
     Raises:
-        UserError: settings, data, teacher or folder that cannot be used.
+        UserError: settings, data, teacher or folder that cannot be used, or settings that are not those of all ranks.
         realuid_fast.train.loop.Interrupted: after SIGINT, SIGTERM or SIGHUP, with everything saved.
     """
     asked = evaluated(job, config)
+    # Before anything in which ranks wait for each other: those with other settings would wait for something else.
+    distributed.check_alike({"command": job, "--resume": resume, **configs.to_mapping(asked)})
     config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
