@@ -9,7 +9,6 @@ import math
 import os
 import re
 import stat
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from . import choices, data, folders, idx_files, staging
 from .errors import UserError
 from .files import sync
 from .packed import MANIFEST, SPLITS, File, Manifest, Split, read_manifest
+from .progress import bar
 
 KINDS = choices.SOURCES
 # What a packed set consists of: nothing else is ever removed.
@@ -156,7 +155,7 @@ def pack(
                 return UserError(f"{source}: {name} cannot be read as an image ({error})")
 
         part = stack.enter_context(_written(out, overwrite))
-        bar = stack.enter_context(_bar(len({*train, *heldout}), "image", progress))
+        shown = stack.enter_context(bar(len({*train, *heldout}), "image", progress))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         damaged: list[str] = []
         splits: list[Split] = []
@@ -170,7 +169,7 @@ def pack(
                 for first in range(0, len(rows), _CHUNK):
                     chunk = rows[first : first + _CHUNK]
                     for row, pixels in zip(chunk, pool.map(decode, [names[row] for row in chunk]), strict=True):
-                        bar.update(1)
+                        shown.update(1)
                         if isinstance(pixels, UserError):
                             if not skip_damaged:
                                 raise UserError(f"{pixels}; --skip-damaged leaves such files out")
@@ -210,12 +209,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"the folder {out} holds {others[0]}, which is no part of a packed set: move it elsewhere")
 
 
-def _bar(total: int, unit: str, progress: bool) -> tqdm[Any]:
-    """A bar that a log file gets a line of every 15 seconds."""
-    pause = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, disable=not progress, unit=unit, mininterval=pause, dynamic_ncols=True)
-
-
 def _kind(source: Path) -> str:
     """What lies in ``source``, by its names."""
     if source.is_dir():
@@ -245,7 +238,7 @@ def _idx(source: Path, part: Path, size: int | None, channels: int) -> Manifest:
 def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
     files, heldout = data.cifar10_files(source)
     splits = []
-    with _bar(len(files) + 1, "file", progress) as bar:
+    with bar(len(files) + 1, "file", progress) as shown:
         for split, parts in (("train", files), ("heldout", [heldout])):
             count = sum(file.stat().st_size // data.CIFAR_RECORD for file in parts)
             numbers = []
@@ -254,7 +247,7 @@ def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
                     pixels, labels = data.cifar10_records(file)
                     images.add(pixels.numpy())
                     numbers.append(labels.numpy())
-                    bar.update(1)
+                    shown.update(1)
             splits.append(Split(count, images.entry, _labels(part, split, np.concatenate(numbers))))
     manifest = Manifest((3, 32, 32), data.CIFAR_CLASSES, "3x32x32 as published", "CIFAR-10, binary files", *splits)
     _finish(part, manifest)

@@ -1,11 +1,14 @@
 """The command line: every command once from beginning to end, and a sentence for every bad input."""
 
+import gzip
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -14,10 +17,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from realuid_fast import cli, paths, sampling, teachers
+from realuid_fast import choices, cli, paths, sampling, teachers
 from realuid_fast.networks import build
 from realuid_fast.noise import NoiseStream, normal
 from realuid_fast.train import compare as comparison
+from realuid_fast.train import config as configs
+from realuid_fast.train import evaluate as evaluation
+from realuid_fast.train import jobs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import read_csv
 
@@ -161,6 +167,109 @@ def test_a_folder_of_images_from_beginning_to_end(place, capsys):
     assert run("evaluate", "--student", "s", "--samples", 20, "--steps", 2, "--set", "data.path=moved") == 0
 
 
+def write_classes(root, *folders, count=12):
+    generator = np.random.default_rng(0)
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 255, (9, 8, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+
+
+UNET = ["data.size=8", "network.num_channels=8", "network.norm_groups=4", "network.channel_mult=[1,2]"]
+UNET += ["teacher.updates=2", "teacher.batch=4", "teacher.optimiser.warmup=0", "run.evaluate_every=2"]
+UNET += ["run.evaluate_samples=20", "run.tensorboard=false", "run.progress=false", "run.teacher_steps=1"]
+
+
+def test_labels_come_from_folders(place, capsys):
+    """With the U-Net that ``--config folder`` has: as many classes as there are folders, from teacher to samples."""
+    write_classes(place / "images", "train/cats", "train/dogs", "train/owls", "test/cats", "test/dogs")
+    shared = ["--config", "folder", "--set", "data.path=images", *UNET, "network.class_cond=true"]
+    assert run("train-teacher", *shared, "--out", "t") == 0
+    assert teachers.load("t/teacher.safetensors").description.network["num_classes"] == 3
+    small = ["distill.updates=2", "distill.batch=4", "distill.generator.warmup=0", "distill.fake.warmup=0"]
+    assert run("distill", *shared, *small, "distill.teacher=t/teacher.safetensors", "--out", "s") == 0
+    assert run("sample", "--model", "s", "--label", 2, "--count", 3, "--out", "a.npy") == 0
+    assert "warning" not in capsys.readouterr().err
+    # Without classes in the network nothing but the labels' presence is new.
+    words = ["network.class_cond=false", "run.evaluate_every=0"]
+    assert run("train-teacher", *shared, *words, "--out", "unconditional") == 0
+    assert "num_classes" not in teachers.load("unconditional/teacher.safetensors").description.network
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["network.class_cond=true", "data.labels=false"], "network.class_cond is true, but data set 'folder' has no"),
+        (["network.class_cond=true", "network.num_classes=1"], "knows 1 classes, data set 'folder' has 2"),
+        (["network.num_classes=2"], "network.num_classes is given without network.class_cond"),
+        (["network.dim=[3,16,16]"], "network.dim is [3, 16, 16], the data have samples of shape [3, 8, 8]"),
+        (["run.evaluate_samples=1"], "run.evaluate_samples must be at least 2, got 1"),
+        (["data.limit=0"], "limit must be at least 1"),
+        (["teacher.batch=1000"], "batch 1000 is larger than data set 'folder'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_there_is_a_folder(place, capsys, words, sentence):
+    """So that the corrected command has a free place."""
+    write_classes(place / "images", "cats", "dogs")
+    assert sentence in refused(
+        capsys, "train-teacher", "--config", "folder", "--out", "t", "--set", "data.path=images", *UNET, *words
+    )
+    assert not (place / "t").exists()
+
+
+def test_mnists_files_from_a_plan_to_samples(place, capsys):
+    generator = np.random.default_rng(0)
+    (place / "MNIST" / "raw").mkdir(parents=True)
+    for split, count in (("train", 30), ("t10k", 20)):
+        images = struct.pack(">HBB3I", 0, 8, 3, count, 28, 28) + generator.bytes(count * 784)
+        (place / "MNIST" / "raw" / f"{split}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">HBBI", 0, 8, 1, count) + bytes(i % 10 for i in range(count))
+        (place / "MNIST" / "raw" / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    shared = ["--config", "folder", "--set", "data.name=idx", "data.path=.", *UNET[1:], "network.class_cond=true"]
+    shared += ["run.evaluate_every=0"]
+    assert run("train-teacher", *shared, "--dry-run", "--measure", 0) == 0
+    assert run("train-teacher", *shared, "data.path=elsewhere", "--dry-run", "--measure", 0) == 0
+    assert run("train-teacher", *shared, "--out", "t") == 0
+    assert teachers.load("t/teacher.safetensors").description.network["dim"] == [1, 28, 28]
+    assert run("sample", "--model", "t", "--label", 9, "--steps", 2, "--count", 2, "--out", "a.npy") == 0
+    assert np.load("a.npy").shape == (2, 1, 28, 28)
+    assert run("pack", ".", "--out", "packed") == 0
+    assert "30 images 1x28x28 in 10 classes and 20 held out" in capsys.readouterr().out
+
+
+def test_evaluation_shows_a_bar_and_suits_the_data(place, capsys):
+    assert run("evaluate", "--teacher", "teacher.safetensors", "--samples", 50, "--steps", 3, "--device", "cpu") == 0
+    said = capsys.readouterr().err
+    # Evaluations of the network: 50 samples and 16 before the clock starts, in three steps.
+    assert "198/198" in said
+    assert "measured: teacher, 3 Euler steps" in said
+    # 5,408 samples of the digits as ever; larger images, whose networks are slow, get fewer and no row of 100 steps.
+    assert evaluation.defaults((1, 8, 8)) == (5408, (1, 20, 100))
+    assert evaluation.defaults((2,)) == (5408, (1, 20, 100))
+    assert evaluation.defaults((3, 32, 32)) == (2000, (1, 20))
+
+
+def test_a_short_run_says_that_its_warmup_is_long(place, capsys):
+    words = ["train-teacher", "--config", "tiny.yaml", "--set", "teacher.updates=200", "teacher.optimiser.warmup=500"]
+    words += ["run.evaluate_every=0"]
+    assert run(*words, "--out", "t") == 0
+    said = capsys.readouterr().err
+    assert "teacher.optimiser.warmup 500 is long for a run of 200 steps" in said
+    assert "rises for 100% of the run, to 40% of teacher.optimiser.lr" in said
+    assert "set teacher.optimiser.warmup=10" in said
+    assert run(*words, "teacher.optimiser.warmup=40", "--out", "u") == 0
+    assert "warmup" not in capsys.readouterr().err
+
+
+def test_no_shipped_configuration_has_a_long_warmup():
+    names = [*choices.configs(), *(f"presets/{name}" for name in choices.presets())]
+    for name in [*names, *(f"recipes/{name}" for name in choices.recipes())]:
+        for job in ("train-teacher", "distill"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                jobs.warn_of_warmup(job, configs.load(name))
+
+
 def test_interruption_says_how_to_go_on(place, capsys, monkeypatch):
     update = Distiller.update
 
@@ -220,6 +329,13 @@ def test_bad_input_to_sampling(place, capsys):
     assert "must end in .png, .npy or .safetensors" in refused(capsys, *model, "a.gif")
     assert "there is no folder gone" in refused(capsys, *model, "gone/a.png")
     assert "--count must be at least 1" in refused(capsys, *model, "a.png", "--count", 0)
+    assert "--steps must be at least 1" in refused(capsys, *model, "a.png", "--steps", 0)
+    assert "--guidance must be finite" in refused(capsys, *model, "a.png", "--guidance", "nan")
+    for device in ("meta", "gpu", "cuda:99"):
+        said = refused(capsys, *model, "a.png", "--device", device)
+        assert f"--device '{device}' is not a device that torch can use here" in said
+        said = refused(capsys, "evaluate", "--student", "student.safetensors", "--device", device)
+        assert f"--device '{device}' is not a device that torch can use here" in said
     assert "in one step" in refused(capsys, *model, "a.png", "--steps", 3)
     assert "none of the model's 10 classes" in refused(capsys, *model, "a.png", "--label", 10)
     assert "--threads must be at least 1" in refused(capsys, *model, "a.png", "--threads", 0)
@@ -240,6 +356,9 @@ def test_bad_input_to_evaluation(place, capsys):
     assert "--samples must be at least 2" in refused(
         capsys, "evaluate", "--student", "student.safetensors", "--samples", 1
     )
+    for option in (["--labels", "balanced"], ["--repeats", 2]):
+        said = refused(capsys, "evaluate", "--student", "student.safetensors", *option)
+        assert f"{option[0]} goes with --metric inception" in said
     words = ["evaluate", "--student", "student.safetensors", "--out", "e"]
     (place / "e").mkdir()
     (place / "e/evaluation.json").write_text("{}")

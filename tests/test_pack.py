@@ -2,10 +2,12 @@
 
 import io
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -419,6 +421,20 @@ def test_errors_name_the_argument(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file: give the name of a folder"):
         pack.pack(folder, tmp_path / "file")
+
+
+def test_the_bar_fills_no_log_file(folder, tmp_path, monkeypatch, capsys):
+    square = data.square
+
+    def slow(*given):
+        time.sleep(0.15)
+        return square(*given)
+
+    monkeypatch.setattr(data, "square", slow)
+    assert cli.main(["pack", str(folder), "--out", str(tmp_path / "packed"), "--size", "8"]) == 0
+    said = capsys.readouterr().err
+    assert "12/12" in said
+    assert len(re.split(r"[\r\n]+", said.strip())) <= 3
 
 
 def test_the_command(folder, tmp_path, capsys):

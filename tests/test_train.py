@@ -989,6 +989,32 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path):
         resolve(None, [], tmp_path / "new", True)
 
 
+@pytest.mark.parametrize("job", ["train-teacher", "distill"])
+def test_a_finished_run_is_extended(tmp_path, job):
+    """A U-Net's run of 5 updates and 3 more at a constant rate has the weights of one of 8, to the last bit."""
+    section = "teacher" if job == "train-teacher" else "distill"
+    config = settings(save_teacher(tmp_path / "t.safetensors", UNET), data={"name": "digits"}, network=UNET)
+    config["distill"]["generator"] = {"warmup": 1}
+    config[section]["updates"] = 8
+    run_in(tmp_path / "straight", config, job=job)
+    config[section]["updates"] = 5
+    run_in(tmp_path / "extended", config, job=job)
+    longer = resolve(None, [f"{section}.updates=8"], tmp_path / "extended", True)
+    assert getattr(longer, section).updates == 8
+    run_in(tmp_path / "extended", configs.to_mapping(longer), resume=True, job=job)
+    straight, extended = results(tmp_path / "straight"), results(tmp_path / "extended")
+    assert all(torch.equal(tensor, extended[0][name]) for name, tensor in straight[0].items())
+    assert configs.load(tmp_path / "extended/config.yaml") == configs.from_mapping(configs.to_mapping(longer))
+    with pytest.raises(UserError, match=rf"{section}\.updates 7 differs from the run's 8: a run can only be extended"):
+        resolve(None, [f"{section}.updates=7"], tmp_path / "extended", True)
+
+
+def test_an_extended_run_says_that_its_rate_goes_up_again(tmp_path):
+    configs.save(configs.from_mapping(settings("x")), tmp_path / "config.yaml")
+    with pytest.warns(UserWarning, match=r"distill\.updates goes from 12 to 20: the learning rate now falls over 20"):
+        resolve(None, ["distill.updates=20"], tmp_path, True)
+
+
 def test_a_run_leaves_its_logs_and_pictures(tmp_path):
     config = settings(save_teacher(tmp_path / "t.safetensors", LABELLED), data={"name": "digits"})
     config["run"] = {**config["run"], "sample_every": 6, "tensorboard": True, "timings": True}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .. import __version__, data, models
 from ..errors import UserError
@@ -50,12 +51,13 @@ def show_table(
     student: Model | None,
     count: int,
     steps: Sequence[int] = evaluation.STEPS,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[evaluation.Row], str]:
     """Measure and print the table; its rows and what its distance is."""
     table = []
-    for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps):
+    for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps, device, progress=True):
         # Said as it comes: a teacher's hundred steps take a while.
-        print(f"measured: {row.name}", file=sys.stderr, flush=True)
+        tqdm.write(f"measured: {row.name}", file=sys.stderr)
         table.append(row)
     metric = f"{measure.name}, to held-out data ({count:,} samples)"
     print("\n" + evaluation.markdown(table, metric))

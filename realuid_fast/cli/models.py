@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,20 @@ from .. import data
 from ..errors import UserError
 from ..noise import NoiseStream, normal
 from ..pictures import picture, save_png
-from ..sampling import needs_endpoint
+from ..progress import bar, counting
+from ..sampling import evaluations, needs_endpoint
 from ..teachers import SHIPPED, Model
 from ..train import config as configs
 from ..train import evaluate as evaluation
 from ..train import fidelity
 from ..train.inception import HOW_TO_GET, Inception
-from ..train.measure import Measure, class_by_class, generate
+from ..train.jobs import usable_device
+from ..train.measure import WARMING, Measure, class_by_class, generate
 from . import common
 
 # What ``evaluate`` takes where it is not told, plainly and with ``--published``: src/eval.py and train_distil.py of the
 # RealUID code measure 50,000 samples of labels in turn, three times, and a teacher over 100 times, which are 99 steps.
-PLAIN = {"metric": "features", "labels": "empirical", "repeats": 1, "steps": list(evaluation.STEPS)}
+PLAIN = {"metric": "features", "labels": "empirical", "repeats": 1}
 PUBLISHED = {"metric": "inception", "labels": "balanced", "repeats": 3, "steps": [99]}
 
 
@@ -69,26 +73,39 @@ def sample(arguments: argparse.Namespace) -> None:
             raise UserError(f"--out {file} exists: give --overwrite or another name")
         if not file.parent.is_dir():
             raise UserError(f"--out {file}: there is no folder {file.parent}")
-    if arguments.count < 1:
-        raise UserError(f"--count must be at least 1, got {arguments.count}")
+    for name, value in (("count", arguments.count), ("steps", arguments.steps)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if not math.isfinite(arguments.guidance):
+        raise UserError(f"--guidance must be finite, got {arguments.guidance}")
+    device = usable_device("--device", arguments.device)
     common.use_threads(arguments.threads)
     model = common.model(arguments.model)
     student = model.description.role == "student"
-    if student and (arguments.steps or arguments.solver):
+    if student and not (arguments.steps is None and arguments.solver is None):
         raise UserError("--steps and --solver are a teacher's: a student makes its samples in one step")
     usual = 18 if arguments.solver == "edm" else 100
     steps = usual if arguments.steps is None else arguments.steps
+    path, predict = model.description.interpolant(), model.description.predict
     draw = evaluation.sampler(model, steps, arguments.solver or "euler", arguments.guidance)
-    like = torch.empty(arguments.count, *common.shape(model))
+    model.net.to(device)
+    like = torch.empty(arguments.count, *common.shape(model), device=device)
     labels, endpoint = class_by_class(model.net, arguments.count), None
-    if needs_endpoint(model.net, model.description.interpolant()):
+    if needs_endpoint(model.net, path):
         labels, endpoint = Measure(data.load(model.description.data)).shown(model.net, arguments.count)
     if arguments.label is not None:
         classes = int(getattr(model.net, "num_classes", 0) or 0)
         if not 0 <= arguments.label < classes:
             raise UserError(f"--label {arguments.label} is none of the model's {classes} classes")
         labels = torch.full((arguments.count,), arguments.label)
-    samples, speed = generate(draw, normal(NoiseStream(arguments.seed).next_key(), like), labels, endpoint)
+    noise = normal(NoiseStream(arguments.seed, device).next_key(), like)
+    made = arguments.count + min(arguments.count, WARMING)
+    solver = arguments.solver or "euler"
+    number = 1 + len(model.description.times) if student else evaluations(steps, solver, path, predict)
+    number *= 1 if arguments.guidance == 1 else 2
+    # Whoever waits for less than two seconds needs no bar.
+    with bar(made * number, "evaluation", unit_scale=True, delay=2) as shown, counting(model.net, shown):
+        samples, speed = generate(draw, noise, labels, endpoint)
     for file in arguments.out:
         _write_samples(samples, file)
     print(f"{arguments.count} samples, {speed:,.0f} a second, written to {', '.join(map(str, arguments.out))}")
@@ -111,18 +128,21 @@ def _write_samples(samples: Tensor, file: Path) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.student is None and arguments.teacher is None:
         raise UserError("give --student, --teacher or both")
+    for name in ("labels", "repeats"):
+        if getattr(arguments, name) is not None and arguments.metric != "inception" and not arguments.published:
+            raise UserError(f"--{name} goes with --metric inception")
     for name, value in (PUBLISHED if arguments.published else PLAIN).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     inception = arguments.metric == "inception"
-    count = arguments.samples if arguments.samples is not None else 50_000 if inception else 5408
-    if count < 2 or min(arguments.steps) < 1:
+    if (arguments.samples or 2) < 2 or min(arguments.steps or [1]) < 1 or arguments.samples == 0:
         raise UserError("--samples must be at least 2 and --steps at least 1")
     if inception != (arguments.inception_weights is not None):
         raise UserError(f"--metric inception and --inception-weights FILE go together: {HOW_TO_GET}")
     folder: Path | None = arguments.out
     if folder is not None:
         _open_results(folder, arguments.overwrite)
+    device = usable_device("--device", arguments.device)
     common.use_threads(arguments.threads)
     student = None if arguments.student is None else common.model(arguments.student)
     name = arguments.teacher
@@ -142,14 +162,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise UserError("--set takes data.KEY=VALUE here, and the data's name where the file does not have it")
     dataset = data.load(source["data"])
     for model in (student, teacher):
-        if model is not None and common.shape(model) != dataset.shape:
+        if model is None:
+            continue
+        if common.shape(model) != dataset.shape:
             role = model.description.role
             raise UserError(f"the {role} makes samples of shape {common.shape(model)}, the data have {dataset.shape}")
+        model.net.to(device)
+    count, steps = (50_000, evaluation.STEPS) if inception else evaluation.defaults(dataset.shape)
+    count, steps = arguments.samples or count, arguments.steps or steps
     if inception:
-        _inception_table(arguments, dataset, teacher, student, count)
+        _inception_table(arguments, dataset, teacher, student, count, steps)
     else:
         measure = Measure(dataset)
-        table, metric = common.show_table(measure, dataset, teacher, student, count, arguments.steps)
+        table, metric = common.show_table(measure, dataset, teacher, student, count, steps, device)
         if folder is not None:
             evaluation.write(folder, table, metric, samples=count, **common.context())
     if folder is not None:
@@ -157,21 +182,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _inception_table(
-    arguments: argparse.Namespace, dataset: data.Dataset, teacher: Model | None, student: Model | None, count: int
+    arguments: argparse.Namespace,
+    dataset: data.Dataset,
+    teacher: Model | None,
+    student: Model | None,
+    count: int,
+    steps: Sequence[int],
 ) -> None:
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {arguments.device!r} is not a device that torch can use here") from None
     features = Inception(arguments.inception_weights, arguments.device)
     settings = {"split": arguments.real_split, "labels": arguments.labels, "batch": arguments.batch}
     judge = fidelity.Fidelity(dataset, features, cache=arguments.cache, progress=True, **settings)
-    for model in (teacher, student):
-        if model is not None:
-            model.net.to(arguments.device)
-    table = list(fidelity.rows(judge, teacher, student, count, arguments.steps, arguments.repeats))
+    table = list(fidelity.rows(judge, teacher, student, count, steps, arguments.repeats))
     protocol = judge.protocol(count, arguments.repeats)
     print("\n" + fidelity.markdown(table, protocol))
     if arguments.out is not None:

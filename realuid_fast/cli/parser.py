@@ -89,6 +89,7 @@ def _add_sample(add: Add) -> None:
     )
     command.add_argument("--label", type=int, help="class of all samples (default: one after another)")
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    command.add_argument("--device", default="cpu", help="default: cpu")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
@@ -126,11 +127,12 @@ def _add_evaluate(add: Add) -> None:
     command = add("evaluate", "models.evaluate", "compare real data, a teacher and a student by distance and speed")
     command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
     command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
-    command.add_argument(
-        "--samples", type=int, help="samples of each row (default: 5408, 4 a training digit; of Inception 50000)"
-    )
-    text = f"the teacher's Euler steps (default: {' '.join(map(str, choices.TEACHER_STEPS))})"
+    text = "samples of each row (default: 5408 of points and digits, 2000 of larger images; of Inception 50000)"
+    command.add_argument("--samples", type=int, help=text)
+    steps = " ".join(map(str, choices.TEACHER_STEPS))
+    text = f"the teacher's Euler steps (default: {steps}; of larger images the first two)"
     command.add_argument("--steps", type=int, nargs="+", help=text)
+    command.add_argument("--device", default="cpu", help="default: cpu")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
@@ -147,7 +149,6 @@ def _add_evaluate(add: Add) -> None:
     apart.add_argument("--labels", choices=choices.LABELS, help="default: empirical")
     apart.add_argument("--repeats", type=int, help="seeds, reported with their spread (default: 1)")
     apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
-    apart.add_argument("--device", default="cpu", help="default: cpu")
     text = f"folder of the real images' statistics (default: {choices.CACHE})"
     apart.add_argument("--cache", type=Path, default=choices.CACHE, metavar="FOLDER", help=text)
     _add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")

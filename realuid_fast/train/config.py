@@ -331,7 +331,7 @@ class RunConfig:
     log_every: Positive = 10
     sample_every: Whole = 0
     evaluate_every: Whole = 0
-    evaluate_samples: Positive = 2000
+    evaluate_samples: Annotated[int, Range(2, 2**31 - 1)] = 2000
     inception: str = ""
     inception_only: bool = False
     real_split: str = "heldout"

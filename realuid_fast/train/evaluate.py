@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import choices
 from ..errors import UserError
 from ..files import replacing
 from ..generator import Generator
+from ..progress import bar, counting
 from ..sampling import evaluations, integrate, needs_endpoint
 from ..teachers import Model
-from .measure import Distances, Measure, Sampler, evaluation_noise, generate
+from .measure import MOST, WARMING, Distances, Measure, Sampler, evaluation_noise, generate
 
+SMALL = 256  # values of a sample up to which evaluations are quick on a CPU: points, and digits of 8x8
 STEPS = choices.TEACHER_STEPS
 
 
@@ -58,6 +62,16 @@ def _generator(model: Model) -> Generator:
     return Generator(model.net, described.t_start, described.interpolant(), described.predict, described.times)
 
 
+def defaults(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The number of samples a row and a teacher's step counts that suit samples of ``shape``.
+
+    Points and images like the digits get 5,408, four for each training digit, and all of :data:`STEPS`. The networks of
+    larger images take hundreds of times as long: they get as many samples as precision and recall look at, and no row
+    of 100 steps.
+    """
+    return (5408, STEPS) if math.prod(shape) <= SMALL else (MOST, STEPS[:2])
+
+
 def rows(
     measure: Measure,
     shape: tuple[int, ...],
@@ -65,6 +79,8 @@ def rows(
     student: Model | None,
     count: int,
     steps: Sequence[int] = STEPS,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> Iterator[Row]:
     """The table's rows one by one, each from ``count`` samples made on the thread count that is set.
 
@@ -75,19 +91,26 @@ def rows(
         student: sampled in one step; None leaves its row out.
         count: samples a row; the real data's row has as many as there are training samples.
         steps: step counts of the teacher.
+        device: where the networks are, and their samples are made.
+        progress: whether to show a bar of network evaluations over all rows.
     """
     yield Row(f"real training data ({len(measure.train)})", measure.floor())
-    noise = evaluation_noise(shape, count)
+    noise = evaluation_noise(shape, count, device)
+    wanted: list[tuple[str, Model, int, int]] = []
     if teacher is not None:
         for number in steps:
-            samples, speed = generate(sampler(teacher, number), noise, *measure.conditions(teacher.net, count))
             name = f"teacher, {number} Euler step{'s' if number > 1 else ''}"
-            yield Row(name, measure(samples), evaluations(number), speed)
+            wanted.append((name, teacher, number, evaluations(number)))
     if student is not None:
-        samples, speed = generate(sampler(student), noise, *measure.conditions(student.net, count))
         number = 1 + len(student.description.times)
-        name = "one step" if number == 1 else f"{number} steps"
-        yield Row(f"student, {name}", measure(samples), number, speed)
+        wanted.append((f"student, {'one step' if number == 1 else f'{number} steps'}", student, 1, number))
+    made = count + min(count, WARMING)
+    with bar(sum(made * number for *_, number in wanted), "evaluation", progress, unit_scale=True) as shown:
+        for name, model, number, evaluated in wanted:
+            shown.set_description(name)
+            with counting(model.net, shown):
+                samples, speed = generate(sampler(model, number), noise, *measure.conditions(model.net, count))
+            yield Row(name, measure(samples), evaluated, speed)
 
 
 def markdown(table: Sequence[Row], metric: str) -> str:

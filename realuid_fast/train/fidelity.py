@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import choices
 from ..checksums import CHECKSUM, matches, with_checksum
@@ -25,6 +24,7 @@ from ..errors import UserError
 from ..files import check_regular, replacing
 from ..metrics import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
 from ..noise import NoiseStream, normal
+from ..progress import bar
 from ..sampling import evaluations
 from ..teachers import Model
 from .evaluate import sampler
@@ -180,7 +180,7 @@ class Fidelity:
 
     def _statistics(self, parts: Iterator[Tensor], count: int, kept: Tensor, name: str) -> Statistics:
         moments, features, first = Moments(), [], 0
-        with tqdm(total=count, disable=not self._progress, desc=name, unit="image", dynamic_ncols=True) as bar:
+        with bar(count, "image", self._progress, desc=name) as shown:
             for images in parts:
                 found = self._inception(images)
                 if not bool(torch.isfinite(found).all()):
@@ -189,7 +189,7 @@ class Fidelity:
                 within = kept[(kept >= first) & (kept < first + len(images))] - first
                 features.append(found[within.to(found.device)].cpu())
                 first += len(images)
-                bar.update(len(images))
+                shown.update(len(images))
         return Statistics(moments.mean.cpu(), moments.covariance.cpu(), torch.cat(features), count)
 
 

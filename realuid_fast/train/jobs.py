@@ -23,12 +23,17 @@ from .measure import Measure
 from .regression import RegressionTrainer
 from .teacher import TeacherTrainer
 
+# A warm-up of more than one part in so many of a run is more likely left over from a longer one than wanted.
+WARMUP_SHARE = 5
+
 
 def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool, default: str = "digits") -> Config:
     """The configuration of a run, new or resumed.
 
     A resumed run keeps its own: a configuration given again must agree with it outside the section ``run``, whose
-    settings may change.
+    settings may change. ``teacher.updates`` and ``distill.updates`` may be raised, and the run then goes on beyond its
+    end. A decay of the learning rate is from there on that of the longer run, so a constant rate alone gives the run
+    that as many updates from the beginning give.
 
     Raises:
         UserError: a bad configuration, or one that differs from the run's, with the first key that does.
@@ -38,9 +43,62 @@ def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool
     kept = folder / "config.yaml"
     require_run(folder)
     before, asked = configs.load(kept), configs.load(source or kept, overrides)
+    for section in ("teacher", "distill"):
+        before = _extended(before, asked, section)
     if (key := _difference(configs.to_mapping(before), configs.to_mapping(asked))) is not None:
         raise UserError(f"{key} differs from the run in {folder}: a resumed run keeps all its settings but run.*")
     return asked
+
+
+def _extended(before: Config, asked: Config, section: str) -> Config:
+    """The run's own configuration with as many updates as are asked for, where those are more."""
+    own, wanted = getattr(before, section), getattr(asked, section).updates
+    if wanted < own.updates:
+        raise UserError(f"{section}.updates {wanted} differs from the run's {own.updates}: a run can only be extended")
+    if wanted > own.updates:
+        parts = [own.optimiser] if section == "teacher" else [own.generator, own.fake]
+        if any(part.decay != "constant" for part in parts):
+            warnings.warn(
+                f"{section}.updates goes from {own.updates} to {wanted}: the learning rate now falls over {wanted} "
+                "updates, and so goes up again where the run goes on",
+                stacklevel=3,
+            )
+    return replace(before, **{section: replace(own, updates=wanted)})
+
+
+def usable_device(argument: str, name: str) -> torch.device:
+    """The device ``name``; ``argument`` is what gave it, for the sentence.
+
+    Raises:
+        UserError: a device that is not there, or that computes nothing (``meta``).
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        device = None
+    if device is None or device.type == "meta":
+        raise UserError(f"{argument} {name!r} is not a device that torch can use here")
+    return device
+
+
+def warn_of_warmup(job: str, config: Config) -> None:
+    """Warn where a run spends more than a fifth of its steps with a learning rate that still rises."""
+    if job == "train-teacher":
+        parts = [("teacher.optimiser", config.teacher.optimiser, config.teacher.updates)]
+    else:
+        updates, turns = config.distill.updates, config.distill.fake_turns
+        parts = [("distill.generator", config.distill.generator, updates)]
+        if config.distill.objective.name != configs.REGRESSION:
+            parts += [("distill.fake", config.distill.fake, updates * turns)]
+    for name, optimiser, steps in parts:
+        if optimiser.warmup * WARMUP_SHARE > steps:
+            warnings.warn(
+                f"{name}.warmup {optimiser.warmup} is long for a run of {steps} steps: the learning rate rises for "
+                f"{min(1.0, optimiser.warmup / steps):.0%} of the run, to {min(1.0, steps / optimiser.warmup):.0%} of "
+                f"{name}.lr. For a short trial set {name}.warmup={steps // 20}",
+                stacklevel=3,
+            )
 
 
 def _difference(before: object, asked: object, name: str = "") -> str | None:
@@ -68,11 +126,8 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    try:
-        torch.empty(0, device=config.run.device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"run.device {config.run.device!r} is not a device that torch can use here") from None
-    if (device := torch.device(config.run.device)).type == "cuda" and device.index is not None:
+    device = usable_device("run.device", config.run.device)
+    if device.type == "cuda" and device.index is not None:
         # Events, streams and generators that nobody names a device for are this one's.
         torch.cuda.set_device(device)
     dataset = data.load(config.data)
@@ -89,6 +144,8 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     else:
         trainer = TeacherTrainer(config, dataset, command)
     measure = _measure(config, dataset)
+    if distributed.rank() == 0:
+        warn_of_warmup(job, config)
     with contextlib.ExitStack() as stack:
         lock = None
         if distributed.rank() == 0:

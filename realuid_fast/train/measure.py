@@ -28,6 +28,7 @@ COMPONENTS = 64  # principal components of the pixels, where no classifier exist
 MOST = 2000  # samples that precision, recall and the principal components look at
 # Samples of a split on disk that are held in memory to compare with, at even distances, and values of all of them.
 STORED, STORED_VALUES = 10_000, 1 << 28
+WARMING = 16  # samples that are made before the clock starts
 INCEPTION_BATCH = 100  # images that go through the Inception network at a time
 Sampler = Callable[..., Tensor]  # noise, and labels and endpoints, if any, to samples
 NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
@@ -250,7 +251,7 @@ def generate(
         rows = slice(first, first + count)
         return sample(noise[rows], *(None if c is None else c[rows].to(noise.device) for c in conditions))
 
-    part(0, 16)
+    part(0, WARMING)
     start = time.perf_counter()
     made = torch.cat([part(i, batch).cpu() for i in range(0, len(noise), batch)])
     return made, len(noise) / max(time.perf_counter() - start, 1e-9)

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import backends, choices, data, networks, teachers
+from .. import backends, choices, data, folders, networks, teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..networks.recompute import recompute
@@ -162,11 +162,19 @@ def _dataset(config: Config, missing: list[str]) -> Dataset:
         shape = (source.get("channels", 3), *[source.get("size", 32)] * 2)
     if shape is None and source.get("name") == "cifar10":
         shape = (3, 32, 32)
+    if shape is None and source.get("name") == "idx":
+        shape = (source.get("channels", 1), *[source.get("size") or 28] * 2)
     if (path := source.get("path")) is not None and not Path(path).exists():
         missing.append(f"data.path {path} is not there")
     if shape is None:
         return data.load(source)
-    classes = int(network.get("num_classes", 10 if source.get("name") == "cifar10" else 0))
+    classes = int(network.get("num_classes", 10 if source.get("name") in ("cifar10", "idx") else 0))
+    if network.get("class_cond") and not classes:
+        if path is not None and Path(path).is_dir() and source.get("labels", True):
+            classes = len(folders.layout(folders.images_in(Path(path))).classes)
+        else:
+            missing.append("the number of classes is not known without the data: 10 are assumed")
+            classes = 10
     batch = max(config.teacher.batch, config.distill.batch)
     draws = torch.Generator().manual_seed(0)
     if len(shape) == 3:

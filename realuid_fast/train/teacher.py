@@ -219,12 +219,29 @@ class TeacherTrainer:
 
 
 def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """The configured network, with the samples' shape and classes filled in where they are not given."""
+    """The configured network, with the samples' shape and classes filled in where they are not given.
+
+    Raises:
+        UserError: another shape than the samples', labels wanted where the data have none, or a number of classes for a
+            network that is not to see them.
+    """
     network = dict(config.network)
     network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
-    network.setdefault("shape" if network["kind"] == "mlp" else "dim", list(dataset.shape))
+    key = "shape" if network["kind"] == "mlp" else "dim"
+    network.setdefault(key, list(dataset.shape))
+    # What is no list of numbers is the network's own to refuse.
+    if isinstance(network[key], (list, tuple)) and tuple(network[key]) != dataset.shape:
+        raise UserError(f"network.{key} is {list(network[key])}, the data have samples of shape {list(dataset.shape)}")
     if network.get("class_cond"):
+        if not dataset.classes:
+            hint = ": the images must all lie in folders of classes" if dataset.name == "folder" else ""
+            raise UserError(f"network.class_cond is true, but data set '{dataset.name}' has no labels{hint}")
         network.setdefault("num_classes", dataset.classes)
+    elif network["kind"] == "unet" and "num_classes" in network:
+        raise UserError(
+            "network.num_classes is given without network.class_cond, so the network would see no labels: set "
+            "network.class_cond=true, where the number of classes follows from the data, or leave num_classes out"
+        )
     if config.teacher.label_dropout:
         network.setdefault("null_label", True)
     return network
