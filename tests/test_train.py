@@ -995,6 +995,7 @@ def test_a_finished_run_is_extended(tmp_path, job):
     section = "teacher" if job == "train-teacher" else "distill"
     config = settings(save_teacher(tmp_path / "t.safetensors", UNET), data={"name": "digits"}, network=UNET)
     config["distill"]["generator"] = {"warmup": 1}
+    config["run"]["evaluate_every"] = 0
     config[section]["updates"] = 8
     run_in(tmp_path / "straight", config, job=job)
     config[section]["updates"] = 5
