@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -169,12 +168,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise UserError(f"the {role} makes samples of shape {common.shape(model)}, the data have {dataset.shape}")
         model.net.to(device)
     count, steps = (50_000, evaluation.STEPS) if inception else evaluation.defaults(dataset.shape)
-    count, steps = arguments.samples or count, arguments.steps or steps
+    count, arguments.steps = arguments.samples or count, arguments.steps or list(steps)
     if inception:
-        _inception_table(arguments, dataset, teacher, student, count, steps)
+        _inception_table(arguments, dataset, teacher, student, count)
     else:
         measure = Measure(dataset)
-        table, metric = common.show_table(measure, dataset, teacher, student, count, steps, device)
+        table, metric = common.show_table(measure, dataset, teacher, student, count, arguments.steps, device)
         if folder is not None:
             evaluation.write(folder, table, metric, samples=count, **common.context())
     if folder is not None:
@@ -187,14 +186,13 @@ def _inception_table(
     teacher: Model | None,
     student: Model | None,
     count: int,
-    steps: Sequence[int],
 ) -> None:
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
     features = Inception(arguments.inception_weights, arguments.device)
     settings = {"split": arguments.real_split, "labels": arguments.labels, "batch": arguments.batch}
     judge = fidelity.Fidelity(dataset, features, cache=arguments.cache, progress=True, **settings)
-    table = list(fidelity.rows(judge, teacher, student, count, steps, arguments.repeats))
+    table = list(fidelity.rows(judge, teacher, student, count, arguments.steps, arguments.repeats))
     protocol = judge.protocol(count, arguments.repeats)
     print("\n" + fidelity.markdown(table, protocol))
     if arguments.out is not None:
