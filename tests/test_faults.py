@@ -322,13 +322,31 @@ def make_other(file, kind):
 
 def test_a_run_killed_again_and_again_ends_as_if_left_alone(tmp_path):
     out = tmp_path / "kills.json"
-    command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "24", "--out", str(out)]
+    command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "24", "--every", "0"]
+    command += ["--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["same"] is True
     assert result["checkpoints_lost"] == 0
     assert len(result["kills"]) == 5
+
+
+def test_a_run_killed_at_every_call_that_changes_its_folder_ends_as_if_left_alone(run, tmp_path):
+    """A small network: the calls are those of any run. The committed result is of the digits' U-Net."""
+    settings = tmp_path / "c.yaml"
+    content = yaml.safe_load((run("run") / "config.yaml").read_text())
+    settings.write_text(yaml.safe_dump({key: content[key] for key in ("data", "distill")}))
+    out = tmp_path / "kills.json"
+    command = [sys.executable, "-m", "bench.kills", "--kills", "0", "--every", "8"]
+    done = subprocess.run(
+        [*command, "--config", str(settings), "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(out.read_text())["calls"]
+    made = {kill["call"] for each in told.values() for kill in each["kills"]}
+    assert {call.split()[0] for call in made} >= {"fsync", "replace", "mkdir", "unlink"}
+    assert all(kill["wrong"] == [] for each in told.values() for kill in each["kills"])
 
 
 # -- signals
