@@ -1,4 +1,7 @@
-"""Writes the documents' tables from the committed results: ``python -m bench.readme`` (``--check`` only compares)."""
+"""Writes the documents' tables from the committed results, and the lines that their links to the source point at.
+
+``python -m bench.readme``; with ``--check`` it only compares.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,25 @@ def rendered(text: str) -> str:
         name = match.group(1)
         file = RESULTS / f"{name}.md"
         if name != "speed" and not file.is_file():
-            raise SystemExit(f"a document asks for the table '{name}', and there is no bench/results/{name}.md")
+            return match.group(0)  # another command writes it, as bench.scaling writes its own
         body = speed() if name == "speed" else file.read_text().strip()
         return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def relinked(text: str) -> str:
+    """A document of ``docs/`` whose links ``[`name`](../file#Ln)`` point at the line that defines ``name``."""
+
+    def link(match: re.Match[str]) -> str:
+        name, file = match.group(1), match.group(2)
+        defines = re.compile(rf"(def |class |// --- |^    ){re.escape(name.rpartition('.')[2])}\b")
+        for number, line in enumerate((ROOT / file).read_text().splitlines(), 1):
+            if defines.search(line):
+                return f"[`{name}`](../{file}#L{number})"
+        raise SystemExit(f"a document links to {name}, which {file} does not define")
+
+    return re.sub(r"\[`([\w.]+)`\]\(\.\./([\w./]+)#L\d+\)", link, text)
 
 
 def speed() -> str:
@@ -68,7 +85,7 @@ def main(argv: list[str]) -> int:
     changed = False
     for page in pages():
         old = page.read_text()
-        new = rendered(old)
+        new = relinked(rendered(old))
         changed |= old != new
         if old != new and "--check" not in argv:
             page.write_text(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import typing
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def _commands() -> str:
     """The help of every command, as the command line prints it."""
     from realuid_fast.cli.parser import parser
 
+    # argparse breaks lines by the terminal's width.
+    os.environ["COLUMNS"] = "100"
     found = parser()
     subcommands = next(a for a in found._actions if isinstance(a, argparse._SubParsersAction))
     text = "# Commands\n\n`realuid-fast COMMAND --help` prints these pages.\n"

@@ -251,10 +251,8 @@ def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall of features ``generated`` (M, D) against ``real`` (N, D).
 
-    Precision: share of generated points inside a real point's ball, whose radius reaches that point's
-        ``k``-th
-    neighbour in its own set; recall: the same with the sets exchanged (Kynkäänniemi et al., 2019,
-    arXiv:1904.06991).
+    Precision is the share of generated points inside a real point's ball, whose radius reaches that point's ``k``-th
+    neighbour in its own set. Recall is the same with the sets exchanged (Kynkäänniemi et al., 1904.06991).
     """
     if real.dim() != 2 or generated.dim() != 2 or real.shape[1] != generated.shape[1]:
         raise UserError(

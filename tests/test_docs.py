@@ -263,3 +263,11 @@ def test_pages_name_what_is_there():
             value = rf
             for name in dotted[1:].split("."):
                 value = getattr(value, name)
+
+
+def test_the_training_page_trains():
+    names = run("training.md")
+    before = names["teacher"].state_dict()
+    for trained in ("fake", "student"):
+        state = names[trained].state_dict()
+        assert any(not torch.equal(value, before[name]) for name, value in state.items())
