@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import choices, folders, idx_files
 from . import packed as stored
+from .bounds import Range
 from .errors import UserError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
@@ -148,6 +149,11 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     choices = {key: settings.pop(key) for key in ("flip", "balance") if key in settings}
     if name not in LOADERS:
         raise UserError(f"data set name must be one of {', '.join(LOADERS)}; got {name!r}")
+    for key, value in settings.items():
+        if isinstance(value, int):
+            Range(-(2**31), 2**31 - 1 if key != "seed" else 2**62).check(f"data.{key}", value)
+        elif key == "seed":
+            raise UserError(f"data.seed must be a whole number, got {value!r:.60}")
     try:
         dataset = LOADERS[name](**settings)
     except TypeError as error:
@@ -270,8 +276,8 @@ def checkerboard(n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, cells:
     """Uniform on the dark squares of a ``cells x cells`` board that covers ``[-2, 2]^2``; points ``(N,
     2)``.
     """
-    if cells < 2:
-        raise UserError(f"cells must be at least 2, got {cells}")
+    if not 2 <= cells <= 1000:
+        raise UserError(f"cells must be from 2 to 1000, got {cells}")
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dark = torch.tensor([(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0])

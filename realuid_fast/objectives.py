@@ -80,10 +80,13 @@ class Objective:
             scalars = 0.0, self.beta / 2, 0.0, 1.0
         else:
             scalars = self.alpha, self.beta, self.Q, self.kappa
-        generated = _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
         real = FakeRow(0.0, 0.0, 0.0, 0.0)
-        if self.needs_real:
-            real = _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
+        try:
+            generated = _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
+            if self.needs_real:
+                real = _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
+        except OverflowError:
+            raise UserError(f"beta and kappa must have squares, got {self.beta:g} and {self.kappa:g}") from None
         object.__setattr__(self, "generator_scalars", scalars)
         object.__setattr__(self, "generated", generated)
         object.__setattr__(self, "real", real)

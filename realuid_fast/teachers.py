@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from . import choices, paths, pickles
 from .checksums import CHECKSUM, matches, with_checksum
 from .errors import NotWritten, UserError
 from .files import check_regular, replacing
-from .networks import build
+from .networks import at_most, build
 from .sampling import follows_flow
 
 FORMAT = 3  # 2 knows a path's settings, 3 has a checksum
@@ -217,7 +214,7 @@ def filled(
     most = 2 * len(state) + MOST_MISSING * (10 if allow_missing else 1)
     try:
         # First without memory: a damaged description may ask for more than there is.
-        with torch.device("meta"), _at_most(most, where):
+        with torch.device("meta"), at_most(most, f"{where} does not fit the network: it"):
             net = build(network)
         _check_fit(net, state, where, allow_missing, allow_unexpected)
         own = net.state_dict()
@@ -232,30 +229,6 @@ def filled(
         raise UserError(f"{where} describes a network that cannot be built: {_first_line(error)}") from None
     load_exactly(net, state, where, allow_missing, allow_unexpected)
     return net.eval()
-
-
-@contextmanager
-def _at_most(count: int, where: str) -> Iterator[None]:
-    """Stops the building of a network with more parameters than ``count``.
-
-    A description of a hundred bytes may ask for any number of layers, and each takes its time, even on the device meta.
-    """
-    here, made = threading.get_ident(), 0
-
-    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal made
-        # Other threads' networks are shown to the hook too.
-        if threading.get_ident() != here:
-            return
-        made += 1
-        if made > count:
-            raise UserError(f"{where} does not fit the network: it asks for more than {count:,} parameters")
-
-    handle = register_module_parameter_registration_hook(counted)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _first_line(error: Exception) -> str:

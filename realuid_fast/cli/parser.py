@@ -7,10 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__, choices
+from ..bounds import SEED, THREADS, Range
 
 # Adds a command: its name, the module of this package and the function that run it, what it does.
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 SHIPPED = ", ".join(choices.configs())
+# Of the options that are whole numbers, by name; a command may refuse more.
+WHOLE = {
+    **dict.fromkeys(("count", "steps", "limit", "repeats", "batch", "ranks"), Range(1)),
+    **dict.fromkeys(("samples", "heldout_every", "measure"), Range(0)),
+    **dict.fromkeys(("size", "crop"), Range(1, 2**15)),
+    "seeds": SEED,  # NoiseStream checks --seed
+    **dict.fromkeys(("threads", "jobs"), Range(1, THREADS.most)),
+}
 BENCHMARKS = {
     "micro": "bench.micro",
     "optimiser": "bench.optimiser",

@@ -13,6 +13,8 @@ from .. import extension
 from ..errors import UserError
 from ..train import distributed
 from ..train.loop import Interrupted
+from ..train.memory import is_exhausted
+from .parser import WHOLE
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,6 +37,7 @@ def _answered(arguments: argparse.Namespace) -> int:
     # Every update allocates the same tensors; without this the C library has their pages zeroed anew each time.
     extension.keep_freed_memory()
     try:
+        _check_numbers(arguments)
         getattr(importlib.import_module(f"{__package__}.{module}"), name)(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -48,7 +51,19 @@ def _answered(arguments: argparse.Namespace) -> int:
         # A full disk, a folder taken away: what the commands cannot see coming.
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+        print(f"error: the memory does not suffice: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name, allowed in WHOLE.items():
+        given = getattr(arguments, name, None)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            allowed.check(f"--{name.replace('_', '-')}", value)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

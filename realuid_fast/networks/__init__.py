@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import UserError
 from .diffusers import Diffusers
@@ -14,6 +17,7 @@ from .edm import DhariwalUNet, SongUNet
 from .mlp import MLP
 from .unet import UNet
 
+MOST_PARAMETERS = 20_000  # tensors; the largest published networks have a tenth of them
 KINDS: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "mlp": MLP,
@@ -43,4 +47,36 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     missing = [k for k, p in known.items() if p.default is inspect.Parameter.empty and k not in settings]
     if missing:
         raise UserError(f"network '{kind}' needs the setting {', '.join(missing)}")
-    return KINDS[kind](**settings)
+    try:
+        with at_most(MOST_PARAMETERS, f"network '{kind}'"):
+            return KINDS[kind](**settings)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+        # Sizes that no memory holds, text in the place of a number, an empty list.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"network '{kind}' cannot be built with these settings: {reason}") from error
+
+
+@contextmanager
+def at_most(count: int, where: str) -> Iterator[None]:
+    """Stops the building of a network with more parameters, each a tensor, than ``count``; ``where`` asks for them.
+
+    A description of a hundred bytes may ask for any number of layers, and each takes its time, even on the device meta.
+    """
+    here, made = threading.get_ident(), 0
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal made
+        # Other threads' networks are shown to the hook too.
+        if threading.get_ident() != here:
+            return
+        made += 1
+        if made > count:
+            raise UserError(f"{where} asks for more than {count:,} parameters")
+
+    handle = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from .. import choices, paths
+from ..bounds import SEED, THREADS, Positive, Range, Whole, shown
 from ..errors import UserError
 from ..files import read_regular
 from ..objectives import DIVERGENCES, PRESETS, Objective
@@ -31,40 +32,8 @@ T = TypeVar("T")
 # ValueError: dates and numbers that only look right, bytes that are no text. RecursionError: thousands of brackets.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 # What a configuration may have: a noise schedule of 4,000 numbers takes 4,000 nodes and 100 KB of them.
-MOST_BYTES, MOST_NODES, MOST_DEPTH, MOST_BASES = 2**20, 20_000, 32, 64
-MOST_TEXT = 10_000  # characters of one value
-MOST_THREADS = 1024  # libgomp ends the process where the system gives it no more threads
-
-
-@dataclass(frozen=True)
-class Range:
-    """Of a whole number in a configuration, both ends included."""
-
-    least: int
-    most: int
-
-    def check(self, name: str, value: int) -> None:
-        """Raises :class:`UserError` where ``value``, called ``name``, is outside."""
-        if value < self.least:
-            bound = "must not be negative" if self.least == 0 else f"must be at least {self.least}"
-        elif value > self.most:
-            bound = f"must be at most {self.most}"
-        else:
-            return
-        raise UserError(f"{name} {bound}, got {shown(value)}")
-
-
-Positive = Annotated[int, Range(1, 2**31 - 1)]
-Whole = Annotated[int, Range(0, 2**31 - 1)]
-
-
-def shown(value: object) -> str:
-    """``value`` in an error's sentence, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # of thousands of digits, which Python does not write
-        return "a longer number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+_MOST_BYTES, _MOST_NODES, _MOST_DEPTH, _MOST_BASES = 2**20, 20_000, 32, 64
+_MOST_TEXT = 10_000  # characters of one value
 
 
 @dataclass(frozen=True)
@@ -323,15 +292,15 @@ class RunConfig:
     same gradients with less memory, for one more forward pass. ``timings`` logs the time of every phase of an update.
     """
 
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Annotated[int, SEED] = 0
     device: str = "cpu"
     mode: str = "eager"
-    threads: Annotated[int, Range(0, MOST_THREADS)] = 1
+    threads: Annotated[int, THREADS] = 1
     channels_last: bool = True
     log_every: Positive = 10
     sample_every: Whole = 0
     evaluate_every: Whole = 0
-    evaluate_samples: Annotated[int, Range(2, 2**31 - 1)] = 2000
+    evaluate_samples: Annotated[int, Range(2)] = 2000
     inception: str = ""
     inception_only: bool = False
     real_split: str = "heldout"
@@ -470,7 +439,7 @@ class _Loader(yaml.SafeLoader):
     billions of values.
     """
 
-    left, most = MOST_NODES, f"has more than the {MOST_NODES:,} values that are read, aliases written out"
+    left, most = _MOST_NODES, f"has more than the {_MOST_NODES:,} values that are read, aliases written out"
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.left -= 1
@@ -479,18 +448,18 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def get_single_node(self) -> yaml.Node | None:
-        root, left = super().get_single_node(), MOST_NODES
+        root, left = super().get_single_node(), _MOST_NODES
         waiting = [] if root is None else [(root, 1)]
         while waiting:
             node, depth = waiting.pop()
             left -= 1
-            if depth > MOST_DEPTH:
-                raise UserError(f"has more than {MOST_DEPTH} levels inside one another, or an alias inside itself")
+            if depth > _MOST_DEPTH:
+                raise UserError(f"has more than {_MOST_DEPTH} levels inside one another, or an alias inside itself")
             if left < 0:
                 raise UserError(self.most)
             if isinstance(node, yaml.ScalarNode):
-                if len(node.value) > MOST_TEXT:
-                    raise UserError(f"has a value of more than {MOST_TEXT:,} characters")
+                if len(node.value) > _MOST_TEXT:
+                    raise UserError(f"has a value of more than {_MOST_TEXT:,} characters")
                 continue
             for each in node.value:
                 waiting += [(part, depth + 1) for part in (each if isinstance(each, tuple) else (each,))]
@@ -504,8 +473,8 @@ def _plain_yaml(text: str) -> Any:
         UserError: it is longer, deeper or larger than configurations are.
         yaml.YAMLError, ValueError, RecursionError: it is no YAML.
     """
-    if len(text) > MOST_BYTES:
-        raise UserError(f"has more than the {MOST_BYTES:,} characters that are read")
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"has more than the {_MOST_BYTES:,} characters that are read")
     return yaml.load(text, _Loader)
 
 
@@ -518,7 +487,7 @@ def _read(source: str | Path, above: tuple[Path, ...] = (), bases: list[Path] | 
         shipped = ", ".join(names)
         raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped})")
     try:
-        content = _plain_yaml(read_regular(file, MOST_BYTES).decode())
+        content = _plain_yaml(read_regular(file, _MOST_BYTES).decode())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except UserError as error:
@@ -528,8 +497,8 @@ def _read(source: str | Path, above: tuple[Path, ...] = (), bases: list[Path] | 
     if file.resolve() in above:
         raise UserError(f"base: {file} starts from itself")
     bases.append(file)
-    if len(bases) > MOST_BASES:
-        raise UserError(f"base: {bases[0]} starts from more than {MOST_BASES} configurations in all")
+    if len(bases) > _MOST_BASES:
+        raise UserError(f"base: {bases[0]} starts from more than {_MOST_BASES} configurations in all")
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a mapping of sections")
     base = content.pop("base", None)

@@ -33,6 +33,7 @@ from ..teachers import SHIPPED, Description, Model
 from . import distributed, memory, sharding
 from .config import REGRESSION, Config, OptimiserConfig
 from .distill import Distiller
+from .jobs import usable_device
 from .precision import Precision
 from .regression import RegressionTrainer
 from .teacher import TeacherTrainer, network_for
@@ -434,8 +435,8 @@ def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | Non
     """The plan with the measurement, or with the reason why there is none."""
     device = config.run.device
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        usable_device("run.device", device)
+    except UserError:
         return replace(
             plan, unmeasured=f"run.device {device} is not here; --set run.device=cpu run.mode=eager measures the CPU"
         )
