@@ -94,6 +94,7 @@ class FlatParameters:
                 raise UserError("a parameter has left its flat buffer: it was moved or cast after it was laid there")
             if p.grad is None:
                 return False
+            _check_dense(p.grad)
             if p.grad.data_ptr() != home.data_ptr():
                 strays.append(p.grad)
                 homes.append(home)
@@ -132,6 +133,11 @@ class FusedAdam(torch.optim.Optimizer):
     all-reduce of a number, so that all ranks clip and skip alike. State, counts aside, is this rank's part, in
     :meth:`state_dict` DTensors.
 
+    ``copy.deepcopy`` and pickle work as on ``torch.optim.Adam``: the copy owns copies of the parameters (those of a
+    network that is copied in the same call), state and settings, and its next step gives the same numbers. Hooks,
+    ``reduce`` and ``settle`` belong to the original's owner and are not copied; flat storage is laid anew. To a file
+    use ``torch.save``: plain pickle writes the whole buffer of flat storage once for every parameter in it.
+
     torch's learning-rate schedulers work on it. A learning rate given as a number is written to the device when it
     changes; for a captured graph give it as a tensor, which schedulers fill in place, or as a schedule.
 
@@ -149,6 +155,7 @@ class FusedAdam(torch.optim.Optimizer):
         ema_warmup: let the averages' decay start low, so that a short run's average is not dominated by its start.
         flat: lay every group's parameters into a :class:`FlatParameters`, which is what makes the step three launches
             on GPU. Without it, GPUs run torch's foreach functions. CPUs gain nothing. Not for sharded parameters.
+        amsgrad: must be False; it is here to refuse the variant of Adam that this class does not have.
 
     Attributes:
         norm: the last gradient norm before clipping, ``()``.
@@ -174,19 +181,17 @@ class FusedAdam(torch.optim.Optimizer):
         ema_decays: Sequence[float] = (),
         ema_warmup: bool = False,
         flat: bool = False,
+        amsgrad: bool = False,
     ) -> None:
+        if amsgrad:
+            raise UserError("amsgrad must be False: FusedAdam keeps no maximum of the second moments")
         if not clip >= 0:
             raise UserError(f"clip must not be negative, got {clip:g}")
         if len(set(ema_decays)) != len(ema_decays) or not all(0 < d < 1 for d in ema_decays):
             raise UserError(f"ema_decays must be different numbers in (0, 1), got {list(ema_decays)}")
         self.clip, self.ema_decays, self.ema_warmup = float(clip), tuple(map(float, ema_decays)), ema_warmup
         self._lay_flat = flat
-        self.flat_storage: list[FlatParameters | None] = []
-        self.reduce: Callable[[Sequence[Tensor]], None] | None = None
-        self.settle: Callable[[], None] | None = None
-        self._buffers: list[dict[str, Tensor]] = []
-        self._rates: list[Tensor] = []
-        self._written: list[float] = []
+        self._reset()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
         first = self._parameters()[0]
@@ -194,6 +199,35 @@ class FusedAdam(torch.optim.Optimizer):
         self._own_counts = torch.zeros_like(self.counts)
         self.norm = torch.zeros((), dtype=first.dtype, device=first.device)
         self._decays = torch.tensor(self.ema_decays, dtype=torch.float64, device=first.device)
+
+    def _reset(self) -> None:
+        """What no copy takes over: hooks, and the memory that every group gets where it is laid out."""
+        self.flat_storage: list[FlatParameters | None] = []
+        self.reduce: Callable[[Sequence[Tensor]], None] | None = None
+        self.settle: Callable[[], None] | None = None
+        self._buffers: list[dict[str, Tensor]] = []
+        self._rates: list[Tensor] = []
+        self._written: list[float] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("clip", "ema_decays", "ema_warmup", "_lay_flat", "counts", "_own_counts", "norm", "_decays")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+        for index, group in enumerate(self.param_groups):
+            params = group["params"]
+            self._lay_out(params)
+            if self.flat_storage[index] is None:
+                continue
+            # The copies lie apart, so they are brought back into one buffer for each kind of state.
+            for name in ("exp_avg", "exp_avg_sq", "ema"):
+                if name in self.state[params[0]]:
+                    rows = len(self.ema_decays) if name == "ema" else None
+                    for p, home in zip(params, self._room(name, index, rows), strict=True):
+                        self.state[p][name] = home.copy_(self.state[p][name])
 
     @property
     def skipped(self) -> Tensor:
@@ -223,11 +257,7 @@ class FusedAdam(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         params = group["params"]
-        self.flat_storage.append(FlatParameters(params) if self._lay_flat else None)
-        self._buffers.append({})
-        # A learning rate that is a number; NaN differs from every one.
-        self._rates.append(torch.full((), float("nan"), dtype=torch.float64, device=params[0].device))
-        self._written.append(float("nan"))
+        self._lay_out(params)
         step = torch.zeros((), dtype=torch.float32, device=params[0].device)
         for p in params:
             self.state[p]["step"] = step
@@ -236,12 +266,20 @@ class FusedAdam(torch.optim.Optimizer):
             for p, average in zip(params, self._room("ema", -1, len(self.ema_decays)), strict=True):
                 self.state[p]["ema"] = average.copy_(_local(p).detach().expand_as(average))
 
+    def _lay_out(self, params: list[nn.Parameter]) -> None:
+        """Give a new group its flat storage, if it gets one, and the memory of its learning rate."""
+        self.flat_storage.append(FlatParameters(params) if self._lay_flat else None)
+        self._buffers.append({})
+        # A learning rate that is a number; NaN differs from every one.
+        self._rates.append(torch.full((), float("nan"), dtype=torch.float64, device=params[0].device))
+        self._written.append(float("nan"))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the parameters from their gradients, then the averages; the closure's loss, if there is one.
 
         Raises:
-            UserError: no parameter has a gradient.
+            UserError: no parameter has a gradient, or one has a sparse gradient.
         """
         loss = None
         if closure is not None:
@@ -526,7 +564,7 @@ class Optimiser:
         tensors = net.state_dict(keep_vars=True)
         trained = set(params)
         self._trained = {name: tensor for name, tensor in tensors.items() if tensor in trained}
-        self._copied = [(name, tensor.detach()) for name, tensor in tensors.items() if tensor not in trained]
+        self._copied = [(name, tensor) for name, tensor in tensors.items() if tensor not in trained]
         self.ema: dict[float, dict[str, Tensor]] = {}
         for d in self.adam.ema_decays:
             averages = self.adam.averages(d)
@@ -534,6 +572,13 @@ class Optimiser:
                 name: averages[tensor] if tensor in trained else tensor.detach().clone()
                 for name, tensor in tensors.items()
             }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, by ``copy.deepcopy`` or pickle: its averages are those that its own Adam moves."""
+        self.__dict__.update(state)
+        for decay, average in self.ema.items():
+            moved = self.adam.averages(decay)
+            average.update({name: moved[p] for name, p in self._trained.items()})
 
     @property
     def steps(self) -> int:
@@ -663,7 +708,10 @@ def _check(params: Sequence[Tensor]) -> None:
         raise UserError("params must have at least one parameter")
     first = params[0]
     if first.dtype not in (torch.float32, torch.float64):
-        raise UserError(f"params must be float32 or float64, got {first.dtype}")
+        raise UserError(
+            f"params must be float32 or float64, got {first.dtype}: keep the parameters in float32 and run the network "
+            "under torch.autocast"
+        )
     for p in params:
         if (p.dtype, p.device) != (first.dtype, first.device):
             raise UserError(f"params must be alike, got {first.dtype} on {first.device} and {p.dtype} on {p.device}")
@@ -695,9 +743,15 @@ def _check_group(group: dict[str, Any]) -> None:
         raise UserError(f"weight_decay must not be negative, got {group['weight_decay']:g}")
 
 
+def _check_dense(grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise UserError("a gradient is sparse, and FusedAdam takes dense ones only: build embeddings with sparse=False")
+
+
 def _like(p: nn.Parameter) -> Tensor:
     """The gradient of ``p``, element for element where ``p`` has them in memory."""
     assert p.grad is not None
+    _check_dense(p.grad)
     own, grad = _local(p), _local(p.grad)
     if (here := grad.stride()) == (there := own.stride()):
         return grad

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -556,9 +557,85 @@ def test_settings_of_adam_outside_their_range_are_refused(settings, word):
         FusedAdam(make_params(), **settings)
 
 
+def copied(net, optimiser, how):
+    return copy.deepcopy((net, optimiser)) if how == "deepcopy" else pickle.loads(pickle.dumps((net, optimiser)))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_a_copy_steps_like_the_original(how, flat, beta1):
+    net = conv_net()
+    groups = [{"params": list(net[0].parameters()), "lr": 3e-2}, {"params": list(net[1:].parameters())}]
+    optimiser = FusedAdam(groups, 1e-2, (beta1, 0.9), clip=0.5, ema_decays=(0.9, 0.99), flat=flat)
+    optimiser.reduce = optimiser.settle = lambda *_: pytest.fail("a hook of the original")
+    optimiser.register_step_pre_hook(lambda *_: pytest.fail("a hook of the original"))
+    fresh, young = copied(net, optimiser, how)
+    optimiser = FusedAdam(optimiser.param_groups, 1e-2, clip=0.5, ema_decays=(0.9, 0.99), flat=flat)
+    twin, of_twin = fresh, young
+    for n in range(7):
+        if n == 4:
+            twin, of_twin = copied(fresh, young, how)
+        for each, own in {id(net): (net, optimiser), id(fresh): (fresh, young), id(twin): (twin, of_twin)}.values():
+            set_gradients(each, n)
+            if n == 2:
+                each[0].bias.grad = None
+            own.step()
+    for each, own in ((fresh, young), (twin, of_twin)):
+        assert [*own._parameters()] == [*each.parameters()]
+        assert own.counts.tolist() == optimiser.counts.tolist() == [7, 0]
+        for mine, theirs in zip(net.parameters(), each.parameters(), strict=True):
+            assert mine is not theirs
+            assert torch.equal(mine, theirs)
+            for decay in (0.9, 0.99):
+                assert torch.equal(optimiser.averages(decay)[mine], own.averages(decay)[theirs])
+        for storage, group in zip(own.flat_storage, own.param_groups, strict=True):
+            assert (storage is not None) == flat
+            if flat:
+                places = {p.untyped_storage().data_ptr() for p in group["params"]}
+                assert places == {storage.data.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_copied_optimiser_keeps_its_schedule_and_its_averages(how, flat, monkeypatch):
+    if flat:
+        whole = FusedAdam.__init__
+        monkeypatch.setattr(FusedAdam, "__init__", lambda *a, **k: whole(*a, **{**k, "flat": True}))
+    net = make_net()
+    optimiser = Optimiser(net, lr=1e-2, warmup=3, total=9, decay="cosine", ema_decays=(0.9,))
+    for n in range(4):
+        set_gradients(net, n)
+        optimiser.step()
+    twin, of_twin = copied(net, optimiser, how)
+    for n in range(4, 8):
+        for each, own in ((net, optimiser), (twin, of_twin)):
+            each(torch.randn(6, 5, generator=torch.Generator().manual_seed(n)))
+            set_gradients(each, n)
+            own.step()
+    assert of_twin.steps == 8
+    assert of_twin.lr == optimiser.lr
+    for name, value in net.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+        assert torch.equal(of_twin.ema[0.9][name], optimiser.ema[0.9][name]), name
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_sparse_gradients_are_refused_before_anything_changes(flat):
+    table = nn.Embedding(5, 3, sparse=True)
+    optimiser, before = FusedAdam(table.parameters(), flat=flat), table.weight.detach().clone()
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(UserError, match="a gradient is sparse"):
+        optimiser.step()
+    assert torch.equal(table.weight, before)
+    assert optimiser.counts.tolist() == [0, 0]
+
+
 def test_parameters_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="float32 or float64"):
+    with pytest.raises(UserError, match=r"float32 or float64, got torch\.bfloat16: keep the parameters in float32"):
         FusedAdam(make_params(torch.bfloat16))
+    with pytest.raises(UserError, match="amsgrad must be False"):
+        FusedAdam(make_params(), amsgrad=True)
     with pytest.raises(UserError, match="no gaps"):
         FusedAdam([nn.Parameter(torch.zeros(4, 6)[:, ::2])])
     with pytest.raises(UserError, match="at least one"):
