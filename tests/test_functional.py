@@ -290,6 +290,28 @@ def test_generator_loss_keeps_its_value_where_fake_is_near_teacher(backend):
     assert (found.x.double() - expected.x).norm() < 2e-7 * expected.x.norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("a", "b", "d", "c"),
+    [(0.0066, 0.075, -0.096, -0.12), (1e-4, 1.5e-3, -1.6e-3, 1.0), (1e-3, 1.0, 1.0, 1.0), (1e-3, 0.1, 0.0, 10.0)],
+)
+def test_the_fake_loss_keeps_its_digits_where_a_is_small(backend, a, b, d, c):
+    """Rows of ``w (A f^2 - 2 f (B tgt + D f*) + C tgt^2)`` against float64, measured by the sum of its terms' sizes."""
+    x = batch((4, 3000), torch.float32)
+    for of_fake, of_teacher in ((1.0, 1.0), (0.02, 50.0), (30.0, 0.1)):
+        fake, teacher = x.fake * of_fake, x.teacher * of_teacher
+        coef = zero_k_x(x.coef)
+        halves = (4, 0, a, b, d, c, 0.0, 0.0, 0.0, 0.0, False, False)
+        with rf.backend(backend):
+            namespace = rf.ops.current(x.x.device)
+            rows = namespace.fake(fake, x.x, None, coef, x.noise, teacher, None, *halves)[1]
+        p, s, k_out, w = (coef.double()[:, [i]] for i in (3, 5, 6, 8))
+        tgt, f, other = p * x.x.double() + s * x.noise.double(), k_out * fake.double(), k_out * teacher.double()
+        terms = torch.stack([a * f * f, -2 * f * b * tgt, -2 * f * d * other, c * tgt * tgt]) * w
+        error = (rows.double() - terms.sum((0, 2))).abs() / terms.abs().sum((0, 2))
+        assert error.max() < 5e-7
+
+
 def test_realuid_equals_the_two_squared_distances():
     b = batch((6, 5, 4))
     a, ratio = REAL.alpha, REAL.beta / REAL.alpha

@@ -243,9 +243,9 @@ void error(const ErrorArgs& args, int64_t begin, int64_t end) {
 
 // --- fake: l = w (A f^2 - 2 f (B tgt + D f*) + C tgt^2), g = dl/dF = 2 w k_out (A f - B tgt - D f*) --------------------
 
-// A row's constants. The loss is summed as e^2 / A + tgt (c2 tgt + c3 f*) + c4 f*^2 with e = A f - B tgt - D f*: the square
-// is complete, so nothing cancels where f is near its optimum, and c2, c3, c4 vanish for the usual objectives. Where A is
-// small beside B or D, those terms would cancel the square instead; there it is f (e - B tgt - D f*) + c2 tgt^2.
+// A row's constants, with e = A f - B tgt - D f*. Where D = 0 and C = B^2 / A, as for the usual objectives, the loss is the
+// square e^2 / A, and nothing cancels where f is near its optimum. Elsewhere it is summed as it is written, f (e - B tgt -
+// D f*) + C tgt^2: completing the square would add and subtract (B tgt + D f*)^2 / A, which drowns the loss where A is small.
 // They are vectors, so that the loop has them as operands from memory where it runs out of registers.
 template <class T>
 struct FakeRow {
@@ -253,32 +253,21 @@ struct FakeRow {
   using V = VectorFor<T>;
   V k_out, k_x, p, q, s;
   V a, b, d;
-  double inverse_a;
-  V open, c2, c3, c4;
+  double inverse_a;  // of the square, else 0
+  V open, c;         // 1 and C where the loss is summed as it is written, else 0
   V gradient;
-  bool square;  // the loss is e^2 / A where no teacher is
+  bool square;
 
   FakeRow(const Real* coef, const FakeHalf& half, double scale)
       : k_out(V{} + coef[K_OUT]), k_x(V{} + coef[K_X]), p(V{} + coef[P]), q(V{} + coef[Q]), s(V{} + coef[S]),
         a(V{} + Real(half.a)), b(V{} + Real(half.b)), d(V{} + Real(half.d)),
         gradient(V{} + Real(2.0 * scale * double(coef[W]) * double(coef[K_OUT]))) {
-    const double most = 16 * __builtin_fabs(half.a), residual = half.c - half.b * half.b / half.a;
+    const double residual = half.c - half.b * half.b / half.a;
     // Rounding of the scalars themselves must not leave a term behind.
-    const bool complete = residual * residual < 1e-28 * (half.c * half.c);
-    if (half.a != 0 && (complete || __builtin_fabs(half.b) <= most) && __builtin_fabs(half.d) <= most) {
-      inverse_a = 1 / half.a;
-      open = V{};
-      c2 = V{} + (complete ? Real(0) : Real(residual));
-      c3 = V{} + Real(-2 * half.b * half.d / half.a);
-      c4 = V{} + Real(-half.d * half.d / half.a);
-      square = complete;
-    } else {
-      inverse_a = 0;
-      open = V{} + Real(1);
-      c2 = V{} + Real(half.c);
-      c3 = c4 = V{};
-      square = false;
-    }
+    square = half.a != 0 && half.d == 0 && residual * residual < 1e-28 * (half.c * half.c);
+    inverse_a = square ? 1 / half.a : 0;
+    open = V{} + Real(square ? 0 : 1);
+    c = V{} + Real(square ? 0 : half.c);
   }
 };
 
@@ -334,12 +323,9 @@ struct FakeSpan {
       other *= k.k_out;
       if constexpr (EXTRA) other += shift;
       pull += k.d * other;
-      rest += target * (k.c2 * target + k.c3 * other) + (k.c4 * other) * other;
-    } else if constexpr (!PLAIN) {
-      rest += target * (k.c2 * target);
     }
     const V e = k.a * f - pull;
-    if constexpr (!PLAIN) rest += (k.open * f) * (e - pull);
+    if constexpr (!PLAIN) rest += (k.open * f) * (e - pull) + (k.c * target) * target;
     sum += e * e;
     if (PLAIN || g_fake != nullptr) access.out(g_fake, i, k.gradient * e);
   }
