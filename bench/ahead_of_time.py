@@ -1,7 +1,8 @@
 """Compiles kernel launches for a GPU that is not there and reads the emitted code.
 
-A launch is planned on meta tensors, so what is compiled is what a GPU would run, including the divisibility by 16 that
-Triton finds in its arguments. NVIDIA code is disassembled by the tools that ship inside the triton package; AMD code is
+A launch is planned on meta tensors and specialised by Triton's own binder, so what is compiled is what a GPU would run:
+with the divisibility by 16 that Triton finds in its arguments and, on AMD, the 32-bit offsets into tensors of less than
+2 GiB. NVIDIA code is disassembled by the tools that ship inside the triton package; AMD code is
 read from the compiler's own assembly.
 """
 
@@ -14,24 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float64: "*fp64",
-    torch.int64: "*i64",
 }
 
 
@@ -60,30 +53,24 @@ class Code:
 
 def compile_call(call: Any, target: str) -> Code:
     """Compile a ``kernels.tiles.Call`` for ``target``, one of :data:`TARGETS`."""
-    signature: dict[str, str] = {}
-    constants = dict(call.constants)
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, name in enumerate(call.kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        value = call.arguments[name]
-        signature[name] = _type(value)
-        if isinstance(value, int) and value == 1:
-            signature[name], constants[name] = "constexpr", 1
-        elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(call.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": call.warps})
+    source, options, _ = specialise(call, target)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     return _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
 
 
-def _type(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if value < 2**31 else "i64"
+def specialise(call: Any, target: str) -> tuple[ASTSource, dict[str, Any], str]:
+    """What a real launch hands to the compiler, by Triton's own binder, and the key under which it keeps the result.
+
+    The binder and the rest of a launch's first half are Triton's private functions: they are the only definition of
+    what a launch specialises on.
+    """
+    backend = make_backend(TARGETS[target])
+    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
+    given = {**call.arguments, **call.constants, "num_warps": call.warps, "debug": False, "instrumentation_mode": ""}
+    bound, specialization, others = bind(**given)
+    options, signature, constants, attributes = call.kernel._pack_args(backend, given, bound, specialization, others)
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    return source, options.__dict__, compute_cache_key({}, specialization, others)
 
 
 def _tool(name: str) -> str:

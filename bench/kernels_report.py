@@ -302,6 +302,9 @@ def measure(name: str, target: str) -> Figures:
     lanes = TARGETS[target].warp_size * call.warps
     elements = call.constants["ROWS"] * call.constants["BLOCK_D"] // lanes
     bits = elements * variant.dtype.itemsize * 8
+    if "STEPS" in call.constants:
+        # Where the compiler unrolled the loop over tiles, one pass through the code reads several of them.
+        elements *= max(1, sum(code.loads) // (bits * variant.reads))
 
     def wide(widths: tuple[int, ...], tensors: int) -> bool:
         return sum(width for width in widths if width >= 128) >= bits * tensors

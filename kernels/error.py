@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, guide, place, read, read_where, row_number, tiling, write_sum
+from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, tiling, write_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _error_kernel(
     teacher_ptr,
     x_ptr,

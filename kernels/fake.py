@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, place, read, read_where, row_number, tiling, write, write_sum
+from .tiles import ROW_COUNTS, Call, column, place, read, read_where, row_number, tiling, write, write_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _fake_kernel(
     fake_ptr,
     x_ptr,
@@ -93,7 +93,7 @@ def _fake_kernel(
     slope = a * f - linear
     write_sum(partial_ptr, row, n_rows, fresh, f * (slope - linear) + c * tgt * tgt, w, ROWS, EVEN)
     if WANT_FAKE:
-        write(g_fake_ptr, start, offsets, inside, 2.0 * scale * k_out * w * slope, ROWS, EVEN)
+        write(g_fake_ptr, start, offsets, fresh, 2.0 * scale * k_out * w * slope, ROWS, EVEN)
 
 
 def fake(

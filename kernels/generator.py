@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, guide, place, read, read_where, row_number, tiling, write, write_sum
+from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, tiling, write, write_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _generator_kernel(
     teacher_ptr,
     fake_ptr,
@@ -94,20 +94,20 @@ def _generator_kernel(
     if WANT_TEACHER or WANT_FAKE or WANT_UNCOND:
         g_fake = weight * (square - gap)
         if WANT_FAKE:
-            write(g_fake_ptr, start, offsets, inside, g_fake, ROWS, EVEN)
+            write(g_fake_ptr, start, offsets, fresh, g_fake, ROWS, EVEN)
         if WANT_TEACHER or WANT_UNCOND:
             g_teacher = k_out * both - g_fake
             if GUIDED:
                 g_guided = g_teacher
                 g_teacher = scales * g_guided
                 if WANT_UNCOND:
-                    write(g_uncond_ptr, start, offsets, inside, g_guided - g_teacher, ROWS, EVEN)
+                    write(g_uncond_ptr, start, offsets, fresh, g_guided - g_teacher, ROWS, EVEN)
             if WANT_TEACHER:
-                write(g_teacher_ptr, start, offsets, inside, g_teacher, ROWS, EVEN)
+                write(g_teacher_ptr, start, offsets, fresh, g_teacher, ROWS, EVEN)
     if WANT_X:
-        write(g_x_ptr, start, offsets, inside, -weight * p * two_kappa_beta * raw, ROWS, EVEN)
+        write(g_x_ptr, start, offsets, fresh, -weight * p * two_kappa_beta * raw, ROWS, EVEN)
     if WANT_X_T:
-        write(g_x_t_ptr, start, offsets, inside, k_x * both, ROWS, EVEN)
+        write(g_x_t_ptr, start, offsets, fresh, k_x * both, ROWS, EVEN)
 
 
 def generator(

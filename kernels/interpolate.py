@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .noise import noise_constants, noise_tile
-from .tiles import Call, column, place, read, tiling, write
+from .tiles import ROW_COUNTS, Call, column, place, read, tiling, write
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _interpolate_kernel(
     x_ptr,
     endpoint_ptr,
@@ -30,7 +30,7 @@ def _interpolate_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    row, start, offsets, inside, _fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
     n = noise_tile(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
@@ -39,10 +39,10 @@ def _interpolate_kernel(
     if HAS_ENDPOINT:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
         mixed += column(coef_ptr, row, n_rows, 1, ROWS, EVEN) * y
-    write(out_ptr, start, offsets, inside, mixed, ROWS, EVEN)
+    write(out_ptr, start, offsets, fresh, mixed, ROWS, EVEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _interpolate_grads_kernel(
     grad_ptr,
     coef_ptr,
@@ -57,14 +57,14 @@ def _interpolate_grads_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    row, start, offsets, inside, _fresh, _begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, _begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     grad = read(grad_ptr, start, offsets, inside, ROWS, EVEN)
     if WANT_X:
         g_x = column(coef_ptr, row, n_rows, 0, ROWS, EVEN) * grad
-        write(g_x_ptr, start, offsets, inside, g_x, ROWS, EVEN)
+        write(g_x_ptr, start, offsets, fresh, g_x, ROWS, EVEN)
     if WANT_ENDPOINT:
         g_endpoint = column(coef_ptr, row, n_rows, 1, ROWS, EVEN) * grad
-        write(g_endpoint_ptr, start, offsets, inside, g_endpoint, ROWS, EVEN)
+        write(g_endpoint_ptr, start, offsets, fresh, g_endpoint, ROWS, EVEN)
 
 
 def interpolate(

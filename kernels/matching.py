@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import Call, column, place, read, read_where, tiling, write, write_sum
+from .tiles import ROW_COUNTS, Call, column, place, read, read_where, tiling, write, write_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _matching_kernel(
     out_ptr,
     x_ptr,
@@ -55,7 +55,7 @@ def _matching_kernel(
         gap += k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
     write_sum(partial_ptr, row, n_rows, fresh, gap * gap, w, ROWS, EVEN)
     if WANT_OUT:
-        write(g_out_ptr, start, offsets, inside, 2.0 * scale * k_out * w * gap, ROWS, EVEN)
+        write(g_out_ptr, start, offsets, fresh, 2.0 * scale * k_out * w * gap, ROWS, EVEN)
 
 
 def matching(

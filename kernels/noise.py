@@ -4,7 +4,8 @@
 approximate instructions, whose argument needs no range reduction here. Angles skip the truncation to 24 bits, which
 moves them by less than ``2 pi 2^-24``. Near ``u1 = 1`` the approximate logarithm has an absolute error of 2^-22, too
 much for the small radius there; since ``-2 ln u >= 2 (1 - u)``, with equality in the limit, the larger of that bound
-and the logarithm taken a little low is within 2e-5 of the radius everywhere, and never negative.
+and the logarithm taken a little low is within 2e-5 of the radius everywhere, and never negative. That bound is
+absolute: beside a radius near zero it is larger, 1.7e-4 of it at worst.
 
 Elsewhere, on AMD and in the interpreter, logarithm and square root are the library's, which on AMD are single
 instructions, and sine and cosine polynomials: how exact AMD's instructions for these are is not documented.
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Call, place, row_length, tiling, write
+from .tiles import ROW_COUNTS, Call, place, row_length, tiling, write
 
 # Inline PTX needs a compiler for NVIDIA: not the interpreter, not ROCm.
 _PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -129,8 +130,8 @@ def noise_tile(
     if SHARED == 1:
         row = tl.where(row >= noise_rows, row - noise_rows, row)
     elif SHARED == 2:
-        # 64-bit division costs a hundred instructions. A number of rows that is 1 is a constant without methods.
-        row = (row.to(tl.uint32) % tl.cast(noise_rows, tl.uint32)).to(tl.int64)
+        # 64-bit division costs a hundred instructions.
+        row = (row.to(tl.uint32) % noise_rows.to(tl.uint32)).to(tl.int64)
     if KEYED:
         seed = tl.load(noise_ptr)
         stream = tl.load(noise_ptr + 1)
@@ -162,15 +163,12 @@ def noise_tile(
                 where = row * dim + tl.arange(0, BLOCK_D)[None, :]
             else:
                 where = tl.multiple_of(tl.program_id(0).to(tl.int64) * ROWS * dim, ALIGN) + offsets
-            if EVEN:
-                noise = tl.load(noise_ptr + where)
-            else:
-                noise = tl.load(noise_ptr + where, mask=inside, other=0.0)
+            noise = tl.load(noise_ptr + where, mask=inside, other=0.0)
         noise = noise.to(tl.float32)
     return noise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _normal_kernel(
     key_ptr,
     out_ptr,
@@ -185,11 +183,11 @@ def _normal_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    row, start, offsets, inside, _fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     n = noise_tile(
         key_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
-    write(out_ptr, start, offsets, inside, n, ROWS, EVEN)
+    write(out_ptr, start, offsets, fresh, n, ROWS, EVEN)
 
 
 def noise_constants(noise: Tensor, noise_rows: int, rows: int, ptx: bool | None) -> dict[str, Any]:

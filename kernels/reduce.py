@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Call
+from .tiles import ROW_COUNTS, TILE, Call
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROW_COUNTS)
 def _finish_kernel(
     partial_ptr, rows_ptr, loss_ptr, n_rows, blocks, inverse_count, CHUNK_R: tl.constexpr, CHUNK_B: tl.constexpr
 ):
@@ -37,7 +37,8 @@ def finish(partial: Tensor, rows: Tensor, loss: Tensor, count: int) -> Call:
     """
     n_rows, blocks = partial.shape
     chunk_b = min(1024, triton.next_power_of_2(blocks))
-    chunk_r = min(2048 // chunk_b, triton.next_power_of_2(n_rows))
+    # By the length of a row alone, so that another number of rows compiles nothing.
+    chunk_r = TILE // chunk_b
     arguments = {
         "partial_ptr": partial,
         "rows_ptr": rows,
@@ -46,8 +47,7 @@ def finish(partial: Tensor, rows: Tensor, loss: Tensor, count: int) -> Call:
         "blocks": blocks,
         "inverse_count": 1.0 / max(count, 1),
     }
-    warps = max(1, min(16, chunk_r * chunk_b // 32))
-    return Call(_finish_kernel, (1,), arguments, {"CHUNK_R": chunk_r, "CHUNK_B": chunk_b}, warps)
+    return Call(_finish_kernel, (1,), arguments, {"CHUNK_R": chunk_r, "CHUNK_B": chunk_b}, 16)
 
 
 def loss_outputs(x: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:

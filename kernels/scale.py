@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import PER_THREAD, TILE, Call, grid_row, over_two_axes, row_length
+from .tiles import PER_THREAD, ROW_COUNTS, TILE, Call, grid_row, over_two_axes, row_length
 
 # A program walks over this many tiles, so that a factor of 1 costs few programs that stop at once.
 _STEPS = 8
@@ -23,7 +24,7 @@ def _scale_tile(pointer, where, mask, factor):
     tl.store(pointer + where, (value.to(tl.float32) * factor).to(value.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*ROW_COUNTS, "units"))
 def _scale_kernel(
     g0_ptr,
     g1_ptr,
@@ -95,7 +96,8 @@ def _scale_call(grads: list[Tensor], scale: Tensor, rows: int) -> Call:
     short = rows > 1 and dim < 512
     block_d = max(4, triton.next_power_of_2(dim)) if short else TILE
     tile_rows = TILE // block_d
-    align = next(power for power in (16, 8, 4, 2, 1) if dim % power == 0)
+    # By the length of a sample's row also where one factor makes all rows one, so that their number compiles nothing.
+    align = math.gcd(grads[0].numel() // grads[0].shape[0], 16)
     groups = -(-rows // tile_rows)
     grid = (1 if short else -(-dim // (TILE * _STEPS)), *over_two_axes(groups))
     padded = [*grads, *[grads[0]] * (_AT_ONCE - len(grads))]

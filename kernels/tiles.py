@@ -4,10 +4,13 @@ A launch sees ``[R, D]`` in memory order. The rule, in closed form, no autotunin
 
 - ``D >= 512``: a program works inside one row on ``BLOCK_D`` elements, the largest of 2048, 1024 and 512 that makes
   the last tile of a row overlap the one before by at most 1/16 of the row (512 if none does). The last tile is moved
-  back to end with its row, so that every access is whole and unmasked; what it repeats is written twice with the same
-  value and summed once.
+  back to end with its row, so that every read is whole and unmasked. What it repeats is summed and written by the tile
+  before alone: the compiler may compute an element by other instructions in another place of a tile, and two programs
+  that wrote it could differ in its last bit.
 - ``D < 512``: a program works on ``ROWS = 2048 / BLOCK_D`` whole rows, ``BLOCK_D`` the power of two from ``D`` up,
-  under a mask where that is not exact.
+  under a mask of the rows and, where ``BLOCK_D`` is not ``D``, of the columns.
+
+Nothing that is compiled depends on how many rows there are, so that a last, smaller batch compiles nothing.
 
 A thread always has 16 elements: enough to spread the cost of a program over, few enough to stay in registers.
 ``ALIGN``, the largest power of two up to 16 that divides ``D``, tells the compiler how wide an access may be.
@@ -30,6 +33,8 @@ PER_THREAD = 16
 COLUMNS = tl.constexpr(9)
 # A grid's second axis ends here; more rows are spread over the third too.
 GRID_ROWS = 65535
+# Arguments of the kernels that count rows: no launch is compiled for a value of theirs.
+ROW_COUNTS = ("n_rows", "n_gen", "noise_rows")
 
 
 class Tiling(NamedTuple):
@@ -66,7 +71,7 @@ def tiling(rows: int, dim: int) -> Tiling:
     else:
         block_d = max(4, triton.next_power_of_2(dim))
         tile_rows, blocks = TILE // block_d, 1
-        even = dim == block_d and rows % tile_rows == 0
+        even = dim == block_d
         grid = (-(-rows // tile_rows), 1, 1)
     constants = {"ALIGN": align, "ROWS": tile_rows, "BLOCK_D": block_d, "EVEN": even}
     return Tiling(grid, constants, block_d * tile_rows // (32 * PER_THREAD), blocks)
@@ -104,10 +109,11 @@ def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.co
     """Where this program works: row, first element, offsets from it, what is there, what to sum, first column.
 
     Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``; over short rows ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``.
+    What to sum is also what to write.
     """
     dim = row_length(units, ALIGN, ROWS)
     if ROWS == 1:
-        # The third axis can overshoot; the last row is then written again with the same values.
+        # The third axis can overshoot; the last row is then written again, by the same instructions.
         row = tl.minimum(grid_row(), n_rows - 1)
         first = tl.program_id(0).to(tl.int64) * BLOCK_D
         offsets = tl.arange(0, BLOCK_D)
@@ -126,7 +132,9 @@ def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.co
         top = tl.program_id(0).to(tl.int64) * ROWS
         row = top + local
         offsets = local * dim + d
-        inside = (row < n_rows) & (d < dim)
+        inside = row < n_rows
+        if not EVEN:
+            inside = inside & (d < dim)
         fresh = inside
         start = tl.multiple_of(top * dim, ALIGN)
         begin = tl.full((), 0, tl.int64)
@@ -136,7 +144,7 @@ def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.co
 @triton.jit
 def column(coef_ptr, row, n_rows, J: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """Coefficient ``J`` of the program's row or rows."""
-    if ROWS == 1 or EVEN:
+    if ROWS == 1:
         value = tl.load(coef_ptr + row * COLUMNS + J)
     else:
         value = tl.load(coef_ptr + row * COLUMNS + J, mask=row < n_rows, other=0.0)
@@ -146,7 +154,7 @@ def column(coef_ptr, row, n_rows, J: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.
 @triton.jit
 def row_number(pointer, row, n_rows, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """The program's row's, or rows', entry of a vector ``[R]``."""
-    if ROWS == 1 or EVEN:
+    if ROWS == 1:
         value = tl.load(pointer + row)
     else:
         value = tl.load(pointer + row, mask=row < n_rows, other=0.0)
@@ -163,7 +171,7 @@ def guide(conditional, uncond_ptr, scale, start, offsets, inside, ROWS: tl.const
 @triton.jit
 def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """A tile of storage in float32."""
-    if ROWS == 1 or EVEN:
+    if ROWS == 1:
         value = tl.load(pointer + start + offsets)
     else:
         value = tl.load(pointer + start + offsets, mask=inside, other=0.0)
@@ -173,7 +181,7 @@ def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr
 @triton.jit
 def read_where(wanted, pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """A tile in float32, untouched memory and zeros where the row's ``wanted`` is false."""
-    if ROWS == 1 or EVEN:
+    if ROWS == 1:
         mask = wanted
     else:
         mask = wanted & inside
@@ -181,13 +189,13 @@ def read_where(wanted, pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN
 
 
 @triton.jit
-def write(pointer, start, offsets, inside, value, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """Store a tile, rounded to the storage type."""
+def write(pointer, start, offsets, fresh, value, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """Store a tile's fresh elements, rounded to the storage type."""
     value = value.to(pointer.dtype.element_ty)
-    if ROWS == 1 or EVEN:
+    if ROWS == 1 and EVEN:
         tl.store(pointer + start + offsets, value)
     else:
-        tl.store(pointer + start + offsets, value, mask=inside)
+        tl.store(pointer + start + offsets, value, mask=fresh)
 
 
 @triton.jit
@@ -199,7 +207,4 @@ def write_sum(partial_ptr, row, n_rows, fresh, value, weight, ROWS: tl.constexpr
         tl.store(partial_ptr + row * tl.num_programs(0) + tl.program_id(0), tl.sum(value) * weight)
     else:
         total = tl.sum(value, axis=1, keep_dims=True) * weight
-        if EVEN:
-            tl.store(partial_ptr + row, total)
-        else:
-            tl.store(partial_ptr + row, total, mask=row < n_rows)
+        tl.store(partial_ptr + row, total, mask=row < n_rows)

@@ -126,6 +126,7 @@ def matching_loss(
 
     Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
     """
+    check_tensor("out", out)
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     _refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
     mean = _is_mean(reduction)
@@ -136,6 +137,7 @@ def matching_grads(
     *, out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
+    check_tensor("out", out)
     noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     op = ops.current(x.device).matching.default
     return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
@@ -343,6 +345,7 @@ def _generator_arguments(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The fake model's output and what the guided operator takes beside the others, with everything checked."""
     _check_objective(objective)
+    check_tensor("teacher_out", teacher_out)
     if fake_out is None:
         if objective.needs_fake:
             raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
@@ -451,6 +454,7 @@ def _fake_arguments(
 ) -> tuple[str, tuple[object, ...]]:
     """The fake operator's name and its arguments up to the switches, checked."""
     _check_objective(objective)
+    check_tensor("fake_out", fake_out)
     check_whole("n_real", n_real)
     noise_rows = _check(
         x,

@@ -46,7 +46,7 @@ SHAPES = {
     "images_8x8": ((3, 3, 8, 8), torch.channels_last),
     "odd_short": ((11, 7), torch.contiguous_format),
     "scalars": ((9, 1), torch.contiguous_format),
-    "power_of_two": ((32, 64), torch.contiguous_format),
+    "power_of_two": ((35, 64), torch.contiguous_format),
     "one_row_even": ((2, 3, 16, 32), torch.channels_last),
     "overlapping_tail": ((2, 1300), torch.contiguous_format),
     "odd_row": ((3, 1027), torch.contiguous_format),

@@ -20,7 +20,7 @@ import torch
 import triton
 
 from bench import kernels_report as report
-from bench.ahead_of_time import TARGETS, compile_call
+from bench.ahead_of_time import TARGETS, compile_call, specialise
 
 BUDGET = json.loads(report.BUDGET.read_text())
 SAME_COMPILER = triton.__version__ == BUDGET["triton"]
@@ -111,6 +111,67 @@ def test_every_kernel_compiles_where_integers_are_one(rows: int, dim: int, noise
     """An integer argument that is 1 is a constant of the compiler, of another type. The interpreter knows no such."""
     for call in calls_of_every_operator(rows, dim, noise_rows, torch.float16):
         assert compile_call(call, "sm_90").local == 0
+
+
+@pytest.mark.parametrize("dim", [1296, 1024])
+def test_overlapping_tiles_write_an_element_once(dim: int) -> None:
+    """Two programs that wrote an element could differ in its last bit: sm_100 mixes paired and single instructions.
+
+    In the emitted code every store of a tile that may overlap another is under a predicate, and none is where tiles do
+    not overlap; that the predicates leave nothing out is for the interpreter, whose outputs begin as NaN.
+    """
+    first = {}
+    for call in calls_of_every_operator(40, dim, 40, torch.float16):
+        first.setdefault(call.kernel.__name__, call)
+    for name in ("_generator_kernel", "_fake_kernel", "_matching_kernel", "_interpolate_kernel", "_normal_kernel"):
+        source, options, _ = specialise(first[name], "sm_100")
+        ptx = triton.compile(source, target=TARGETS["sm_100"], options=options).asm["ptx"]
+        tiles = [line for line in ptx.splitlines() if "st.global.v" in line]
+        assert tiles
+        assert {line.strip().startswith("@") for line in tiles} == {dim == 1296}, name
+
+
+@pytest.mark.parametrize("dim", [2, 192, 256, 1296, 3072])
+def test_another_number_of_rows_compiles_nothing(dim: int) -> None:
+    """The key under which Triton keeps a compiled kernel: for a batch, for a last and smaller one, for a tiny one."""
+    keys: dict[Any, set[str]] = {}
+    for rows in (256, 250, 249, 2):
+        of_losses = [
+            call
+            for noise_rows in (rows, -(-rows // 2))
+            for call in calls_of_every_operator(rows, dim, noise_rows, torch.bfloat16)
+            if call.kernel.__name__ not in ("_squares_kernel", "_norm_kernel", "_adam_kernel")
+        ]
+        for i, call in enumerate(of_losses):
+            keys.setdefault((i, call.kernel.__name__), set()).add(specialise(call, "sm_90")[2])
+    assert len(keys) == len(of_losses)
+    assert {name: len(found) for name, found in keys.items() if len(found) > 1} == {}
+
+
+def test_the_gate_specialises_as_a_launch_does() -> None:
+    """On AMD tensors below 2 GiB have 32-bit offsets; rows are never specialised on, other integers by 16 and by 1."""
+
+    def attributes(numel: int, target: str) -> dict[str, list[Any]]:
+        params = torch.empty(numel, device="meta")
+        number, counts = torch.empty((), device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+        from realuid_fast.kernels import optimiser
+
+        call = optimiser.begin_step_([params], number, counts)[0][0]
+        source, _, _ = specialise(call, target)
+        return {call.kernel.arg_names[path[0]]: found for path, found in source.attrs.items()}
+
+    aligned, short = ["tt.divisibility", 16], ["tt.pointer_range", 32]
+    assert attributes(1 << 20, "gfx942")["grad_ptr"] == [aligned, short]
+    assert attributes(1 << 30, "gfx942")["grad_ptr"] == [aligned]
+    assert attributes(1 << 20, "sm_90")["grad_ptr"] == [aligned]
+    assert attributes(1 << 20, "sm_90")["units"] == [aligned]
+    assert attributes((1 << 20) + 16, "sm_90")["units"] == []
+
+
+def test_figures_of_a_loop_are_those_of_an_element() -> None:
+    """The pass over the gradients reads, squares and adds: its loop over eight tiles is unrolled on these targets."""
+    for target in ("sm_80", "sm_90"):
+        assert report.measure("begin_step_/float32", target).instructions < 4
 
 
 def test_gate_sees_narrow_access() -> None:
