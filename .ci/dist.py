@@ -28,7 +28,14 @@ PACKAGE = (
     "realuid_fast/configs/digits.yaml",
 )
 COMPILED = ("realuid_fast/_C.abi3.so", "realuid_fast/_native.", "realuid_fast/kernels/generator.py")
-SOURCES = ("setup.py", "csrc/ops.cpp", "csrc/cpu/fused_impl.h", "kernels/generator.py", "kernels/__init__.py")
+SOURCES = (
+    "setup.py",
+    "csrc/ops.cpp",
+    "csrc/cpu/fused_impl.h",
+    "kernels/generator.py",
+    "kernels/__init__.py",
+    "examples/distill_digits.py",
+)
 
 RUNS = """
 import sys, warnings, torch, realuid_fast as rf
@@ -90,6 +97,8 @@ def main(folder: Path) -> None:
     with tarfile.open(source) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
     holds(names, (*PACKAGE, *SOURCES), source)
+    if strays := [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("examples/")]:
+        sys.exit(f"{wheel.name} holds {strays[0]}, which is for the source archive alone")
     with tempfile.TemporaryDirectory() as room:
         installed(wheel.resolve(), "compiled", Path(room) / "wheel", os.environ["PATH"])
         said = installed(source.resolve(), "pure", Path(room) / "source", "")

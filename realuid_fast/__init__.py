@@ -11,9 +11,24 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, couplings, data, errors, functional, noise, objectives, optim, paths, sampling, teachers
+    from . import (
+        backends,
+        couplings,
+        data,
+        errors,
+        functional,
+        metrics,
+        networks,
+        noise,
+        objectives,
+        optim,
+        paths,
+        sampling,
+        teachers,
+    )
     from .backends import backend
     from .functional import FakeGrads, GeneratorGrads, MatchingGrads, interpolate, sample_output
+    from .generator import frozen_view
     from .interpolant import Interpolant
     from .losses import fake_grads, fake_loss, generator_grads, generator_loss, matching_grads, matching_loss
     from .models import load, sample
@@ -35,6 +50,7 @@ __all__ = [
     "errors",
     "fake_grads",
     "fake_loss",
+    "frozen_view",
     "functional",
     "generator_grads",
     "generator_loss",
@@ -42,6 +58,8 @@ __all__ = [
     "load",
     "matching_grads",
     "matching_loss",
+    "metrics",
+    "networks",
     "noise",
     "objectives",
     "optim",
@@ -60,6 +78,7 @@ _HOMES = {
     "Interpolant": "interpolant",
     "NoiseStream": "noise",
     "backend": "backends",
+    "frozen_view": "generator",
     "load": "models",
     "sample": "models",
     "save_picture": "pictures",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +114,27 @@ def _key(z: Tensor, number: int) -> Tensor:
     return torch.stack((seed, torch.full_like(seed, number)))
 
 
-def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of ``net`` on the memory of its own parameters, or of ``state``'s tensors, without gradients for them.
+def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None = None) -> nn.Module:
+    """A copy of ``net`` on the memory of its own parameters, or of other tensors, without gradients for them.
 
-    Made once: later in-place updates of that memory show in it, and no flag is switched inside the training step.
+    Made once: later in-place updates of that memory show in it, and no flag is switched inside the training step. So
+    ``frozen_view(fake)`` is the fake model of the generator's turn, and ``frozen_view(student, optimiser.averages(d))``
+    is the student at its moving average.
+
+    Args:
+        net: any module. The copy is in its mode, training or evaluation.
+        state: the tensors in the place of the parameters: all of them by name, or by parameter as
+            :meth:`realuid_fast.optim.FusedAdam.averages` gives them; a parameter without one keeps its own.
+
+    Raises:
+        UserError: averages of none of the network's parameters.
     """
-    shared = net.state_dict(keep_vars=True) if state is None else state
+    own = net.state_dict(keep_vars=True)
+    given: Mapping[Any, Tensor] = own if state is None else state
+    by_name = all(isinstance(key, str) for key in given)
+    if not by_name and not any(tensor in given for tensor in own.values()):
+        raise UserError("state must hold tensors of this network's parameters: these are another network's")
+    shared = given if by_name else {name: given.get(tensor, tensor) for name, tensor in own.items()}
     view = copy.deepcopy(net)
     for prefix, module in view.named_modules():
         for name in list(module._parameters):

@@ -237,7 +237,8 @@ class FusedAdam(torch.optim.Optimizer):
     def averages(self, decay: float) -> dict[Tensor, Tensor]:
         """For every parameter its moving average with ``decay``, the memory itself, laid out like the parameter.
 
-        Of a sharded one it is this rank's part.
+        Of a sharded one it is this rank's part. ``rf.frozen_view(net, optimiser.averages(decay))`` is the network with
+        them.
         """
         if decay not in self.ema_decays:
             raise UserError(f"decay must be one of {list(self.ema_decays)}, got {decay:g}")

@@ -270,6 +270,24 @@ def test_frozen_views_share_memory_and_follow_updates():
     assert frozen_view(net, other).first.weight.data_ptr() == other["first.weight"].data_ptr()
 
 
+def test_a_frozen_view_is_a_network_at_its_average():
+    net = build(MLP)
+    net.last.bias.requires_grad_(False)
+    optimiser = rf.optim.FusedAdam([p for p in net.parameters() if p.requires_grad], ema_decays=(0.9,))
+    view = rf.frozen_view(net, optimiser.averages(0.9))
+    t, x = torch.rand(3), torch.randn(3, 2)
+    for _ in range(2):
+        (net(t, x) - 1).square().sum().backward()
+        optimiser.step()
+    averages = optimiser.averages(0.9)
+    for (name, p), seen in zip(net.named_parameters(), view.parameters(), strict=True):
+        assert torch.equal(seen, averages.get(p, p)), name
+        assert seen.data_ptr() == averages.get(p, p).data_ptr()
+    assert not torch.equal(view(t, x), net(t, x))
+    with pytest.raises(UserError, match="these are another network's"):
+        rf.frozen_view(build(MLP), averages)
+
+
 def test_uid_loads_no_real_data_and_alpha_decides():
     trainer = distiller(distill={"objective": {"name": "uid"}, "batch": 1353})
     assert trainer.batches is None
