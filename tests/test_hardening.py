@@ -918,7 +918,7 @@ def public_arguments(call, batch):
 def gradients(call, arguments, wanted):
     """The call's results and the gradients of their sum in the arguments ``wanted``, zeros where there are none."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
-    results = [t for t in outputs(getattr(rf, call)(**{**arguments, **leaves})) if t is not None]
+    results = [t for t in outputs(getattr(rf.functional, call)(**{**arguments, **leaves})) if t is not None]
     if not wanted or not results[0].requires_grad:
         return results
     grads = torch.autograd.grad(results[0].sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -960,7 +960,7 @@ def test_public_call(call, data):
         arguments |= spoilt
 
         def run():
-            return [t for t in outputs(getattr(rf, call)(**arguments)) if t is not None]
+            return [t for t in outputs(getattr(rf.functional, call)(**arguments)) if t is not None]
 
         check_spoiled(run, evaluate_public(call, []), arguments, what, [*arguments, "a fused call"])
 
@@ -978,7 +978,7 @@ def test_public_call_refuses_gradients_it_does_not_give(call, data):
         if name in INPUTS[call] or (name == "teacher_out" and call == "fake_loss"):
             continue
         with pytest.raises(UserError, match=rf"no gradient in {name}"):
-            getattr(rf, call)(**{**arguments, name: arguments[name].detach().requires_grad_()})
+            getattr(rf.functional, call)(**{**arguments, name: arguments[name].detach().requires_grad_()})
 
 
 @pytest.mark.skipif("REALUID_FAST_SANITIZE" not in os.environ, reason="for `make sanitize`")
