@@ -39,10 +39,11 @@ sanitize: $(VENV)/.installed
 		REALUID_FAST_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED) $(abspath $(BIN))/python -m pytest -q \
 		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py test_layers.py)
 
-# Source archive and wheel, and each of them installed in a fresh environment: with a compiler and without.
+# Source archive and wheel, installed in every way in fresh environments: the extension runs, or the build has stopped.
+# Isolated builds fetch setuptools and ninja: this needs the network.
 dist: $(VENV)/.installed
 	rm -rf build/dist
-	$(BIN)/python -m build --no-isolation --outdir build/dist .
+	$(BIN)/python -m build --no-isolation --sdist --outdir build/dist .
 	$(BIN)/python .ci/dist.py build/dist
 
 # Known vulnerabilities of what dev.lock pins. The advisories are fetched from the package index: this needs the network,
@@ -52,10 +53,10 @@ audit:
 	build/audit/bin/python -m pip install --quiet pip-audit
 	build/audit/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/dev.lock
 
-# Needs uv (pip install uv) and the network. Raise a version with LOCK=--upgrade-package=NAME, all with LOCK=--upgrade.
-COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
+# Needs uv, which the locks bring, and the network. Raise a version with LOCK=--upgrade-package=NAME, all with LOCK=--upgrade.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 lock:
-	$(COMPILE) $(LOCK) --extra dev --extra diffusers --override requirements/without-torch.txt \
+	$(COMPILE) $(LOCK) --extra train --extra nvtx --extra dev --extra diffusers --override requirements/without-torch.txt \
 		$(addprefix --no-emit-package ,torch filelock fsspec jinja2 mpmath networkx sympy) \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$(COMPILE) $(LOCK) --no-deps requirements/peers.in -o requirements/peers.lock

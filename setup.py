@@ -1,7 +1,7 @@
-"""Builds the two extension modules: the operators on LibTorch's stable ABI and the torch-free pybind11 module.
+"""Builds the compiled library: the operators on LibTorch's stable ABI, and plain functions for NumPy and the trainer.
 
-Metadata lives in pyproject.toml. Without torch, or without a C++ compiler, the package is built as pure Python and
-says so; a compiler that is there and fails stops the build.
+Metadata lives in pyproject.toml. A build without torch, without a C++ compiler, or with a compiler that fails, stops
+with a sentence. ``REALUID_FAST_PURE_PYTHON=1`` asks for the package without the library.
 
 ``REALUID_FAST_SANITIZE=address,undefined`` builds the whole package with GCC's or Clang's sanitizers into
 ``build/sanitize``, away from every other build; ``make sanitize`` runs the operators' tests on it.
@@ -9,41 +9,98 @@ says so; a compiler that is there and fails stops the build.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.build_ext import build_ext
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("REALUID_FAST_SANITIZE", "")
-CPU_SOURCES = ["isa", "noise", "noise_avx512", "noise_avx2", "noise_baseline"]
+TORCH = "2.11"  # the oldest that the package supports; pyproject.toml names it too
+ABI3 = {"py_limited_api": "cp311"}
+# The commands of setuptools that need the library. dist_info is the first of them that pip calls, before it downloads
+# what the package requires. Source archives and a version's query need neither torch nor a compiler.
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
+CPU_SOURCES = ["isa", "bandwidth", "noise", "noise_avx512", "noise_avx2", "noise_baseline"]
 LOSS_SOURCES = ["fused", "fused_avx512", "fused_avx2", "fused_baseline"]
 LAYER_SOURCES = [f"{layer}{isa}" for layer in ("conv", "norm") for isa in ("", "_avx512", "_avx2", "_baseline")]
 OPTIMISER_SOURCES = ["optimiser", "optimiser_avx512", "optimiser_avx2", "optimiser_baseline"]
 
 
-def say(sentence: str) -> None:
-    """Print to the real standard error, which pip shows with -v and after a failure."""
-    print(f"realuid-fast: {sentence}", file=sys.stderr, flush=True)
+def stop(reason: str, remedy: str) -> NoReturn:
+    """End the build with one sentence, which pip and uv show with their own error."""
+    sys.exit(f"realuid-fast: {reason}: {remedy}. REALUID_FAST_PURE_PYTHON=1 installs the slower pure Python package.")
+
+
+def invoker() -> tuple[list[str], dict[str, str], str]:
+    """Command line, environment and working directory of the program that runs this build, where the system tells."""
+    folder = Path("/proc") / str(os.getppid())
+    try:
+        words = (folder / "cmdline").read_text().split("\0")[:-1]
+        pairs = (line.split("=", 1) for line in (folder / "environ").read_text().split("\0") if "=" in line)
+        return words, dict(pairs), os.readlink(folder / "cwd")
+    except (OSError, UnicodeError):
+        # uv puts the environment it builds in into VIRTUAL_ENV, in the place of the one that it installs into.
+        return [], {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}, os.getcwd()
+
+
+def interpreters() -> Iterator[str]:
+    """Those that the package may be built for, the likeliest first; an isolated build itself runs in another one."""
+    words, environment, folder = invoker()
+    uv = os.environ.get("UV")
+    if uv is not None and os.path.basename("".join(words[:1])) in ("", "uv", "uvx"):
+        options = {"--python": "", "-p": "", "--directory": "", "--project": ""}
+        for i, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name in options:
+                options[name] = value if equals else "".join(words[i + 1 : i + 2])
+        folder = os.path.join(folder, options["--directory"], options["--project"])
+        if "pip" not in words:
+            # `uv sync`, `run` and `add` install into the project's environment, whichever is active.
+            environment.pop("VIRTUAL_ENV", None)
+            yield os.path.join(folder, environment.get("UV_PROJECT_ENVIRONMENT", ".venv"), "bin", "python")
+        request = [options["--python"] or options["-p"]] if options["--python"] or options["-p"] else []
+        system = ["--system"] if "--system" in words else []
+        find = [uv, "python", "find", "--no-python-downloads", *system, *request]
+        found = subprocess.run(find, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        yield found.stdout.strip()
+    yield sys.executable  # pip isolates by paths alone
+    if words and "python" in os.path.basename(words[0]):
+        yield (
+            shutil.which(os.path.join(folder, words[0]) if os.sep in words[0] else words[0]) or ""
+        )  # of `python -m build`
+
+
+def search_path(python: str) -> list[str]:
+    """Where ``python`` finds packages, whatever variables say; empty for another version than this build runs on."""
+    code = "import json, sys; print(json.dumps([sys.version_info[:2], [p for p in sys.path if p]]))"
+    try:
+        done = subprocess.run([python, "-E", "-c", code], capture_output=True, text=True, check=True, cwd="/")
+        version, path = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return []
+    return path if version == list(sys.version_info[:2]) else []
 
 
 def find_torch() -> Any:
-    """Torch's extension builder, from here or from the environment that pip builds for (an isolated build hides it)."""
-    try:
-        from torch.utils import cpp_extension
-    except ImportError:
+    """Torch's extension builder, from here or from the environment that the package is built for."""
+    before = list(sys.path)
+    for path in ([], *map(search_path, filter(None, interpreters()))):
         # Appended, not prepended: setuptools and ninja of the isolated environment stay in front.
-        sys.path.append(sysconfig.get_path("purelib"))
+        sys.path[:] = before + [place for place in path if place not in before]
         try:
             from torch.utils import cpp_extension
         except ImportError:
-            return None
-    return cpp_extension
+            continue
+        return cpp_extension
+    return None
 
 
 def compiler() -> str | None:
@@ -59,19 +116,24 @@ def sources(names: list[str]) -> list[str]:
 
 def configure() -> dict[str, Any]:
     """Arguments of setup() that depend on what this machine has."""
-    if os.environ.get("REALUID_FAST_PURE_PYTHON") == "1":
-        say("REALUID_FAST_PURE_PYTHON=1, building without the C++ extension.")
+    if os.environ.get("REALUID_FAST_PURE_PYTHON") == "1" or not BUILDS & set(sys.argv):
         return {}
     if sys.platform == "win32":
-        say("the C++ extension needs GCC or Clang; building without it on Windows.")
-        return {}
+        stop("the C++ extension needs GCC or Clang and Linux or macOS", "use Windows' subsystem for Linux")
     found = compiler()
     if found is None:
-        say("no C++ compiler found; building without the C++ extension (the torch backend works, slower).")
-        return {}
+        stop("there is no C++ compiler", "install one (on Debian: apt-get install g++), then install again")
     if shutil.which((os.environ.get("CXX") or "c++").split()[0]) is None:
         # Neither CXX nor the customary name runs here, but another compiler does.
         os.environ["CXX"] = found
+    cpp_extension = find_torch()
+    install = f"run pip install 'torch>={TORCH}' in the same environment, then install again"
+    if cpp_extension is None:
+        stop("torch, which the extension is compiled against, is not installed where this package goes", install)
+    import torch
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, TORCH.split("."))):
+        stop(f"torch {torch.__version__} is older than {TORCH}", install)
 
     flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
     links: list[str] = []
@@ -83,48 +145,32 @@ def configure() -> dict[str, Any]:
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *sanitizers]
         links += sanitizers
     depends = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
-    modules: list[Extension] = []
-    command: Any = build_ext
+    library = cpp_extension.CppExtension(
+        "realuid_fast._C",
+        [
+            "csrc/ops.cpp",
+            "csrc/layers.cpp",
+            "csrc/native.cpp",
+            *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES + LAYER_SOURCES),
+        ],
+        include_dirs=["csrc"],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        extra_compile_args=flags,
+        extra_link_args=links,
+        depends=depends,
+        py_limited_api=True,
+    )
+    command: Any = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
 
-    try:
-        import pybind11
-    except ImportError:
-        say("pybind11 is missing; building without the native helper module (pip install pybind11).")
-    else:
-        modules.append(
-            Extension(
-                "realuid_fast._native",
-                ["csrc/native.cpp", "csrc/cpu/bandwidth.cpp", *sources(CPU_SOURCES)],
-                include_dirs=["csrc", pybind11.get_include()],
-                extra_compile_args=flags,
-                extra_link_args=links,
-                depends=depends,
-                language="c++",
-            )
-        )
+    class BuildLibrary(command):
+        """Builds without Python's headers: the library uses none, and their place differs between environments."""
 
-    cpp_extension = find_torch()
-    if cpp_extension is None:
-        say("torch is not installed; building without the fused operators. Install torch, then install again.")
-    else:
-        modules.append(
-            cpp_extension.CppExtension(
-                "realuid_fast._C",
-                [
-                    "csrc/ops.cpp",
-                    "csrc/layers.cpp",
-                    *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES + LAYER_SOURCES),
-                ],
-                include_dirs=["csrc"],
-                define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-                extra_compile_args=flags,
-                extra_link_args=links,
-                depends=depends,
-                py_limited_api=True,
-            )
-        )
-        command = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
-    return {"ext_modules": modules, "cmdclass": {"build_ext": command}}
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.include_dirs: list[str] = []
+
+    # The library calls nothing of Python, so one wheel serves every version from the package's oldest on.
+    return {"ext_modules": [library], "cmdclass": {"build_ext": BuildLibrary}, "options": {"bdist_wheel": ABI3}}
 
 
 def separate() -> dict[str, Any]:
@@ -135,8 +181,14 @@ def separate() -> dict[str, Any]:
         sys.exit(
             "realuid-fast: REALUID_FAST_SANITIZE goes with 'setup.py build' alone, which builds into build/sanitize."
         )
-    return {"options": {"build": {"build_base": "build/sanitize", "build_lib": "build/sanitize/lib"}}}
+    return {"build": {"build_base": "build/sanitize", "build_lib": "build/sanitize/lib"}}
 
 
+# realuid_fast/kernels is a link to the folder at the top. With it the packages lie as they are imported,
+# and an editable install is a plain path, which mypy and editors follow; a hook on imports would hide the package from
+# them. Zip archives of the repository unpack without the link.
 PACKAGES = {*find_packages(include=["realuid_fast", "realuid_fast.*"]), "realuid_fast.kernels"}
-setup(packages=sorted(PACKAGES), **separate(), **configure())
+PLACES = {"": "."} if (ROOT / "realuid_fast" / "kernels").is_dir() else {"": ".", "realuid_fast.kernels": "kernels"}
+built = configure()
+options = {**built.pop("options", {}), **separate()}
+setup(packages=sorted(PACKAGES), package_dir=PLACES, options=options, **built)

@@ -43,7 +43,7 @@ def streaming_copy(size: int, repeats: int = 5, threads: int | None = None) -> f
     """GB/s of reads and writes in copying ``size / 2`` bytes with streaming stores, as the kernels write.
 
     ``size`` is the working set in bytes, rounded to 2 MiB; the best of ``repeats`` by the wall. None where that is
-    nothing, since the kernels stream larger tensors only, and without the native module. ``threads``: torch's where
+    nothing, since the kernels stream larger tensors only, and without the compiled library. ``threads``: torch's where
     not given.
     """
     megabytes = round(size / 2**21)

@@ -73,7 +73,7 @@ __all__ = [
 
 _MODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))
 # The command line's help needs these, and they need no torch.
-_LIGHT = frozenset({"choices", "cli", "errors", "streams", "__main__"})
+_LIGHT = frozenset({"choices", "cli", "errors", "extras", "streams", "__main__"})
 _HOMES = {
     "Interpolant": "interpolant",
     "NoiseStream": "noise",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .contracts import check_tensor
 from .errors import UserError
+from .extras import extra
 
 
 def couple(x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -64,10 +65,8 @@ def _assign(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _solver() -> Callable[..., Any]:
-    try:
+    with extra():
         from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise UserError("couplings need SciPy's assignment solver, which is not installed: pip install scipy") from None
     return linear_sum_assignment
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from . import choices, folders, idx_files
 from . import packed as stored
 from .bounds import Range
 from .errors import UserError
+from .extras import extra
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 FILTERS = choices.FILTERS
@@ -124,6 +125,15 @@ class Dataset:
             raise UserError(f"batch {n} is larger than data set '{self.name}', which has {len(self.train)} samples")
 
 
+class LabelledDataset(Dataset):
+    """A data set whose samples all carry a label, as its types say."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` distinct training samples: float32 ``(n, ...)`` and their labels ``(n,)``."""
+        samples, labels = super().sample(n, generator)
+        return samples, cast(Tensor, labels)
+
+
 def to_float(samples: Tensor) -> Tensor:
     """Stored samples as float32: bytes ``u`` become ``u / 127.5 - 1``, floats stay as they are."""
     return samples.float().div_(127.5).sub_(1.0) if samples.dtype == torch.uint8 else samples.float()
@@ -172,14 +182,15 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     return dataset
 
 
-def digits() -> Dataset:
+def digits() -> LabelledDataset:
     """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 pixels of 17 grey levels.
 
     Scaling ``x = pixel / 8 - 1``.  Split: within each class, in the data set's order, every fourth image
     (the 4th, 8th, ...) is held out, which makes 1,352 training and 445 held-out images, alike in class and
     writer. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
-    from sklearn.datasets import load_digits
+    with extra():
+        from sklearn.datasets import load_digits
 
     source = load_digits()
     images = torch.from_numpy(np.asarray(source.images, dtype=np.float32)).unsqueeze(1).div_(8.0).sub_(1.0)
@@ -187,7 +198,7 @@ def digits() -> Dataset:
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         held[(labels == label).nonzero().flatten()[3::4]] = True
-    return Dataset(
+    return LabelledDataset(
         "digits",
         images[~held],
         images[held],
@@ -384,7 +395,8 @@ def square(
     Raises ``ValueError`` for an image of more than :data:`MOST_PIXELS` or smaller than ``crop``, for pixels whose range
     the file does not say (whole numbers of 32 bits, floating point), and whatever the decoder does for a damaged one.
     """
-    from PIL import Image, ImageOps
+    with extra():
+        from PIL import Image, ImageOps
 
     with Image.open(file, formats=IMAGE_FORMATS) as opened:
         width, height = opened.size
@@ -404,14 +416,16 @@ def square(
 
 
 def _resampling(filter: str) -> Any:
-    from PIL import Image
+    with extra():
+        from PIL import Image
 
     return Image.Resampling[filter.upper()]
 
 
 def _bytes(picture: Any, format: str | None, tags: Mapping[int, Any]) -> Any:
     """An image with pixels of 8 bits, of one in ``format`` with TIFF's ``tags``; Pillow itself clips wider pixels."""
-    from PIL import Image
+    with extra():
+        from PIL import Image
 
     mode = picture.mode
     if mode == "F" or (mode == "I" and format not in ("PNG", "PPM")):
@@ -458,7 +472,8 @@ def idx(path: str | Path, size: int | None = None, channels: int = 1) -> Dataset
 
 def idx_images(images: np.ndarray[Any, Any], size: int | None, channels: int) -> np.ndarray[Any, Any]:
     """Grey images ``(N, H, W)`` uint8 as samples ``(N, channels, size, size)``, see :func:`idx`."""
-    from PIL import Image, ImageOps
+    with extra():
+        from PIL import Image, ImageOps
 
     if (size is not None and size < 1) or channels not in (1, 3):
         raise UserError(f"size must be positive and channels 1 or 3, got size {size} and channels {channels}")

@@ -1,23 +1,23 @@
-"""Loads the compiled operators and the torch-free native module, if they were built; builds nothing itself."""
+"""Loads the compiled library, if it was built; builds nothing itself."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.metadata
+import json
+import shlex
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 import torch
 
 _loaded = False
 _reason: str | None = "the C++ extension has not been loaded"
 
-native: ModuleType | None
-"""The pybind11 module (processor report, bandwidth probe, noise for NumPy), or None where it was not built."""
-try:
-    native = importlib.import_module("._native", __package__)
-except ImportError:
-    native = None
+native: ModuleType | None = None
+"""The library's plain functions, :mod:`realuid_fast.native`, or None where it was not built or does not load."""
 
 
 def _library() -> Path | None:
@@ -33,23 +33,49 @@ def load() -> bool:
     Returns:
         Whether the operators are there. Never raises: :func:`why_missing` has the reason.
     """
-    global _loaded, _reason
+    global _loaded, _reason, native
     if _loaded:
         return True
     path = _library()
     if path is None:
-        _reason = "the C++ extension was not built; install again with torch and a C++ compiler in place"
+        _reason = f"the C++ extension was not built; with a C++ compiler in place, run: {repair()}"
         return False
     try:
         torch.ops.load_library(str(path))
+        found = importlib.import_module(".native", __package__)
+        found.bind(str(path))
+    except (OSError, RuntimeError, AttributeError) as error:
+        _reason = f"the C++ extension does not load ({str(error).splitlines()[0]}); run: {repair()}"
+        return False
+    native = found
+    try:
         # A wrong REALUID_FAST_CPU_ISA shows here rather than in the middle of a run.
-        if native is not None:
-            native.isa()
-    except (OSError, RuntimeError) as error:
-        _reason = f"the C++ extension does not load: {str(error).splitlines()[0]}"
+        found.isa()
+    except RuntimeError as error:
+        _reason = f"the C++ extension does not run: {error}"
         return False
     _loaded, _reason = True, None
     return True
+
+
+def repair() -> str:
+    """The command that builds the package again with its extension, from where it was installed from."""
+    source, editable = "realuid-fast", ""
+    try:
+        text = importlib.metadata.distribution("realuid-fast").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    if text is not None:
+        origin = json.loads(text)
+        source, vcs = origin["url"], origin.get("vcs_info")
+        if vcs is not None:
+            source = f"{vcs['vcs']}+{source}@{vcs['commit_id']}"
+        elif source.startswith("file:"):
+            source = unquote(urlsplit(source).path)
+        editable = "--editable " if origin.get("dir_info", {}).get("editable") else ""
+    # No cache: pip keeps the wheels that it builds, the pure one too. No isolation: the build sees the installed torch.
+    options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
+    return f"pip install 'setuptools>=77' ninja && pip install {options} {editable}{shlex.quote(source)}"
 
 
 def why_missing() -> str | None:
@@ -58,7 +84,7 @@ def why_missing() -> str | None:
 
 
 def isa() -> str | None:
-    """The instruction set the operators run on (``avx512``, ``avx2``, ``baseline``), or None without the native module.
+    """The instruction set the operators run on (``avx512``, ``avx2``, ``baseline``), or None without the library.
 
     Raises:
         RuntimeError: ``REALUID_FAST_CPU_ISA`` asks for one that this processor lacks.
@@ -74,6 +100,6 @@ def keep_freed_memory() -> bool:
     process keeps its peak size.
 
     Returns:
-        Whether anything was done: False without the native module or on another C library.
+        Whether anything was done: False without the library or on another C library.
     """
     return native is not None and bool(native.keep_freed_memory())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data import to_bytes
 from .errors import UserError
+from .extras import extra
 
 
 def save_picture(samples: Tensor, file: str | Path) -> None:
@@ -51,8 +52,9 @@ def picture(samples: Tensor) -> np.ndarray:
     """Samples as an RGB picture ``(H, W, 3)``: a grid of images, or a scatter plot of points ``(N, 2)``."""
     if samples.dim() == 4:
         return grid(samples)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), dpi=100)
     canvas = FigureCanvasAgg(figure)
@@ -66,7 +68,8 @@ def picture(samples: Tensor) -> np.ndarray:
 
 def save_png(pixels: np.ndarray, file: Path | BinaryIO) -> None:
     """Write an RGB picture ``(H, W, 3)`` of bytes."""
-    from PIL import Image
+    with extra():
+        from PIL import Image
 
     if isinstance(file, Path):
         file.parent.mkdir(parents=True, exist_ok=True)

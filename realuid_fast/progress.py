@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
+
+from .extras import extra
+
+with extra():
+    from tqdm import tqdm
 
 
 def bar(total: int, unit: str, shown: bool = True, **settings: Any) -> tqdm[Any]:

@@ -99,7 +99,6 @@ def test_bad_input_gets_a_sentence(call, sentence):
 
 def test_a_missing_solver_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(
-        rf.errors.UserError, match="SciPy's assignment solver, which is not installed: pip install scipy"
-    ):
+    sentence = r"scipy is not installed: run pip install 'realuid-fast\[train\]'"
+    with pytest.raises(rf.errors.UserError, match=sentence):
         couple(*pair(3))

@@ -1117,7 +1117,7 @@ def test_threads_have_their_own_streams_and_optimisers():
         assert all(same(found, wanted) for found, wanted in zip(together(work), alone, strict=True))
 
 
-@pytest.mark.skipif(extension.native is None, reason="the native module was not built")
+@pytest.mark.skipif(extension.native is None, reason="the C++ extension was not built")
 def test_threads_get_the_same_normals_for_numpy():
     alone = extension.native.normals(3, 4, 5, (10_001,)).tobytes()
     draw = together(lambda _: [extension.native.normals(3, 4, 5, (10_001,)).tobytes() for _ in range(5)])

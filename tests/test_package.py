@@ -84,3 +84,69 @@ mixed = torch.compile(lambda x, coef, key: rf.interpolate(x, coef, key), fullgra
 assert torch.equal(mixed(x, coef, key), rf.interpolate(x, coef, key))
 """
     fresh(code)
+
+
+BLOCKED = """
+import sys
+from importlib.machinery import PathFinder
+from realuid_fast.extras import PACKAGES
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *where):
+        blocked = name.partition(".")[0] in {*PACKAGES, "nvtx", "triton"}
+        return None if blocked else super().find_spec(name, *where)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+import torch
+import realuid_fast as rf
+"""
+
+
+def test_calls_need_torch_numpy_and_safetensors_alone():
+    code = """
+path, objective, stream = rf.paths.Linear(), rf.objectives.RealUID(0.92, 0.94), rf.NoiseStream(0)
+net = torch.nn.Linear(3, 3)
+optimiser = rf.optim.FusedAdam(net.parameters(), lr=0.1, clip=1.0, ema_decays=(0.9,))
+x = torch.randn(4, 3)
+draw, mixed = path.draw(x, stream.next_key()), path.draw(x, stream.next_key(), real=x)
+for loss in (
+    rf.matching_loss(draw, net(draw.x_t)),
+    rf.fake_loss(objective, mixed, net(mixed.x_t)),
+    rf.generator_loss(objective, draw, draw.x_t, net(draw.x_t)),
+):
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+teacher = rf.teachers.load_teacher("digits").net
+teacher(torch.rand(2), torch.randn(2, 1, 8, 8), torch.tensor([1, 2]))
+assert not {*PACKAGES, "nvtx", "triton"} & set(sys.modules)
+"""
+    fresh(BLOCKED + code)
+
+
+def test_a_missing_extra_is_named():
+    code = """
+import runpy
+from realuid_fast import cli, data, paths
+from realuid_fast.errors import UserError
+
+def sentence(call):
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+
+for call, package in (
+    (data.digits, "scikit-learn"),
+    (lambda: rf.couplings.couple(torch.randn(3, 2), torch.randn(3, 2)), "scipy"),
+    (lambda: runpy.run_module("realuid_fast.train.config"), "pyyaml"),
+    (lambda: rf.pack, "tqdm"),
+):
+    assert sentence(call) == f"{package} is not installed: run pip install 'realuid-fast[train]'", sentence(call)
+assert cli.main(["info"]) == 2
+"""
+    done = subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith("is not installed: run pip install 'realuid-fast[train]'\n")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from realuid_fast.extras import PACKAGES
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = ROOT / "pyproject.toml"
 
@@ -21,22 +23,36 @@ def imported(module):
             yield node.module.partition(".")[0]
 
 
+def inside(module, kind):
+    """Top-level names that statements of ``kind`` in a file, at any depth, import first."""
+    for node in ast.walk(module):
+        if isinstance(node, kind) and (kind is not ast.With or ast.unparse(node.items[0].context_expr) == "extra()"):
+            yield from imported(node)
+
+
 def names(requirements):
     return {requirement.split(">")[0].split("=")[0].strip().lower() for requirement in requirements}
 
 
 def test_every_import_is_a_requirement():
     project = tomllib.loads(PROJECT.read_text())["project"]
-    needed, provides = names(project["dependencies"]), packages_distributions()
+    extras, provides = project["optional-dependencies"], packages_distributions()
     files = [file for file in (ROOT / "realuid_fast").rglob("*.py") if "kernels" not in file.parts]
     assert len(files) > 50
-    found = {name for file in files for name in imported(ast.parse(file.read_text()))}
-    third = found - set(sys.stdlib_module_names) - {"realuid_fast", "__future__"}
-    assert {"torch", "numpy", "yaml"} <= third
-    for name in third:
-        # triton is what the extra gpu brings: only the kernels' files and their backend import it, when asked for.
-        allowed = needed | (names(project["optional-dependencies"]["gpu"]) if name == "triton" else set())
-        assert {each.lower() for each in provides.get(name, [name])} & allowed, f"{name} is imported and not required"
+    modules = [ast.parse(file.read_text()) for file in files]
+    own = {*sys.stdlib_module_names, "realuid_fast", "__future__"}
+    always = {name for module in modules for name in imported(module)} - own
+    # triton is what the extra gpu brings: only the kernels' files and their backend import it, when asked for.
+    assert always - {"triton"} == {"torch", "numpy"}
+    assert names(project["dependencies"]) == {"torch", "numpy", "safetensors"}
+    # tensorboard is what torch.utils.tensorboard needs.
+    found = {name for module in modules for name in inside(module, ast.With)} - {"torch"} | {"tensorboard"}
+    assert found == set(PACKAGES)
+    for kind in (ast.FunctionDef, ast.If, ast.Try):
+        assert not {name for module in modules for name in inside(module, kind)} & found
+    for name in found:
+        assert PACKAGES[name] in {each.lower() for each in provides.get(name, [PACKAGES[name]])}
+    assert set(PACKAGES.values()) == names(extras["train"])
 
 
 def test_make_has_installed_the_peers():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
+from ..extras import MissingPackage
 from ..streams import guarded
 from .parser import parser
 
@@ -19,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
-    # Imported here: torch takes seconds, which --help and --version do not wait for.
-    from . import run
-
+    try:
+        # Imported here: torch takes seconds, which --help and --version do not wait for.
+        from . import run
+    except MissingPackage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return run.run(arguments)

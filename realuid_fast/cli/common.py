@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .. import __version__, data, models
 from ..errors import UserError
+from ..extras import extra
 from ..teachers import Model
 from ..train import evaluate as evaluation
 from ..train.measure import Measure
+
+with extra():
+    from tqdm import tqdm
 
 
 def command_line(arguments: argparse.Namespace) -> str:

@@ -60,7 +60,7 @@ def info(arguments: argparse.Namespace) -> None:
                 print(f"{name:17} {_state(why_not(name, device), 'runs')}")
     print(f"\nprocessor     {common.processor()}")
     try:
-        print(f"vector code   {extension.isa() or 'unknown: the native module was not built'}")
+        print(f"vector code   {extension.isa() or 'unknown: the C++ extension was not built'}")
     except RuntimeError as error:
         print(f"vector code   {error}")
     load = os.getloadavg()[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..extras import extra
 from .checks import check_number
 from .one_sided import OneSidedPath, Pair
 
@@ -138,7 +139,8 @@ def _scales(ratio: Tensor) -> Pair:
 @functools.lru_cache(maxsize=32)
 def _cubics(path: DiscreteVP, device: torch.device) -> Pair:
     """``ln(A / (1 - A))`` of every step and its slope a step, copied to the device once."""
-    from scipy.interpolate import PchipInterpolator
+    with extra():
+        from scipy.interpolate import PchipInterpolator
 
     table = path.table()
     values = np.log(table) - np.log1p(-table)

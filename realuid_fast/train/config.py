@@ -13,18 +13,21 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, Union
 
-import yaml
 from torch import Tensor
 
 from .. import choices, paths
 from ..bounds import SEED, THREADS, Positive, Range, Whole, shown
 from ..errors import UserError
+from ..extras import extra
 from ..files import read_regular
 from ..objectives import DIVERGENCES, PRESETS, Objective
 from ..sampling import SOLVERS
 from ..teachers import Description
 from .modes import MODES, captures
 from .precision import PRECISIONS
+
+with extra():
+    import yaml
 
 CONFIGS = choices.CONFIGS
 presets, recipes = choices.presets, choices.recipes

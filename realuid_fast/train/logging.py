@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..extras import extra
 from ..files import in_place, sync
 
 
@@ -80,7 +81,8 @@ class Events:
     def __init__(self, folder: Path | None, step: int = 0) -> None:
         self._writer = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            with extra():
+                from torch.utils.tensorboard import SummaryWriter
 
             # Events after the checkpoint that a run resumes from are hidden.
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
@@ -115,8 +117,9 @@ def convergence_plot(
         file: the PNG to write.
         spread: name to ``(lowest, highest)`` at each point of that curve.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -19,12 +19,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import yaml
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import teachers
 from ..errors import NotWritten, UserError
+from ..extras import extra
 from ..files import is_own, make_folder, new_part, part_of, remove, replacing
 from ..noise import NoiseStream
 from ..optim import Optimiser
@@ -40,6 +39,10 @@ from .measure import Measure, evaluation_noise, generate
 from .meters import Fetched, Meters
 from .modes import captures, compiles
 from .phases import Phases
+
+with extra():
+    import yaml
+    from tqdm import tqdm
 
 # What a run writes, and so what --overwrite may remove.
 RUN_FILES = (
