@@ -240,10 +240,11 @@ class _Calls:
                 self._note.write_text(json.dumps(self._made))
             if here and not self._after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            found = call(*given, **named)
-            if here:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return found
+            try:
+                return call(*given, **named)
+            finally:
+                if here:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _life(config: configs.Config, folder: Path, overwrite: bool = False, calls: _Calls | None = None) -> BaseProcess:

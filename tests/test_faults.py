@@ -500,6 +500,9 @@ def test_a_run_that_is_killed_while_it_replaces_another_leaves_a_run(run, monkey
     (folder / "notes.txt").write_text("mine")
     (folder / "samples").mkdir(exist_ok=True)
     (folder / "samples/mine.png").write_text("mine")
+    (folder / "samples/.update-00000004.png.0123456789abcdef.part").write_text("half of")
+    loop.open_folder(folder, resume=True)
+    assert [file.name for file in (folder / "samples").iterdir()] == ["mine.png"]
     loop.open_folder(folder, overwrite=True)
     assert {file.name for file in folder.iterdir()} == {"notes.txt", "samples", "config.yaml"}
     loop.open_folder(folder, overwrite=True)

@@ -59,6 +59,7 @@ RUN_FILES = (
     "best.safetensors",
 )
 RUN_FOLDERS = ("checkpoints", "samples", "events")
+_PICTURE = re.compile(r"update-\d{8,}\.png")
 AHEAD = 2  # updates that a device has been given and not finished
 
 
@@ -142,6 +143,7 @@ def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> 
             if file.is_symlink() or (file.exists() and not (file.is_file() if kind == "file" else file.is_dir())):
                 raise UserError(f"{file} is a link or not a {kind}, where a run would write: move it away")
         remove(file for file in folder.iterdir() if part_of(file.name) in RUN_FILES)
+        remove(file for file in _pictures(folder) if part_of(file.name))
         if not resume:
             _clear(folder)
         clear_half_written(folder / "checkpoints")
@@ -166,11 +168,17 @@ def _is_remnant(file: Path) -> bool:
     return file.name in (LOCK, "config.yaml.part") or (part_of(file.name) in RUN_FILES and is_own(file))
 
 
+def _pictures(folder: Path) -> list[Path]:
+    """The pictures of samples in a run's folder, with those that a killed process had not finished."""
+    there = (folder / "samples").iterdir() if (folder / "samples").is_dir() else ()
+    return [file for file in there if _PICTURE.fullmatch(part_of(file.name) or file.name)]
+
+
 def _clear(folder: Path) -> None:
     """Delete a run but for its configuration; files that no run makes stay."""
     remove(folder / name for name in RUN_FILES if name != "config.yaml")
     clear(folder / "checkpoints")
-    remove((folder / "samples").glob(f"update-{8 * '[0-9]'}.png"))
+    remove(_pictures(folder))
     remove((folder / "events").glob("events.out.tfevents.*"))
     for name in RUN_FOLDERS:
         with contextlib.suppress(OSError):
