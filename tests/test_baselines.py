@@ -130,7 +130,7 @@ def test_features_come_with_the_same_output(network):
     assert logits.shape[0] == 4
     assert torch.equal(Judged(net, shape, seed=0)(t, x, y)[1], logits)
     assert not torch.equal(Judged(net, shape, seed=1)(t, x, y)[1], logits)
-    with pytest.raises(UserError, match="needs a network that gives its features, Linear does not"):
+    with pytest.raises(UserError, match="needs a network whose forward can return its features, which Linear cannot"):
         Judged(torch.nn.Linear(2, 2), (2,), 0)
 
 
@@ -257,7 +257,7 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
         ({"regression": {"steps": 0}}, "distill.regression.steps must be at least 1, got 0"),
         ({**REGRESSION, "times": [0.5], "t_start": 0.1}, "distill.times is not for distill.objective regression"),
         ({**REGRESSION, "gan": {"weight_fake": 1.0}}, "distill.gan is not for distill.objective regression"),
-        ({**REGRESSION, "generator_precision": "tf32"}, "generator_precision tf32 cannot be had on cpu"),
+        ({**REGRESSION, "generator_precision": "tf32"}, "generator_precision tf32 does not run on cpu"),
         ({**REGRESSION, "guidance": 2.0}, "guidance needs a class-conditional network"),
     ],
 )

@@ -537,7 +537,7 @@ def test_compare_from_a_common_first_stage(place, monkeypatch):
 
 def test_compare_refuses(place, capsys):
     words = ["compare", "--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors"]
-    assert "--common is about a second stage: give --then" in refused(capsys, *words, "--out", "c", "--common")
+    assert "--common needs a second stage: give --then" in refused(capsys, *words, "--out", "c", "--common")
     assert "seeds must be different" in refused(capsys, *words, "--out", "c", "--seeds", 1, 1)
     assert "--jobs must be at least 1" in refused(capsys, *words, "--out", "c", "--jobs", 0)
     assert "evaluate_every" in refused(capsys, *words, "run.evaluate_every=0", "--out", "c")

@@ -259,7 +259,7 @@ def test_each_generation_of_graphs_has_a_pool_of_its_own(monkeypatch):
 def test_a_graph_is_told_of_generators_where_torch_asks_for_it(monkeypatch, told):
     """From torch 2.14 on telling it does nothing but warn, and will be an error."""
     fake, generator = FakeGraphs(monkeypatch), torch.Generator()
-    monkeypatch.setattr(modes, "_TOLD", told)
+    monkeypatch.setattr(modes, "_REGISTERS", told)
     modes.CudaRecorder(torch.device("cuda"), [generator]).capture(dict)
     assert fake.told == [generator] * told
 
@@ -285,10 +285,10 @@ def test_a_generator_of_several_steps_compiles_on_a_path_that_is_a_table():
 
 def test_modes_that_cannot_be_had_are_refused(monkeypatch):
     for mode in ("graphs", "graphs-eager"):
-        with pytest.raises(UserError, match=rf"run.mode {mode} cannot be had on cpu: it needs a CUDA device"):
+        with pytest.raises(UserError, match=rf"run.mode {mode} does not run on cpu: it needs a CUDA device"):
             distiller(mode=mode)
     with pytest.raises(UserError, match=r"run\.mode must be one of eager, compiled, graphs, graphs-eager; got 'fast'"):
         distiller(mode="fast")
     monkeypatch.setattr(modes.shutil, "which", lambda _: None)
-    with pytest.raises(UserError, match=r"run.mode compiled cannot be had on cpu: torch.compile needs a C\+\+ comp"):
+    with pytest.raises(UserError, match=r"run.mode compiled does not run on cpu: torch.compile needs a C\+\+ comp"):
         distiller(mode="compiled")

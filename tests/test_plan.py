@@ -236,7 +236,7 @@ def test_a_slow_machine_measures_less_and_says_so(monkeypatch):
     found = plan.make("distill", configured("distill.updates=3600"), steps=20, bound=41.0)
     # Twenty updates of one sample take 20 s, of two 40 s, of four more than 41.
     assert (found.measured.updates, found.measured.batch, found.measured.seconds) == (20, 2, 2.0)
-    assert found.measured.remark.startswith("in place of 8: so many of the whole batch would take longer than 41 s")
+    assert found.measured.remark.startswith("in place of 8: 20 updates of a larger batch would take longer than 41 s")
     assert found.hours == pytest.approx(8.0)
     found = plan.make("distill", configured(), steps=20, bound=5.0)
     assert (found.measured.updates, found.measured.batch) == (5, 1)
@@ -282,7 +282,7 @@ def test_what_the_device_does_not_have_is_not_guessed():
         "distill", configs.load("recipes/cifar10_fast", ["network.num_channels=32", "distill.batch=2"]), 3
     )
     assert found.hours is None
-    assert "run.device cuda is not here" in found.unmeasured
+    assert "run.device cuda does not exist on this machine" in found.unmeasured
     assert found.missing == [
         "data.path data/cifar-10-batches-bin is not there",
         "distill.teacher runs/cifar10-teacher/teacher.safetensors is not there",

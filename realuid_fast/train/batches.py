@@ -28,16 +28,17 @@ class _Pass(NamedTuple):
 class Batches:
     """Batches of ``n`` training samples, float32 on ``device``; each pass is a fresh shuffle.
 
-    Every rank shuffles alike and takes its own ``n`` of the rows of all, so that no two read the same. A pass' last
-    partial batch is left out. A pass has every sample once; of a data set to ``balance`` it has as many rows of each
-    class, of a rare one some sample several times.
+    Every rank shuffles alike and takes its own ``n`` rows of the common batch, so no two ranks read the same sample. A
+    pass' last partial batch is left out. A pass has every sample once. If the data set is to ``balance``, a pass has as
+    many rows of each class, and so repeats samples of rare classes.
 
     Samples on disk are read by a thread, :data:`AHEAD` batches before they are asked for, on CUDA into pinned memory.
-    What was read and not handed out is no part of the state: a resumed run reads it again. Bytes travel to the device
-    as bytes; there they become floats and, of a data set to ``flip``, half of them are mirrored, by coins of ``draws``.
+    Batches that were read and not handed out are not in the state: a resumed run reads them again. Bytes are copied to
+    the device as bytes and become floats there. If the data set is to ``flip``, half of the samples are mirrored there,
+    by coins drawn from ``draws``.
 
     Raises:
-        UserError: all ranks' batch exceeds the training set.
+        UserError: the batch of all ranks together is larger than the training set.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Batches:
         self._balanced, self._flip, self._draws = dataset.balance, dataset.flip, draws
         self._generator = torch.Generator().manual_seed(seed)
         self._pass = self._shuffled()
-        # Where the next batch to plan begins, and where the batches handed out end.
+        # The position where the next planned batch begins, and the position where the last batch handed out ends.
         self._position, self._handed_out = 0, (self._pass, 0)
         self._thread = None if isinstance(dataset.train, Tensor) else ThreadPoolExecutor(1, "batches")
         self._ahead: deque[tuple[Future[Tensor], Tensor, tuple[_Pass, int]]] = deque()
@@ -104,7 +105,7 @@ class Batches:
         return _Pass(order, self._generator.get_state())
 
     def _rewind(self, shuffle: _Pass, position: int) -> None:
-        """Go on from where a batch ended, whatever was planned or read after it."""
+        """Go on from the position where a batch ended; forget all batches that were planned or read after it."""
         for reading, _, _ in self._ahead:
             reading.cancel()
         self._ahead.clear()
@@ -122,12 +123,12 @@ class Batches:
         return self._device.type == "cuda"
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        """A copy that the host does not wait for; bytes travel as bytes."""
+        """A copy on the device, in the tensor's own type. The host does not wait for it."""
         if self._pinned and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
 
-    # Without self, which would otherwise live, and keep the thread, as long as a batch is being read.
+    # A static method: a bound one would keep this object, and so its thread, alive while a batch is being read.
     @staticmethod
     def _read(samples: Any, rows: Tensor, pinned: bool) -> Tensor:
         return samples.read(rows, torch.empty(len(rows), *samples.shape[1:], dtype=samples.dtype, pin_memory=pinned))
@@ -152,7 +153,10 @@ class Batches:
 
 
 def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` rows in random order, of each class that occurs as many, or one more: shuffles of its own, repeated."""
+    """``count`` row numbers in random order, equally many of each class that occurs, or one more.
+
+    The rows of a class are whole shuffles of its members, as many as it takes.
+    """
     known = labels.unique()
     own = torch.full((len(known),), count // len(known))
     own[torch.randperm(len(known), generator=generator)[: count % len(known)]] += 1
@@ -165,10 +169,10 @@ def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def endpoints_to_draw(net: nn.Module, path: Path, dataset: Dataset, device: torch.device) -> Tensor | None:
-    """The training endpoints ``(N, ...)`` that ``path`` or ``net`` need; None where neither does.
+    """The training endpoints ``(N, ...)`` that ``path`` or ``net`` need; None if neither needs any.
 
     Raises:
-        UserError: a data set without endpoints, where they are needed.
+        UserError: endpoints are needed and the data set has none.
     """
     if not needs_endpoint(net, path):
         return None
@@ -187,7 +191,7 @@ def picked(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Labels ``(count,)`` and endpoints ``(count, ...)`` of random training samples, in the data's proportions.
 
-    ``labels`` and ``endpoints`` are what :func:`labels_to_draw` and :func:`endpoints_to_draw` gave.
+    ``labels`` and ``endpoints`` come from :func:`labels_to_draw` and :func:`endpoints_to_draw`.
     """
     conditions = [rows for rows in (labels, endpoints) if rows is not None]
     if not conditions:
@@ -200,10 +204,10 @@ def picked(
 def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Tensor | None:
     """The training labels ``(N,)`` that a class-conditional network is called with; None for an unconditional one.
 
-    Of a data set to ``balance`` they are the classes, each once, so that all are drawn alike often.
+    For a data set to ``balance`` the result holds each class once, so that all classes are drawn equally often.
 
     Raises:
-        UserError: a conditional network where the data set has no labels, or more classes than the network knows.
+        UserError: the network is conditional and the data set has no labels, or more classes than the network knows.
     """
     known = int(getattr(net, "num_classes", 0) or 0)
     if not known:

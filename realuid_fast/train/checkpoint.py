@@ -24,10 +24,10 @@ from . import distributed
 
 FORMAT = 3
 SHARDED = 4  # a checkpoint whose sharded tensors are in files beside it
-# After torch's own file: this mark, the length of what it covers, and its SHA-256. torch.load does not mind.
+# A trailer behind torch's own file: this mark, the file's length, and its SHA-256. torch.load ignores the trailer.
 MARK = b"realuid_fast\x00\x00\x00\x01"
 TRAILER = struct.Struct("<16sQ32s")
-# Every name that a run gives to a file in its folder of checkpoints, and nobody else's.
+# Every name that a run gives to a file in its folder of checkpoints. Files with other names are never touched.
 _STEP, _DIGEST = r"update-(\d{8,})", r"[0-9a-f]{16}"
 _CHECKPOINT = re.compile(rf"{_STEP}\.pt")
 _SHARD = re.compile(rf"{_STEP}\.{_DIGEST}\.shard")
@@ -39,15 +39,15 @@ _CHUNK = 1 << 20
 class Checkpoints:
     """The checkpoints of one run, ``update-00000500.pt`` in ``folder``, of which the newest ``keep`` stay.
 
-    A file appears under its name only when it is complete and on disk, and the oldest goes only then, so that a save
-    which is interrupted or fails loses nothing. Every file ends in a checksum of itself.
+    A file appears under its name only when it is complete and on disk. Only then is the oldest one deleted, so a save
+    that is interrupted or fails loses nothing. Every file ends in a checksum of itself.
 
     With ``sharded`` all ranks save together, and nothing is gathered: each writes its rows of the sharded tensors to
-    ``update-00000500.<checksum>.shard``. When all have, rank 0 writes ``update-00000500.pt`` with everything else and
-    the names of these files, which makes the checkpoint complete. Any number of ranks reads it.
+    ``update-00000500.<checksum>.shard``. When all have done so, rank 0 writes ``update-00000500.pt`` with everything
+    else and the names of these files, which makes the checkpoint complete. Any number of ranks can read it.
 
-    ``guard`` is called before every change to the folder, and raises where the folder is not this run's any more.
-    ``identity`` is the run's: every checkpoint repeats it, and one that repeats another is refused.
+    ``guard`` is called before every change to the folder, and raises if the folder is no longer this run's.
+    ``identity`` names the run. Every checkpoint repeats it, and a checkpoint with another identity is refused.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Checkpoints:
         identity: str | None = None,
     ) -> None:
         self.folder, self.keep, self.identity, self._guard = folder, keep, identity, guard
-        # Of its own: the writing threads talk while the ranks' training does.
+        # A group of its own: the writing threads exchange messages while training does so in the default group.
         self._group = dist.new_group(backend="gloo", timeout=distributed.PATIENCE) if sharded else None
         self._pending: Future[Path] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -76,7 +76,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], first: Callable[[], object] | None = None) -> Path:
         """Write ``state`` (tensors and plain values) and torch's own generator states as the checkpoint of ``step``.
 
-        ``first`` is called before anything is written: what the checkpoint counts on, such as logs, is on disk then.
+        ``first`` is called before anything is written, to bring to disk what the checkpoint relies on, such as logs.
 
         Raises:
             UserError: this or an earlier checkpoint cannot be written.
@@ -86,7 +86,7 @@ class Checkpoints:
         return self._file(step)
 
     def save_soon(self, step: int, state: dict[str, Any], first: Callable[[], object] | None = None) -> None:
-        """:meth:`save`, in a thread: returns when the state is copied to host memory and may change again.
+        """:meth:`save` in a thread. It returns once ``state`` may change again: the copy is made, or queued on CUDA.
 
         One checkpoint is written at a time; a second call waits for the first.
 
@@ -100,18 +100,18 @@ class Checkpoints:
         self._pending = self._thread.submit(self._write, step, content, ready, first)
 
     def check(self) -> None:
-        """Raise what a save in the background ran into; never waits."""
+        """Raise the error of a save in the background, if it has failed by now; never waits."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is on disk; raises what went wrong."""
+        """Wait until the save in the background is on disk; raises its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Let a save in the background finish, whatever comes of it."""
+        """Let a save in the background finish. Its error, if it fails, is dropped."""
         with contextlib.suppress(UserError):
             self.wait()
         if self._thread is not None:
@@ -119,13 +119,13 @@ class Checkpoints:
             self._thread = None
 
     def load(self, verify: bool = True) -> dict[str, Any]:
-        """The newest checkpoint that is sound; also restores torch's own generator states. No code in a file runs.
+        """The newest sound checkpoint; also restores torch's own generator states. No code in a file is executed.
 
-        Damaged ones are renamed to ``*.damaged`` with a warning, and the one before is taken. Sharded tensors are
-        :class:`Rows`; without ``verify`` their files' checksums are not looked at, as where another rank has.
+        A damaged checkpoint is renamed to ``*.damaged`` with a warning, and the one before it is taken. Sharded tensors
+        come as :class:`Rows`. Without ``verify`` the checksums of their files are not computed: rank 0 has done it.
 
         Raises:
-            UserError: there is none, none is sound, or the newest sound one is of another version or another run.
+            UserError: there is no checkpoint, none is sound, or the newest sound one is of another version or run.
         """
         for file in reversed(self.files()):
             try:
@@ -159,7 +159,7 @@ class Checkpoints:
             ready.synchronize()
         file = self._file(step)
         if self._group is not None:
-            # A failure there is told to all ranks.
+            # If one rank fails to write its rows, this call raises on all ranks.
             content, first = self._write_shards(file, content, first), None
             if dist.get_rank(self._group):
                 return file
@@ -176,23 +176,24 @@ class Checkpoints:
         return file
 
     def _make_folder(self) -> None:
-        # Not its parents: a run's folder that was deleted must not come back without a configuration.
+        # Its parents are not made: a run's folder that was deleted must not come back without a configuration.
         if not self.folder.is_dir():
             self.folder.mkdir(exist_ok=True)
             sync(self.folder.parent)
 
     def _rotate(self, step: int) -> None:
-        """Delete what the checkpoint of ``step`` replaces; nothing of a later one is touched."""
+        """Delete the checkpoints that the one of ``step`` replaces, and leftovers of earlier steps."""
         older = [file for file in self.files() if _step(file) < step and is_own(file)]
         remove(older[: max(len(older) + 1 - self.keep, 0)])
         steps = {_step(file) for file in self.files()}
-        # A later one is of a rank that is ahead already, or of a run that went no further.
+        # Shards of a later step stay: another rank may already be saving it.
         remove(f for f in _named(self.folder, _SHARD, _HALF) if _step(f) not in steps and _step(f) < step)
 
     def _write_shards(self, file: Path, content: dict[str, Any], first: Callable[[], object] | None) -> dict[str, Any]:
-        """Write this rank's rows; when all ranks have, what is left to write with the names of their files.
+        """Write this rank's rows and wait for all ranks; the content of the ``.pt`` file, which names all shards.
 
-        The name tells what is inside, so that a step which is saved again touches nothing that a checkpoint needs.
+        A shard's name is its checksum. So a step that is saved a second time overwrites no shard that the first
+        checkpoint needs.
         """
         rest, rows = _split(content)
         said: tuple[str, str]
@@ -202,7 +203,7 @@ class Checkpoints:
                 if first is not None:
                     first()
                 self._make_folder()
-                # Complete under this name already, but nobody's yet.
+                # The shard is complete under this name, but no checkpoint refers to it yet.
                 whole = file.with_name(f"{file.stem}.rank{dist.get_rank(self._group)}")
                 with replacing(whole) as stream:
                     digest = _write_verified(stream, rows)
@@ -225,12 +226,12 @@ def files(folder: Path) -> list[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Delete all that a run has saved in its folder of checkpoints; other files stay."""
+    """Delete every file that a run has written to its folder of checkpoints; other files stay."""
     remove(_named(folder, _CHECKPOINT, _SHARD, _DAMAGED, _HALF))
 
 
 def clear_half_written(folder: Path) -> None:
-    """Delete what a process that was killed had not finished; nobody may be writing there."""
+    """Delete half-written files of a process that was killed. No process may be writing there meanwhile."""
     remove(_named(folder, _HALF))
 
 
@@ -241,14 +242,14 @@ def _named(folder: Path, *patterns: re.Pattern[str]) -> list[Path]:
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose content is not what was written."""
 
 
 class Rows:
-    """A saved tensor of which every one of several files has rows; indexed with a slice of rows, it reads those.
+    """A saved tensor whose rows are spread over several files. Indexing it with a slice reads those rows.
 
     Attributes:
-        shape: the whole tensor's.
+        shape: the shape of the whole tensor.
     """
 
     def __init__(self, shape: tuple[int, ...], files: _Shards, keys: tuple[Any, ...]) -> None:
@@ -268,7 +269,7 @@ class Rows:
 
 
 class _Shards:
-    """The files of a sharded checkpoint, opened when something of them is asked for and read by the page."""
+    """The files of a sharded checkpoint. A file is opened with its first tensor, and only the pages used are read."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.names, self._folder = names, folder
@@ -297,23 +298,24 @@ class _Shards:
 
 
 def rows_of(length: int, rank: int, size: int) -> slice:
-    """The rows of ``length`` that ``rank`` of ``size`` has of a tensor that FSDP2 shards: as ``torch.chunk`` cuts."""
+    """The rows that ``rank`` of ``size`` ranks holds of ``length``: FSDP2 cuts tensors as ``torch.chunk`` does."""
     most = -(-length // size)
     return slice(min(rank * most, length), min((rank + 1) * most, length))
 
 
 def read(file: Path, verify: bool = True) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU, after its checksum was found right; nothing in it is executed.
+    """The content of a checkpoint, on the CPU, once its checksum has been verified. No code in it is executed.
 
-    Sharded tensors are :class:`Rows` of the files beside it, whose checksums are looked at with ``verify``.
+    Sharded tensors come as :class:`Rows` of the files beside it. With ``verify`` the checksums of these are verified
+    as well.
 
     Raises:
-        Damaged: it is cut short, altered or no checkpoint, or a file beside it is.
-        UserError: it may not be read, or is whole but of another version of the format.
+        Damaged: the file or a shard beside it is missing, cut short, altered or no checkpoint.
+        UserError: the file cannot be read, or it is whole but of another version of the format.
     """
     content = _read_verified(file)
     version = content.get("format") if isinstance(content, dict) else None
-    # By its type too: a tensor compares with anything.
+    # The type is checked too: a tensor in this place would compare with a number without an error.
     if not isinstance(version, int) or version not in (FORMAT, SHARDED):
         raise UserError(f"{file} is no checkpoint of this version")
     if version == FORMAT:
@@ -348,18 +350,18 @@ def _read_verified(file: Path) -> Any:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        # What a foreign file makes the reader raise is anything.
+        # A file from elsewhere can make torch's reader raise any kind of exception.
         raise Damaged(f"torch cannot read it: {type(error).__name__}") from None
 
 
 def _opened(file: Path) -> BinaryIO:
-    """A stream of a regular file, of which a link may be the name; a pipe or device would not end."""
+    """Open a regular file or a link to one. Anything else is refused: reading a pipe or a device may never end."""
     if file.exists() and not file.is_file():
         raise Damaged("it is not a regular file")
     return file.open("rb")
 
 
-# What stands in a checkpoint for a tensor whose rows are in its shards.
+# The key of the entry that stands for a sharded tensor in a checkpoint; the entry's value is the tensor's shape.
 ELSEWHERE = "rows in the shards, of a tensor of shape"
 
 
@@ -368,7 +370,7 @@ def _split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     rest: dict[Any, Any] = {}
     rows: dict[Any, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, _Part):
+        if isinstance(value, _OwnRows):
             rest[key], rows[key] = {ELSEWHERE: list(value.shape)}, value.rows
         elif isinstance(value, dict):
             rest[key], inner = _split(value)
@@ -380,7 +382,7 @@ def _split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
 
 
 def _joined(tree: dict[Any, Any], files: _Shards, keys: tuple[Any, ...] = ()) -> dict[Any, Any]:
-    """The inverse of :func:`_split`, with the rows of all files, none read yet."""
+    """The inverse of :func:`_split`, for the rows of all ranks. None of the rows are read yet."""
     joined: dict[Any, Any] = {}
     for key, value in tree.items():
         inside = (*keys, key)
@@ -397,7 +399,7 @@ def _joined(tree: dict[Any, Any], files: _Shards, keys: tuple[Any, ...] = ()) ->
 
 
 def _verify(stream: BinaryIO) -> bytes:
-    """The checksum of what is before it; raises :class:`Damaged` where that is not what was written."""
+    """The checksum at a file's end; raises :class:`Damaged` if it is not that of the bytes before it."""
     size = stream.seek(0, os.SEEK_END)
     if size < TRAILER.size:
         raise Damaged("it is cut short")
@@ -410,18 +412,18 @@ def _verify(stream: BinaryIO) -> bytes:
     stream.seek(0)
     found = hashlib.sha256()
     while length:
-        part = stream.read(min(_CHUNK, length))
-        if not part:
+        chunk = stream.read(min(_CHUNK, length))
+        if not chunk:
             raise Damaged("it is cut short")
-        found.update(part)
-        length -= len(part)
+        found.update(chunk)
+        length -= len(chunk)
     if found.digest() != digest:
         raise Damaged("its checksum is wrong")
     return digest
 
 
 def _write_verified(stream: BinaryIO, content: Any) -> bytes:
-    """Write ``content`` and behind it a checksum of it, which is returned."""
+    """Write ``content`` and, behind it, its checksum; returns the checksum."""
     hashed = _Hashed(stream)
     torch.save(content, cast(BinaryIO, hashed))
     digest = hashed.digest()
@@ -431,11 +433,11 @@ def _write_verified(stream: BinaryIO, content: Any) -> bytes:
 
 @contextlib.contextmanager
 def _sentences(what: str) -> Iterator[None]:
-    """Failures to write in a sentence that names ``what``."""
+    """Turn a failure to write inside the block into an error whose sentence names ``what``."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's writer turns a failed write into a RuntimeError of its own, with the OSError before it.
+        # torch's writer raises a RuntimeError after a failed write. Its context is the OSError.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -443,7 +445,7 @@ def _sentences(what: str) -> Iterator[None]:
 
 
 class _Hashed:
-    """A stream to write to that adds up what it passes on."""
+    """A stream that hashes and counts the bytes that it passes on to another stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._hash, self.length = stream, hashlib.sha256(), 0
@@ -485,18 +487,18 @@ def _renamed(file: Path) -> Path:
     return aside
 
 
-class _Part(NamedTuple):
-    """This rank's rows of a sharded tensor of a shape."""
+class _OwnRows(NamedTuple):
+    """This rank's rows of a sharded tensor, and the shape of the whole tensor."""
 
     shape: tuple[int, ...]
     rows: Tensor
 
 
 def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
-    """A copy in host memory, and the event after which it is complete; None where it is now.
+    """A copy of the state in host memory, and the CUDA event after which it is complete; None if it is complete now.
 
-    From CUDA the copies go to pinned memory behind what is in the stream already: the host does not wait, and what the
-    next update overwrites was read before.
+    Copies from CUDA go to pinned memory and are queued in the current stream. So the host does not wait, and the next
+    update overwrites a tensor only after it was copied.
     """
     on_device = False
 
@@ -505,7 +507,7 @@ def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event |
         if isinstance(value, Tensor):
             value = value.detach()
             if is_sharded(value):
-                return _Part(tuple(value.shape), copy(value.to_local()))
+                return _OwnRows(tuple(value.shape), copy(value.to_local()))
             if value.device.type != "cuda":
                 return value.to("cpu", copy=True)
             on_device = True
@@ -535,5 +537,5 @@ def _set_generator_states(states: dict[str, Tensor]) -> None:
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
     except Exception:
-        # What is there in the place of states makes torch raise anything.
+        # Something else in the place of the states can make torch raise any kind of exception.
         raise Damaged("it lacks torch's generator states") from None

@@ -45,23 +45,25 @@ def compare(
     samples: int = 0,
     common: bool = False,
 ) -> str:
-    """Train every method with every seed in ``folder/runs``, then write JSON, Markdown and plot; the Markdown.
+    """Train every method with every seed in ``folder/runs``, then write JSON, Markdown and plot; returns the Markdown.
 
-    With ``second`` every run goes on from its student in a second stage, with the same method and this configuration;
-    ``common``: both methods from UID's student, so that a seed's two runs differ in the second stage alone.
-    Finished runs are kept with ``resume``, unfinished ones continued. Curves have ``run.evaluate_samples`` samples a
-    point, the table's distances ``samples`` (0: as many), because at a few thousand samples one draw of the noise moves
-    a distance by more than the methods differ.
+    With ``second`` every run has a second stage, which starts from the run's student and takes ``second`` as its
+    configuration and the same method. With ``common`` both methods' second stages start from UID's student, so that a
+    seed's two runs differ in the second stage alone.
+
+    With ``resume`` finished runs are kept and unfinished ones continued. A point of a curve has
+    ``run.evaluate_samples`` samples; the table's distances have ``samples`` (0: as many as a point). The table needs
+    more, because with a few thousand samples one draw of the noise moves a distance by more than the methods differ.
 
     Raises:
-        UserError: no seeds, ``common`` without a second stage, a folder with results that nobody asked to replace, or a
-            run that failed.
+        UserError: no seeds, ``common`` without a second stage, results in the folder without ``overwrite`` or
+            ``resume``, or a run that failed.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, when every running process has saved.
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"seeds must be different numbers from 0 on, got {list(seeds)}")
     if common and second is None:
-        raise UserError("--common is about a second stage: give --then")
+        raise UserError("--common needs a second stage: give --then")
     stages = [config] if second is None else [config, second]
     for stage in stages:
         if stage.run.evaluate_every < 1:
@@ -115,7 +117,7 @@ def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]
 
 
 def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
-    """Run commands by name, ``jobs`` at a time with one thread each, their words in ``folder/runs/NAME.log``.
+    """Run commands by name, ``jobs`` at a time with one thread each; their output is in ``folder/runs/NAME.log``.
 
     Raises:
         UserError: a command that failed, with its last line; the others are stopped.
@@ -132,7 +134,7 @@ def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
                 del waiting[name]
                 print(f"started {name}", flush=True)
                 log = (folder / "runs" / f"{name}.log").open("wb")
-                # A session of its own: a Ctrl-C in the terminal reaches it once, through us.
+                # A session of its own, so that a Ctrl-C in the terminal reaches the run only once, from this process.
                 running[name] = subprocess.Popen(
                     command, stdout=log, stderr=log, env=environment, start_new_session=True
                 )
@@ -159,7 +161,7 @@ def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
 
 
 class _Judge:
-    """Data, measure and teacher of a comparison; loaded first, so that what cannot be used is refused at once."""
+    """Data, measure and teacher of a comparison. They are loaded first, so that bad ones are refused at once."""
 
     def __init__(self, config: Config, samples: int) -> None:
         settings = config.distill
@@ -169,7 +171,7 @@ class _Judge:
         self.teacher = teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay)
 
     def __call__(self, model: Model, steps: int = 1, count: int = 0) -> Tensor:
-        """Samples of a model, as many as the table's unless ``count`` says otherwise, from the noise of evaluations."""
+        """Samples of a model from the noise of evaluations: ``count``, or as many as the table's distances have."""
         count = count or self.samples
         noise, conditions = evaluation_noise(self.dataset.shape, count), self.measure.conditions(model.net, count)
         return generate(sampler(model, steps), noise, *conditions)[0]
@@ -179,9 +181,9 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
     """Results of finished runs in ``folder/runs``: writes JSON, Markdown and plot, returns the Markdown."""
     count = stages[0].run.evaluate_samples
     measure = judge.measure
-    # What the training data are to be held against: fewer samples lie further away.
+    # The training data's own distance is compared with a teacher's at as many samples: with fewer, any distance grows.
     floor_samples = len(measure.train)
-    # Fewer samples are the first of more, noise and labels alike.
+    # Draw the largest number once: the noise and labels of a smaller number are the first ones of it.
     counts = {count, judge.samples, floor_samples}
     teacher = judge(judge.teacher, 100, max(counts))
     of_teacher = {number: measure(teacher[:number]).distance for number in counts}
@@ -290,7 +292,7 @@ def _markdown(content: dict[str, Any]) -> str:
 
 
 def _outside(beta: float) -> str:
-    """What is said beside a beta that the paper, whose range is (0, 1], does not have."""
+    """A remark for the table about a beta outside the paper's range, which is (0, 1]."""
     return ", outside the paper's (0, 1]" if beta > 1 else ""
 
 
@@ -300,7 +302,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _apart(uid: list[float], real: list[float]) -> str:
-    """Mean difference of pairs with its standard error."""
+    """The mean difference of pairs, RealUID less UID, with its standard error."""
     values = [b - a for a, b in zip(uid, real, strict=True)]
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     each = ", ".join(f"{v:.2f}" for v in values)

@@ -1,13 +1,14 @@
 """A discriminator on the fake model: a small head on its features, and softplus GAN terms in both turns.
 
-The head reads what the fake model computes anyway, so that the turns make no further pass. With its logits ``h``::
+The head reads features that the fake model computes anyway, so the turns make no further pass. With its logits ``h``::
 
     fake turn        + weight_fake      (mean m softplus(h(generated)) + mean m softplus(-h(real)))
     generator turn   + weight_generator  mean m softplus(-h(generated))
 
-of interpolants ``x_t``; ``m`` is 1 where one holds at least ``least_share`` of data, else 0. Source: the published
-RealUID code's comparison with a GAN, after DMD2 (Yin et al., 2405.14867, section 4.3). It judges further ``x_t``, at
-times in [0.8, 1], with weights of 15 and 5; here they are those of the turn.
+over interpolants ``x_t``; ``m`` is 1 for an ``x_t`` that holds at least ``least_share`` of data, else 0. Source: the
+published RealUID code's comparison with a GAN, after DMD2 (Yin et al., 2405.14867, section 4.3). That code draws
+separate ``x_t`` for the discriminator, at times in [0.8, 1], with weights of 15 and 5. Here the discriminator judges
+the ``x_t`` of the turn itself.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ SCALES = COLUMNS.index("p")  # columns a, b, c before it
 class Head(nn.Module):
     """Logits of features ``(B, C, H, W)`` or ``(B, C)``: real above 0, generated below.
 
-    Of images: as long as both sides are at least 2, and twice at most, a convolution that halves them, normalisation
-    and SiLU; then one logit for every place that is left. Else one hidden layer and one logit.
+    For images it has at most two stages, each of a convolution that halves both sides, normalisation and SiLU. A stage
+    is left out if a side is below 2. One logit follows for every pixel that is left. For vectors the head has one
+    hidden layer and one logit.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -61,15 +63,17 @@ class Judged(nn.Module):
     The head's weights follow from ``seed``.
 
     Raises:
-        UserError: a network that does not give its features.
+        UserError: the network's ``forward`` has no argument ``with_features``.
     """
 
     def __init__(self, net: nn.Module, shape: tuple[int, ...], seed: int) -> None:
         super().__init__()
         if "with_features" not in inspect.signature(net.forward).parameters:
-            raise UserError(f"distill.gan needs a network that gives its features, {type(net).__name__} does not")
+            raise UserError(
+                f"distill.gan needs a network whose forward can return its features, which {type(net).__name__} cannot"
+            )
         self.net = net
-        # What it must be called with, as far as callers look.
+        # Callers read these two attributes to learn the arguments that the network takes.
         self.num_classes, self.endpoint = getattr(net, "num_classes", None), takes_endpoint(net)
         parameter = next(net.parameters())
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -89,11 +93,11 @@ def softplus_term(logits: Tensor, signs: Tensor, coef: Tensor, least_share: floa
     """``sum_i m_i mean softplus(signs_i logits_i) / count`` ``()`` and its gradient in ``logits`` ``(R, n)``.
 
     Args:
-        logits: the head's.
+        logits: the head's output.
         signs: ``(R,)``, 1 for rows that are to be called generated, -1 for real.
-        coef: the rows' coefficients ``(R, 9)``, of which ``m`` takes the shares of data.
-        least_share: of data, for ``m = 1``.
-        count: rows of one half.
+        coef: the rows' coefficients ``(R, 9)``, which give each row's share of data.
+        least_share: the share of data from which on ``m`` is 1.
+        count: rows of one half, generated or real.
     """
     logits = logits.detach()
     scales = coef[:, :SCALES].abs()

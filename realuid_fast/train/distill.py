@@ -38,19 +38,19 @@ WEIGHT = COLUMNS.index("w")
 
 
 class Distiller:
-    """Holds the teacher, the fake model and the generator, and makes one update of both students after another.
+    """Trains the fake model and the generator against a frozen teacher, update by update.
 
     An update is ``fake_turns`` steps of the fake model and one of the generator. The generator does not change before
     its own step, so its samples for all fake turns come from one forward without gradient. Nothing here reads a tensor
     on the host: losses stay on the device until :attr:`meters` are read.
 
     An update is three turns in the sense of :mod:`.modes`: making samples, one fake turn ``fake_turns`` times, and the
-    generator's. Each works on tensors that stay where they are, so that ``run.mode`` decides how it runs and no number
-    depends on it beyond rounding, except through dropout, whose masks torch.compile draws its own way. What comes from
-    the host, the real samples, is copied in between turns.
+    generator's. Every turn reads and writes tensors at fixed addresses, so ``run.mode`` can run it call by call or
+    replay it as a graph. The mode changes no number beyond rounding, with one exception: torch.compile draws dropout
+    masks its own way. Real samples come from the host and are copied to the device between turns.
 
     Raises:
-        UserError: a teacher that fits neither path nor data, or a mode or precision that the device does not have.
+        UserError: the teacher does not fit the path or the data, or the device lacks the mode or a precision.
     """
 
     def __init__(self, config: Config, dataset: Dataset, teacher: Model, command: str = "") -> None:
@@ -75,7 +75,7 @@ class Distiller:
             "teacher": self._teacher_precision,
         }
         self._check_device()
-        # What one forward pass takes: an update's batch is made of so many, on so many ranks.
+        # Rows in one forward pass. An update of a network uses `parts` such passes on each rank.
         self.parts = config.run.accumulate
         self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
         self.turns, self.updates = settings.fake_turns * self.objective.needs_fake, settings.updates
@@ -114,15 +114,15 @@ class Distiller:
             )
         # The fake model with the discriminator's head, where there is one.
         self.judged = self.fake if self.gan is None else Judged(self.fake, dataset.shape, seed)
-        start = (settings.t_start, self.path, self._predict, settings.times)
-        self.generator = Generator(trained, *start)
+        sampling = (settings.t_start, self.path, self._predict, settings.times)
+        self.generator = Generator(trained, *sampling)
         if settings.start:
             student = student_of(settings.start, settings.start_decay, described, self.generator.t_start)
             self.generator.net.load_state_dict(student.state_dict())
         if self.sharded:
             sharding.shard(self.fake, self.device)
-            # Anew, for what it holds itself to be where its network is.
-            self.generator = Generator(sharding.shard(self.generator.net, self.device), *start)
+            # A generator keeps its own tables on the device that its network was on when the generator was built.
+            self.generator = Generator(sharding.shard(self.generator.net, self.device), *sampling)
         self.teacher = self._frozen_teacher(net, config) if teacher.function is None else teacher.function
         generator, fake = settings.generator, settings.fake
         self.generator_optimiser = Optimiser(
@@ -139,7 +139,7 @@ class Distiller:
         self.frozen_fake: Any = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
         average = self.generator_optimiser.ema.get(settings.export)
         exported, self._exporting = sharding.exported(self.generator.net, average, self.sharded)
-        self.student = Generator(exported, *start)
+        self.student = Generator(exported, *sampling)
 
         self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
         self.takes_real = self.objective.needs_real or self.gan is not None
@@ -162,11 +162,11 @@ class Distiller:
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
         self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
-        # Rows that the fake loss takes: without real ones where they are there for the discriminator alone.
+        # Rows that enter the fake loss. Real rows that serve the discriminator alone do not.
         self._own_rows = rows if self.objective.needs_real else self.batch
         self._signs = torch.ones(rows, device=self.device)
         self._signs[self.batch :] = -1
-        # The labels of the batches read ahead: of the fake turns' samples, and of the generator turn's.
+        # Labels from the batches read ahead, for the samples of all fake turns and of the generator turn.
         given = self.labels if self._labels_of_batch else None
         self._given_cycle = None if given is None else given.new_zeros(self._rows_made)
         self._given_turn = None if given is None else given.new_zeros(self.batch)
@@ -215,7 +215,7 @@ class Distiller:
 
     @property
     def rows(self) -> int:
-        """Rows for every sample of the batch that a turn holds activations of at once, at most."""
+        """Most forward passes per sample of the batch whose activations one turn holds at once."""
         return max(2 if self.takes_real else 1, 3 if self.objective.flows == "all" else 1)
 
     @property
@@ -229,9 +229,9 @@ class Distiller:
         made = self._run("generate", self._generate) if self.turns else {}
         for i in range(self.turns * self.parts):
             rows = slice(i * self.batch, (i + 1) * self.batch)
-            part = {name: values[rows] for name, values in made.items()}
+            turn = {name: values[rows] for name, values in made.items()}
             self._whole = (i + 1) % self.parts == 0
-            self.fake_turn(part["x"], part.get("labels"), part.get("endpoint"))
+            self.fake_turn(turn["x"], turn.get("labels"), turn.get("endpoint"))
         for i in range(self.parts):
             self._whole = i + 1 == self.parts
             if self._labels_of_batch:
@@ -242,7 +242,7 @@ class Distiller:
         self.step += 1
 
     def _read_ahead(self) -> None:
-        """A batch for every turn of an update, the generator's too, whose images nobody uses."""
+        """Read a batch for every turn of an update. The generator turn uses its batch's labels, not its images."""
         assert self.batches is not None
         with self.phases("data"):
             for _ in range((self.turns + 1) * self.parts):
@@ -252,19 +252,19 @@ class Distiller:
                 self._given_cycle.copy_(torch.cat(labels)[: self._rows_made])
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> None:
-        """One step of the fake model on generated rows ``(B, ...)`` and, where they matter, as many real ones.
+        """One step of the fake model on generated rows ``(B, ...)`` and, if the loss needs them, as many real ones.
 
-        ``endpoint`` are the rows' own, on a two-sided path or for networks that take them.
+        ``endpoint`` holds the generated rows' endpoints, on a two-sided path or for networks that take them.
         """
         with self.phases("data"):
-            parts: list[tuple[Tensor | None, ...]] = [(generated, labels, endpoint)]
+            halves: list[tuple[Tensor | None, ...]] = [(generated, labels, endpoint)]
             if self.batches is not None:
                 real = self._ahead.popleft() if self._ahead else (*self.batches.next(), self.batches.endpoints())
                 if self._n_real:
-                    parts.append(real)
-            for i, part in enumerate(parts):
+                    halves.append(real)
+            for i, half in enumerate(halves):
                 place = slice(i * self.batch, (i + 1) * self.batch)
-                for rows, values in zip((self._rows, self._row_labels, self._row_ends), part, strict=True):
+                for rows, values in zip((self._rows, self._row_labels, self._row_ends), half, strict=True):
                     if rows is not None and values is not None:
                         rows[place].copy_(values)
         self._add(self._run("fake turn", self._fake_step))
@@ -326,7 +326,7 @@ class Distiller:
         return {"generator loss": loss, **watched, **self._advance("generator")}
 
     def _advance(self, name: str) -> dict[str, Tensor]:
-        """A step along the gradients of all parts of a batch, where they are there; its norm."""
+        """Step the optimiser once the last part of a batch has added its gradients; the gradient's norm then."""
         if not self._whole:
             return {}
         with self.phases(f"{name} optimiser"):
@@ -340,7 +340,7 @@ class Distiller:
         With ``g = dl/dx_t`` through both networks and ``x_t = a x + c n``, the generator's backward starts from
         ``dl/dx = a g + (dl/dx through the target)``. In fp16 every gradient up to the parameters' carries a power of
         two, which enters as the loss' weight and is divided out in float32. The gap is ``||F - F*|| / ||F*||`` of the
-        networks' outputs over the batch: what their rounding is amplified by.
+        networks' outputs over the batch; one over the gap is the factor by which their rounding is amplified.
         """
         with self._generator_precision.turn():
             with self.phases("generator forward"):
@@ -356,7 +356,7 @@ class Distiller:
                     coef[:, WEIGHT] *= self._seed_scale
                 key = self.noise.next_key()
                 x_t = rf.interpolate(x.detach(), coef, key, on_path).requires_grad_()
-            # Where the gradient flows through x alone, no network here needs a backward pass.
+            # If the gradient flows through x alone, neither teacher nor fake model needs a backward pass.
             backward = self.objective.flows == "all"
             adversarial = self.gan is not None and self.gan.weight_generator > 0
             with self.phases("frozen forward"), self._generator_precision.networks():
@@ -395,7 +395,7 @@ class Distiller:
                 if uncond is not None:
                     outs, seeds = [*outs, uncond], [*seeds, grads.teacher_uncond]
             if self.gan is not None and logits is not None:
-                # Called real: the generator's own rows are to be taken for them.
+                # The signs of real rows: the generator wants its rows to be judged real.
                 loss, seed = softplus_term(logits, self._signs[-self.batch :], coef, self.gan.least_share, self.batch)
                 watched["adversarial loss"] = loss
                 if adversarial:
@@ -415,7 +415,7 @@ class Distiller:
                 return grads.loss / self._seed_scale, watched
 
     def concern(self, row: Mapping[str, float]) -> str | None:
-        """What a row of the log says is wrong with the settings, in a sentence."""
+        """A sentence about a setting that a row of the log shows to be wrong; None if it shows none."""
         coarsest = max(("generator", "teacher"), key=lambda turn: self._precisions[turn].gradient_error(row["gap"]))
         error = self._precisions[coarsest].gradient_error(row["gap"])
         if not error > precision.TOO_COARSE:
@@ -430,18 +430,19 @@ class Distiller:
         """Run the turns as CUDA graphs from now on, whatever the mode was; ``recorder`` replaces CUDA's."""
         recorder = recorder or CudaRecorder(self.device, [self.draws])
         self._generate = Captured(self._generate_rows, recorder)
-        # Warm as many updates as the others, so that all are captured in one: in the order in which they run.
+        # Fake turns run several times an update. Count their warm-up in updates too, so that all three turns are
+        # captured in the same update, in the order in which they run.
         self._fake_step = Captured(self._fake_step_plain, recorder, modes.WARM_UP * max(self.turns, 1))
         self._generator_step = Captured(self._generator_step_plain, recorder)
 
     def forget_graphs(self) -> None:
-        """Let go of what was captured; turns that go on warm up and are captured again."""
+        """Drop the captured graphs. A turn that is called afterwards warms up and is captured again."""
         for turn in (self._generate, self._fake_step, self._generator_step):
             if isinstance(turn, Captured):
                 turn.reset()
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
+        """Samples of the student that would be exported now, from noise ``z`` and, if it takes them, endpoints."""
         with torch.no_grad(), self._exporting(), Precision("float32", self.device).turn():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
@@ -491,7 +492,7 @@ class Distiller:
         return picked(self.labels, self.endpoints, count, self.draws, self._layout)
 
     def _draw_steps(self, count: int) -> Tensor | None:
-        """Which of the generator's steps each of ``count`` rows comes from, where it has several."""
+        """The step of the generator that each of ``count`` rows comes from; None for a one-step generator."""
         if self.generator.steps == 1:
             return None
         return torch.randint(self.generator.steps, (count,), generator=self.draws, device=self.device)
@@ -504,7 +505,7 @@ class Distiller:
     def _seen(
         self, t: Tensor, x_t: Tensor, labels: Tensor | None, endpoint: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """What teacher and fake model are called with at ``x_t``."""
+        """The arguments that teacher and fake model are called with at ``x_t``."""
         time, x = self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict)
         return arguments(self.fake, time, x, labels, endpoint)
 
@@ -518,7 +519,7 @@ class Distiller:
     def _ask_teacher(self, seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """The teacher's output and, with guidance, the one without labels, from one forward."""
         guided = self.guidance != 1.0
-        # Float32 storage is computed with in the turn's own precision.
+        # A teacher stored in float32 computes in the precision of the turn.
         rounded = self._teacher_precision.name != "float32"
         with self._teacher_precision.networks() if rounded else contextlib.nullcontext():
             out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
@@ -528,7 +529,7 @@ class Distiller:
         return conditional, unconditional
 
     def _frozen_teacher(self, net: nn.Module, config: Config) -> nn.Module:
-        """The teacher from ``net``, which keeps its own memory unless neither rounded nor sharded."""
+        """The frozen teacher. It shares the memory of ``net``, unless it is rounded, sharded or offloaded."""
         offload = config.run.offload_teacher
         if self._teacher_precision.name == "float32" and not (self.sharded or offload):
             return frozen_view(net).eval()
@@ -538,7 +539,7 @@ class Distiller:
         return sharding.shard(net, self.device, offload) if self.sharded or offload else net
 
     def _check_device(self) -> None:
-        """Refuse a mode or a precision that the device does not have."""
+        """Refuse a mode or a precision that does not run on the device."""
         asked = (
             ("run.mode", self.mode, modes.why_not(self.mode, self.device)),
             *(
@@ -548,11 +549,11 @@ class Distiller:
         )
         for key, value, reason in asked:
             if reason is not None:
-                raise UserError(f"{key} {value} cannot be had on {self.device}: {reason}")
+                raise UserError(f"{key} {value} does not run on {self.device}: {reason}")
 
     def _run(self, name: str, turn: Turn) -> dict[str, Tensor]:
         if isinstance(turn, Captured) and turn.captured:
-            # The phases inside are not seen any more.
+            # A replay enters none of the phases inside the turn, so the whole turn is one phase.
             with self.phases(name):
                 return turn()
         return turn()
@@ -562,7 +563,7 @@ class Distiller:
             self.meters.add(name, value)
 
     def _float(self, tensor: Tensor) -> Tensor:
-        # Losses are computed from float32, whatever a network returns under autocast.
+        # Losses are computed in float32. Under autocast a network returns a shorter type.
         return self._laid_out(tensor.float())
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
@@ -571,7 +572,7 @@ class Distiller:
 
 
 def _rows_of(own: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """These rows of every tensor that is there."""
+    """The rows ``own`` of each tensor; None stays None."""
     return tuple(None if tensor is None else tensor[own] for tensor in tensors)
 
 

@@ -1,9 +1,9 @@
 """One run on several processes, each with a device and a share of the batch: torchrun's ranks over torch.distributed.
 
-Every rank takes the same steps: it draws its own noise, times and labels, reads its own rows of every real batch, and
-the gradients are averaged over all ranks before each optimiser step. Either every rank holds the whole state, gradients
-come together while the backward pass goes on and rank 0 alone writes the state; or state is shared out as well
-(:mod:`.sharding`). Both go on with any number of ranks that divides the batch.
+Every rank draws its own noise, times and labels and reads its own rows of every real batch. Gradients are averaged over
+all ranks before each optimiser step, so all ranks take the same step. By default every rank holds the whole state,
+gradients are averaged while the backward pass goes on, and rank 0 alone writes the state. With :mod:`.sharding` the
+state is spread over the ranks. Either way a run can be resumed on any number of ranks that divides the batch.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from ..optim import FusedAdam, Optimiser
 
 # Rank 0 evaluates and draws pictures while the others wait. A rank that dies is noticed by torchrun at once.
 PATIENCE = timedelta(hours=2)
-# Bytes of gradients that go round together: long enough for the wires to matter more than a message's latency.
+# Bytes of gradients in one message: so many that the message's time is set by bandwidth and not by latency.
 PIECE = 2**25
-# Odd, so that its multiples modulo 2^63 are all different: 2^63 over the golden ratio.
+# The distance between the seeds of two ranks: 2^63 over the golden ratio, made odd so that its multiples modulo 2^63
+# are all different.
 _STRIDE = 0x4F1BBCDCBFA53E0B
-# The backend of a group that an error of this rank alone has left as it was.
+# Backends of process groups that were not destroyed, because this rank alone failed and the others would not answer.
 _left: list[str] = []
 
 
 def rank() -> int:
-    """This process' number, 0 where there is one."""
+    """This process' number among the ranks; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """The number of processes."""
+    """The number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device(name: str) -> str:
-    """``run.device`` of this process: under torchrun ``cuda`` is the GPU of its local rank."""
+    """The device of this process for ``run.device``: under torchrun ``cuda`` means the GPU of the local rank."""
     if "LOCAL_RANK" not in os.environ:
         return name
     if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -61,7 +62,7 @@ def device(name: str) -> str:
 
 
 def restarted(folder: Path) -> bool:
-    """Whether torchrun has started this process again after one of its group had died, in a run that had begun."""
+    """Whether torchrun restarted this process because one of its group had died, after the run had begun."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (folder / "config.yaml").is_file()
 
 
@@ -69,7 +70,7 @@ def restarted(folder: Path) -> bool:
 def joined(on: str, alone: bool = False) -> Iterator[None]:
     """The process group that torchrun's environment describes, for a run on device ``on``; none without torchrun.
 
-    With ``alone`` a process without others is a group too, as what FSDP2 holds needs one.
+    With ``alone`` a single process makes a group of one, which FSDP2 needs.
     """
     single = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if (single and not alone) or dist.is_initialized():
@@ -80,7 +81,7 @@ def joined(on: str, alone: bool = False) -> Iterator[None]:
     if torch.device(on).type == "cuda":
         if (own := torch.device(device(on))).index is not None:
             torch.cuda.set_device(own)
-        # What is agreed between hosts goes past the GPUs, which need not be waited for then.
+        # Messages about control flow are CPU tensors and go by gloo, so that nobody waits for a GPU to exchange them.
         backend = "cpu:gloo,cuda:nccl"
     with group(backend, timeout=PATIENCE, **place):
         try:
@@ -97,20 +98,21 @@ def joined(on: str, alone: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def group(backend: str, **settings: Any) -> Iterator[None]:
-    """The default process group, made with torch's ``init_process_group``, and gone with all its threads afterwards."""
-    # Its functions have the group that exists when it is imported for a default argument: it would outlive us, and its
-    # threads end the process with an abort when they are still there while the interpreter winds up.
+    """Make the default process group with torch's ``init_process_group``; end it and its threads after the block."""
+    # The functions of torch.distributed.nn take as a default argument the group that exists when the module is
+    # imported. Imported later, it would keep our group alive, and the group's threads abort the process while the
+    # interpreter shuts down.
     importlib.import_module("torch.distributed.nn")
     dist.init_process_group(backend, **settings)
-    # A thread of gloo lets go of the last tensor after it has said that the sum is there. That may take the
-    # interpreter's lock, which destroy_process_group holds while it waits for the thread.
+    # A thread of gloo frees the last tensor after it has reported the sum as done. Freeing may need the interpreter's
+    # lock, which destroy_process_group holds while it waits for that thread: a deadlock. So give the thread a moment.
     moment, waits = 0.1, False
     try:
         yield
     except BaseException as error:
-        # Whoever started us may be about to end us, and there is something to be said before.
+        # A short moment: torchrun may be about to kill this process, which still has an error to report.
         moment = 0.005
-        # NCCL would wait here for ranks that know nothing of the error, and they for this one.
+        # If this rank alone failed, NCCL would wait here for the other ranks, and they would wait for this one.
         waits = "nccl" in backend and size() > 1 and not getattr(error, "of_all_ranks", False)
         raise
     finally:
@@ -122,12 +124,12 @@ def group(backend: str, **settings: Any) -> Iterator[None]:
 
 
 def unended() -> bool:
-    """Whether there is a process group that could not be ended, for :func:`leave` to get away from."""
+    """Whether a process group could not be ended, so that the process must end by :func:`leave`."""
     return bool(_left)
 
 
 def leave(code: int) -> None:
-    """End the process with ``code``, at once where its group could not be ended: its threads would keep it."""
+    """End the process at once with ``code`` if a group could not be ended, whose threads would keep it alive."""
     if _left:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -135,10 +137,11 @@ def leave(code: int) -> None:
 
 
 def _place() -> dict[str, Any]:
-    """Where ranks meet by torchrun's environment, apart from those before a restart.
+    """The store, rank and size that torchrun's environment gives, with keys of their own after every restart.
 
-    Restarted processes get the store of the first ones, whose addresses are still in it: a rank that reads one before
-    it is replaced waits for a connection that nobody makes. On several hosts not all count the same restarts.
+    Restarted processes get the same store as the first ones, whose addresses are still in it. A rank that read such an
+    address before it was replaced would wait for a connection that nobody makes. On several hosts the keys stay as they
+    are, because hosts can count different numbers of restarts.
     """
     store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -147,10 +150,10 @@ def _place() -> dict[str, Any]:
 
 
 def share(batch: int, parts: int, name: str) -> int:
-    """This rank's part of a batch that all ranks make in ``parts`` goes.
+    """Rows of one forward pass on this rank, for a batch that all ranks together make in ``parts`` passes each.
 
     Raises:
-        UserError: ``batch``, called ``name``, does not divide.
+        UserError: ``batch``, the setting ``name``, does not divide by ranks times ``parts``.
     """
     if batch % (size() * parts):
         ranks = f"{size()} ranks" if size() > 1 else "1 rank"
@@ -159,15 +162,15 @@ def share(batch: int, parts: int, name: str) -> int:
 
 
 def seed(common: int) -> int:
-    """This rank's seed in place of one that all ranks have; rank 0 keeps it, and no two ranks have the same."""
+    """This rank's own seed, made from one that all ranks have in common. Rank 0 keeps the common one."""
     return (common + rank() * _STRIDE) % 2**63
 
 
 def average(optimiser: Optimiser, parts: int = 1, sharded: bool = False) -> None:
-    """From now on the optimiser steps along the mean over all ranks of gradients that were summed over ``parts`` goes.
+    """Let the optimiser step along the mean over all ranks of gradients that were summed over ``parts`` passes.
 
-    Those of ``sharded`` networks are means over the ranks already: FSDP2 takes them, part by part, while the backward
-    pass goes on.
+    The gradients of a ``sharded`` network are means over the ranks already: FSDP2 averages them during the backward
+    pass.
     """
     ranks = 1 if sharded else size()
     if ranks > 1:
@@ -178,15 +181,16 @@ def average(optimiser: Optimiser, parts: int = 1, sharded: bool = False) -> None
 
 
 class Mean:
-    """Takes the mean over all ranks of an optimiser's gradients, summed over ``parts`` backward passes.
+    """Averages an optimiser's gradients, summed over ``parts`` backward passes, over all ranks.
 
-    The flat gradient goes round in pieces of :data:`PIECE` bytes or more, from its end to its beginning: a piece sets
-    out when the last backward pass has made all of its gradients, while those of the layers before are still to come.
-    Pieces are what the parameters' sizes make of them and set out in one order, so that every run of as many ranks adds
-    them up alike; DDP lays its buckets anew after its first backward pass, and again when a run is resumed.
+    The flat gradient is reduced in pieces of :data:`PIECE` bytes or more, from its end to its beginning. A piece is
+    sent as soon as the last backward pass has made all of its gradients, while earlier layers are still to come. The
+    pieces follow from the parameters' sizes alone and are sent in a fixed order, so every run on as many ranks adds in
+    the same order. DDP does not promise that: it lays out its buckets again after its first backward pass, and once
+    more when a run is resumed.
 
-    Calling it, which :meth:`FusedAdam.step` does, sends what has not set out (a piece with a parameter that takes no
-    part) and waits for the rest.
+    :meth:`FusedAdam.step` calls the object. The call sends the pieces that were not sent yet, such as one with a
+    parameter without a gradient, and waits for all of them.
     """
 
     def __init__(self, adam: FusedAdam, ranks: int, parts: int) -> None:
@@ -207,9 +211,9 @@ class Mean:
         self._sent, self._missing = 0, self._all()
 
     def settle(self) -> None:
-        """Wait for what is on its way; gradients that have set out are means then.
+        """Wait for the pieces that were sent; their gradients are means afterwards.
 
-        On a GPU the stream waits and the host does not; gloo has nothing but the host to wait.
+        On a GPU the stream waits and the host does not. With gloo the host waits.
         """
         for buffer, homes, work in self._running:
             work.wait()
@@ -234,7 +238,7 @@ class Mean:
         self._sent += 1
         homes = [p.grad for p in self._params[piece] if p.grad is not None]
         if self._flat is not None and self._flat.gather(piece):
-            # Where the step looks for gradients; else it would bring those of this rank there once more.
+            # Point the gradients at the flat buffer. Otherwise the step would copy this rank's own there once more.
             self._flat.attach(piece)
             buffer, homes = self._flat.gradients(piece), []
         elif homes:
@@ -245,7 +249,7 @@ class Mean:
 
 
 def pieces(sizes: Sequence[int], least: int) -> list[slice]:
-    """Neighbours that make at least so much together, from the last to the first, where less may be left."""
+    """Runs of neighbours with at least ``least`` in sum, from the last to the first; the first may have less."""
     found, end, held = [], len(sizes), 0
     for first in reversed(range(len(sizes))):
         held += sizes[first]
@@ -264,7 +268,7 @@ def averaged(sums: Tensor) -> Tensor:
 
 
 def agreed(mine: bool) -> bool:
-    """Whether any rank says so; all ranks must ask."""
+    """Whether ``mine`` is true on any rank; all ranks must call."""
     if size() == 1:
         return mine
     said = torch.tensor([int(mine)])
@@ -273,17 +277,17 @@ def agreed(mine: bool) -> bool:
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks have called this."""
     if size() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 def gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank has of its own, for a checkpoint; all ranks must call."""
+    """The ``own`` state of every rank, in order, for a checkpoint; all ranks must call."""
     if size() == 1:
         return [own]
     everyone: list[Any] = [None] * size()
-    # Each rank would get another's tensors on that one's GPU.
+    # A tensor on a GPU would arrive on the sender's GPU, so send copies in host memory.
     dist.all_gather_object(everyone, tree_map_only(Tensor, Tensor.cpu, own))
     return everyone
 
@@ -297,7 +301,7 @@ class RanksDiffer(UserError):
 def check_alike(settings: Mapping[str, Any]) -> None:
     """Compare ``settings``, nested by name, and the package's and torch's code over all ranks; all ranks must call.
 
-    Of a device the kind is compared alone.
+    Of ``run.device`` only the kind is compared: ranks have different GPUs.
 
     Raises:
         RanksDiffer: on every rank, with the first key that differs and both values.
@@ -307,7 +311,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
     own = {"realuid_fast": _code(), "torch": str(torch.__version__), **_flat(settings)}
     if "run.device" in own:
         own["run.device"] = own["run.device"].partition(":")[0]
-    # As words, in which a number that is none equals itself.
+    # Values are compared by their repr, so that NaN equals NaN.
     first, *others = gathered({key: repr(value) for key, value in own.items()})
     for other, found in enumerate(others, 1):
         for key in {**first, **found}:
@@ -336,6 +340,6 @@ def _code() -> str:
 
 
 def _died(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone."""
+    """Whether an error of torch says that another rank is gone."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
     return size() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -36,11 +36,11 @@ class Row:
 
 
 def sampler(model: Model, steps: int = 1, solver: str = "euler", guidance: float = 1.0) -> Sampler:
-    """What turns noise and labels into samples: a student's own steps, ``steps`` of ``solver`` for a teacher, which
-    ``guidance`` other than 1 pulls further towards the labels.
+    """A function that turns noise and labels into samples. A student takes its own steps; a teacher takes ``steps``
+    steps of ``solver``, and a ``guidance`` above 1 pulls its samples further towards the labels.
     """
     if guidance != 1.0 and model.description.role == "student":
-        raise UserError("guidance is a teacher's: a student has learnt the one that it was distilled with")
+        raise UserError("guidance is for teachers only: a student has learnt the guidance that it was distilled with")
     net, described = model.net.requires_grad_(False), model.description
     path, predict = described.interpolant(), described.predict
     needed = needs_endpoint(net, path)
@@ -66,8 +66,8 @@ def defaults(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The number of samples a row and a teacher's step counts that suit samples of ``shape``.
 
     Points and images like the digits get 5,408, four for each training digit, and all of :data:`STEPS`. The networks of
-    larger images take hundreds of times as long: they get as many samples as precision and recall look at, and no row
-    of 100 steps.
+    larger images take hundreds of times as long, so they get as many samples as precision and recall use, and no row of
+    100 steps.
     """
     return (5408, STEPS) if math.prod(shape) <= SMALL else (MOST, STEPS[:2])
 
@@ -114,7 +114,7 @@ def rows(
 
 
 def markdown(table: Sequence[Row], metric: str) -> str:
-    """The table as Markdown, its first column's meaning in the header."""
+    """The table as Markdown; ``metric`` names the main distance in the header."""
     paired = any(row.distances.pair_error is not None for row in table)
     lines = [
         f"| | {metric} | sliced Wasserstein | precision | recall |{' error a pair |' * paired} network evaluations "

@@ -1,6 +1,6 @@
 """Fréchet and kernel Inception distance, precision and recall of a generator, with the protocol they were measured by.
 
-Images and features stream: of all samples only running moments are kept, and the features of a bounded part.
+Images and features are streamed: only running moments of all samples are kept, and the features of a limited number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CACHE_FORMAT = 2
 
 @dataclass(frozen=True)
 class Scores:
-    """Distances of one set of generated samples to the real ones; the standard error is the kernel distance's."""
+    """Distances of one set of generated samples to real ones; ``kernel_error`` is the standard error of ``kernel``."""
 
     frechet: float
     kernel: float
@@ -56,17 +56,17 @@ class Fidelity:
         dataset: images without endpoints.
         inception: the features.
         split: the real images that generated ones are compared with; published distances take all of ``train``.
-        labels: those that a class-conditional generator is asked for: ``empirical``, drawn from the training labels, or
+        labels: how a class-conditional generator's labels are chosen: ``empirical``, drawn from the training labels, or
             ``balanced``, one class after another.
-        keep: samples of either side that kernel distance, precision and recall look at: generated ones the first, real
-            ones at even distances.
-        batch: images at a time. The noise is drawn batch by batch, so it is part of the protocol.
-        cache: folder of the real images' statistics, None for none. They are found again by the images' checksum and
-            everything of the protocol that they depend on.
+        keep: samples of either side that kernel distance, precision and recall use: the first of the generated ones,
+            and real ones at even distances.
+        batch: images at a time. The noise is drawn batch by batch, so ``batch`` is part of the protocol.
+        cache: a folder that keeps the real images' statistics; None keeps none. Their key is the images' checksum with
+            every entry of the protocol that they depend on.
         progress: whether to show bars.
 
     Raises:
-        UserError: a data set without images or with endpoints, or settings that cannot be used.
+        UserError: the data set has no images or has endpoints, or a setting cannot be used.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Fidelity:
         return Scores(frechet_of_moments(*moments), kernel, error, precision, recall)
 
     def of_split(self, split: str) -> Statistics:
-        """Statistics of all real images of a split, from the cache where they are there."""
+        """Statistics of all real images of a split, from the cache if it has them."""
         rows = self._dataset.train if split == "train" else self._dataset.heldout
         keep = min(self._keep, len(rows))
-        # What the statistics depend on, and nothing else.
+        # Everything that the statistics depend on, and nothing else.
         key = {
             "format": _CACHE_FORMAT,
             "images": self._dataset.fingerprint(split),
@@ -123,7 +123,7 @@ class Fidelity:
             "keep": keep,
             **self._inception.protocol(),
         }
-        del key["weights"]  # a name; the checksum counts
+        del key["weights"]  # the file's name; its checksum is in the key already
         described = json.dumps(key, sort_keys=True)
         file = (
             self._cache and self._cache / f"inception-{hashlib.sha256(described.encode()).hexdigest()[:32]}.safetensors"
@@ -142,7 +142,7 @@ class Fidelity:
         return found
 
     def protocol(self, count: int, repeats: int) -> dict[str, Any]:
-        """How the scores are measured, in plain values: distances of another protocol do not compare."""
+        """How the scores are measured, in plain values. Distances of different protocols cannot be compared."""
         real, conditional = self.real, self._dataset.classes
         return {
             **self._inception.protocol(),
@@ -194,7 +194,7 @@ class Fidelity:
 
 
 def _read(file: Path, described: str) -> Statistics | None:
-    """Statistics in the cache; None where they are not there, or not those that are looked for."""
+    """The statistics in a file of the cache; None if there is no such file, or it is damaged or has another key."""
     from safetensors import safe_open
 
     try:
@@ -283,7 +283,7 @@ def markdown(table: Sequence[Row], protocol: dict[str, Any]) -> str:
 
 
 def _cell(row: Row, name: str, digits: str) -> str:
-    """A score, with its spread and every seed's where there are several."""
+    """A score; with several seeds its mean, its standard deviation and every seed's value."""
     mean, deviation = row.spread()[name]
     if len(row.scores) == 1:
         return f"{mean:{digits}}"

@@ -1,7 +1,7 @@
 """Features of the Inception network that published distances are measured in, from weights that the user has on disk.
 
 The network is torch-fidelity's: Inception v3 as TensorFlow had it in 2015, with its bilinear resize to 299x299 (no half
-pixel centres, no antialiasing), which Fréchet Inception distances have been published with since (Heusel et al.,
+pixel centres, no antialiasing). Published Fréchet Inception distances use this network and this resize (Heusel et al.,
 2017, 1706.08500). Nothing is downloaded.
 """
 
@@ -28,7 +28,7 @@ from ..files import read_regular
 from .precision import Precision
 
 FEATURES = 2048
-MOST_BYTES = 2**30  # of a file of weights; the published one has 95 MB
+MOST_BYTES = 2**30  # the largest file of weights that is read; the published one has 95 MB
 # The first digits of the SHA-256 of the weights that everybody uses; they are part of the file's name.
 PUBLISHED = "6726825d"
 LIBRARY = "torch-fidelity"
@@ -43,7 +43,7 @@ HOW_TO_GET = (
 class Inception:
     """The features ``(N, 2048)`` float32 of images, from the last average pooling.
 
-    Arithmetic is float32 without TF32. ``sha256`` is the weights' file's.
+    Arithmetic is float32 without TF32. ``sha256`` is the checksum of the weights' file.
 
     Args:
         weights: a state dict as ``torch.save`` wrote it, read as tensors only: no code in it runs; or the same as
@@ -58,7 +58,7 @@ class Inception:
         self.file, self.device = Path(weights), torch.device(device)
         state, self.sha256 = _read(self.file)
         network = _library().FeatureExtractorInceptionV3
-        # The library unpickles whatever it is given, so it gets what was read above, written anew.
+        # The library unpickles any file that it is given. So it gets a file with nothing but the tensors read above.
         checked = io.BytesIO()
         torch.save(state, checked)
         checked.seek(0)
@@ -88,7 +88,7 @@ class Inception:
             return self._net(images.expand(-1, 3, -1, -1))[0]
 
     def protocol(self) -> dict[str, Any]:
-        """What has to be the same for two distances to be comparable, as far as it lies here."""
+        """The properties of network and images that must agree for two distances to be comparable."""
         return {
             "network": "Inception v3 (TensorFlow, 2015-12-05), last average pooling, 2048 features",
             "weights": self.file.name,
@@ -130,8 +130,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], str]:
 def _library() -> types.ModuleType:
     """torch-fidelity's module of the network, without the rest of the package.
 
-    Importing the package imports torchvision, for networks and data sets that are not used here; and torchvision has
-    no build for every torch. So its ``__init__`` is left out, unless somebody has imported it already.
+    Importing the whole package imports torchvision, for networks and data sets that are not used here, and torchvision
+    has no build for every torch. So the package's ``__init__`` is not run, unless it has been imported already.
     """
     package, wanted = "torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"
     if package in sys.modules:
@@ -147,6 +147,6 @@ def _library() -> types.ModuleType:
     try:
         return importlib.import_module(wanted)
     finally:
-        # The next one who imports the package shall get all of it.
+        # Remove the bare package, so that a later import of torch_fidelity gets the whole of it.
         for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
             del sys.modules[name]

@@ -23,20 +23,20 @@ from .measure import Measure
 from .regression import RegressionTrainer
 from .teacher import TeacherTrainer
 
-# A warm-up of more than one part in so many of a run is more likely left over from a longer one than wanted.
+# A warm-up longer than a run divided by this number was more likely meant for a longer run.
 WARMUP_SHARE = 5
 
 
 def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool, default: str = "digits") -> Config:
     """The configuration of a run, new or resumed.
 
-    A resumed run keeps its own: a configuration given again must agree with it outside the section ``run``, whose
-    settings may change. ``teacher.updates`` and ``distill.updates`` may be raised, and the run then goes on beyond its
-    end. A decay of the learning rate is from there on that of the longer run, so a constant rate alone gives the run
-    that as many updates from the beginning give.
+    A resumed run keeps its own configuration. One that is given again must agree with it, except for the section
+    ``run``, whose settings may change, and for ``teacher.updates`` and ``distill.updates``, which may be raised: the
+    run then goes on beyond its end. From there on a decay of the learning rate is that of the longer run. So only with
+    a constant rate does the run become the one that as many updates from the beginning give.
 
     Raises:
-        UserError: a bad configuration, or one that differs from the run's, with the first key that does.
+        UserError: the configuration is bad, or differs from the run's; the error names the first key that differs.
     """
     if not resume:
         return configs.load(source or default, overrides)
@@ -51,13 +51,13 @@ def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool
 
 
 def _extended(before: Config, asked: Config, section: str) -> Config:
-    """The run's own configuration with as many updates as are asked for, where those are more."""
+    """The run's own configuration, with the number of updates asked for if that is larger."""
     own, wanted = getattr(before, section), getattr(asked, section).updates
     if wanted < own.updates:
         raise UserError(f"{section}.updates {wanted} differs from the run's {own.updates}: a run can only be extended")
     if wanted > own.updates:
-        parts = [own.optimiser] if section == "teacher" else [own.generator, own.fake]
-        if any(part.decay != "constant" for part in parts):
+        steps = [own.optimiser] if section == "teacher" else [own.generator, own.fake]
+        if any(step.decay != "constant" for step in steps):
             warnings.warn(
                 f"{section}.updates goes from {own.updates} to {wanted}: the learning rate now falls over {wanted} "
                 "updates, and so goes up again where the run goes on",
@@ -67,10 +67,10 @@ def _extended(before: Config, asked: Config, section: str) -> Config:
 
 
 def usable_device(argument: str, name: str) -> torch.device:
-    """The device ``name``; ``argument`` is what gave it, for the sentence.
+    """The device ``name``. ``argument`` is the setting or option that it came from, for the error.
 
     Raises:
-        UserError: a device that is not there, or that computes nothing (``meta``).
+        UserError: torch cannot use the device here, or the device computes nothing (``meta``).
     """
     try:
         device = torch.device(name)
@@ -83,15 +83,15 @@ def usable_device(argument: str, name: str) -> torch.device:
 
 
 def warn_of_warmup(job: str, config: Config) -> None:
-    """Warn where a run spends more than a fifth of its steps with a learning rate that still rises."""
+    """Warn if the learning rate still rises during more than a fifth of a run's steps."""
     if job == "train-teacher":
-        parts = [("teacher.optimiser", config.teacher.optimiser, config.teacher.updates)]
+        optimisers = [("teacher.optimiser", config.teacher.optimiser, config.teacher.updates)]
     else:
         updates, turns = config.distill.updates, config.distill.fake_turns
-        parts = [("distill.generator", config.distill.generator, updates)]
+        optimisers = [("distill.generator", config.distill.generator, updates)]
         if config.distill.objective.name != configs.REGRESSION:
-            parts += [("distill.fake", config.distill.fake, updates * turns)]
-    for name, optimiser, steps in parts:
+            optimisers += [("distill.fake", config.distill.fake, updates * turns)]
+    for name, optimiser, steps in optimisers:
         if optimiser.warmup * WARMUP_SHARE > steps:
             warnings.warn(
                 f"{name}.warmup {optimiser.warmup} is long for a run of {steps} steps: the learning rate rises for "
@@ -112,29 +112,30 @@ def _difference(before: object, asked: object, name: str = "") -> str | None:
 def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool, command: str) -> tuple[Path, Measure]:
     """Run ``"train-teacher"`` or ``"distill"`` in ``folder``; the saved network's file and the run's measure.
 
-    In a process group (:mod:`.distributed`) all ranks call this; rank 0 alone writes, to a folder that all can read.
+    In a process group (:mod:`.distributed`) all ranks call this. Rank 0 alone writes, to a folder that all can read.
 
-    Everything that can be refused is refused before the folder is touched.
+    Settings, data and teacher are checked before the folder is touched.
 
     Raises:
-        UserError: settings, data, teacher or folder that cannot be used, or settings that are not those of all ranks.
+        UserError: settings, data, teacher or folder cannot be used, or the ranks' settings differ.
         realuid_fast.train.loop.Interrupted: after SIGINT, SIGTERM or SIGHUP, with everything saved.
     """
     asked = evaluated(job, config)
-    # Before anything in which ranks wait for each other: those with other settings would wait for something else.
+    # The first thing that ranks wait for. With different settings they would later wait for different things.
     distributed.check_alike({"command": job, "--resume": resume, **configs.to_mapping(asked)})
     config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = usable_device("run.device", config.run.device)
     if device.type == "cuda" and device.index is not None:
-        # Events, streams and generators that nobody names a device for are this one's.
+        # Make it the default for events, streams and generators that are created without a device.
         torch.cuda.set_device(device)
     dataset = data.load(config.data)
     trainer: Trainer
     if job == "distill":
         settings = config.distill
-        # Named nowhere: where the trainer keeps the teacher in another form, this one goes.
+        # No local name keeps the teacher alive: the trainer may have its own copy (offloaded or in bf16), and two would
+        # not fit.
         trainer = distiller(config)(
             config,
             dataset,
@@ -156,14 +157,15 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
             return run(asked, trainer, folder, measure, dataset.shape, resume, lock), measure
         finally:
             if isinstance(trainer, Distiller):
-                # NCCL does not end while a graph holds one of its sums.
+                # NCCL cannot be shut down while a CUDA graph holds one of its reductions.
                 trainer.forget_graphs()
 
 
 def evaluated(job: str, config: Config) -> Config:
-    """The configuration with how often ``job`` is evaluated settled in ``run.evaluate_every``.
+    """The configuration with ``run.evaluate_every`` set to how often ``job`` evaluates.
 
-    Where ``run.inception_only`` and no weights leave nothing to evaluate with, a warning says it.
+    With ``run.inception_only`` and no Inception weights a run cannot be evaluated. Then the number is 0, with a
+    warning.
     """
     run, own = config.run, config.teacher.evaluate_every
     if job == "train-teacher" and own is not None:
@@ -180,7 +182,7 @@ def evaluated(job: str, config: Config) -> Config:
 
 
 def _measure(config: Config, dataset: data.Dataset) -> Measure:
-    """What the run's samples are measured by; rank 0 alone needs the Inception network."""
+    """The distances of the run's samples. Rank 0 alone needs the Inception network."""
     if not config.run.inception or distributed.rank():
         return Measure(dataset)
     features = Inception(config.run.inception, config.run.device)
@@ -191,12 +193,12 @@ def _measure(config: Config, dataset: data.Dataset) -> Measure:
 
 
 def distiller(config: Config) -> type[Distiller] | type[RegressionTrainer]:
-    """What trains the student that a configuration asks for."""
+    """The class of the trainer that a distillation's configuration asks for."""
     return RegressionTrainer if config.distill.objective.name == configs.REGRESSION else Distiller
 
 
 def free_cores() -> int:
-    """Cores this process may use that nobody is busy on, by the load average of the last minute; at least 1."""
+    """Cores that this process may use and that are idle by the load average of the last minute; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores - round(os.getloadavg()[0]))
 

@@ -20,13 +20,13 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Lock:
-    """A folder, made where it is missing, that this process holds against every other one.
+    """A lock that keeps every other process out of a folder, which is made if it is missing.
 
-    The lock belongs to the process and not to the file that names it, so that a process which was killed leaves none.
-    Whoever deletes the file or the folder opens the way for a second process; :meth:`check` tells.
+    The lock belongs to the process and not to the lock's file, so a process that is killed leaves no lock behind. If
+    somebody deletes the file or the folder, a second process can enter; :meth:`check` notices it.
 
     Raises:
-        UserError: another process holds the folder, named with its host, or the folder cannot be written.
+        UserError: another process holds the folder (the error names it and its host), or the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,9 +34,9 @@ class Lock:
         self._descriptor = self._taken()
 
     def check(self) -> None:
-        """Raise where another process may be in the folder by now; to be called before anything is written to it.
+        """Raise if another process may be in the folder by now. Call it before every write to the folder.
 
-        A folder that is gone altogether raises nothing here: the write fails by itself, and the run saves what it can.
+        If the folder is gone altogether nothing is raised: the write itself fails, and the run saves what it can.
 
         Raises:
             NotWritten: the lock's file was deleted, or is another one.
@@ -47,7 +47,7 @@ class Lock:
             )
 
     def retake(self) -> None:
-        """Hold the folder again after it was deleted; nothing changes where it still is held.
+        """Hold the folder again after it was deleted; does nothing while it is still held.
 
         Raises:
             UserError: another process has made it again and holds it, or it cannot be made.
@@ -73,7 +73,7 @@ class Lock:
         """A descriptor of the lock's file that holds the lock."""
         try:
             make_folder(self.folder)
-            # Also of a folder that was there: whoever made it may not have waited for the disk.
+            # Sync an existing folder's parent too: the process that made the folder may not have waited for the disk.
             sync(self.folder.parent)
             descriptor = _locked(self._file)
             os.ftruncate(descriptor, 0)
@@ -108,7 +108,7 @@ def _locked(file: Path) -> int:
                 os.close(descriptor)
                 raise
             warnings.warn(f"{file.parent} cannot be locked: a second run there would go unnoticed", stacklevel=3)
-        # The holder before may have removed the file between the two calls: then the lock is on nothing.
+        # The previous holder may have removed the file between the two calls. Then this lock protects nothing: retry.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: CSV files, TensorBoard events and the convergence plot."""
+"""The logs of a run: CSV files, TensorBoard events and the convergence plot."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..files import in_place, sync
 
 
 class CsvLog:
-    """A CSV file that grows by rows and can be cut back to a saved position; with ``file=None`` nothing.
+    """A CSV file that grows by rows and can be cut back to a saved position; with ``file=None`` it writes nothing.
 
-    ``columns`` are fixed at the start; every row is handed to the system when :meth:`write` returns. :attr:`start` is
-    the position before the first row.
+    ``columns`` are fixed once and for all. When :meth:`write` returns, the operating system has the row. :attr:`start`
+    is the position before the first row.
     """
 
     def __init__(self, file: Path | None, columns: Sequence[str]) -> None:
@@ -35,13 +35,13 @@ class CsvLog:
             if stream.tell() < self.start:
                 stream.truncate(0)
                 stream.write(head.getvalue())
-        # The file's name: what comes into it is brought to disk with every checkpoint.
+        # Bring the file's name to disk now. Its rows are brought to disk with every checkpoint.
         sync(file.parent)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; columns that ``row`` lacks stay empty."""
         if self.file is not None:
-            # A file that was deleted must not come back without its header.
+            # Opened without creating it: a file that was deleted must not come back without its header.
             with open(self.file, "r+", newline="", opener=in_place) as stream:
                 stream.seek(0, os.SEEK_END)
                 csv.DictWriter(stream, self._columns, restval="").writerow(dict(row))
@@ -52,13 +52,13 @@ class CsvLog:
         return self.start if self.file is None else self.file.stat().st_size
 
     def to_disk(self) -> None:
-        """Wait until everything written so far outlives a power cut."""
+        """Wait until everything written so far is on disk, so that it survives a power cut."""
         if self.file is not None:
             with open(self.file, "rb", opener=in_place) as stream:
                 os.fsync(stream.fileno())
 
     def cut(self, position: int) -> None:
-        """Forget everything after ``position``; rows written after the checkpoint that a run resumes from."""
+        """Drop everything after ``position``: the rows written after the checkpoint that a run resumes from."""
         if self.file is None:
             return
         size = self.file.stat().st_size
@@ -76,7 +76,7 @@ def read_csv(file: Path) -> list[dict[str, float]]:
 
 
 class Events:
-    """TensorBoard scalars and images in ``folder``; with ``folder=None`` nothing."""
+    """TensorBoard scalars and images in ``folder``; with ``folder=None`` it writes nothing."""
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:
         self._writer = None

@@ -44,7 +44,7 @@ with extra():
     import yaml
     from tqdm import tqdm
 
-# What a run writes, and so what --overwrite may remove.
+# The files and folders that a run writes. --overwrite removes these and no others.
 RUN_FILES = (
     "config.yaml",
     "log.csv",
@@ -60,11 +60,11 @@ RUN_FILES = (
 )
 RUN_FOLDERS = ("checkpoints", "samples", "events")
 _PICTURE = re.compile(r"update-\d{8,}\.png")
-AHEAD = 2  # updates that a device has been given and not finished
+AHEAD = 2  # updates that the host may queue on a device before it waits
 
 
 class Trainer(Protocol):
-    """What :func:`run` needs of a trainer."""
+    """The attributes and methods of a trainer that :func:`run` uses."""
 
     step: int
     updates: int
@@ -117,13 +117,13 @@ class Interrupted(Exception):
 def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> None:
     """Create or enter a run folder without ever writing over something that was not asked for.
 
-    What a process left that was killed before ``config.yaml`` was there counts as nothing. With ``overwrite`` the old
+    Leftovers of a process that was killed before it had written ``config.yaml`` are ignored. With ``overwrite`` the old
     ``config.yaml`` stays until :func:`run` replaces it, so that a kill in between leaves a folder that holds a run.
 
     Raises:
         UserError: the folder is not empty and neither ``resume`` nor ``overwrite`` is given; ``resume`` without a run
             in it; ``overwrite`` of a folder that holds no run; a folder that cannot be created or written; a link, or
-            anything else that a run would not make, under the name of something that a run writes.
+            a file of the wrong kind, under a name that a run writes to.
     """
     try:
         if resume:
@@ -163,7 +163,7 @@ def require_run(folder: Path) -> None:
 
 
 def _is_remnant(file: Path) -> bool:
-    """Whether ``file`` is what a run leaves that is killed before its configuration is complete."""
+    """Whether ``file`` is a leftover of a run that was killed before its configuration was complete."""
     # Earlier versions wrote config.yaml.part.
     return file.name in (LOCK, "config.yaml.part") or (part_of(file.name) in RUN_FILES and is_own(file))
 
@@ -175,7 +175,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Delete a run but for its configuration; files that no run makes stay."""
+    """Delete all files of a run except its configuration; files that no run makes stay."""
     remove(folder / name for name in RUN_FILES if name != "config.yaml")
     clear(folder / "checkpoints")
     remove(_pictures(folder))
@@ -196,24 +196,24 @@ def run(
 ) -> Path:
     """Train to the last update and save the result; the file of the exported network.
 
-    ``folder`` comes from :func:`open_folder`, and rank 0 has its ``lock``, which is looked at before every write.
-    SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) finish the update at hand, save and raise
-    :class:`Interrupted`; a second signal ends the process at once. Where distances are evaluated, the network with the
+    ``folder`` comes from :func:`open_folder`, and rank 0 has its ``lock``, which is checked before every write. After
+    SIGINT, SIGTERM or SIGHUP (unless ignored, as under nohup) the run finishes its current update, saves and raises
+    :class:`Interrupted`; a second signal ends the process at once. If distances are evaluated, the network with the
     smallest one so far is in ``best.safetensors``.
 
-    A run that is resumed goes on from its newest sound checkpoint, from the beginning where it died before the first,
-    and ends as it would have without the interruption, bit for bit on one thread.
+    A resumed run goes on from its newest sound checkpoint, or from the beginning if it died before the first. It ends
+    as it would have without the interruption, bit for bit on one thread.
 
     Raises:
-        UserError: a checkpoint that cannot be resumed from, a folder that stops being writable or this run's, memory
-            that does not suffice, or ``stop_after_skips`` updates in a row without a finite gradient.
+        UserError: the run cannot go on from its checkpoint, the folder is no longer writable or no longer this run's,
+            memory does not suffice, or ``stop_after_skips`` updates in a row had no finite gradient.
         Interrupted: after a signal.
     """
     settings, leader = config.run, distributed.rank() == 0
     check = _nothing if lock is None else lock.check
     identity = _identity(folder) if leader and resume else None
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep, trainer.sharded, check, identity)
-    # What ranks do not have in full takes all of them to evaluate and to save.
+    # No rank holds a sharded network in full, so all ranks take part in its evaluations and checkpoints.
     together = leader or trainer.sharded
     saved = _load(checkpoints, leader) if resume else None
     _restore(trainer, saved, settings.seed)
@@ -235,7 +235,7 @@ def run(
     watch, skips, first = _Watch(trainer), _Skips(trainer, settings.stop_after_skips), trainer.step
 
     def settle() -> None:
-        """Write the rows that were fetched; waits for one that has not come yet."""
+        """Write the rows whose copies to the host were started; waits for those that have not arrived."""
         nonlocal concerned
         while rows:
             step, row, calls = rows.pop(0)()
@@ -291,7 +291,7 @@ def run(
         return values["distance"]
 
     def observe() -> None:
-        """The evaluation and the picture that are due after this update, unless they were made before a restart."""
+        """Make the evaluation and the picture due after this update, unless they were made before a restart."""
         nonlocal observed
         step, last = trainer.step, trainer.step == trainer.updates
         if observed == step:
@@ -338,17 +338,17 @@ def run(
                 pace.keep()
                 checkpoints.check()
                 step, last = trainer.step, trainer.step == trainer.updates
-                # Ranks do not get a signal in the same update, and agree on one to stop after.
+                # A signal reaches the ranks in different updates, so they agree on one to stop after.
                 if distributed.size() == 1 or step % settings.log_every == 0 or last:
                     stopping = distributed.agreed(bool(received))
                 if step % settings.log_every == 0 or last:
-                    # What a device has not sent yet is written with the next row.
+                    # If a row has not arrived from the device yet, it is written with the next one.
                     settle()
                     rows.append(watch.fetch())
                     if rows[0].ready:
                         settle()
                 progress.update(1)
-                # Whoever sends a signal may not wait for an evaluation: a resumed run makes up for it.
+                # The sender of a signal may not wait as long as an evaluation takes. A resumed run makes it.
                 if stopping:
                     break
                 with watch.paused():
@@ -356,16 +356,16 @@ def run(
                     due = settings.checkpoint_every and step % settings.checkpoint_every == 0
                     if due and not last:
                         settle()
-                        # While no update changes anything, older checkpoints are worth more than a newer one.
+                        # While all updates are skipped, a new checkpoint would only push out an older, better one.
                         if not skips.running:
                             now = state()
                             if together:
                                 checkpoints.save_soon(step, now, logs_to_disk)
         except (OSError, UserError):
-            # Other ranks are in the middle of something and do not come to make up a state.
+            # With several ranks the others are in the middle of an update and cannot help to collect the state.
             if distributed.size() == 1:
                 _rescue(config, trainer, folder, measure, checkpoints, state, lock)
-            # Where the folder has changed hands, that is the reason, whatever was noticed first.
+            # If another run has taken the folder over, report that: it is the cause of the other error.
             check()
             raise
         now = state()
@@ -385,7 +385,7 @@ def run(
 
 
 def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str = "student") -> Path | None:
-    """Draw ``convergence.png`` of a run from its ``distances.csv``; None where nothing was evaluated."""
+    """Draw ``convergence.png`` of a run from its ``distances.csv``; None if nothing was evaluated."""
     points = [(row["update"], row["distance"]) for row in read_csv(folder / "distances.csv")]
     if not points:
         return None
@@ -412,14 +412,14 @@ def _write_timings(folder: Path, trainer: Trainer, updates: int) -> None:
 
 
 def _write_config(config: Config, folder: Path, identity: str) -> None:
-    # A comment: whoever starts another run from this file starts one with an identity of its own.
+    # The identity is a comment, not a setting: another run that is started from this file gets its own.
     head = f"# run {identity}: checkpoints of other runs are refused\n"
     with replacing(folder / "config.yaml") as stream:
         stream.write((head + yaml.safe_dump(configs.to_mapping(config), sort_keys=False)).encode())
 
 
 def _identity(folder: Path) -> str | None:
-    """The identity in a run's configuration; None where an earlier version wrote that, or somebody by hand."""
+    """The identity in a run's config.yaml; None if an earlier version or a person wrote the file."""
     found = re.search(r"^# run ([0-9a-f]{16}):", (folder / "config.yaml").read_text(), re.MULTILINE)
     return found[1] if found else None
 
@@ -429,9 +429,9 @@ def _nothing() -> None:
 
 
 def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from, None where the run died before its first."""
+    """The checkpoint to go on from; None if the run died before its first."""
     if not leader:
-        # Behind rank 0, which sets damaged files aside.
+        # Wait for rank 0, which sets damaged files aside.
         distributed.wait()
     saved = checkpoints.load(verify=leader) if checkpoints.files() or checkpoints.lost else None
     if leader:
@@ -440,7 +440,7 @@ def _load(checkpoints: Checkpoints, leader: bool) -> dict[str, Any] | None:
 
 
 def _own(trainer: Trainer) -> dict[str, Any]:
-    """The state that ranks do not have in common, but for the noise: its stream follows from rank 0's."""
+    """The state that differs between ranks. The noise is left out: its stream follows from rank 0's."""
     own = {
         "draws": trainer.draws.get_state(),
         "meters": trainer.meters.state_dict(),
@@ -450,10 +450,10 @@ def _own(trainer: Trainer) -> dict[str, Any]:
 
 
 def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
-    """Continue from a checkpoint, of however many ranks; without one, give a rank its own random numbers."""
+    """Continue from a checkpoint of any number of ranks; without one, give a rank its own random numbers."""
     rank = distributed.rank()
     if saved is None:
-        # What dropout draws from.
+        # Dropout draws from torch's default generator.
         torch.manual_seed(distributed.seed(seed))
         return
     try:
@@ -467,7 +467,7 @@ def _restore(trainer: Trainer, saved: dict[str, Any] | None, seed: int) -> None:
             if trainer.device.type == "cuda" and "cuda_rng" in ranks[rank]:
                 torch.cuda.set_rng_state(ranks[rank]["cuda_rng"], trainer.device)
         else:
-            # A rank that was not there: a stream for this update on.
+            # This rank did not exist in the saved run. It starts a stream that depends on the update.
             fresh = distributed.seed(2 * seed + 1 + (trainer.step << 32))
             trainer.draws.manual_seed(fresh)
             torch.manual_seed(fresh)
@@ -493,13 +493,13 @@ def _rescue(
     state: Callable[[], dict[str, Any]],
     lock: Lock | None,
 ) -> None:
-    """Save to a folder that somebody has removed: with its checkpoints gone, memory holds all there is of the run.
+    """Save to a folder that somebody has removed: its checkpoints are gone, so the run exists in memory alone.
 
-    Where another run has made the folder again, it is left to that one.
+    If another run has made the folder again, nothing is saved there.
     """
     if (folder / "config.yaml").exists():
         return
-    # One on its way may have failed for the same reason, which must not keep this one from being written.
+    # A save in the background may have failed for the same reason. Its error must not prevent this save.
     checkpoints.close()
     with contextlib.suppress(OSError, UserError):
         if lock is not None:
@@ -514,7 +514,7 @@ def _rescue(
 
 @contextlib.contextmanager
 def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...]) -> Iterator[None]:
-    """Errors of the machine around a run in a sentence, with what is left to go on from."""
+    """Turn an error of the disk or of memory inside the block into a sentence that names the last checkpoint."""
     try:
         yield
     except OSError as error:
@@ -524,7 +524,7 @@ def _explained(trainer: Trainer, checkpoints: Checkpoints, shape: tuple[int, ...
     except (RuntimeError, MemoryError) as error:
         if not memory.is_exhausted(error):
             raise
-        # The turn that failed holds on to its tensors through its frames.
+        # The traceback's frames keep the failed turn's tensors alive, and with them the memory.
         held: BaseException | None = error
         while held is not None:
             traceback.clear_frames(held.__traceback__)
@@ -546,14 +546,14 @@ class _Best:
     def __init__(self, folder: Path, trainer: Trainer, state: dict[str, Any] | None, check: Callable[[], None]) -> None:
         self._file, self._trainer, self.state, self._check = folder / "best.safetensors", trainer, state, check
         if state is not None:
-            # The file may be from after the checkpoint.
+            # best.safetensors may be newer than the checkpoint: write the checkpoint's network back.
             check()
             teachers.save(self._file, state["network"], trainer.description)
 
     def consider(self, distance: float) -> None:
-        """Keep the network as it is now if it is better than all before; an infinite distance never is.
+        """Keep the current network if its distance is smaller than all before; an infinite one never is.
 
-        Of sharded networks all ranks ask, of whom rank 0 alone knows the distance and gets the network.
+        All ranks call this for a sharded network. Only rank 0 knows the distance and gets the network.
         """
         better = distance < (math.inf if self.state is None else self.state["distance"])
         if not (distributed.agreed(better) if self._trainer.sharded else better):
@@ -568,9 +568,10 @@ class _Best:
 
 
 class _Skips:
-    """Counts updates in a row whose gradient was not finite, by the log's rows: none where one row saw a step.
+    """Counts updates in a row whose gradient was not finite, row by row of the log.
 
-    ``running`` says that the last row saw none.
+    The optimiser skips such updates. A row of the log during which it took a step resets the count. ``running`` says
+    that some optimiser took no step during the last row.
     """
 
     def __init__(self, trainer: Trainer, limit: int) -> None:
@@ -583,7 +584,7 @@ class _Skips:
         return any(self._rows.values())
 
     def check(self, step: int, row: Mapping[str, float], calls: Mapping[str, int]) -> None:
-        """Take the log's row of update ``step`` in, up to which the optimisers were called ``calls`` times.
+        """Count the log's row of update ``step``; each optimiser had been called ``calls[name]`` times by then.
 
         Raises:
             UserError: the limit is reached.
@@ -602,9 +603,9 @@ class _Skips:
 
 
 class _Row:
-    """A row of the log whose numbers are on their way.
+    """A row of the log whose numbers are being copied to the host.
 
-    Called, it waits for them and returns the update, the row, and each optimiser's number of steps.
+    A call waits for them and returns the update, the row, and the number of calls of each optimiser.
     """
 
     def __init__(self, trainer: Trainer, clock: dict[str, float]) -> None:
@@ -629,9 +630,10 @@ class _Row:
 
 
 class _Pace:
-    """Keeps the host within :data:`AHEAD` updates of a device that it only gives orders to.
+    """Keeps the host at most :data:`AHEAD` updates ahead of a device.
 
-    Otherwise it would be a log interval ahead: a signal's last update would be that far off, and a row's clock.
+    Otherwise the host would run a whole log interval ahead. A run would then stop that long after a signal, and the
+    times in the log would be those of queueing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -639,7 +641,7 @@ class _Pace:
         self._done: deque[torch.cuda.Event] = deque()
 
     def keep(self) -> None:
-        """Wait, after an update, for one of some updates ago; the device has the later ones to go on with."""
+        """After an update, wait for the one :data:`AHEAD` updates before; the device still has the later ones to do."""
         if self._device.type != "cuda":
             return
         self._done.append(torch.cuda.Event())
@@ -649,7 +651,7 @@ class _Pace:
 
 
 class _Watch:
-    """Makes rows of the log; its clock stands still during evaluations and saves."""
+    """Makes the rows of the log. Its clock is stopped during evaluations and saves."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -666,7 +668,7 @@ class _Watch:
         self._since = time.perf_counter()
 
     def fetch(self) -> _Row:
-        """The row since the last one, on its way."""
+        """The row for the updates since the last one; its numbers are still being copied."""
         trainer, now = self._trainer, time.perf_counter()
         seconds = self._spent + now - self._since
         images = (trainer.step - self._step) * trainer.images_per_update * distributed.size()
@@ -675,7 +677,7 @@ class _Watch:
 
 
 def stopping() -> list[signal.Signals]:
-    """The signals that a run is to stop at: SIGHUP is none where it is ignored, as under nohup."""
+    """The signals that a run stops at. SIGHUP is one of them unless it is ignored, as under nohup."""
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hangup]
 
@@ -684,8 +686,8 @@ def stopping() -> list[signal.Signals]:
 def _signals() -> Iterator[list[int]]:
     """Collect the first SIGINT, SIGTERM or SIGHUP in a list; after it, a second SIGINT or SIGTERM ends the process.
 
-    A SIGHUP that is ignored, as under nohup, stays so. After the first signal all are: a terminal that closes sends it
-    two or three times, from the shell and from the kernel, and the run is to be saved meanwhile.
+    A SIGHUP that is ignored, as under nohup, stays ignored. After the first signal every SIGHUP is ignored: a terminal
+    that closes sends it two or three times, from the shell and from the kernel, while the run is being saved.
     """
     received: list[int] = []
     before: dict[int, Any] = {}
@@ -694,17 +696,17 @@ def _signals() -> Iterator[list[int]]:
         received.append(signum)
         for each in before:
             signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
-        # Written directly: the handler may have interrupted a buffered write. Nobody may be there to read it.
+        # Written directly, because the handler may have interrupted a buffered write. The other end may be closed.
         with contextlib.suppress(OSError):
             os.write(2, b"\nfinishing this update, then saving; a second signal ends the process at once\n")
 
     for wanted in stopping():
-        with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
             before[wanted] = signal.signal(wanted, receive)
     try:
         yield received
     except Exception:
-        # A rank that ends has a sentence to say, while torchrun, which has seen another one end, tells it to stop.
+        # When one rank ends, torchrun sends SIGTERM to the others. Ignore it, so that this rank can report its error.
         if distributed.size() > 1 and signal.SIGTERM in before:
             before[signal.SIGTERM] = signal.SIG_IGN
         raise

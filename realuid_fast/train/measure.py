@@ -25,8 +25,8 @@ from ..noise import NoiseStream, normal
 from .inception import Inception
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists
-MOST = 2000  # samples that precision, recall and the principal components look at
-# Samples of a split on disk that are held in memory to compare with, at even distances, and values of all of them.
+MOST = 2000  # samples that precision, recall and the principal components use
+# Limits on what is held in memory of a split on disk to compare with: samples, taken at even distances, and values.
 STORED, STORED_VALUES = 10_000, 1 << 28
 WARMING = 16  # samples that are made before the clock starts
 INCEPTION_BATCH = 100  # images that go through the Inception network at a time
@@ -36,10 +36,11 @@ NOISE_SEED = 2**40  # evaluation noise: the same for every run, and no run's own
 
 @dataclass(frozen=True)
 class Distances:
-    """``distance`` is the data set's main one (:attr:`Measure.name`); the sliced Wasserstein is on the samples.
+    """``distance`` is the data set's main distance (:attr:`Measure.name`). ``sliced_wasserstein`` is taken on pixels
+    or coordinates, not on features.
 
-    ``pair_error``, for paired data, is the root of the mean squared difference between a sample and the original of the
-    endpoint that it was made from, over pixels and samples.
+    ``pair_error``, for paired data, is the root mean square, over pixels and samples, of the difference between a
+    sample and the original whose endpoint it was made from.
     """
 
     distance: float
@@ -62,8 +63,9 @@ class Measure:
     Args:
         dataset: the samples.
         inception: features for images in place of those above.
-        train: those of all training images, which Inception distances are then to, as published ones are. The sliced
-            Wasserstein distance stays one to the held-out split, of at most the first 10,000 samples.
+        train: Inception statistics of all training images. Distances are then to these, as published ones are, and no
+            longer to the held-out split. The sliced Wasserstein distance stays one to the held-out split, of at most
+            the first 10,000 samples.
 
     Raises:
         UserError: fewer than two held-out samples.
@@ -103,14 +105,14 @@ class Measure:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the distances that samples get."""
+        """The names of the distances that :meth:`__call__` gives on this data set."""
         names = tuple(f.name for f in fields(Distances))
         return names if self._paired else names[:-1]
 
     def __call__(self, samples: Tensor) -> Distances:
         """Distances of ``samples (N, ...)`` to the held-out split; images are clipped to ``[-1, 1]`` first.
 
-        Samples of paired data belong to :meth:`conditions`, in their order.
+        Samples of paired data must be made from :meth:`conditions`, in that order.
         """
         found = self._distances(samples)
         if not self._paired:
@@ -142,8 +144,8 @@ class Measure:
     def to_train(self, samples: Tensor) -> float:
         """The main distance of ``samples (N, ...)`` to the training split in place of the held-out one.
 
-        Published Inception distances are of this kind. It is what real data in a loss pull towards, and it leaves out
-        how far the two splits lie apart.
+        Published Inception distances are of this kind. A loss with real data pulls samples towards the training split,
+        and this distance does not contain how far the two splits lie apart.
         """
         if self._to_train is not None:
             return self._distances(samples).distance
@@ -160,9 +162,9 @@ class Measure:
     def conditions(
         self, net: nn.Module, count: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints that ``count`` samples are judged on, each None where there are none.
+        """Labels and endpoints to make ``count`` samples for an evaluation from; each None if there are none.
 
-        The endpoints are the held-out ones over and over, and the labels of paired data go with them.
+        The endpoints are the held-out ones, repeated. The labels of paired data are those of the endpoints.
         """
         if self._endpoints is None:
             return self.labels(net, count), None
@@ -176,14 +178,14 @@ class Measure:
     def shown(
         self, net: nn.Module, count: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor | None, Tensor | None]:
-        """:meth:`conditions` for pictures: labels one after another, except of paired data."""
+        """:meth:`conditions` for pictures. The labels are 0, 1, 2, ... repeated, except for paired data."""
         labels, endpoints = self.conditions(net, count, device)
         if not self._paired:
             labels = class_by_class(net, count, device)
         return None if labels is None else labels.to(device), endpoints
 
     def labels(self, net: nn.Module, count: int) -> Tensor | None:
-        """``count`` labels for a class-conditional network, the training split's over and over in a fixed random order.
+        """``count`` labels for a class-conditional network: the training split's in a fixed random order, repeated.
 
         So the classes have the data's proportions, and every model is judged on the same labels. None for an
         unconditional network.
@@ -196,12 +198,12 @@ class Measure:
         return self._labels[order].repeat(-(-count // len(order)))[:count]
 
     def floor(self) -> Distances:
-        """Distances of the split that samples are not compared with, or of a part of it: a perfect generator's."""
+        """Distances of real samples that generated ones are not compared with: a perfect generator would have these."""
         return self._distances(self.train if self._to_train is None else self.heldout)
 
     @property
     def floor_name(self) -> str:
-        """What :meth:`floor` is of."""
+        """Which real samples :meth:`floor` measures."""
         return "real training data" if self._to_train is None else "real held-out data"
 
 
@@ -210,7 +212,7 @@ def _bounded(most: int, shape: tuple[int, ...]) -> int:
 
 
 def _spread(features: Tensor) -> Tensor:
-    """At most :data:`MOST` features, at even distances: classes may come one after another."""
+    """At most :data:`MOST` features, taken at even distances, because a split may be sorted by class."""
     count = min(MOST, len(features))
     return features[torch.arange(count) * len(features) // count]
 
@@ -230,7 +232,7 @@ def _principal_components(train: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def evaluation_noise(shape: tuple[int, ...], count: int, device: torch.device | str = "cpu") -> Tensor:
-    """The fixed noise ``(count, *shape)`` of every evaluation, so that a curve shows the model and not the draw."""
+    """The fixed noise ``(count, *shape)`` of every evaluation. A curve then moves with the model, not with the draw."""
     like = torch.empty(count, *shape, device=device)
     return normal(NoiseStream(NOISE_SEED, device).next_key(), like)
 
@@ -242,8 +244,9 @@ def generate(
     endpoint: Tensor | None = None,
     batch: int = 500,
 ) -> tuple[Tensor, float]:
-    """``sample(noise, labels, endpoint)``, without what is None at the end, in batches: all samples on the CPU, and
-    samples per second after a warm-up.
+    """Call ``sample(noise, labels)``, or ``sample(noise, labels, endpoint)`` with endpoints, in batches.
+
+    Returns all samples on the CPU, and the samples per second after a warm-up.
     """
     conditions = [labels] if endpoint is None else [labels, endpoint]
 
@@ -258,6 +261,6 @@ def generate(
 
 
 def class_by_class(net: nn.Module, count: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """Labels 0, 1, 2, ... over and over, for pictures; None for an unconditional network."""
+    """``count`` labels 0, 1, 2, ..., repeated, for pictures; None for an unconditional network."""
     classes = int(getattr(net, "num_classes", 0) or 0)
     return torch.arange(count, device=device) % classes if classes else None

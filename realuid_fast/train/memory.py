@@ -1,4 +1,4 @@
-"""What to do about memory that does not suffice: how much a sample takes, measured, and how many would fit."""
+"""Advice when memory does not suffice: the memory that a sample takes, by measurement, and how many would fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..networks.recompute import recompute
 from ..optim import is_sharded
 from ..sampling import arguments, takes_endpoint
 
-# What allocations without an error class of their own say when they fail.
+# Words in the messages of failed allocations that raise a plain RuntimeError.
 _EXHAUSTED = (
     "can't allocate memory",  # torch's CPU allocator
     "not enough memory",  # torch's CPU allocator, elsewhere than on Linux
@@ -30,9 +30,10 @@ _EXHAUSTED = (
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether an error is an allocation that failed, on whatever device, or was raised in the wake of one.
+    """Whether an error, or one in whose handling it was raised, is a failed allocation on any device.
 
-    A CUDA graph whose capture runs out of memory says, as it is left, that the capture is invalid.
+    The second case occurs with CUDA graphs: when a capture runs out of memory, leaving it raises that the capture is
+    invalid.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -42,19 +43,19 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 def bytes_per_sample(net: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass: what a second one adds to the first."""
+    """Bytes that a forward pass keeps for the backward pass for each sample: those of two samples less those of one."""
     return kept_bytes(net, shape, device, 2) - kept_bytes(net, shape, device, 1)
 
 
 def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, batch: int, to_input: bool = False) -> int:
-    """Bytes that a forward pass of ``batch`` samples keeps for the backward pass, the parameters aside: counted in one.
+    """Bytes that a forward pass of ``batch`` samples keeps for the backward pass, without parameters and buffers.
 
-    Every piece of memory counts once, however many operations keep it; what autocast makes of the parameters counts
-    too. ``to_input``: for a backward pass to the samples. Of parts that run again in it, inputs count and the most that
-    one of them keeps then.
+    The number is counted during a forward pass. Memory that several operations keep counts once. Copies of parameters
+    that autocast makes count too. With ``to_input`` the backward pass goes to the samples as well. For blocks that run
+    again in the backward pass, their inputs count, and the most that one of them keeps while it runs again.
     """
     again, most = parts_of(net), 0
-    # Known by themselves and not by where they lie: the network's may be fake tensors, which lie nowhere.
+    # Storages are told apart by identity, not by address: the network may be made of fake tensors, which have none.
     own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     kept: dict[int, int] = {}
 
@@ -70,7 +71,7 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
 
     def count() -> int:
         kept.clear()
-        # What is kept stays alive until the output goes, so that no address is counted for two.
+        # `out` keeps all saved tensors alive until it is deleted, so that no storage's identity is used twice.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = net(*arguments(net, torch.zeros(batch, device=device), x, labels, end))
         del out
@@ -102,7 +103,7 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that ``device`` could still give; None where nobody knows."""
+    """Bytes that can still be allocated on ``device``; None if that is not known."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -119,16 +120,19 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
-    """What it takes to have ``batch`` samples, one of ``parts``, in ``rows`` passes each, and what would fit."""
+    """A sentence for a batch of ``batch`` samples that does not fit: the memory it takes, and a batch that would fit.
+
+    A sample's activations are held for ``rows`` forward passes at once. An update runs ``parts`` such batches.
+    """
     asked = f"the memory of {device} does not suffice for a batch of {batch}"
     if any(is_sharded(p) for p in net.parameters()):
-        # Counting takes a forward pass, which takes all ranks.
+        # Counting needs a forward pass, and a sharded network's forward pass needs all ranks.
         return f"{asked}; with a larger run.accumulate it goes through in smaller parts"
     free = free_bytes(device)
     try:
         size = rows * bytes_per_sample(net, shape, device)
     except (RuntimeError, MemoryError, TypeError, ValueError) as error:
-        # A network may want more than a time, a sample and a label: then nothing is counted.
+        # If the network wants other arguments than a time, a sample and a label, nothing can be counted.
         return f"{asked}, nor for a batch of 1" if is_exhausted(error) else asked
     if free is None or not size:
         return asked

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Meters:
-    """Quotients of sums by name: means of values, or of one sum by another. Adding launches one or two operations."""
+    """Means of values, and quotients of two sums, by name. Adding a value launches one or two operations."""
 
     def __init__(self, names: Iterable[str], device: torch.device | str = "cpu") -> None:
         self.names = list(names)
@@ -18,8 +18,8 @@ class Meters:
         self._counts = dict.fromkeys(self.names, 0)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add to what is called ``name``: a value ``()`` of a mean, or ``(2, n)``, what to add above and below the line
-        of ``n`` quotients from ``name`` on.
+        """Add to the meter ``name``: a value ``()`` to a mean, or ``(2, n)`` to the numerators (row 0) and denominators
+        (row 1) of ``n`` quotients, of which ``name`` is the first.
         """
         first = self.names.index(name)
         if value.dim():
@@ -29,9 +29,9 @@ class Meters:
             self._counts[name] += 1
 
     def drain(self) -> tuple[Tensor, Callable[[Sequence[float]], dict[str, float]]]:
-        """What was added since the last time, float64 ``(2 n,)`` on the device, and what makes quotients of its values.
+        """The sums since the last call, float64 ``(2 n,)`` on the device, and a function that divides their values.
 
-        They are NaN where nothing was added. Starts afresh; waits for nothing.
+        A quotient is NaN if nothing was added to it. All sums start again from zero. The host waits for nothing.
         """
         sums, counts = self._sums.flatten().clone(), list(self._counts.values())
         self._sums.zero_()
@@ -47,7 +47,7 @@ class Meters:
         return sums, quotients
 
     def read(self) -> dict[str, float]:
-        """The quotients since the last time; waits for the device."""
+        """The quotients since the last call; waits for the device."""
         sums, quotients = self.drain()
         return quotients(sums.tolist())
 
@@ -60,7 +60,7 @@ class Meters:
 
 
 class Fetched:
-    """A tensor on its way from the device to the host, behind what is in the stream; the host goes on meanwhile."""
+    """A copy of a tensor from the device to the host, queued in the stream. The host goes on meanwhile."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -77,7 +77,7 @@ class Fetched:
         return self._event is None or self._event.query()
 
     def values(self) -> list[float]:
-        """The values, when they have come."""
+        """The values; waits until they have arrived."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()

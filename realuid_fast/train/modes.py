@@ -1,8 +1,8 @@
-"""How a turn runs: as it is written or with compiled networks, and in either way call by call or as one CUDA graph.
+"""How a turn runs: with networks as written or compiled, and either call by call or as one CUDA graph.
 
-A turn is a function without arguments over tensors that stay where they are. It reads nothing on the host, draws its
-noise from a key stream whose state is on the device and its times and labels from generators that the graph advances;
-so a replay continues the very sequence that the plain function would have drawn.
+A turn is a function without arguments over tensors at fixed addresses. It reads nothing on the host. It draws its noise
+from a key stream whose state is on the device, and its times and labels from generators that a graph advances. So a
+replay continues the very sequence that the plain function would have drawn.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MODES = ("eager", "compiled", "graphs", "graphs-eager")
 # Plain calls before a capture: they compile kernels, choose algorithms and settle the optimiser's state.
 WARM_UP = 3
 
-# From torch 2.14 on a graph finds the generators that it draws from itself, and telling it of them only warns.
-_TOLD = torch.torch_version.TorchVersion(torch.__version__) < "2.14"
+# From torch 2.14 on a graph finds by itself the generators that it draws from, and warns when they are registered.
+_REGISTERS = torch.torch_version.TorchVersion(torch.__version__) < "2.14"
 
 Turn = Callable[[], dict[str, Tensor]]
 
@@ -39,7 +39,7 @@ def captures(mode: str) -> bool:
 
 
 def why_not(mode: str, device: torch.device | str) -> str | None:
-    """Why a mode cannot run on ``device``, in a clause, or None where it can."""
+    """A clause that says why a mode does not run on ``device``; None if it does."""
     device = torch.device(device)
     if mode == "eager":
         return None
@@ -47,7 +47,7 @@ def why_not(mode: str, device: torch.device | str) -> str | None:
         if not torch.cuda.is_available():
             return "torch finds no GPU"
         if compiles(mode) and importlib.util.find_spec("triton") is None:
-            return "torch.compile needs the triton package for it"
+            return "torch.compile needs the triton package there"
         return None
     if captures(mode):
         return "it needs a CUDA device"
@@ -70,7 +70,7 @@ def compiled(net: nn.Module, backend: str = "inductor") -> Callable[..., Tensor]
 
 
 class Recorder(Protocol):
-    """What :class:`Captured` needs of a device."""
+    """The two operations that :class:`Captured` needs from a device."""
 
     def run(self, turn: Turn) -> dict[str, Tensor]: ...
 
@@ -78,17 +78,17 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures turns as CUDA graphs on one stream, and those that live at the same time in one memory pool.
+    """Captures turns as CUDA graphs on one stream; graphs that live at the same time share one memory pool.
 
-    Sharing the pool lets a turn use what another has freed. It asks that captured turns never run at the same time,
-    that they are replayed in the order in which they were captured, and that what one hands to a later one stays
-    referenced; :class:`Captured` keeps its results. When all graphs of a pool are gone, the next capture takes a new
-    pool: torch refuses to capture into a pool without graphs while a tensor in it is still alive, as a result that a
-    caller has kept is.
+    In a shared pool a turn can use memory that another has freed. This puts three conditions on captured turns: they
+    never run at the same time, they are replayed in the order in which they were captured, and a result that a later
+    turn reads stays referenced (:class:`Captured` keeps its results). When all graphs of a pool are gone, the next
+    capture takes a new pool: torch refuses to capture into a pool without graphs while a tensor in it is alive, and a
+    caller may have kept a result.
 
     Args:
         device: a CUDA device.
-        generators: of torch, that the turns draw from; torch's default generator of the device is known anyway.
+        generators: the torch generators that the turns draw from, beside the device's default one.
     """
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
@@ -107,22 +107,22 @@ class CudaRecorder:
         return results
 
     def capture(self, turn: Turn) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-        """Record ``turn`` without running it; what replays it, and the tensors that every replay writes."""
+        """Record ``turn`` without running it; a function that replays it, and the tensors that every replay writes."""
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._graphs.add(graph)
-        if _TOLD:
+        if _REGISTERS:
             for generator in self._generators:
                 graph.register_generator_state(generator)
-        # Threads that read batches or write checkpoints go on with memory of their own meanwhile.
+        # "thread_local": threads that read batches or write checkpoints may use the device during the capture.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             results = turn()
         return graph.replay, results
 
 
 class Captured:
-    """A turn that runs as it is for a few calls, which are its warm-up, and is captured and replayed from then on.
+    """A turn that is called as written for its first ``warm_up`` calls, then captured, and replayed from then on.
 
     The warm-up calls are steps of the training like all others, so capturing changes no number.
     """
@@ -132,7 +132,7 @@ class Captured:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the graph, as after state was loaded: the next calls warm up and capture again."""
+        """Forget the graph, for instance after state was loaded: the next calls warm up and capture again."""
         self._calls = 0
         self._replay: Callable[[], Any] | None = None
         self._results: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ class Captured:
         return self._replay is not None
 
     def __call__(self) -> dict[str, Tensor]:
-        """The turn's results; those of a replay are overwritten by the next."""
+        """The turn's results. The next replay overwrites those of this one."""
         if self._calls < self._warm_up:
             self._calls += 1
             return self._recorder.run(self._turn)

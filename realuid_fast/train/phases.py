@@ -18,7 +18,8 @@ class Phases:
     """``with phases("fake forward"):`` marks an NVTX range; with ``timings`` it also adds up the seconds it takes.
 
     Timing waits for the device at both ends of a phase, so it changes what it measures on a GPU: it is off by default.
-    A phase inside a CUDA graph is marked and timed while it is not captured yet; afterwards the turn around it is.
+    A phase inside a turn is marked and timed until the turn is captured as a CUDA graph. From then on the whole turn is
+    one phase.
     """
 
     def __init__(self, timings: bool = False, device: torch.device | str = "cpu") -> None:

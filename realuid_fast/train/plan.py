@@ -1,8 +1,8 @@
-"""What a run would take, without making it: networks, memory by part, operations by turn, hours from a measurement.
+"""Predicts what a run takes without running it: networks, memory by purpose, operations by turn, measured hours.
 
-Parameters, activations and operations are counted, on this machine's CPU or on tensors without memory; hours are only
-said where updates of this very configuration could be timed on its device. Neither the data nor the teacher need to be
-there: what is missing is named, and images and networks of the configured shape stand in for them.
+Parameters, activations and operations are counted, on this machine's CPU or on tensors without memory. Hours are given
+only if updates of this very configuration could be timed on its device. Neither the data nor the teacher need to exist:
+the plan names what is missing, and images and networks of the configured shape stand in for it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ from .regression import RegressionTrainer
 from .teacher import TeacherTrainer, network_for
 
 STEPS = choices.PLAN_STEPS
-BOUND = 120.0  # seconds that a measurement may take before it makes do with less
-LEAST = 3  # updates that it times at least
+BOUND = 120.0  # seconds that a measurement may take; a longer one is cut down
+LEAST = 3  # updates that a measurement times at least
 CPU = torch.device("cpu")
 Trainer = Distiller | TeacherTrainer | RegressionTrainer
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Updates that were timed: their number, batch and median seconds, and how and why they are not the run's."""
+    """Updates that were timed: their number, batch and median seconds.
+
+    ``remark`` says how and why their number or batch differs from what was asked for.
+    """
 
     updates: int
     batch: int
@@ -57,12 +60,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """``parameters`` by network; ``memory`` in bytes by part; ``operations`` of an update by turn, two for each
-    multiply-add; ``missing`` in sentences. ``measured`` and ``hours`` are None where ``unmeasured`` says why.
+    """``parameters`` by network; ``memory`` in bytes by purpose; ``operations`` of an update by turn, two for each
+    multiply-add; ``missing`` in sentences. If ``measured`` and ``hours`` are None, ``unmeasured`` says why.
 
-    Memory is that of the device of each of ``ranks`` processes, batch and operations those of all together; of a
-    discriminator's head the parameters are counted alone. What ``run.shard`` spreads is there by its share, a teacher
-    in host memory not at all; of both twice the largest part, which is brought together while the next one is.
+    Memory is that of one rank's device; batch and operations are those of all ``ranks`` together. A discriminator's
+    head counts with its parameters alone. A state that ``run.shard`` spreads counts with one rank's share, and a
+    teacher in host memory does not count. Both add twice the largest block of a network: a block is gathered on the
+    device while it is used, and the next one is fetched meanwhile.
     """
 
     job: str
@@ -80,7 +84,7 @@ class Plan:
     ranks: int = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it and the totals, as JSON can hold them."""
+        """All fields and their totals, in types that JSON can hold."""
         totals = {
             "memory_total": sum(self.memory.values()),
             "operations_total": sum(self.operations.values()),
@@ -90,13 +94,13 @@ class Plan:
 
 
 def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND, ranks: int = 1) -> Plan:
-    """The plan of ``"train-teacher"`` or ``"distill"`` on ``ranks``; ``steps`` updates are timed, 0 for none, on one.
+    """The plan of ``"train-teacher"`` or ``"distill"`` on ``ranks``. On one rank ``steps`` updates are timed.
 
-    Where so many of the configured batch would not fit into the free memory or into ``bound`` seconds, the batch is
-    halved until they do, down to one sample, and then fewer updates are timed. Time is taken to grow with the batch.
+    If that many updates do not fit into the free memory or into ``bound`` seconds, the batch is halved until they do,
+    down to one sample, and then fewer updates are timed. Hours are computed as if time grew in proportion to the batch.
 
     Raises:
-        UserError: settings that a run would refuse too, or a shape that nothing says.
+        UserError: a run would refuse the settings too, or they do not say the samples' shape.
     """
     if steps < 0:
         raise UserError(f"--measure must not be negative, got {steps}")
@@ -156,7 +160,7 @@ def markdown(plan: Plan) -> str:
 
 
 def _dataset(config: Config, missing: list[str]) -> Dataset:
-    """Images of the configured shape; the data themselves only where nothing else says the shape."""
+    """Stand-in images of the configured shape. The data themselves are loaded only if nothing else says the shape."""
     network, source = config.network, config.data
     shape = network.get("dim", network.get("shape"))
     if shape is None and source.get("name") == "folder":
@@ -182,13 +186,13 @@ def _dataset(config: Config, missing: list[str]) -> Dataset:
         samples = torch.randint(256, (batch, *shape), dtype=torch.uint8, generator=draws)
     else:
         samples = torch.randn(batch, *shape, generator=draws)
-    # The last row has the last class, whatever the batch: the number of classes is read off the labels.
+    # The last row has the last class, whatever the batch, because the number of classes follows from the largest label.
     labels = classes - 1 - torch.arange(batch).flip(0) % classes if classes else None
     return Dataset(str(source.get("name")), samples, samples, labels, labels, config=dict(source))
 
 
 def _teacher(config: Config, dataset: Dataset, missing: list[str]) -> Model:
-    """The teacher, or an untrained network in its place."""
+    """The teacher, or an untrained network in its place if its file does not exist."""
     settings, network = config.distill, config.teachers_network()
     if settings.teacher in SHIPPED or Path(settings.teacher).exists():
         return teachers.load_teacher(settings.teacher, network, settings.teacher_decay, dataset.config)
@@ -204,7 +208,7 @@ def _teacher(config: Config, dataset: Dataset, missing: list[str]) -> Model:
 
 
 def _from_the_teacher(config: Config, missing: list[str]) -> Config:
-    """Without a start that is not there: it costs what the teacher's weights cost."""
+    """The configuration without a ``distill.start`` that does not exist: starting from the teacher costs as much."""
     if not config.distill.start or Path(config.distill.start).exists():
         return config
     missing.append(f"distill.start {config.distill.start} is not there")
@@ -222,7 +226,7 @@ def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
     settings = config.teacher
     counted = TeacherTrainer(_to_count(config, settings.batch), dataset)
     pixels, batch, net = 4 * math.prod(dataset.shape), settings.batch, counted.net
-    part = batch // (ranks * config.run.accumulate)
+    rows = batch // (ranks * config.run.accumulate)
     size = _count(net)
     share = ranks if config.run.shard else 1
     operations = _operations(counted.description.network, config.run.checkpoint_activations)
@@ -232,8 +236,8 @@ def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
         memory={
             **_shared({"parameters": 4 * size, **_kept(size, settings.optimiser, settings.ema)}, share),
             **_together([net] if share > 1 else []),
-            "activations of the backward pass": _activations(net, dataset.shape, part, config.run.device),
-            "batch buffers": 2 * part * pixels,
+            "activations of the backward pass": _activations(net, dataset.shape, rows, config.run.device),
+            "batch buffers": 2 * rows * pixels,
         },
         batch=batch,
         updates=settings.updates,
@@ -281,7 +285,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     if not config.run.offload_teacher:
         state["teacher"] = _bytes(counted.teacher)
     gathered = [counted.generator.net] if share > 1 else [counted.teacher] if config.run.offload_teacher else []
-    # Rows of the fake turn; noise and samples of all of them; noise, samples and interpolants of the generator's turn.
+    # Rows of one fake turn; noise and samples of all fake turns; noise, samples and interpolants of the generator turn.
     buffers = rows * part + 2 * made // ranks + 3 * part
 
     one = _operations(model.description.network, config.run.checkpoint_activations)
@@ -338,9 +342,9 @@ def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> P
 
 
 def _to_count(config: Config, batch: int) -> Config:
-    """The configuration with which to build what is only counted: eager, in float32, on the CPU, one sample a part.
+    """A configuration for a trainer whose networks are only counted: eager, in float32, on the CPU, one row a pass.
 
-    A batch that does not go into its parts is left as it is, for the trainer to refuse.
+    A batch that does not divide by ``run.accumulate`` is left as it is, so that the trainer refuses it.
     """
     run = replace(config.run, device="cpu", mode="eager", timings=False, shard=False, offload_teacher=False)
     if batch % run.accumulate:
@@ -358,9 +362,9 @@ def _with_batch(config: Config, batch: int) -> Config:
 
 
 def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, device: str, to_input: bool = False) -> int:
-    """Bytes that ``rows`` samples keep for a backward pass: counted on tensors without memory.
+    """Bytes that ``rows`` samples keep for a backward pass, counted on tensors without memory.
 
-    The package's layers keep less than torch's, and serve the CPU alone.
+    The package's own layers keep less than torch's, but they run on the CPU alone. For a GPU torch's are counted.
     """
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
@@ -379,18 +383,18 @@ def _bytes(net: nn.Module) -> int:
 
 
 def _shared(state: dict[str, int], ranks: int) -> dict[str, int]:
-    """What each of ``ranks`` holds of a state that is spread over them."""
+    """One rank's share, in bytes, of a state that is spread over ``ranks``."""
     return {name: -(-size // ranks) for name, size in state.items()}
 
 
 def _together(nets: Sequence[nn.Module]) -> dict[str, int]:
-    """Bytes of the largest part of networks that are brought together part by part, and of one fetched ahead."""
-    sizes = [_bytes(part) for net in nets for part in sharding.parts(net)]
+    """Bytes of two blocks of networks that are gathered block by block: the one in use and the one fetched ahead."""
+    sizes = [_bytes(block) for net in nets for block in sharding.parts(net)]
     return {"parts of networks, brought together": 2 * max(sizes)} if sizes else {}
 
 
 def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> dict[str, int]:
-    """Bytes beside the parameters themselves: gradients, Adam's moments (no first one without ``beta1``), averages."""
+    """Bytes beside the parameters: gradients, Adam's moments (no first one if ``beta1`` is 0) and averages."""
     return {
         "gradients": 4 * parameters,
         "moments": 4 * parameters * (1 + (step.betas[0] > 0)),
@@ -400,7 +404,7 @@ def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one sample: a forward pass alone, with a backward pass to the parameters, with one to the input."""
+    """Operations of one sample: a forward pass alone, with a backward pass to the parameters, with one to the input."""
 
     forward: int
     training: int
@@ -408,12 +412,13 @@ class Operations:
 
 
 def _operations(network: dict[str, Any], again: bool = False) -> Operations:
-    """Counted by torch's counter on tensors without memory; ``again``: with blocks that run twice."""
-    # The counter knows attention on the CPU by its products alone, and none of the package's layers.
+    """Operations by torch's counter on tensors without memory; ``again``: blocks run again in the backward pass."""
+    # The counter does not know torch's fused attention for CPUs, nor the package's own layers. So attention runs as
+    # plain products here, and torch's layers take the place of the package's.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), backends.backend("torch"):
         net = networks.build(network)
         if again:
-            # Not in training, where dropout's random state would be read, which needs memory.
+            # In evaluation mode: in training a block that runs again reads dropout's random state, which needs memory.
             recompute(net.eval())
         shape = tuple(network.get("dim", network.get("shape", ())))
 
@@ -432,20 +437,22 @@ def _operations(network: dict[str, Any], again: bool = False) -> Operations:
 
 
 def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | None, steps: int, bound: float) -> Plan:
-    """The plan with the measurement, or with the reason why there is none."""
+    """The plan with the measured hours, or with the reason why nothing was measured."""
     device = config.run.device
     try:
         usable_device("run.device", device)
     except UserError:
         return replace(
-            plan, unmeasured=f"run.device {device} is not here; --set run.device=cpu run.mode=eager measures the CPU"
+            plan,
+            unmeasured=f"run.device {device} does not exist on this machine; --set run.device=cpu run.mode=eager "
+            "measures the CPU",
         )
 
     def trainer(batch: int) -> Trainer:
         sized = _with_batch(config, batch)
         if model is None:
             return TeacherTrainer(sized, dataset)
-        # A trainer takes the network over.
+        # A trainer moves and changes the network that it is given, so each one gets its own.
         net = networks.build(model.description.network)
         net.load_state_dict(model.net.state_dict())
         cls = RegressionTrainer if config.distill.objective.name == REGRESSION else Distiller
@@ -482,7 +489,7 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
         return free is None or fixed + growing * size / plan.batch <= free
 
     def tried(size: int) -> Trainer | None:
-        # Trainers hold on to themselves, and to all their memory, until somebody collects them.
+        # A trainer is part of reference cycles. Its memory is not free before the garbage collector has run.
         gc.collect()
         try:
             return warmed(size)
@@ -492,19 +499,20 @@ def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, step
             return None
 
     if device.type == "cuda":
-        # Every size is compiled and captured anew there, which takes minutes: begin with the largest that should fit.
+        # On a GPU every batch size is compiled and captured again, which takes minutes. So try the largest that should
+        # fit first.
         for size in [size for size in sizes if fits(size)] or sizes[-1:]:
             made = tried(size)
             if made is not None:
                 batch, taken = size, _timed(made, device)
                 break
     else:
-        # From the smallest up, as long as the next one's updates can be expected to be done in time.
+        # On a CPU go from the smallest batch up, as long as the next one's updates should end in time.
         for size in reversed(sizes):
             if batch and not fits(size):
                 break
             if batch and 2 * taken * steps > bound:
-                why = f"so many of the whole batch would take longer than {bound:g} s"
+                why = f"{steps} updates of a larger batch would take longer than {bound:g} s"
                 break
             made = None
             made = tried(size)

@@ -58,7 +58,7 @@ class Precision:
 
 @contextlib.contextmanager
 def _tf32(wanted: bool) -> Iterator[None]:
-    """Within it products in float32 may be TF32 or not; afterwards the caller's settings hold again.
+    """Allow or forbid TF32 for float32 products inside the block, and restore the caller's settings after it.
 
     torch has older switches (``allow_tf32``, ``set_float32_matmul_precision``) and newer ones (``fp32_precision``).
     torch.compile reads both kinds, so both are set here, and they agree. Where a caller has set a newer one alone,
@@ -68,7 +68,7 @@ def _tf32(wanted: bool) -> Iterator[None]:
     backends: Any = torch.backends
     newer = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
     before = [each.fp32_precision for each in newer]
-    # What cannot be read goes back to torch's default.
+    # If torch refuses to read a setting, it is restored to torch's default.
     matmul, conv = "highest", True
     with contextlib.suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
@@ -76,7 +76,7 @@ def _tf32(wanted: bool) -> Iterator[None]:
         conv = backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     backends.cudnn.allow_tf32 = wanted
-    # Turned off, the older switch of convolutions leaves them to the setting for all of torch.
+    # With the older switch off, convolutions follow torch's global setting, so the newer ones are set as well.
     backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "tf32" if wanted else "ieee"
     try:
         yield
@@ -84,7 +84,7 @@ def _tf32(wanted: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
         backends.cudnn.allow_tf32 = conv
         for each, value in zip(newer, before, strict=True):
-            # Under "none" the setting for all of torch counts, which a caller may have given in place of this one.
+            # "none" means that torch's global setting counts. The caller may have set that one alone.
             each.fp32_precision = "none"
             if each.fp32_precision != value:
                 each.fp32_precision = value
@@ -93,8 +93,8 @@ def _tf32(wanted: bool) -> Iterator[None]:
 def round_weights(net: nn.Module) -> None:
     """Store a frozen network's weights in bf16, which halves its memory; it then runs under ``bf16`` alone.
 
-    Vectors stay in float32, and so does the network's last child, which is its output layer: neither takes memory to
-    speak of, and what they round would be the output's own rounding.
+    Vectors stay in float32, and so does the network's last child, which is its output layer. Neither takes memory to
+    speak of, and rounding the output layer would round the output itself.
     """
     *inner, _ = net.children()
     for p in (p for child in inner for p in child.parameters()):
@@ -103,10 +103,10 @@ def round_weights(net: nn.Module) -> None:
 
 
 def why_not(name: str, device: torch.device | str) -> str | None:
-    """Why a precision cannot be had on ``device``, in a clause, or None where it can."""
+    """A clause that says why a precision does not run on ``device``; None if it does."""
     device = torch.device(device)
     if device.type != "cuda":
-        return "it is arithmetic of CUDA devices" if name == "tf32" else None
+        return "it needs a CUDA device" if name == "tf32" else None
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -116,9 +116,9 @@ def why_not(name: str, device: torch.device | str) -> str | None:
 
 
 def seed_scale(batch: int) -> float:
-    """What an fp16 turn multiplies its seed gradients by: the power of two from ``batch`` up.
+    """The factor of an fp16 turn's seed gradients: the smallest power of two that is at least ``batch``.
 
-    The losses are means over the batch, so it brings a seed to the size of one sample's, near 1, where fp16 has most
-    room to both sides; and dividing by a power of two afterwards is exact.
+    The losses are means over the batch, so this factor brings a seed gradient to the size of one sample's, near 1,
+    where fp16 has most room to both sides. Dividing by a power of two afterwards is exact.
     """
     return 2.0 ** math.ceil(math.log2(batch))

@@ -1,6 +1,7 @@
-"""Trajectory regression, the baseline without a fake model: the student's one step against the teacher's many.
+"""Trajectory regression, the baseline without a fake model: the student learns the teacher's samples in one step.
 
-Both start from the same noise ``z``; the teacher's samples, ``steps`` of its flow, are the targets::
+Student and teacher start from the same noise ``z``. The targets ``x(z)`` are the teacher's samples, ``steps`` steps of
+its flow::
 
     l = ||G(z) - x(z)||^2        sum over a sample, mean over the batch
 
@@ -39,8 +40,8 @@ class RegressionTrainer:
     """Trains a one-step generator on its teacher's samples; no real data, no fake model, one turn an update.
 
     Raises:
-        UserError: a teacher that fits neither path nor data or whose samples are random given the noise, or settings of
-            the distillation that have no meaning here.
+        UserError: the teacher does not fit the path or the data, its samples do not follow from the noise alone, or a
+            setting of the distillation has no meaning here.
     """
 
     sharded = False
@@ -74,14 +75,14 @@ class RegressionTrainer:
         if config.run.checkpoint_activations:
             recompute(net)
         self.teacher = frozen_view(net).eval() if teacher.function is None else teacher.function
-        start = (settings.t_start, self.path, self._predict)
-        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *start)
+        sampling = (settings.t_start, self.path, self._predict)
+        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *sampling)
         self.optimiser = Optimiser(
             self.generator.net, **vars(settings.generator), ema_decays=settings.ema, total=self.updates
         )
         distributed.average(self.optimiser, self.parts)
         average = self.optimiser.ema.get(settings.export)
-        self.student = Generator(frozen_view(self.generator.net, average).eval(), *start)
+        self.student = Generator(frozen_view(self.generator.net, average).eval(), *sampling)
 
         self.labels = labels_to_draw(net, dataset, self.device)
         self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
@@ -90,7 +91,7 @@ class RegressionTrainer:
         self._like = torch.empty(self.batch, *dataset.shape, device=self.device).contiguous(memory_format=self._layout)
         self._plain = torch.zeros(self.batch, len(COLUMNS), device=self.device)
         for name in ("p", "k_out", "w"):
-            # f = F and tgt = x.
+            # With these three at 1 and the rest at 0 the matching loss has f = F and tgt = x.
             self._plain[:, COLUMNS.index(name)] = 1.0
         self.meters = Meters(("regression loss", "generator gradient"), self.device)
         self.phases = Phases(config.run.timings, self.device)
@@ -135,7 +136,7 @@ class RegressionTrainer:
         }
         for name, reason in reasons.items():
             if reason is not None:
-                raise UserError(f"{name} cannot be had on {self.device}: {reason}")
+                raise UserError(f"{name} does not run on {self.device}: {reason}")
 
     @property
     def network(self) -> nn.Module:
@@ -184,11 +185,11 @@ class RegressionTrainer:
         self.meters.add("regression loss", grads.loss)
 
     def concern(self, row: Mapping[str, float]) -> str | None:
-        """Nothing in a row of the log says that settings are wrong."""
+        """None: no number of this trainer's log shows that a setting is wrong."""
         return None
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        """The exported student's samples for noise ``z``, and for the endpoints if it has them."""
+        """Samples of the student that would be exported now, from noise ``z`` and, if it takes them, endpoints."""
         with torch.no_grad(), Precision("float32", self.device).turn():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 

@@ -1,7 +1,7 @@
-"""Networks that one GPU does not hold: FSDP2 shards them over all ranks, and what a run needs of them then.
+"""Networks that do not fit on one GPU: FSDP2 shards them over all ranks.
 
-Of a sharded network every rank holds a share of each parameter's rows, its moments and its averages. A part of the
-network is brought together when it is called, in the forward pass and again in the backward pass, and dropped after.
+Every rank holds a share of the rows of each parameter, with their moments and averages. A block of the network is
+gathered on every rank when it is called, in the forward pass and again in the backward pass, and dropped afterwards.
 """
 
 from __future__ import annotations
@@ -23,44 +23,45 @@ from .checkpoint import Rows, rows_of
 
 
 def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:
-    """``net`` itself, its parameters sharded over all ranks and moved to ``device`` one part at a time.
+    """``net`` itself, its parameters sharded over all ranks and moved to ``device`` one block at a time.
 
-    The parts that are brought together are the network's children, and of a list or dictionary of modules each item.
-    The network must call each part as a module and must not read the parameters of a part's own modules: the call is
-    what brings them together.
+    The blocks that are gathered are the network's children; of a list or dictionary of modules, each item. The network
+    must call each block as a module and must not read the parameters of modules inside a block: only the call gathers
+    them.
 
     Args:
-        net: on the host. Parameters become contiguous, which FSDP2 asks for.
-        device: where it is called.
-        offload: keep the shares in host memory, pinned for a GPU: a part is on the device only while it is used.
+        net: a network on the host. Its parameters become contiguous, which FSDP2 asks for.
+        device: the device on which the network is called.
+        offload: keep the shares in host memory, pinned for a GPU. A block is on the device only while it is used.
     """
-    # Not at the top: they take longer to import than all of this package.
+    # Imported here, because these modules take longer to import than all of this package.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    # An output that is a view is a trap for who writes into it, which nobody here does.
+    # FSDP2 warns of outputs that are views, because writing into one is an error. Nothing here writes into an output.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for p in net.parameters():
         p.data = p.data.contiguous()
     mesh = init_device_mesh(device.type, (distributed.size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for module in (*parts(net), net):
-        # Also of the whole network nothing stays together after a pass: the next may follow an optimiser's step.
+        # The outermost module too drops its gathered parameters after a pass: an optimiser may step before the next.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     return net
 
 
 def parts(net: nn.Module) -> list[nn.Module]:
-    """What :func:`shard` brings together at once, each of them."""
+    """The blocks of a network that :func:`shard` gathers, each on its own."""
     containers = (nn.ModuleList, nn.ModuleDict)
     children = [m for child in net.children() for m in (child.children() if isinstance(child, containers) else [child])]
     return [m for m in children if any(True for _ in m.parameters())]
 
 
 def frozen(net: nn.Module) -> Callable[..., Tensor]:
-    """Calls a sharded network in training as if it were frozen: its parameters get no gradient and keep nothing for it.
+    """A function that calls a sharded network in training as if it were frozen, without gradients for its parameters.
 
-    FSDP2 takes what a parameter requires from its share whenever it brings it together, so that the next call trains.
+    Whenever FSDP2 gathers a parameter, the gathered one takes ``requires_grad`` from its share. So the network's next
+    ordinary call trains again.
     """
 
     def call(*arguments: Tensor | None) -> Tensor:
@@ -75,9 +76,10 @@ def frozen(net: nn.Module) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def standing_in(net: nn.Module, average: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Within it a sharded network is in evaluation mode and has its ``average`` as parameters, by name.
+    """Inside the block a sharded network is in evaluation mode and has ``average`` (by name) as its parameters.
 
-    The shares change places and change back: no second network is brought together, and no bit changes.
+    The shares of parameters and averages are swapped, and swapped back afterwards. So no second network is held, and
+    no bit changes.
     """
 
     @torch.no_grad()
@@ -101,9 +103,10 @@ def standing_in(net: nn.Module, average: Mapping[str, Tensor] | None) -> Iterato
 def exported(
     net: nn.Module, average: Mapping[str, Tensor] | None, sharded: bool
 ) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
-    """The network that is evaluated and saved, with ``average``'s parameters, and the context that it is used in.
+    """The network that is evaluated and saved, with ``average`` as its parameters, and a context to use it in.
 
-    Where networks are whole that is a view beside the one in training, else that one itself (:func:`standing_in`).
+    A whole network is a view beside the one in training. A sharded one is the network in training itself, and the
+    context is :func:`standing_in`.
     """
     if sharded:
         return net, functools.partial(standing_in, net, average)
@@ -112,9 +115,9 @@ def exported(
 
 @torch.no_grad()
 def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose sharded tensors rank 0 gets whole, in host memory; other ranks, who must call too, get none.
+    """A state dict in which rank 0 gets every sharded tensor whole, in host memory; other ranks get none of them.
 
-    They come together one after another: no device holds more than one of them.
+    All ranks must call. Tensors are gathered one after another, so no device holds more than one whole tensor.
     """
     gathered = {}
     for name, tensor in state.items():
@@ -129,13 +132,13 @@ def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def taken(own: Any, saved: Any) -> Any:
-    """A saved state, sharded over however many ranks or whole, for a trainer whose state ``own`` is now.
+    """A saved state, whole or sharded over any number of ranks, for a trainer whose present state is ``own``.
 
-    What is sharded there is read into its memory at once, this rank's rows of it, and stands for itself in the result;
-    so nothing is held twice. Everything else is read whole.
+    For a tensor that is sharded in ``own``, this rank's rows are read straight into that tensor, which then stands in
+    the result. So nothing is held twice. Every other tensor is read whole.
 
     Raises:
-        UserError: a saved tensor of another shape.
+        UserError: a saved tensor has another shape than the trainer's.
     """
     if isinstance(saved, Mapping):
         return {key: taken(own.get(key) if isinstance(own, Mapping) else None, value) for key, value in saved.items()}

@@ -1,4 +1,4 @@
-"""Where a second stage starts: the student that ``distill.start`` names, in the average of ``distill.start_decay``."""
+"""The start of a second stage: the student that ``distill.start`` names, in the average of ``distill.start_decay``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def student_of(source: str, decay: float | None, teacher: Description, t_start: 
     Args:
         source: a student's file, a finished run's folder, or a checkpoint with ``ema_gens`` as the published code
             writes it, whose generators start at 0.
-        decay: of the average to take, 0 for the last weights. By default a file's only one, a folder's exported one,
-            and of a published checkpoint the largest. What a folder has not exported comes from its newest checkpoint.
-        teacher: what the student must be like.
-        t_start: the start time that it must have.
+        decay: the decay of the average to take; 0 takes the last weights. By default it is the only one of a file, the
+            exported one of a folder, and the largest of a published checkpoint. An average that a folder has not
+            exported is read from its newest checkpoint.
+        teacher: the description of the teacher, whose network the student must have.
+        t_start: the start time that the student must have.
 
     Raises:
-        UserError: nothing there, another average, or another network or start time.
+        UserError: ``source`` does not exist, does not have the average, or is a student of another network or start
+            time.
     """
     file = Path(source)
     if file.suffix in CHECKPOINTS:
@@ -52,7 +54,7 @@ def student_of(source: str, decay: float | None, teacher: Description, t_start: 
 
 
 def _hint(file: Path) -> None:
-    """Say what to take where a run has no best student, because nobody compared any."""
+    """Say which folder to name instead, if a run has no ``best.safetensors`` because it was never evaluated."""
     if file.name == "best.safetensors" and not file.exists() and (file.parent / "student.safetensors").exists():
         raise UserError(
             f"there is no file {file}: nothing was evaluated in that run; set distill.start={file.parent} to go on "
@@ -73,5 +75,5 @@ def _average(folder: Path, decay: float) -> Mapping[str, Tensor]:
     if decay not in averages:
         there = ", ".join(f"{each:g}" for each in sorted(averages))
         raise UserError(f"distill.start_decay {decay:g} is not in {folder}, only {there}")
-    # Rows of sharded tensors are read by slices.
+    # A sharded tensor comes as Rows, which are read by slicing.
     return {name: value if isinstance(value, Tensor) else value[:] for name, value in averages[decay].items()}

@@ -34,10 +34,11 @@ SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows whil
 class TeacherTrainer:
     """Trains a fresh network on the path's conditional target, ``w ||f - tgt||^2``; one batch an update.
 
-    With ``reduction`` ``mean`` it is the mean over a sample's elements in place of the sum.
+    With ``reduction`` ``mean`` the loss is the mean over a sample's elements in place of the sum.
 
     Raises:
-        UserError: a prediction that no sample can be drawn from, or that the path does not take into the match space.
+        UserError: no samples can be drawn from the network's prediction on this path, or the path cannot convert the
+            prediction into the match space.
     """
 
     def __init__(self, config: Config, dataset: Dataset, command: str = "") -> None:
@@ -81,7 +82,7 @@ class TeacherTrainer:
         distributed.average(self.optimiser, self.parts, self.sharded)
         self.averaged, self._exporting = sharding.exported(net, self.optimiser.ema.get(settings.export), self.sharded)
         self.labels = labels_to_draw(self.net, dataset, self.device)
-        # Only to refuse data without endpoints: batches bring their own.
+        # Called to refuse data without endpoints. The endpoints themselves come with each batch.
         self._endpoint = endpoints_to_draw(self.net, self.path, dataset, torch.device("cpu")) is not None
         self._two_sided = not isinstance(self.path, OneSidedPath)
         self._coupled = settings.coupling
@@ -165,9 +166,9 @@ class TeacherTrainer:
         self.meters.add("loss", grads.loss)
 
     def _coupled_with(self, x: Tensor, other: Tensor, classes: Tensor | None) -> Tensor:
-        """``other``, noise or endpoints, in the order that goes with ``x``.
+        """Noise or endpoints ``other``, reordered so that row i is coupled with row i of ``x``.
 
-        The one place of an update that waits for the device: the assignment is solved on the host.
+        The assignment is solved on the host, so this is the one place of an update that waits for the device.
         """
         return other[couple(x, other, classes)].contiguous(memory_format=self._layout)
 
@@ -179,7 +180,7 @@ class TeacherTrainer:
         return torch.where(gone, torch.full_like(labels, self.net.null_label), labels)  # type: ignore[arg-type]
 
     def concern(self, row: Mapping[str, float]) -> str | None:
-        """Nothing in a row of the log says that settings are wrong."""
+        """None: no number of this trainer's log shows that a setting is wrong."""
         return None
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
@@ -222,14 +223,14 @@ def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
     """The configured network, with the samples' shape and classes filled in where they are not given.
 
     Raises:
-        UserError: another shape than the samples', labels wanted where the data have none, or a number of classes for a
-            network that is not to see them.
+        UserError: the network's shape is not the samples', it wants labels that the data do not have, or it is given a
+            number of classes without ``class_cond``.
     """
     network = dict(config.network)
     network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
     key = "shape" if network["kind"] == "mlp" else "dim"
     network.setdefault(key, list(dataset.shape))
-    # What is no list of numbers is the network's own to refuse.
+    # A shape that is not a list is refused by the network itself, in its own words.
     if isinstance(network[key], (list, tuple)) and tuple(network[key]) != dataset.shape:
         raise UserError(f"network.{key} is {list(network[key])}, the data have samples of shape {list(dataset.shape)}")
     if network.get("class_cond"):
