@@ -35,7 +35,7 @@ _checked: set[str] = set()
 
 @dataclass(frozen=True)
 class Backend:
-    """One line of ``realuid-fast info``: a backend, where it runs and what, and why not if it cannot run here."""
+    """One line of ``realuid-fast info``: a backend, its devices, its calls, and the reason if it cannot run here."""
 
     name: str
     devices: str
@@ -92,7 +92,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def select(device: torch.device) -> str | None:
-    """The backend asked for, checked against ``device``; without a request, warn once where only the reference runs."""
+    """The backend asked for, checked against ``device``. Without a request, warn once if only the reference runs."""
     name, where = _chosen, device.type
     if (name or where) not in _checked and not torch.compiler.is_compiling():
         if name is None:
@@ -106,12 +106,12 @@ def select(device: torch.device) -> str | None:
 
 
 def compiled(device: torch.device) -> bool:
-    """Whether compiled operators serve ``device``; for layers, which are torch's own where there are none."""
+    """Whether compiled operators serve ``device``. Without them the networks' layers are torch's own."""
     return device.type == "cpu" and _chosen != "torch" and extension.why_missing() is None
 
 
 def load() -> None:
-    """Register the compiled operators, if they were built, and the Triton kernels where torch can meet a GPU."""
+    """Register the compiled operators, if they were built, and the Triton kernels, if this torch supports GPUs."""
     extension.load()
     if (torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None:
         from . import triton_backend

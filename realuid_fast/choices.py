@@ -7,12 +7,12 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
-TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors"}  # the shipped ones
+TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors"}  # the shipped teachers
 SOLVERS = ("euler", "heun", "midpoint", "ddim", "edm")
-FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # that scale images
-SOURCES = ("images", "celeba", "idx", "cifar10")  # that `pack` reads
-LABELS = ("empirical", "balanced")  # that Inception distances ask a generator for
-TEACHER_STEPS = (1, 20, 100)  # of the rows of `evaluate`
+FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # filters that scale images
+SOURCES = ("images", "celeba", "idx", "cifar10")  # kinds of sources that `pack` reads
+LABELS = ("empirical", "balanced")  # ways to choose a generator's labels for Inception distances
+TEACHER_STEPS = (1, 20, 100)  # numbers of steps of the teacher in the rows of `evaluate`
 PLAN_STEPS = 20  # updates that --dry-run times
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realuid_fast"
 

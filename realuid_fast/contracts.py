@@ -1,4 +1,4 @@
-"""What public calls refuse by its Python type, and when a check may read tensor values on the host."""
+"""Checks of arguments' Python types in public calls, and the rule when a check may read tensor values on the host."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def contracts_on() -> bool:
 
 
 def host_checks_allowed(tensor: Tensor) -> bool:
-    """True where reading ``tensor`` costs no synchronisation (CPU, eager) or contracts are on."""
+    """Whether a check may read ``tensor``: reading needs no synchronisation (CPU, eager), or contracts are on."""
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
     return tensor.device.type == "cpu" or contracts_on()
 
 
 def type_name(value: object) -> str:
-    """What a value is, for a sentence: ``"numpy.ndarray"``, ``"the function RealUID itself"``."""
+    """The type of a value in words, for an error: ``"numpy.ndarray"``, ``"the function RealUID itself"``."""
     if callable(value) and hasattr(value, "__name__"):
         return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__} itself"
     kind = type(value)
@@ -32,7 +32,7 @@ def type_name(value: object) -> str:
 
 
 def check_device(device: object) -> None:
-    """Refuse what names no device."""
+    """Refuse a value that is neither a torch.device nor the name of one."""
     try:
         torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
@@ -40,13 +40,13 @@ def check_device(device: object) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuse what is not a tensor."""
+    """Refuse a value that is not a tensor."""
     if not isinstance(value, Tensor):
         raise UserError(f"{name} must be a torch.Tensor, not {type_name(value)}")
 
 
 def check_whole(name: str, value: object) -> None:
-    """Refuse what is not a whole number; a traced size is one."""
+    """Refuse a value that is not a whole number. A size that is being traced counts as one."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -1,8 +1,8 @@
 """Minibatch optimal-transport couplings: which endpoint of a batch goes with which sample.
 
-Endpoints (or noise) drawn apart from the data are paired with it at random; paired by least squared distance inside
-the batch, a flow's paths cross less and its velocity is nearer to a straight line. Source: Tong et al. (2302.00482),
-section 3; Pooladian et al., Multisample Flow Matching (2304.14772), section 3.
+Endpoints (or noise) that are drawn independently of the data are paired with it at random. If they are paired by least
+squared distance inside the batch instead, a flow's paths cross less and are nearer to straight lines. Source: Tong et
+al. (2302.00482), section 3; Pooladian et al., Multisample Flow Matching (2304.14772), section 3.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def couple(x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
     """The permutation ``j`` that minimises ``sum_i ||x_i - y_j(i)||^2``, exactly.
 
     ``path.coefficients`` and the fused calls then take ``endpoint=y[j]``, or ``noise=y[j]`` on a one-sided path.
-    Squared distances are computed on the tensors' device in float32 (float64 for float64); the assignment is solved on
-    the host by SciPy, in time ``O(B^3)``: one transfer of ``(B, B)`` distances that waits for the device, so couple
-    batches where they are loaded, outside a captured graph.
+    Squared distances are computed on the tensors' device in float32 (float64 for float64). SciPy solves the assignment
+    on the host in time ``O(B^3)``. That takes one transfer of ``(B, B)`` distances, which waits for the device, so
+    couple batches when they are loaded, outside a captured graph.
 
     Args:
         x: data, ``(B, ...)``, floating.
@@ -37,7 +37,7 @@ def couple(x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
         int64 ``(B,)`` on ``x``'s device, so that ``y[j]`` is coupled with ``x``. Without gradient.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not agree, values that are not finite, or SciPy missing.
+        UserError: shapes, dtypes or devices do not agree, a value is not finite, or SciPy is missing.
     """
     _check(x, y, labels)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files that are whole whatever happens while they are written, and the check of what is safe to read."""
+"""Writes files that are never half written, and refuses to read what is no regular file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
 def replacing(file: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A stream whose content replaces ``file`` in one step when the block ends, and is on disk then if ``durable``.
 
-    Where the block or the disk fails, ``file`` stays as it was. A link under that name is replaced and not followed.
+    If the block or the disk fails, ``file`` stays as it was. A link under that name is replaced and not followed.
 
-    The stream writes to ``.NAME.<16 random digits>.part`` beside ``file``. That file is new, so that nobody else's is
-    overwritten. A process that is killed leaves it behind.
+    The stream writes to a new file ``.NAME.<16 random digits>.part`` beside ``file``, so no other file is overwritten.
+    A process that is killed leaves that file behind.
     """
     part = new_part(file)
     try:
@@ -41,21 +41,21 @@ def replacing(file: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def new_part(file: Path) -> Path:
-    """A name beside ``file`` that no file has, for what is to become it."""
+    """A new name beside ``file`` for content that will replace ``file`` when it is complete."""
     return file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
 
 
 def part_of(name: str) -> str | None:
-    """The name of the file that one with a name of :func:`new_part` was to become, else None."""
+    """The name that :func:`new_part` made the name ``name`` from; None if it was not made by it."""
     made = _PART.fullmatch(name)
     return made[1] if made else None
 
 
 def in_place(path: str, flags: int) -> int:
-    """An ``opener`` for :func:`open` that opens nothing but regular files: no link, and no pipe that would block.
+    """An ``opener`` for :func:`open` that opens regular files only: no link, and no pipe, which would block.
 
     Raises:
-        OSError: ``path`` is something else.
+        OSError: ``path`` is not a regular file.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -78,14 +78,14 @@ def is_own(file: Path) -> bool:
 
 
 def remove(files: Iterable[Path]) -> None:
-    """Delete regular files; leave what else has such a name."""
+    """Delete those of ``files`` that are regular files; links and folders stay."""
     for file in files:
         if is_own(file):
             file.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder with its parents where they are missing; the new entries are on disk afterwards."""
+    """Create a folder and its missing parents; the new entries are on disk afterwards."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -94,7 +94,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring a folder's entries to disk, without which a file's new name is not there after a power cut."""
+    """Bring a folder's entries to disk. Otherwise a power cut can lose a file's new name."""
     try:
         opened = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -102,14 +102,14 @@ def sync(folder: Path) -> None:
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has nothing to do here
+        if error.errno != errno.EINVAL:  # EINVAL: the file system does not support syncing a folder
             raise
     finally:
         os.close(opened)
 
 
 def check_regular(file: Path, most: int | None = None) -> None:
-    """Refuse what must not be read: a FIFO keeps its reader waiting, and a device such as /dev/zero never ends.
+    """Refuse anything but a regular file: a FIFO keeps its reader waiting, and a device such as /dev/zero never ends.
 
     Raises:
         OSError: ``file`` is missing, is no regular file, or has more than ``most`` bytes. ``strerror`` says which.

@@ -1,4 +1,4 @@
-"""Images in folders: which files are images, and the classes and the split that their paths say."""
+"""Images in folders: which files are images, and the classes and the split that follow from their paths."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ HELDOUT_EVERY = 10
 
 @dataclass(frozen=True)
 class Layout:
-    """The images of a folder or archive in alphabetical order, and what their paths say.
+    """The images of a folder or archive in alphabetical order, with the classes and the split from their paths.
 
-    ``names`` are paths inside the source; ``classes`` are the names of the classes and ``numbers`` each image's class,
-    both empty without classes; ``parts`` are each image's part of the split, empty where folders make none.
+    ``names`` are paths inside the source. ``classes`` are the names of the classes and ``numbers`` each image's class;
+    both are empty without classes. ``parts`` says which part of the split each image belongs to; it is empty if the
+    folders make no split.
     """
 
     names: list[str]
@@ -32,9 +33,10 @@ class Layout:
     parts: list[int]
 
     def split(self, every: int | None) -> tuple[list[int], list[int]]:
-        """The rows to train on and those to hold out: by folders, else every ``every``-th image; alike for 0.
+        """The rows to train on and the rows to hold out: by folders, else every ``every``-th image is held out.
 
-        Raises :class:`UserError` where ``every`` is given although folders make the split.
+        For ``every = 0`` both are all rows. Raises :class:`UserError` if ``every`` is given although folders make the
+        split.
         """
         if self.parts:
             if every is not None:
@@ -47,26 +49,26 @@ class Layout:
 
 
 def check_heldout_every(every: int | None) -> None:
-    """Raise :class:`UserError` for a distance between held-out images that leaves none to train on."""
+    """Raise :class:`UserError` if holding out every ``every``-th image leaves none to train on."""
     if every is not None and (every < 0 or every == 1):
         raise UserError(f"heldout_every must be 0 (nothing held out) or at least 2, got {every}")
 
 
 def of_parts(parts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The rows of :data:`TRAIN` and those of :data:`HELDOUT`."""
+    """The row numbers with the part :data:`TRAIN`, and those with :data:`HELDOUT`."""
     train, heldout = ([row for row, part in enumerate(parts) if part == wanted] for wanted in (TRAIN, HELDOUT))
     return train, heldout
 
 
 def is_image(name: PurePosixPath) -> bool:
-    """Whether a path inside a source is an image's by its name; hidden files and folders hold none."""
+    """Whether a path inside a source is an image's, by its suffix. Hidden files and those in hidden folders are not."""
     return name.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in name.parts)
 
 
 def images_in(root: Path) -> list[str]:
-    """The images under a folder, as paths inside it in the order of their parts.
+    """The images under a folder, as paths inside it, sorted folder by folder.
 
-    Raises :class:`UserError` where there are none.
+    Raises :class:`UserError` if there are none.
     """
     files = ((PurePosixPath(file.relative_to(root).as_posix()), file) for file in root.rglob("*"))
     names = [str(name) for name, file in sorted(files) if is_image(name) and file.is_file()]
@@ -76,11 +78,12 @@ def images_in(root: Path) -> list[str]:
 
 
 def layout(names: Sequence[str], labels: bool = True, limit: int | None = None) -> Layout:
-    """What the paths ``names`` say; only the first ``limit`` images are taken, of each part of a split.
+    """Classes and split by the paths ``names``, for the first ``limit`` images (of each part, if there is a split).
 
-    A split: the first folder in which the paths differ is ``train`` or ``test`` (or ``val``) for all of them. Where
-    both ``test`` and ``val`` are there, ``test`` is held out and ``val`` left out. Classes are the folders below, or
-    without a split the first folder in which the paths differ; images that do not all lie in one have none.
+    Folders make a split if the first folder in which the paths differ is ``train`` or ``test`` (or ``val``) for all
+    images. With both ``test`` and ``val``, ``test`` is held out and ``val`` left out. Classes are the folders below
+    those, or without a split the first folder in which the paths differ. If an image lies in none, there are no
+    classes.
 
     Raises:
         UserError: other images lie beside the folders ``train`` and ``test``.
@@ -99,7 +102,7 @@ def layout(names: Sequence[str], labels: bool = True, limit: int | None = None) 
 
 
 def folder_classes(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Names of the classes, and the number of each image's; none where the images do not all lie in a folder of one."""
+    """Names of the classes, and each image's class number; both empty unless all images lie in folders of classes."""
     shared, folders = _shared(names), [PurePosixPath(name).parent.parts for name in names]
     if any(len(parts) == shared for parts in folders):
         return (), []
@@ -109,12 +112,12 @@ def folder_classes(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _shared(names: Sequence[str]) -> int:
-    """The number of folders that all paths begin with."""
+    """The number of leading folders that all paths have in common."""
     return len(PurePosixPath(os.path.commonpath([PurePosixPath(name).parent for name in names])).parts)
 
 
 def _parts(names: Sequence[str]) -> list[int]:
-    """Each image's part of the split that folders make; empty where they make none."""
+    """Each image's part of the split; empty if the folders make no split."""
     shared = _shared(names)
     firsts = [PurePosixPath(name).parts[shared].lower() for name in names]
     found = set(firsts)

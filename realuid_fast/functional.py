@@ -35,7 +35,7 @@ Reduction = Literal["mean", "none"]
 
 _LEAST_ERROR = 1e-5
 _LEAST_NORM = 1e-5
-# The types that tensors may have, and the one that their arithmetic and their coefficients have then.
+# The types that tensors may have; for each, the type of its arithmetic and of its coefficients.
 _REAL = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
@@ -63,9 +63,9 @@ class FakeGrads(NamedTuple):
 class GeneratorGrads(NamedTuple):
     """Loss ``()``, rows' losses ``(R,)`` and the gradients of the mean loss.
 
-    ``x`` and ``x_t`` hold the direct parts only (through ``tgt`` and through ``k_x``); ``x_t`` is None without ``x_t``,
-    ``teacher_uncond`` without guidance.
-    Where an objective's gradient flows through ``x`` alone the others are None, and no network needs a backward pass.
+    The gradients in ``x`` and ``x_t`` are the direct ones only (through ``tgt`` and through ``k_x``), not those through
+    the networks. ``x_t`` is None if the call had no ``x_t``, ``teacher_uncond`` if it had no guidance.
+    If an objective's gradient flows through ``x`` alone, the others are None, and no network needs a backward pass.
     """
 
     loss: Tensor
@@ -169,7 +169,7 @@ def fake_loss(
         objective: gives ``A, B, D, C`` of either half.
         teacher_out: the teacher's raw output at ``x_t``; needed only if ``objective.needs_teacher``.
         reduction: ``"mean"`` is the sum over all rows by the number of generated rows; ``"none"`` the ``(R,)`` losses.
-        teacher_uncond, guidance: as for :func:`generator_loss`; without effect where the teacher is not needed.
+        teacher_uncond, guidance: as for :func:`generator_loss`; without effect if the teacher is not needed.
 
     Returns:
         float32 (float64 for float64), shape ``()`` or ``(R,)``. Differentiable in ``fake_out``.
@@ -226,7 +226,8 @@ def generator_loss(
 ) -> Tensor:
     """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
 
-    For a normalised objective ``w <D, alpha f* - beta tgt> / ||D||``, which takes two more passes over what it reads.
+    For a normalised objective it is ``w <D, alpha f* - beta tgt> / ||D||``, which takes two more passes over the
+    tensors that it reads.
 
     Args:
         teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``. ``fake_out``
@@ -264,7 +265,7 @@ def generator_loss(
     loss = ops.run(op, x.device, *inputs)
     if own_rows is None:
         return loss
-    # The gradients are right as they are, the value is that of another loss.
+    # The kernel's gradients are those of the objective's loss; its value is not. Replace the value only.
     return loss + ((_mean(own_rows) if mean else own_rows) - loss).detach()
 
 
@@ -313,7 +314,7 @@ def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
         coef: ``(R, 9)`` of the x0 space.
 
     Raises:
-        UserError: tensors that do not agree, or what is not a tensor.
+        UserError: tensors do not agree, or an argument is not a tensor.
     """
     check_tensor("x", x)
     check_tensor("coef", coef)
@@ -325,7 +326,7 @@ def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
     rows[:, 0] = 1 / coef[:, 6]
     rows[:, 1] = -coef[:, 7] / coef[:, 6]
     with torch.no_grad():
-        # a x + b y, with x_t for y.
+        # The fused call's a x + b y, with x_t in the place of y.
         return interpolate(
             x.detach(), rows, rows.new_zeros(2, dtype=torch.int64), None if x_t is None else x_t.detach()
         )
@@ -343,7 +344,7 @@ def _generator_arguments(
     teacher_uncond: Tensor | None,
     guidance: float | Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The fake model's output and what the guided operator takes beside the others, with everything checked."""
+    """The fake model's output and the further arguments of the guided operator, after all checks."""
     _check_objective(objective)
     check_tensor("teacher_out", teacher_out)
     if fake_out is None:
@@ -365,7 +366,7 @@ def _generator_arguments(
 
 
 def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
-    """What the guided operators take beside the others, nothing without guidance."""
+    """The further arguments of the guided operators, the unconditional output and the scale; none without guidance."""
     if not isinstance(guidance, Tensor):
         if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
             raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")
@@ -398,15 +399,15 @@ def _weighed(
     endpoint: Tensor | None,
     guided: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]:
-    """How an objective weighs the samples of a generator call.
+    """The weights that an objective gives to the samples of a generator call.
 
-    With :func:`~realuid_fast.objectives.SiD`'s weight, or with a normalised objective's weight and ``Q``, which takes
-    two passes that write nothing: for ``<D, r>`` and, of the two outputs alone, for ``||D||^2``.
+    Only :func:`~realuid_fast.objectives.SiD` and its like (``sample_scale``) and normalised objectives weigh samples.
+    The weight and ``Q`` of a normalised objective take two passes that write no gradients: one for ``<D, r>``, and one
+    over the two outputs alone for ``||D||^2``.
 
     Returns:
-        Coefficient rows with the weight in ``w``; what the guided operator takes beside the plain one's arguments,
-        nothing for the plain one; the rows' losses where the operator's own are those of another loss with the same
-        gradients, else None.
+        Coefficient rows with the weight in ``w``. The further arguments of the guided operator, none to use the plain
+        one. The rows' losses if the operator returns the values of another loss with the same gradients, else None.
     """
     extra = (*guided, None) if guided else ()
     if not (objective.sample_scale or objective.normalised):
@@ -417,7 +418,7 @@ def _weighed(
             other = None if uncond is None else uncond.to(x.dtype)
             error = namespace.mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, other, scales)
             scale = torch.ones_like(coef)
-            # A sample that the teacher leaves as it is would get an infinite weight.
+            # If the teacher predicts a sample exactly, its error is 0 and its weight would be infinite.
             scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
             return coef * scale, extra, None
         loss, last = namespace.guided_generator_loss, (uncond, scales, None)
@@ -429,7 +430,7 @@ def _weighed(
         squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
         norms = squares.sqrt().clamp(min=_LEAST_NORM)
         weights[:, 8] /= norms
-        # Below its least value the norm is a constant.
+        # Where the norm is clamped it is a constant, so its derivative, and with it Q, is 0.
         q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
         return weights, (uncond, scales, q_rows), weights[:, 8] * dots
 
@@ -512,7 +513,7 @@ def _refuse_gradients(call: str, **tensors: Tensor | None) -> None:
 
 
 def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
-    """Refuse tensors that one pass cannot run over; ``noise_rows`` with its default filled in. Reads metadata only."""
+    """Refuse tensors that one pass cannot run over; returns ``noise_rows``, or its default. Reads metadata only."""
     check_tensor("x", x)
     check_tensor("coef", coef)
     if not isinstance(noise, Tensor):
@@ -559,8 +560,8 @@ def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **oth
 def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others: Mapping[str, Tensor | None]) -> bool:
     """Whether this is the common call: all tensors contiguous and of one type, noise for every row or a key.
 
-    On a few samples :func:`_check` would take as long as the kernel, one question after the other, so whatever passes
-    here passes there; what does not may still be right, and is named there if it is not.
+    On a few samples :func:`_check` takes as long as the kernel, so calls that pass this shorter check skip it. A call
+    that does not pass may still be right; :func:`_check` decides, and names the tensor that is wrong.
     """
     shape, dtype, device = x.shape, x.dtype, x.device
     for tensor in others.values():

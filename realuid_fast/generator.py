@@ -1,4 +1,4 @@
-"""The generator: a network called once, or a few times with fresh noise between, from noise at a time of its path."""
+"""The generator: a network that turns noise at a time of its path into samples, in one call or in a few."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Generator(nn.Module):
     Args:
         net: a network, called as the path says for its prediction; on the linear path as ``net(t, x, y)``.
         t_start: ``t0``; :func:`realuid_fast.sampling.default_start` when None.
-        path, predict: what the network was trained on.
+        path, predict: the path and the prediction that the network was trained on.
         times: further times, each nearer to the data than the one before.
 
     Raises:
-        UserError: a time out of the path's range or out of order.
+        UserError: a time is out of the path's range, or not nearer to the data than the one before.
     """
 
     _numbers: Tensor
@@ -57,7 +57,8 @@ class Generator(nn.Module):
         numbers = torch.tensor([(s.t, s.c_in, s.k_out, s.k_x) for s in self._starts], dtype=torch.float32)
         later = torch.tensor(self.times, dtype=torch.float32)
         rows = path.coefficients(later, "x0", "x0") if self.times else later.new_zeros(0, len(COLUMNS))
-        # On the device from the start: a captured step may not copy from the host, and a compiled one not make tables.
+        # Tables are made here and on the device: a captured step cannot copy from the host, and a compiled one cannot
+        # make tables.
         device = next(net.parameters()).device
         self.register_buffer("_numbers", numbers.to(device), persistent=False)
         self.register_buffer("_rows", rows.to(device), persistent=False)
@@ -72,9 +73,10 @@ class Generator(nn.Module):
     ) -> Tensor:
         """Samples like ``z``, standard normal ``(B, ...)``; ``labels`` ``(B,)`` for a class-conditional network.
 
-        ``step``, int64 ``(B,)`` in ``[0, steps)``, returns each row's prediction of that step with a gradient through
-        its last evaluation alone: what a generator of several steps is trained on, each step on states that its own
-        steps before have made. Source: Yin et al., DMD2 (2405.14867), section 4.5 ("backward simulation").
+        With ``step``, int64 ``(B,)`` in ``[0, steps)``, each row is the prediction of that step, with a gradient
+        through its last evaluation alone. A generator of several steps is trained on these, so that each step sees the
+        states that the generator's own earlier steps make. Source: Yin et al., DMD2 (2405.14867), section 4.5
+        ("backward simulation").
         """
         first, *later = self._starts
         if not later:
@@ -98,7 +100,7 @@ class Generator(nn.Module):
 
     def _noised(self, number: int, x: Tensor, z: Tensor, endpoint: Tensor | None) -> Tensor:
         coef = self._rows[number - 1].repeat(len(x), 1)
-        # Dense alike for the fused call; networks may return any layout.
+        # Networks may return any memory layout, and the fused call takes one layout for all tensors.
         layout = torch.contiguous_format if z.is_contiguous() else torch.channels_last
         end = None if endpoint is None else endpoint.contiguous(memory_format=layout)
         x = x.to(z.dtype).contiguous(memory_format=layout)
@@ -115,7 +117,7 @@ def _key(z: Tensor, number: int) -> Tensor:
 
 
 def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None = None) -> nn.Module:
-    """A copy of ``net`` on the memory of its own parameters, or of other tensors, without gradients for them.
+    """A copy of ``net`` that shares the memory of its parameters, or of other tensors, without gradients for them.
 
     Made once: later in-place updates of that memory show in it, and no flag is switched inside the training step. So
     ``frozen_view(fake)`` is the fake model of the generator's turn, and ``frozen_view(student, optimiser.averages(d))``

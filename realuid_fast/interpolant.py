@@ -56,12 +56,12 @@ class Interpolant:
 
     @property
     def network_input(self) -> Tensor:
-        """The tensor that a network is called on, ``(R, ...)``: ``x_t``, or ``c_in x_t`` where it is preconditioned."""
+        """The input of a network, ``(R, ...)``: ``x_t``, or ``c_in x_t`` for a preconditioned network."""
         return self.path.network_input(self.x_t, self.t, self.predict)
 
     @property
     def read_x_t(self) -> Tensor | None:
-        """``x_t`` where the losses read it (``k_x != 0``), else None."""
+        """``x_t`` if the losses read it (``k_x != 0``), else None."""
         return self.x_t if self.path.reads_x_t(self.match, self.predict) else None
 
 
@@ -80,7 +80,7 @@ def draw(
     shared: bool = True,
     generator: torch.Generator | None = None,
 ) -> Interpolant:
-    """What :meth:`Path.draw` documents."""
+    """The work of :meth:`Path.draw`, which documents it."""
     check_tensor("x", x)
     check_tensor("noise", noise)
     rows = x.shape[0] if x.dim() else 0
@@ -116,7 +116,7 @@ def draw(
 
 
 def _joined(name: str, above: Tensor, above_name: str, below: Tensor | None) -> Tensor:
-    """Generated rows and, below them, as many real ones, in the memory layout of the generated."""
+    """Generated rows followed by as many real ones, in the memory layout of the generated rows."""
     if below is None:
         return above
     if not isinstance(below, Tensor) or below.shape != above.shape or below.dtype != above.dtype:

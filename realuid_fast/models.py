@@ -15,7 +15,7 @@ from .noise import NoiseStream, normal
 from .sampling import SOLVERS, integrate, needs_endpoint
 from .teachers import ROLES, SHIPPED, Model
 
-STEPS = 100  # of a teacher, where none are given
+STEPS = 100  # default number of a teacher's steps
 
 
 class Loaded:
@@ -23,7 +23,7 @@ class Loaded:
 
     Attributes:
         net: the network, in evaluation mode, without gradients.
-        description: what its file says about it.
+        description: the description in its file.
         shape: the shape of one sample.
         classes: the number of classes, 0 for an unconditional network.
     """
@@ -41,7 +41,7 @@ class Loaded:
 
     @property
     def is_student(self) -> bool:
-        """Whether it makes its samples in its own one or few steps; a teacher takes ``steps`` of a solver."""
+        """Whether it is a student, which makes samples in its own steps; a teacher takes the steps of a solver."""
         return self.description.role == "student"
 
     def to(self, device: torch.device | str) -> Loaded:
@@ -68,11 +68,11 @@ class Loaded:
             z: standard normal noise ``(B, *shape)``.
             labels: ``(B,)`` int64, for a class-conditional network.
             endpoint: ``y`` like ``z``, for a path with two endpoints.
-            steps, solver, guidance: a teacher's, see :func:`realuid_fast.sampling.integrate`; 100 Euler steps where
-                not given. A student has none of them.
+            steps, solver, guidance: settings of a teacher, see :func:`realuid_fast.sampling.integrate`; by default 100
+                Euler steps. A student takes none of them.
 
         Raises:
-            UserError: noise, labels or an endpoint that do not fit, or a teacher's setting given to a student.
+            UserError: noise, labels or the endpoint do not fit, or a student is given a setting of a teacher.
         """
         if z.shape[1:] != self.shape:
             raise UserError(f"z must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
@@ -84,7 +84,7 @@ class Loaded:
                 predict=self._predict, endpoint=endpoint, guidance=guidance,
             )  # fmt: skip
         if steps is not None or solver is not None or guidance != 1.0:
-            raise UserError("steps, solver and guidance are a teacher's: a student makes its samples in its own steps")
+            raise UserError("steps, solver and guidance are for teachers: a student makes samples in its own steps")
         return self._student(z, labels, endpoint)
 
 
@@ -100,7 +100,7 @@ def load(source: str | Path) -> Loaded:
 
 
 def open_model(source: str | Path) -> Model:
-    """What :func:`load` wraps: the network with its description."""
+    """The network with its description, which :func:`load` wraps."""
     if str(source) in SHIPPED:
         return teachers.load_teacher(str(source))
     place = Path(source)
@@ -127,14 +127,14 @@ def sample(
     """``count`` samples ``(count, *shape)`` on the CPU, made ``batch`` at a time where the network lies.
 
     Args:
-        model: what :func:`load` returns, or what it takes.
+        model: a model from :func:`load`, or an argument of :func:`load`.
         labels: ``(count,)`` int64, or one class for all samples; classes in turn where not given.
         endpoint: ``(count, *shape)``, for a path with two endpoints.
-        seed: of the noise; the same samples on every backend within 1e-4 of their noise.
-        steps, solver, guidance: a teacher's, as for :class:`Loaded`.
+        seed: seed of the noise. Backends draw the same noise within 1e-4.
+        steps, solver, guidance: settings of a teacher, as for :class:`Loaded`.
 
     Raises:
-        UserError: a number out of range, or tensors that do not fit.
+        UserError: a number is out of range, or tensors do not fit.
     """
     made = model if isinstance(model, Loaded) else load(model)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:

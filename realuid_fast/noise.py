@@ -2,12 +2,12 @@
 
 ``philox.py`` has the arithmetic and its source.
 
-A key or a tensor? Pass the key. A turn needs its noise twice, for the interpolant and for the loss; drawing it in both
-calls costs instructions, writing it once and reading it twice costs bytes. By the counts of ``bench.kernels_report``
-drawing is the cheaper on H200, H100 and A100 for every type and row, and on B200 too, but for half-precision rows whose
-number of elements is not divisible by four: there every element draws a group of four for itself, and a tensor from
-:func:`normal` is predicted to be an eighth cheaper. Nothing switches by itself. The trainer, whose samples are float32,
-always passes keys.
+A key or a tensor? Pass the key. A turn needs its noise twice, for the interpolant and for the loss. Drawing it in both
+calls costs instructions; writing it once and reading it twice costs bytes. By the counts of ``bench.kernels_report``
+drawing is cheaper on H200, H100 and A100 for every type and row, and on B200 with one exception: half-precision rows
+whose number of elements is not divisible by four. There every element draws a group of four for itself, and a tensor
+from :func:`normal` is predicted to be an eighth cheaper. No call switches by itself. The trainer's samples are float32,
+so it always passes keys.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NoiseStream:
         try:
             self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
         except (AssertionError, RuntimeError) as error:
-            # A torch without CUDA answers "cuda" with an AssertionError.
+            # A torch without CUDA raises an AssertionError for the device "cuda".
             raise UserError(f"device {str(device)!r} cannot be used: {str(error).partition(chr(10))[0]}") from error
 
     def next_key(self) -> Tensor:
@@ -70,7 +70,7 @@ def is_key(noise: Tensor) -> bool:
 
 
 def check_key(key: Tensor, device: torch.device, name: str = "key") -> None:
-    """Refuse what is not an int64 ``(seed, offset)`` on ``device``."""
+    """Refuse a key that is not an int64 pair ``(seed, offset)`` on ``device``."""
     if not isinstance(key, Tensor):
         raise UserError(f"{name} must be a key from NoiseStream.next_key(), not {type_name(key)}")
     if key.dtype != torch.int64 or key.shape != (2,):

@@ -45,32 +45,34 @@ class Objective:
     gamma: float
     Q: float
     kappa: float = 1.0
-    # What the generator learns from: everything the loss depends on, or the samples ``x`` inside ``tgt`` alone.
+    # Where the generator's gradient flows: through everything that the loss depends on, or only through the samples
+    # ``x`` inside ``tgt``.
     flows: Literal["all", "x"] = "all"
     # A row's weight is ``w sample_scale / mean |x - f*|``, held fixed, in x0 space; 0: ``w`` alone.
     sample_scale: float = 0.0
-    # Whether the generator's loss has the direction of f* - f in its place: a distance rather than its square.
+    # Whether the generator's loss has the unit vector along f* - f in the place of f* - f: a distance, not its square.
     normalised: bool = False
-    # Whether there is a fake model. Without one the generator's own sample takes its prediction's place, f := x.
+    # Whether there is a fake model. Without one the generator's own sample stands for the fake prediction, f := x.
     needs_fake: bool = True
 
-    # What follows from the numbers above, computed once when the objective is made: a call reads plain attributes,
-    # which torch.compile can trace (functools.cached_property holds a lock that it refuses, on Python 3.11).
+    # The fields below follow from those above and are computed once, when the objective is made. So a call reads plain
+    # attributes, which torch.compile can trace. It refuses functools.cached_property, which has a lock on Python 3.11.
 
-    # ``alpha, beta, Q, kappa`` of the generator's kernel. Where only ``x`` flows they are ``0, beta / 2, 0, 1``, which
-    # leaves ``dl/dtgt = w beta (f - f*)``. A normalised objective's leave ``w <f* - f, alpha f* - beta tgt>``.
+    # ``alpha, beta, Q, kappa`` for the generator's kernel. If the gradient flows through ``x`` only, they are ``0,
+    # beta / 2, 0, 1``, which leaves ``dl/dtgt = w beta (f - f*)``. For a normalised objective they leave
+    # ``w <f* - f, alpha f* - beta tgt>``.
     generator_scalars: tuple[float, float, float, float] = field(init=False, repr=False, compare=False)
     # The fake loss' scalars for generated rows, and for real rows: all zero when real data plays no part.
     generated: FakeRow = field(init=False, repr=False, compare=False)
     real: FakeRow = field(init=False, repr=False, compare=False)
-    # Whether the fake turn wants real rows, for the teacher's output there or for their quadratic term.
+    # Whether the fake turn needs real rows, for the teacher's output on them or for their quadratic term.
     needs_real: bool = field(init=False, repr=False, compare=False)
-    # Whether the fake turn wants the teacher's output (``D != 0`` in some half).
+    # Whether the fake turn needs the teacher's output (``D != 0`` for generated or for real rows).
     needs_teacher: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
-            # Kernels take doubles; an int that slipped in would change the op's schema match.
+            # Kernels take doubles, and an int would not match the operator's schema.
             object.__setattr__(self, name, _finite(name, getattr(self, name)))
         object.__setattr__(self, "needs_real", self.alpha < 1 or self.gamma < 1)
         self._check()
@@ -93,7 +95,7 @@ class Objective:
         object.__setattr__(self, "needs_teacher", generated.D != 0 or real.D != 0)
 
     def _check(self) -> None:
-        """Refuse numbers that leave the fake model's loss unbounded below, or mean nothing."""
+        """Refuse numbers that leave the fake model's loss unbounded below, or that have no meaning."""
         if not 0 < self.alpha <= 1:
             raise UserError(
                 f"alpha must lie in (0, 1], got {self.alpha:g}: generated data has weight alpha, real data 1 - alpha"
@@ -189,9 +191,10 @@ def _finite(name: str, value: float) -> float:
 
 def _fake_row(alpha: float, beta: float, gamma: float, kappa: float) -> FakeRow:
     d = kappa * (gamma * kappa - alpha)
-    # (1 - gamma) - (1 - alpha) rounds to about 1e-17 where it is zero in exact arithmetic; a teacher pass hangs on it.
+    # If it is zero in exact arithmetic, (1 - gamma) - (1 - alpha) may round to about 1e-17. The difference decides
+    # whether the teacher is evaluated, so such a value is set to 0.
     d = 0.0 if abs(d) < 1e-12 else d
-    # Without the teacher's part there is no square to complete, and C, a constant to the fake model, is left out.
+    # Without the teacher's share (alpha = 0) there is no square to complete, and C, constant for the fake model, is 0.
     return FakeRow(A=gamma * kappa**2, B=kappa * beta, D=d, C=beta**2 / alpha if alpha else 0.0)
 
 
@@ -222,7 +225,7 @@ def RealUID(alpha: float, beta: float) -> Objective:
 
 
 def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) -> Objective:
-    """RealUID with the quadratic weight ``gamma`` apart from ``alpha``, in the delta parameterisation ``kappa``.
+    """RealUID with a quadratic weight ``gamma`` of its own, in the delta parameterisation ``kappa``.
 
     ``kappa`` is ``1`` or ``beta``; at the inner optimum ``f = f* - delta / kappa`` with ``delta = [(alpha p_g + (beta -
     alpha) p_d) f_d - beta p_g f_g] / (gamma p_g + (1 - gamma) p_d)``, where ``f_d, f_g`` and ``p_d, p_g`` are the
@@ -255,10 +258,10 @@ def NormalisedRealUID(alpha: float, beta: float) -> Objective:
     (2 ||D||)`` and ``Q = <D, r> / ||D||^2``, both of each sample. A norm held fixed would give the derivative of the
     distance without real data only.
 
-    The fake model is trained by RealUID's loss. All that the maximum asks for is ``D`` along ``m``, and RealUID's
-    optimum, ``D = m / (alpha p_g + (1 - alpha) p_d)``, is. So the size of ``D``, which the maximum leaves free, stays
-    bounded, ``D = 0`` at the start does no harm, and the teacher is not evaluated. Source: RealUID (2509.22459), the
-    loss with ``D / ||D||``; the choice of the fake model's loss is ours.
+    The fake model is trained by RealUID's loss. The maximum only asks that ``D`` points along ``m``, and RealUID's
+    optimum ``D = m / (alpha p_g + (1 - alpha) p_d)`` does. This choice also bounds the size of ``D``, which the maximum
+    leaves free; it starts well at ``D = 0``; and it needs no teacher. Source: RealUID (2509.22459), the loss with
+    ``D / ||D||``; the choice of the fake model's loss is ours.
 
     Raises:
         UserError: as :func:`RealUID`.
@@ -328,7 +331,7 @@ def IBMD() -> Objective:
     """Inverse bridge matching distillation: the numbers of :func:`UID`, on a bridge in ``x0`` space.
 
     The generator takes ``(y, z)`` and every call the pairs' ``endpoint``. Unconditional teachers and fake models see
-    ``x_t``, conditional ones ``y`` too; both go by the same losses. Source: Gushchin et al., Inverse Bridge Matching
+    ``x_t``, conditional ones ``y`` too; the losses are the same. Source: Gushchin et al., Inverse Bridge Matching
     Distillation (2502.01362), section 3.
     """
     return Objective("IBMD", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0)

@@ -22,7 +22,8 @@ from torch.autograd import forward_ad
 from . import backends, reference
 from .errors import UserError
 
-# One pass each: what backends implement. The switches say which gradients are wanted; others come back empty.
+# The operators that backends implement, each in one pass. The switches say which gradients are wanted; others come back
+# empty.
 KERNELS = (
     "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
     "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
@@ -38,8 +39,8 @@ KERNELS = (
     "Tensor? endpoint, float alpha, float beta, float q, float kappa, bool mean, bool want_teacher, bool want_fake, "
     "bool want_x, bool want_x_t) -> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, "
     "Tensor g_x_t)",
-    # The same with a guided teacher, teacher_uncond + guidance (teacher_out - teacher_uncond): operators of their own,
-    # so that calls without it carry no more arguments.
+    # The fake and generator losses with a guided teacher, teacher_uncond + guidance (teacher_out - teacher_uncond).
+    # They are operators of their own, so that calls without guidance carry no more arguments.
     "guided_fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor teacher_out, "
     "Tensor? endpoint, Tensor teacher_uncond, Tensor guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
     "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
@@ -50,7 +51,7 @@ KERNELS = (
     "float kappa, bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) "
     "-> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
     "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
-    # The optimiser step: the pass over the gradients, then the pass over everything. counts is (updates, skipped ones).
+    # The optimiser step: a pass over the gradients, then a pass over everything. counts is (updates, skipped updates).
     "begin_step_(Tensor[] grads, Tensor(a!)[] steps, Tensor(b!) counts) -> Tensor",
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas, "
     "Tensor norm, Tensor step, Tensor lr, Tensor counts, Tensor ema_decays, float clip, float beta1, float beta2, "
@@ -85,7 +86,7 @@ LOSSES = (
     Loss("guided_generator", (0, 1, 2, 3, 7)),
 )
 
-# What runs a differentiable operator of a library in eager mode.
+# The function that runs a differentiable operator in eager mode, by library and operator.
 _EAGER: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -96,10 +97,10 @@ def current(device: torch.device) -> Any:
 
 
 def run(op: str, device: torch.device, *inputs: Any) -> Any:
-    """A differentiable operator of the backend in force, at once where nothing has to see the call on its way.
+    """Call a differentiable operator of the backend in force, without torch's dispatcher if nothing needs it.
 
-    The dispatcher reaches the same function, converting every argument to C++ and back: on a few samples as long as the
-    kernel takes.
+    The dispatcher would reach the same function, but it converts every argument to C++ and back. On a few samples that
+    takes as long as the kernel.
     """
     namespace = current(device)
     if (
@@ -120,49 +121,49 @@ def _like_if(wanted: bool, like: Tensor) -> Tensor:
     return torch.empty_like(like) if wanted else like.new_empty(0)
 
 
-def _fake_normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
+def _shapes_normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
     return torch.empty_like(like)
 
 
-def _fake_interpolate(x: Tensor, *_: Any) -> Tensor:
+def _shapes_interpolate(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, ...]:
+def _shapes_interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, ...]:
     return _like_if(want_x, grad), _like_if(want_endpoint, grad)
 
 
-def _fake_mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *_: Any) -> Tensor:
+def _shapes_mean_abs_error(teacher_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *_: Any) -> Tensor:
     return coef.new_empty(x.shape[0])
 
 
-def _fake_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return *_losses_like(x, coef), _like_if(rest[-1], out)
 
 
-_fake_fake = _fake_guided_fake = _fake_matching
+_shapes_fake = _shapes_guided_fake = _shapes_matching
 
 
-def _fake_generator(
+def _shapes_generator(
     teacher_out: Tensor, fake_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     grads = (_like_if(want, x) for want in rest[-4:])
     return *_losses_like(x, coef), *grads
 
 
-def _fake_guided_generator(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_fake_generator(*inputs[:-1]), _like_if(inputs[-1] and inputs[7] is not None, inputs[2])
+def _shapes_guided_generator(*inputs: Any) -> tuple[Tensor, ...]:
+    return *_shapes_generator(*inputs[:-1]), _like_if(inputs[-1] and inputs[7] is not None, inputs[2])
 
 
-def _fake_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
+def _shapes_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
     return None
 
 
-def _fake_begin_step_(grads: Sequence[Tensor], *_: Any) -> Tensor:
+def _shapes_begin_step_(grads: Sequence[Tensor], *_: Any) -> Tensor:
     return grads[0].new_empty(())
 
 
-def _fake_adam_(*_: Any) -> None:
+def _shapes_adam_(*_: Any) -> None:
     return None
 
 
@@ -171,34 +172,38 @@ def _images(like: Tensor, channels: int) -> Tensor:
     return like.new_empty((batch, channels, *sides)).to(memory_format=torch.channels_last)
 
 
-def _fake_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _shapes_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _images(x, weight.shape[0])
 
 
-def _fake_conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, ...]:
+def _shapes_conv3x3_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool
+) -> tuple[Tensor, ...]:
     return _images(x, x.shape[1]) if want_x else x.new_empty(0), _like_if(want_weight, weight)
 
 
-def _fake_norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Any:
+def _shapes_norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Any:
     return _images(x, x.shape[1]), weight.new_empty((x.shape[0], groups, 2))
 
 
-def _fake_norm_silu_grads(grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _shapes_norm_silu_grads(
+    grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     g_shift = weight.new_empty(0) if shift is None else weight.new_empty(x.shape[:2])
     return _images(x, x.shape[1]), g_shift, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
 
 
 def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for plain tensors of one device.
+    """``function``, which refuses all but plain dense tensors of one device and records nothing for autograd.
 
-    Dispatch is by the rarest kind among the arguments: a meta or a quantised tensor sends a call here whose other
-    tensors are ordinary, and would give those a result that nobody computed. Nothing is recorded for autograd.
+    torch dispatches on the most specialised tensor among the arguments. So one meta or quantised tensor sends the whole
+    call here, and its ordinary tensors would get a result that nobody computed.
     """
 
     def checked(*inputs: Any) -> Any:
         arguments = getattr(getattr(torch.ops, library), op).default._schema.arguments
         first = None
-        # Trailing arguments at their defaults are left off.
+        # Not strict: the dispatcher leaves off trailing arguments that have their default value.
         for argument, value in zip(arguments, inputs, strict=False):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if not isinstance(tensor, Tensor):
@@ -224,7 +229,7 @@ def _refuse_second_derivative(grad: Tensor, call: str) -> None:
 
 def refuse_forward_mode(call: str, inputs: Sequence[Any]) -> None:
     """Refuse inputs with a forward-mode tangent: autograd would take a kernel's missing derivative for zero."""
-    # Outside torch.func.jvp and forward_ad.dual_level no tensor has a tangent, and this is all there is to do.
+    # Outside torch.func.jvp and forward_ad.dual_level no tensor has a tangent, so the check ends here.
     if forward_ad._current_level < 0:
         return
     for tensor in inputs:
@@ -240,9 +245,9 @@ def refuse_forward_mode(call: str, inputs: Sequence[Any]) -> None:
 
 
 def _scaled(kernel: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    """Gradients times the incoming one: the kernel's own buffers handed on, no copy, no look at the value."""
+    """The kernel's gradients times the incoming gradient, in the kernel's own buffers. The host reads no value."""
     if type(scale) is not Tensor:
-        # Being traced: plain arithmetic, for the compiler to fuse with what follows.
+        # The call is being traced: use plain arithmetic, which the compiler can fuse with later operations.
         return [(grad * _per_row(scale, grad)).to(grad.dtype) for grad in grads]
     if torch._C._autograd._get_current_graph_task_keep_graph():
         # A second backward will come for the same gradients, so this one must not scale them in place.
@@ -256,10 +261,10 @@ def _per_row(scale: Tensor, grad: Tensor) -> Tensor:
 
 
 class _LossFunction(torch.autograd.Function):
-    """Runs a loss kernel forward, keeps the gradients it computed, hands them on backward.
+    """Runs a loss kernel in the forward pass, keeps the gradients it computed, and hands them on in the backward pass.
 
-    Autograd is shown the tensors that want a gradient, ``leaves``, and nothing else: it spends time on every argument,
-    in both directions, and a kernel has up to twenty.
+    Only the tensors that want a gradient (``leaves``) are arguments that autograd sees. It spends time on every
+    argument, in both directions, and a kernel has up to twenty.
     """
 
     @staticmethod
@@ -322,7 +327,7 @@ class _InterpolateFunction(torch.autograd.Function):
         _refuse_second_derivative(grad, "interpolate")
         _, want_x, _, _, want_endpoint, _ = ctx.needs_input_grad
         (coef,) = ctx.saved_tensors
-        # Whatever consumed x_t may hand back a gradient in another layout; the operator takes dense rows.
+        # The gradient of x_t may come back in another layout, and the operator takes dense rows.
         library = getattr(torch.ops, ctx.kernel.namespace)
         g_x, g_y = library.interpolate_grads(_dense(grad), coef, want_x, want_endpoint)
         return None, g_x if want_x else None, None, None, g_y if want_endpoint else None, None
@@ -387,10 +392,10 @@ def _norm_silu_backward(grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[
 
 
 class NormSiluConv3x3(torch.autograd.Function):
-    """``conv3x3(dropout(SiLU(norm(x + shift))))`` that keeps ``x`` for the backward pass and not what it convolves.
+    """``conv3x3(dropout(SiLU(norm(x + shift))))``; keeps ``x`` for the backward pass, not the convolution's input.
 
-    The two operators in one node of the graph: half their memory, for the normalisation once more in the backward. Of
-    ``dropout``, a probability, it keeps a byte a value.
+    The two operators are one node of the graph. It keeps half their memory and computes the normalisation again in the
+    backward pass. With ``dropout``, a probability, it also keeps the mask, one byte for each value.
     """
 
     @staticmethod
@@ -420,7 +425,7 @@ class NormSiluConv3x3(torch.autograd.Function):
         _refuse_second_derivative(grad, "norm_silu with conv3x3")
         *of_norm, weight, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        # Only the filters' gradient reads what was convolved; the images' takes its shape.
+        # Only the filters' gradient reads the convolution's input. The images' gradient needs nothing but its shape.
         y = of_norm[0]
         if wanted[6]:
             y = torch.ops.realuid_fast.norm_silu(*of_norm[:4], ctx.groups, ctx.eps)[0]
@@ -434,12 +439,12 @@ class NormSiluConv3x3(torch.autograd.Function):
 
 
 def _dropped(values: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
-    """``values`` without those that are not ``kept``, the rest scaled to the same mean; in place."""
+    """Set ``values`` that are not ``kept`` to zero, and scale the rest so that the mean stays the same; in place."""
     return values if kept is None else values.mul_(kept).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))
 
 
 def _differentiate(library: torch.library.Library, name: str, op: str, function: Any) -> None:
-    """Have ``function`` run the operator where a gradient is wanted; cheaper a call than torch.library's way."""
+    """Register ``function`` as the operator's autograd; a call costs less than by torch.library's own way."""
     kernel = getattr(getattr(torch.ops, name), op).default
 
     def with_gradients(*inputs: Any) -> Any:
@@ -462,11 +467,11 @@ def _define(name: str) -> torch.library.Library:
         op = schema[: schema.index("(")]
         library.define(schema)
         library.impl(op, _checked(name, op, getattr(reference, op)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{name}::{op}", _checked(name, op, globals()[f"_fake_{op}"]), lib=library)
+        torch.library.register_fake(f"{name}::{op}", _checked(name, op, globals()[f"_shapes_{op}"]), lib=library)
         if op in DIFFERENTIABLE:
             _differentiate(library, name, op, DIFFERENTIABLE[op])
         elif not op.endswith("_"):
-            # These are what gradients are computed with; their own results take no part.
+            # Gradients are computed with these operators; no gradient flows through their own results.
             library.impl(op, torch.library.fallthrough_kernel, "Autograd")
     for loss in LOSSES:
         _define_loss(library, name, loss)

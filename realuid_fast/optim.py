@@ -23,17 +23,19 @@ ALIGN = 64
 
 
 class FlatParameters:
-    """Moves parameters into one buffer and leaves each a view of it, with the shape and the strides it had.
+    """Moves parameters into one buffer. Each parameter becomes a view of it, with the shape and the strides it had.
 
-    One launch then walks all of them. Views of the parameters' old memory (a ``frozen_view``, a state dict) do not
-    follow: make them afterwards. ``net.to(...)`` and ``copy.deepcopy`` take parameters out of the buffer again.
+    One kernel launch can then update all of them. Views of the parameters' old memory (a ``frozen_view``, a state dict)
+    do not follow, so make them afterwards. ``net.to(...)`` and ``copy.deepcopy`` take parameters out of the buffer
+    again.
 
-    Gradients are left to autograd: it hands its own buffers over without a copy as long as ``p.grad`` is None, and
-    :meth:`gather` brings them together with a few launches. Accumulating into views from the start would cost a launch
-    for every parameter and twice the memory traffic; where gradients are accumulated anyhow, :meth:`attach` does it.
+    Gradients stay in autograd's own buffers at first: autograd hands those over without a copy as long as ``p.grad`` is
+    None, and :meth:`gather` copies them together with a few launches. Accumulating into views from the start would cost
+    a launch for every parameter and twice the memory traffic. If gradients are accumulated anyhow, :meth:`attach` makes
+    the views.
 
     Args:
-        params: of one dtype and device, each without gaps in memory.
+        params: parameters of one dtype and device, each without gaps in memory.
 
     Attributes:
         data: ``(N,)``, the parameters in order, each padded with zeros to a multiple of 64 elements.
@@ -56,13 +58,13 @@ class FlatParameters:
             p.data = view.copy_(p.detach())
 
     def buffer(self, rows: int | None = None) -> Tensor:
-        """Zeros ``(N,)``, or ``(rows, N)``, for something else that parameters have."""
+        """Zeros ``(N,)``, or ``(rows, N)``, with a place for every parameter, for instance for its moments."""
         first = self.params[0]
         shape = (self._size,) if rows is None else (rows, self._size)
         return torch.zeros(shape, dtype=first.dtype, device=first.device)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """For every parameter its part of a :meth:`buffer`, laid out like it; ``(rows, ...)`` where there are rows."""
+        """Every parameter's view of a :meth:`buffer`, laid out like the parameter; ``(rows, ...)`` of one with rows."""
         lead, strides = buffer.shape[:-1], buffer.stride()[:-1]
         return [
             buffer.as_strided((*lead, *p.shape), (*strides, *p.stride()), offset)
@@ -70,22 +72,25 @@ class FlatParameters:
         ]
 
     def attach(self, part: slice = slice(None)) -> None:
-        """Make every ``p.grad`` a view of :attr:`grad`, for backward to add to; clear it with ``set_to_none=False``."""
+        """Make every ``p.grad`` a view of :attr:`grad`, for backward to add to; clear it with ``set_to_none=False``.
+
+        ``part`` is a slice of the list of parameters.
+        """
         for p, view in zip(self.params[part], self._grads[part], strict=True):
             p.grad = view
 
     def gradients(self, part: slice) -> Tensor:
-        """The part of :attr:`grad` that belongs to neighbouring parameters."""
+        """The stretch of :attr:`grad` that belongs to the parameters of ``part``, a slice of their list."""
         first, end, _ = part.indices(len(self.params))
         return self.grad[self._offsets[first] : self._offsets[end] if end < len(self.params) else self._size]
 
     def gather(self, part: slice = slice(None)) -> bool:
-        """Bring all gradients into :attr:`grad`; False, and nothing done, where a parameter has none.
+        """Copy all gradients into :attr:`grad`. Returns False, and copies nothing, if a parameter has no gradient.
 
-        ``part`` is of the list of parameters, as for :meth:`attach`.
+        ``part`` is a slice of the list of parameters, as for :meth:`attach`.
 
         Raises:
-            UserError: a parameter is not in the buffer any more.
+            UserError: a parameter has left the buffer.
         """
         strays: list[Tensor] = []
         homes: list[Tensor] = []
@@ -103,8 +108,8 @@ class FlatParameters:
         return True
 
 
-class _Part(NamedTuple):
-    """What one call of the operator updates: parameters that have taken the same number of steps."""
+class _Update(NamedTuple):
+    """The tensors that one call of the operator updates: parameters that have taken the same number of steps."""
 
     step: Tensor
     params: list[Tensor]
@@ -128,10 +133,10 @@ class FusedAdam(torch.optim.Optimizer):
     With ``beta1 = 0`` there is no ``m``. Where the norm is not finite nothing changes but the count in :attr:`skipped`.
     Parameters without a gradient only have their averages moved. The gradients stay as they are.
 
-    Parameters may be sharded by FSDP2 (``fully_shard``, DTensors on a mesh of one dimension): every rank updates its
-    own part, which is exact since all but the norm is elementwise; the norm is of all parts, brought together in one
-    all-reduce of a number, so that all ranks clip and skip alike. State, counts aside, is this rank's part, in
-    :meth:`state_dict` DTensors.
+    Parameters may be sharded by FSDP2 (``fully_shard``, DTensors on a mesh of one dimension). Every rank then updates
+    its own share, which is exact because everything but the norm is elementwise. The norm is that of all shares, by one
+    all-reduce of a number, so all ranks clip and skip alike. The state, except the counts, is this rank's share, and
+    :meth:`state_dict` gives it as DTensors.
 
     ``copy.deepcopy`` and pickle work as on ``torch.optim.Adam``: the copy owns copies of the parameters (those of a
     network that is copied in the same call), state and settings, and its next step gives the same numbers. Hooks,
@@ -161,8 +166,10 @@ class FusedAdam(torch.optim.Optimizer):
         norm: the last gradient norm before clipping, ``()``.
         counts: int64 ``(2,)`` on the device: calls of :meth:`step`, and those skipped.
         flat_storage: every group's :class:`FlatParameters`, or None.
-        reduce: called by :meth:`step` with all gradients, to change or replace them before anything reads them; None.
-        settle: called before anything else changes gradients that ``reduce``'s owner may be at work on; None.
+        reduce: None, or a function that :meth:`step` calls with all gradients before it reads them. It may change or
+            replace them, for instance by their mean over ranks.
+        settle: None, or a function that is called before gradients are changed otherwise. It must finish any work on
+            them that the owner of ``reduce`` has begun in the background.
 
     Raises:
         UserError: a setting outside its range, or parameters that are not alike.
@@ -235,9 +242,9 @@ class FusedAdam(torch.optim.Optimizer):
         return self.counts[1]
 
     def averages(self, decay: float) -> dict[Tensor, Tensor]:
-        """For every parameter its moving average with ``decay``, the memory itself, laid out like the parameter.
+        """Every parameter's moving average with ``decay``: the memory itself, laid out like the parameter.
 
-        Of a sharded one it is this rank's part. ``rf.frozen_view(net, optimiser.averages(decay))`` is the network with
+        For a sharded parameter it is this rank's share. ``rf.frozen_view(net, optimiser.averages(decay))`` is the network with
         them.
         """
         if decay not in self.ema_decays:
@@ -246,7 +253,7 @@ class FusedAdam(torch.optim.Optimizer):
         return {p: self.state[p]["ema"][row] for p in self._parameters()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as ``torch.optim.Optimizer`` does; its state is made here, and its memory stays."""
+        """Add a group as ``torch.optim.Optimizer`` does. Its state is made here and keeps its place in memory."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -271,7 +278,7 @@ class FusedAdam(torch.optim.Optimizer):
         """Give a new group its flat storage, if it gets one, and the memory of its learning rate."""
         self.flat_storage.append(FlatParameters(params) if self._lay_flat else None)
         self._buffers.append({})
-        # A learning rate that is a number; NaN differs from every one.
+        # The learning rate on the device. NaN differs from any number, so the first rate will be written to it.
         self._rates.append(torch.full((), float("nan"), dtype=torch.float64, device=params[0].device))
         self._written.append(float("nan"))
 
@@ -286,30 +293,30 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # It may put other gradients in their place, so parts are made afterwards.
+        # `reduce` may replace gradients, so collect the tensors to update afterwards.
         if self.reduce and (present := [_local(p.grad) for p in self._parameters() if p.grad is not None]):
             self.reduce(present)
-        parts = [(i, part) for i in range(len(self.param_groups)) for part in self._parts(i)]
-        if not parts:
+        updates = [(i, update) for i in range(len(self.param_groups)) for update in self._updates(i)]
+        if not updates:
             raise UserError("step was called without gradients: run backward first")
-        gradients = [grad for _, part in parts for grad in part.grads]
+        gradients = [grad for _, update in updates for grad in update.grads]
         run = ops.current(self.counts.device)
         if is_sharded(first := self._parameters()[0]):
-            # The step begins on one number, the norm of all ranks' gradients, so that all take or skip it.
+            # All ranks take or skip the step alike, because all decide by one number: the norm of all ranks' gradients.
             squared = run.begin_step_(gradients, [], self._own_counts).double().square()
             dist.all_reduce(squared, group=first.device_mesh.get_group())  # type: ignore[attr-defined]
             gradients = [squared.sqrt().to(self.norm.dtype)[None]]
-        self.norm = run.begin_step_(gradients, [part.step for _, part in parts], self.counts)
-        for i, part in parts:
+        self.norm = run.begin_step_(gradients, [update.step for _, update in updates], self.counts)
+        for i, update in updates:
             group = self.param_groups[i]
             run.adam_(
-                part.params,
-                part.grads,
-                part.exp_avgs,
-                part.exp_avg_sqs,
-                part.emas,
+                update.params,
+                update.grads,
+                update.exp_avgs,
+                update.exp_avg_sqs,
+                update.emas,
                 self.norm,
-                part.step,
+                update.step,
                 self._rate(i),
                 self.counts,
                 self._decays,
@@ -320,8 +327,9 @@ class FusedAdam(torch.optim.Optimizer):
                 group["maximize"],
                 self.ema_warmup,
             )
-            # Autograd then refuses to go back through what this step has overwritten, as after torch's own optimisers.
-            torch.autograd.graph.increment_version(part.params)
+            # The operator has overwritten the parameters. Tell autograd, which then refuses a backward pass that needs
+            # their old values, as it does after torch's own optimisers.
+            torch.autograd.graph.increment_version(update.params)
         idle: list[Tensor] = [p for p in self._parameters() if p.grad is None]
         if idle and self.ema_decays:
             averages = [self.state[p]["ema"] for p in idle]
@@ -332,7 +340,7 @@ class FusedAdam(torch.optim.Optimizer):
         """State as torch's optimisers give it, with ``counts`` beside it.
 
         Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. The
-        learning rate is a number, a schedule's the next one. Of sharded parameters the tensors are DTensors.
+        learning rate is a number; of a schedule it is the next step's. Sharded parameters have DTensors.
         """
         state = super().state_dict()
         params = self._parameters()
@@ -353,7 +361,7 @@ class FusedAdam(torch.optim.Optimizer):
         entries = {}
         for k, values in state["state"].items():
             second = values["exp_avg_sq"].clone()
-            # Adam with beta1 = 0 writes its first moment before it reads it, but wants the room.
+            # torch's Adam with beta1 = 0 never uses the first moment's old value, but expects the tensor.
             first = values["exp_avg"].clone() if "exp_avg" in values else torch.zeros_like(second)
             entries[k] = {"step": values["step"], "exp_avg": first, "exp_avg_sq": second}
         return {"state": entries, "param_groups": state["param_groups"]}
@@ -362,11 +370,11 @@ class FusedAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, or from ``torch.optim.Adam``'s; everything stays where it is in memory.
 
-        From Adam the averages stay as they are and the calls are counted from the parameters' steps. A schedule is
-        kept, another learning rate replaced by the loaded one.
+        After loading Adam's state the averages are unchanged, and the count of calls is the parameters' number of
+        steps. A schedule is kept; a learning rate that is a number is replaced by the loaded one.
 
         Raises:
-            UserError: state of Adam with ``amsgrad`` or ``decoupled_weight_decay``, or averages of another number.
+            UserError: state of Adam with ``amsgrad`` or ``decoupled_weight_decay``, or another number of averages.
         """
         for group in state_dict["param_groups"]:
             for name in ("amsgrad", "decoupled_weight_decay"):
@@ -410,7 +418,7 @@ class FusedAdam(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _room(self, name: str, index: int, rows: int | None = None) -> list[Tensor]:
-        """Memory for the parameters of a group, laid out like them; ``(rows, ...)`` for every one with ``rows``."""
+        """Zeros laid out like each parameter of a group; with ``rows``, ``(rows, ...)`` for each."""
         flat, params = self.flat_storage[index], self.param_groups[index]["params"]
         if flat is not None:
             self._buffers[index][name] = flat.buffer(rows)
@@ -446,15 +454,18 @@ class FusedAdam(torch.optim.Optimizer):
             self._written[index] = lr
         return self._rates[index]
 
-    def _parts(self, index: int) -> Iterator[_Part]:
-        """What of a group has gradients, by the number of steps taken: a flat group whose parameters all do is one."""
+    def _updates(self, index: int) -> Iterator[_Update]:
+        """The updates of a group: one for all parameters with a gradient that have taken the same number of steps.
+
+        A flat group is one update over its whole buffer, if all its parameters have gradients and the same step count.
+        """
         params = self.param_groups[index]["params"]
         states = [self.state[p] for p in params]
         flat = self.flat_storage[index]
         if flat is not None and len({id(state["step"]) for state in states}) == 1 and flat.gather():
             buffers = self._buffers[index]
             lists = [[buffers[name]] if name in buffers else [] for name in ("exp_avg", "exp_avg_sq", "ema")]
-            yield _Part(states[0]["step"], [flat.data], [flat.grad], *lists)
+            yield _Update(states[0]["step"], [flat.data], [flat.grad], *lists)
             return
         together: dict[int, list[tuple[nn.Parameter, dict[str, Tensor]]]] = {}
         idle: list[dict[str, Tensor]] = []
@@ -463,7 +474,8 @@ class FusedAdam(torch.optim.Optimizer):
                 idle.append(state)
             else:
                 together.setdefault(id(state["step"]), []).append((p, state))
-        # Who has no gradient takes no step: its count parts from the others'.
+        # A parameter without a gradient is not stepped, so its step count falls behind the others' and it needs a
+        # counter of its own.
         stay: dict[int, Tensor] = {}
         for state in idle:
             counter = id(state["step"])
@@ -476,7 +488,7 @@ class FusedAdam(torch.optim.Optimizer):
             lists = [
                 [s[name] for _, s in members] if name in first else [] for name in ("exp_avg", "exp_avg_sq", "ema")
             ]
-            yield _Part(first["step"], [_local(p) for p, _ in members], [_like(p) for p, _ in members], *lists)
+            yield _Update(first["step"], [_local(p) for p, _ in members], [_like(p) for p, _ in members], *lists)
 
 
 class Optimiser:
@@ -500,7 +512,8 @@ class Optimiser:
     On a GPU the parameters are laid into one buffer (:class:`FlatParameters`): make frozen views of ``net`` afterwards.
 
     Args:
-        net: its parameters that require gradients are trained and averaged, other parameters and buffers copied.
+        net: the network. Its parameters that require gradients are trained and averaged; its other parameters and its
+            buffers are copied into every average.
         lr: peak learning rate, positive.
         betas: Adam's decay rates, in [0, 1).
         clip: largest global gradient norm, 0 for none.
@@ -510,12 +523,12 @@ class Optimiser:
         decay: ``"constant"``, ``"linear"`` or ``"cosine"``.
         floor: share of ``lr`` that is left at the end, in [0, 1].
         eps: Adam's epsilon.
-        ema_warmup: ``False`` keeps ``d_n = d`` from the first step on, for a network whose start is worth remembering.
+        ema_warmup: ``False`` keeps ``d_n = d`` from the first step on, for a network that does not start untrained.
         warmup_from_zero: the first step has rate zero, also where ``warmup`` is 0; it only begins Adam's moments.
 
     Attributes:
         adam: the :class:`FusedAdam`.
-        ema: for every decay, a state dict of ``net`` with the averaged parameters, of a sharded one this rank's parts.
+        ema: for every decay, a state dict of ``net`` with the averaged parameters; of sharded ones, this rank's shares.
 
     Raises:
         UserError: a setting outside its range.
@@ -561,7 +574,7 @@ class Optimiser:
             ema_warmup=ema_warmup,
             flat=device.type == "cuda" and not is_sharded(params[0]),
         )
-        # After Adam has laid the parameters out, for good.
+        # Read the state dict only now: Adam may have moved the parameters to their final place.
         tensors = net.state_dict(keep_vars=True)
         trained = set(params)
         self._trained = {name: tensor for name, tensor in tensors.items() if tensor in trained}
@@ -607,7 +620,7 @@ class Optimiser:
 
     @property
     def progress(self) -> Tensor:
-        """Steps so far, those of them skipped, and the next step's rate: float64 ``(3,)``, made on the device."""
+        """Float64 ``(3,)``, made on the device: steps so far, skipped steps among them, and the next step's rate."""
         rates = self.adam.param_groups[0]["lr"]
         following = self.adam.counts[:1].clamp(max=len(rates) - 1)
         return torch.cat([self.adam.counts.double(), rates.index_select(0, following).double()])
@@ -636,7 +649,7 @@ class Optimiser:
     def state_dict(self) -> dict[str, Any]:
         """Adam's own state dict, step count and averages: tensors and plain values only."""
         adam = self.adam.state_dict()
-        # The averages are in ``ema``, by name.
+        # Leave the averages out of Adam's state: they are saved under "ema", by name.
         adam["state"] = {k: {n: v for n, v in s.items() if n != "ema"} for k, s in adam["state"].items()}
         ema = {
             d: {name: spread(value, self._trained.get(name, value)) for name, value in average.items()}
@@ -649,7 +662,7 @@ class Optimiser:
         if set(state["ema"]) != set(self.ema):
             raise UserError(f"ema_decays are {sorted(self.ema)}, the saved state has {sorted(state['ema'])}")
         self.adam.load_state_dict(state["adam"])
-        # The schedule is this run's, also where it is a single rate.
+        # Keep this run's schedule, even if it is a single rate, which loading has replaced.
         self.adam.param_groups[0]["lr"].copy_(self._rates)
         self.adam.counts.copy_(torch.tensor([int(state["steps"]), int(state["skipped"])]))
         for d, average in self.ema.items():
@@ -658,7 +671,7 @@ class Optimiser:
 
 
 def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float, from_zero: bool = False) -> Tensor:
-    """Learning rates of steps 0, 1, ... up to where they stay the same, float64."""
+    """Learning rates of steps 0, 1, ... up to the first one that stays the same ever after, float64."""
     falls, warmup = decay != "constant", max(warmup, 1)
     n = torch.arange(max(warmup + from_zero, total + 1 if falls else 1), dtype=torch.float64)
     rate = lr * ((n + (not from_zero)) / warmup).clamp(max=1.0)
@@ -670,18 +683,18 @@ def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float, from
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this process may hold a part."""
+    """Whether a tensor is a DTensor, of which this process may hold only a share."""
     return hasattr(tensor, "to_local")
 
 
 def spread(local: Tensor, p: Tensor) -> Tensor:
-    """This rank's part of something that the parameter ``p`` has, as a DTensor on the same memory if ``p`` is one.
+    """``local``, this rank's share of a moment or average of ``p``, as a DTensor on the same memory if ``p`` is one.
 
-    It is laid out as ``p`` is, with as many leading dimensions as it has more.
+    It is sharded as ``p`` is; any dimensions beyond those of ``p`` come first.
     """
     if not is_sharded(p):
         return local
-    # Not at the top: it takes longer to import than all of this package.
+    # Imported here, because this module takes longer to import than all of this package.
     from torch.distributed.tensor import DTensor, Shard
 
     assert isinstance(p, DTensor)
@@ -693,7 +706,7 @@ def spread(local: Tensor, p: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The memory itself: of a sharded tensor this rank's part, without gradient."""
+    """The tensor's memory on this rank, without gradient: of a sharded tensor this rank's share."""
     if not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
@@ -750,12 +763,12 @@ def _check_dense(grad: Tensor) -> None:
 
 
 def _like(p: nn.Parameter) -> Tensor:
-    """The gradient of ``p``, element for element where ``p`` has them in memory."""
+    """The gradient of ``p`` with its elements in the order that ``p`` has them in memory."""
     assert p.grad is not None
     _check_dense(p.grad)
     own, grad = _local(p), _local(p.grad)
     if (here := grad.stride()) == (there := own.stride()):
         return grad
-    # The stride of a dimension of size 1 says nothing.
+    # The stride of a dimension of size 1 has no meaning, so it is not compared.
     same = all(a == b or size < 2 for a, b, size in zip(here, there, own.shape, strict=True))
     return grad if same else torch.empty_like(own).copy_(grad)
