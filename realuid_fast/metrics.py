@@ -108,8 +108,8 @@ def digit_features(images: Tensor, batch: int = 1000) -> Tensor:
 
 
 def features_of(dataset: data.Dataset, samples: Tensor) -> Tensor:
-    """What distances of a data set are measured on: the classifier's features for digits, else the
-    flattened samples.
+    """The features that distances of a data set are measured on: the classifier's for digits, else the flattened
+    samples.
     """
     return digit_features(samples) if dataset.name == "digits" else samples.detach().float().cpu().flatten(1)
 
@@ -129,8 +129,8 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 class Moments:
     """Mean and covariance of features that come in parts and need not be kept, in float64.
 
-    Parts are merged as ``M <- M + M_p + d d^T n m / (n + m)`` with ``d`` the difference of their means, so that nothing
-    is lost where the mean is large (Chan, Golub and LeVeque, 1979). ``count`` is how many there were.
+    Parts are merged as ``M <- M + M_p + d d^T n m / (n + m)`` with ``d`` the difference of their means, so that no
+    digits are lost when the mean is large (Chan, Golub and LeVeque, 1979). ``count`` is the number of features so far.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Moments:
         self.mean = self._sum = torch.zeros(0)
 
     def add(self, features: Tensor) -> None:
-        """Take ``features (N, D)`` in."""
+        """Add ``features (N, D)`` to the moments."""
         values = features.double()
         mean = values.mean(0)
         centred = values - mean
@@ -195,10 +195,10 @@ def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Ten
 def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Kernel distance of features ``a`` (N, D) and ``b`` (M, D), and its standard error, in float64.
 
-    The mean over ``subsets`` pairs of random subsets of ``size`` (at most what there is) of the unbiased squared
-    maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``; 0 in the mean for samples of one law, so that single
+    The unbiased squared maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``, averaged over ``subsets`` pairs
+    of random subsets of ``size`` (or all, if there are fewer). Its expectation is 0 for samples of one law, so single
     values may be negative (Bińkowski et al., 2018, arXiv:1801.01401).  The standard error is the subsets' standard
-    deviation over the root of their number; it is a little small where subsets overlap much.
+    deviation over the root of their number; it is a little too small if subsets overlap much.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -265,7 +265,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 
 def _covered(points: Tensor, support: Tensor, k: int) -> float:
-    # The nearest point of a set to itself is itself, hence k + 1.
+    # Every point is its own nearest neighbour in its set, hence k + 1.
     radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)])
     inside = torch.cat([(torch.cdist(part, support) <= radii).any(dim=1) for part in points.split(1024)])
     return inside.double().mean().item()

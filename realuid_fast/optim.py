@@ -208,7 +208,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._decays = torch.tensor(self.ema_decays, dtype=torch.float64, device=first.device)
 
     def _reset(self) -> None:
-        """What no copy takes over: hooks, and the memory that every group gets where it is laid out."""
+        """Set what a copy does not take from its original: hooks, and the memory of each group, to be laid out anew."""
         self.flat_storage: list[FlatParameters | None] = []
         self.reduce: Callable[[Sequence[Tensor]], None] | None = None
         self.settle: Callable[[], None] | None = None
@@ -229,7 +229,7 @@ class FusedAdam(torch.optim.Optimizer):
             self._lay_out(params)
             if self.flat_storage[index] is None:
                 continue
-            # The copies lie apart, so they are brought back into one buffer for each kind of state.
+            # The copied tensors lie apart in memory. Bring each kind of state back into one buffer.
             for name in ("exp_avg", "exp_avg_sq", "ema"):
                 if name in self.state[params[0]]:
                     rows = len(self.ema_decays) if name == "ema" else None

@@ -1,4 +1,4 @@
-"""Files of ``torch.save`` read as plain values, in no more memory and time than their bytes account for."""
+"""Reads files of ``torch.save`` as plain values, in memory and time in proportion to their size."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import torch
 from .errors import UserError
 from .files import check_regular
 
-_LEGACY_PICKLES = 5  # of an old file, which is no archive: mark, version, system, content, names of its storages
+# An old file is not an archive but a row of pickles: mark, version, system, content, names of its storages.
+_LEGACY_PICKLES = 5
 
 
 class Reader(pickle._Unpickler):
     """An unpickler that refuses a tuple of tuples as a key of a dictionary or as an element of a set.
 
-    A tuple that holds another one twice, which holds another one twice, and so on forty times, takes a few hundred
+    A tuple that holds a second one twice, which holds a third one twice, and so on forty times, takes a few hundred
     bytes of a file, and its hash takes hours.
 
-    It is the one in Python, since the one in C takes memory by the largest number that a file gives to one of its
-    objects.
+    The base class is the unpickler in Python, not the one in C: that one allocates memory in proportion to the largest
+    memo number in the file.
     """
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
@@ -38,19 +39,19 @@ def check_keys(keys: Iterable[Any]) -> None:
 
 
 def ordered_dict(pairs: Any = ()) -> OrderedDict[Any, Any]:
-    """An ordered dictionary of a mapping or of pairs, whose keys are checked."""
+    """An ordered dictionary made from a mapping or from pairs, after a check of its keys."""
     check_keys(pairs if isinstance(pairs, dict) else [key for key, _ in pairs])
     return OrderedDict(pairs)
 
 
 def plain_set(elements: Any = ()) -> set[Any]:
-    """A set of elements that are checked."""
+    """A set made after a check of its elements."""
     check_keys(elements)
     return set(elements)
 
 
 def _check_keys_at(opcode: bytes, keys: slice) -> None:
-    """Have :class:`Reader` check what it is about to hash, the part ``keys`` of its stack."""
+    """Have :class:`Reader` check the objects that an opcode is about to hash, which ``keys`` picks from the stack."""
     inherited: Callable[[Any], None] = Reader.dispatch[opcode[0]]
 
     def load(reader: Any) -> None:
@@ -76,7 +77,7 @@ class _Anything:
 
 
 class _Trial(Reader):
-    """Reads what torch is going to read, with nothing in the place of tensors, to see that it ends."""
+    """Reads a file before torch does, without its tensors, to make sure that reading ends."""
 
     def __init__(self, stream: Any, held: int) -> None:
         super().__init__(stream)
@@ -86,7 +87,8 @@ class _Trial(Reader):
         return {"OrderedDict": ordered_dict, "Counter": ordered_dict, "set": plain_set}.get(name, _Anything)
 
     def persistent_load(self, pid: Any) -> Any:
-        # ("storage", type, name, device, number of elements): torch takes memory before it looks for the elements.
+        # ("storage", type, name, device, number of elements). torch allocates the memory before it looks for the
+        # elements, so the number is checked here.
         name, count = pid[2], pid[4]
         check_keys([name])
         if name not in self._seen:
@@ -98,11 +100,11 @@ class _Trial(Reader):
 
 
 def load(source: Path | io.BytesIO, where: str) -> Any:
-    """What ``torch.save`` wrote, as tensors and plain values: no code in it runs.
+    """The content of a file of ``torch.save``, as tensors and plain values. No code in it is executed.
 
     Raises:
-        UserError: what ``source``, called ``where``, holds would take more memory or time than its bytes account for.
-        Exception: whatever torch's reader trips over in a damaged or foreign file.
+        UserError: reading ``source`` (named ``where``) would take memory or time out of proportion to its size.
+        Exception: any kind, from torch's reader, for a damaged or foreign file.
     """
     if isinstance(source, io.BytesIO):
         _check(source, len(source.getbuffer()), where)
@@ -132,9 +134,9 @@ def _check(stream: BinaryIO, held: int, where: str) -> None:
 
 
 def _entries(stream: BinaryIO, held: int, where: str) -> list[zipfile.ZipInfo] | None:
-    """The entries of an archive, which torch.save stores as they are; None for a file of old, which is no archive."""
+    """The uncompressed entries of an archive of torch.save; None for an old file, which is not an archive."""
     try:
-        # Which raises too, for an archive of several disks.
+        # is_zipfile itself raises for an archive of several disks.
         if not zipfile.is_zipfile(stream):
             return None
         with zipfile.ZipFile(stream) as archive:

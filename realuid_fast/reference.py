@@ -1,6 +1,7 @@
-"""The fused calls in plain torch: the readable reference, and what runs where no faster backend is registered.
+"""The fused calls in plain torch: the readable reference, which also runs on devices without a faster backend.
 
-One function an op, same arguments as its schema in ``ops.py``. Arithmetic in float32, in float64 for float64 storage.
+There is one function for each operator, with the arguments of its schema in ``ops.py``. Arithmetic is in float32, and
+in float64 for float64 storage.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
     row = like.numel() // rows
     flat = normals(key, noise_rows * row, torch.promote_types(like.dtype, torch.float32)).view(noise_rows, row)
     flat = flat.repeat(-(-rows // noise_rows), 1)[:rows]
-    # Memory order: the flat stream is laid under the tensor's own strides.
+    # Element i in memory gets number i of the stream, whatever the tensor's strides.
     return flat.reshape(-1).as_strided(like.shape, like.stride()).to(like.dtype)
 
 
@@ -103,7 +104,7 @@ def fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     c = _Columns(coef, x)
     n_gen = x.shape[0] - n_real
-    # Made on the device: a copy from the host would end the capture of a CUDA graph.
+    # Computed on the device, because a copy from the host would end the capture of a CUDA graph.
     generated = (torch.arange(x.shape[0], device=x.device) < n_gen).view(c.a.shape)
 
     def by_half(gen: float, real: float) -> Tensor:
@@ -115,7 +116,7 @@ def fake(
     f = _prediction(c, fake_out, x_t)
     linear = B * tgt
     if teacher_out is not None:
-        # A zero weight must silence the teacher whatever it holds, as in a kernel that never reads it.
+        # With D = 0 the teacher must not matter, even if it holds NaN: a kernel does not read it then.
         linear = linear + torch.where(D != 0, D * _prediction(c, teacher_out, x_t), torch.zeros_like(f))
     rows = _row_sums(c.w * (f * (A * f - 2 * linear) + C * tgt * tgt))
     scale = _scale(mean, n_gen)
@@ -144,7 +145,7 @@ def generator(
     c = _Columns(coef, x)
     tgt = _target(c, x, noise, endpoint, x.shape[0])
     teacher = _prediction(c, teacher_out, x_t)
-    # The difference of the raw outputs first: x_t cancels, and nothing is lost where fake is near teacher.
+    # Take the difference of the raw outputs first: x_t cancels exactly, so no digits are lost if fake is near teacher.
     delta = c.k_out * (_up(teacher_out) - _up(fake_out))
     r = alpha * teacher - beta * tgt
     rows = _row_sums(c.w * (delta * (2 * kappa * r - q * kappa**2 * delta)))
@@ -228,7 +229,7 @@ def scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
 
 
 def begin_step_(grads: list[Tensor], steps: list[Tensor], counts: Tensor) -> Tensor:
-    """The global norm of ``grads``; counts the update, and for every parameter's ``step`` where the norm is finite.
+    """The global norm of ``grads``. Counts the update in ``counts`` and, if the norm is finite, in each of ``steps``.
 
     ``counts`` is int64 ``(2,)``: updates begun, and those among them whose norm was not finite.
     """
@@ -259,9 +260,10 @@ def adam_(
     maximize: bool,
     ema_warmup: bool,
 ) -> None:
-    """Adam on ``params`` after :func:`begin_step_`, then the averages; nothing changes where ``norm`` is not finite.
+    """Adam on ``params`` after :func:`begin_step_`, then the averages; nothing changes if ``norm`` is not finite.
 
-    ``lr`` holds the rates of updates 0, 1, ...; its last entry stays. ``exp_avgs`` may be empty where ``beta1`` is 0.
+    ``lr`` holds the rates of updates 0, 1, ...; all later updates use its last entry. If ``beta1`` is 0, ``exp_avgs``
+    may be empty.
     Each of ``emas`` is ``(E, ...)``, a row for each of ``ema_decays`` ``(E,)``.
     """
     finite, dtype = torch.isfinite(norm), params[0].dtype
@@ -276,8 +278,8 @@ def adam_(
     scaled = list(torch._foreach_mul(grads, number(-factor if maximize else factor)))
     if weight_decay:
         torch._foreach_add_(scaled, params, alpha=weight_decay)
-    # From here on a step that is skipped is one with gradient, rates and weights of 0. The gradient is replaced, not
-    # multiplied: 0 times NaN is NaN.
+    # A skipped step is carried out with gradient, rates and weights of 0, so that the host need not know of it. The
+    # gradient is replaced, not multiplied by 0, because 0 times NaN is NaN.
     for grad in scaled:
         grad.masked_fill_(~finite, 0.0)
     torch._foreach_mul_(exp_avg_sqs, kept(beta2))
@@ -288,7 +290,7 @@ def adam_(
         torch._foreach_add_(exp_avgs, scaled, alpha=1 - beta1)
         moments = exp_avgs
 
-    # A step skipped before the first one taken would divide by 0.
+    # If the very first step is skipped, no step has been taken yet, and the corrections below would divide by 0.
     taken = step.double().clamp(min=1.0)
     rate = torch.take(lr, (counts[0] - 1).clamp(0, lr.numel() - 1)).double() / (1 - beta1**taken)
     divisors = torch._foreach_sqrt(exp_avg_sqs)
@@ -326,12 +328,12 @@ class _Columns:
 
 
 def _scales(rows: Tensor, like: Tensor) -> Tensor:
-    """A number a row, to broadcast over a batch like ``like``."""
+    """One number for each row, shaped to broadcast over a batch like ``like``."""
     return rows.view(-1, *[1] * (like.dim() - 1))
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
-    """``u + scale (c - u)`` in the arithmetic type, which losses take as it is."""
+    """The guided output ``u + scale (c - u)``, left in the arithmetic type."""
     u = _up(unconditional)
     return u + _scales(guidance, u) * (_up(conditional) - u)
 
@@ -374,7 +376,7 @@ def _prediction(c: _Columns, out: Tensor, x_t: Tensor | None) -> Tensor:
 
 
 def _check_left_out(name: str, column: Tensor, column_name: str) -> None:
-    """A tensor may be left out where its column of coefficients is zero in every row."""
+    """Refuse a missing tensor, unless its column of coefficients is zero in every row."""
     if host_checks_allowed(column) and bool((column != 0).any()):
         raise UserError(f"{name} is needed: coef has rows with {column_name} different from 0")
 
@@ -397,7 +399,7 @@ def _scale(mean: bool, count: int) -> float:
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() == 0 or weight.numel() == 0:
-        # Without pixels or channels there are no products, which torch will not have.
+        # torch refuses a convolution without pixels or channels. The result is then zeros.
         y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:], dtype=weight.dtype)
         y = y if bias is None else y + _of_channels(bias)
     else:
@@ -411,7 +413,7 @@ def conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_we
         g_x, g_weight = torch.zeros_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
         return g_x if want_x else x.new_empty(0), g_weight if want_weight else weight.new_empty(0)
     around = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, not transposed, one group
-    # torch's own wants its filters in order.
+    # torch's function needs its filters contiguous.
     up = [tensor.to(weight.dtype) for tensor in (grad, x)]
     g_x, g_weight, _ = torch.ops.aten.convolution_backward(*up, weight.contiguous(), None, *around, wanted)
     return (

@@ -17,14 +17,14 @@ from .noise import NoiseStream, normal
 from .paths import DDBMVE, VE, Linear, OneSidedPath, Path
 
 SOLVERS = choices.SOLVERS
-RHO = 7.0  # of the noise levels' grid: Karras et al. (2206.00364), equation 5
+RHO = 7.0  # exponent of the grid of noise levels: Karras et al. (2206.00364), equation 5
 START_SIGMA = 2.5  # noise level that a generator starts from: Zhou et al., SiD (2404.04057)
 START_SHARE = 0.1  # of the range that a generator on a noisy two-sided path starts away from the endpoint
 LINEAR = Linear()
 
 
 class Ends(NamedTuple):
-    """The end of ``path.t_range`` where samples start, in noise or at the endpoint, and the one where they are data."""
+    """The end of ``path.t_range`` where samples start, in noise or at the endpoint, and the end where they are data."""
 
     start: float
     data: float
@@ -32,7 +32,7 @@ class Ends(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def ends(path: Path) -> Ends:
-    """The data's end of time is the one with less of noise and endpoint in ``x_t``."""
+    """:func:`ends`: the data's end of time is the one where ``x_t`` holds less of noise and endpoint."""
     low, high = path.t_range
     (_, b_low, c_low), (_, b_high, c_high) = _scales(path, low), _scales(path, high)
     return Ends(high, low) if b_low**2 + c_low**2 < b_high**2 + c_high**2 else Ends(low, high)
@@ -62,12 +62,12 @@ def needs_endpoint(net: nn.Module, path: Path) -> bool:
 def arguments(
     net: nn.Module, t: Tensor, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What ``net`` is called with."""
+    """The arguments to call ``net`` with: the endpoint is one of them only if the network takes it."""
     return (t, x, labels, endpoint) if takes_endpoint(net) else (t, x, labels)
 
 
 def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
-    """Labels like ``labels`` that all stand for none; raises :class:`UserError` where the network does not know it."""
+    """Labels like ``labels`` that all mean "no label"; raises :class:`UserError` if the network has no such label."""
     null = getattr(net, "null_label", None)
     if null is None or labels is None:
         raise UserError("guidance needs a class-conditional network with a null label (teacher.label_dropout)")
@@ -75,7 +75,7 @@ def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
 
 
 def both(net: nn.Module, arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What ``net`` is called with for its outputs with the labels and, in the rows below, without them."""
+    """Arguments of twice as many rows: the first half with the labels, the second half with the null label."""
     t, x, labels, *rest = arguments
     doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in (t, x, *rest)]
     assert labels is not None
@@ -92,10 +92,10 @@ def call(
     endpoint: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """``F``: a network's raw output at ``x_t`` and path time ``t``, called as the path says for its prediction.
+    """``F``: a network's raw output at ``x_t`` and path time ``t``. The path says how it is called for ``predict``.
 
-    With a ``guidance`` other than 1 it is ``u + guidance (c - u)`` of the outputs with and without the labels, from one
-    forward of twice as many rows.
+    With a ``guidance`` other than 1 it is ``u + guidance (c - u)``, where ``c`` and ``u`` are the outputs with and
+    without the labels, from one forward pass of twice as many rows.
     """
     time, x = path.network_time(t, predict), path.network_input(x_t, t, predict)
     seen = arguments(net, time, x, labels, endpoint)
@@ -122,23 +122,25 @@ def integrate(
 ) -> Tensor:
     """Samples of a teacher on ``path`` in ``steps`` steps from noise, or from the endpoint, to data.
 
-    On a one-sided path, and for a velocity on any, the probability flow ``dx/dt = v``, where ``v = k_out F + k_x x`` is
-    the network's output taken into the velocity space. Euler takes one evaluation a step. Heun (trapezoid, second
-    order) takes two, and one in its last step where the velocity divides by the vanishing noise or endpoint at the
-    data's end. Midpoint (second order) takes two, the second half-way through the step, and none at the data's end.
-    Steps are equal in time; on :class:`~realuid_fast.paths.VE` those of Karras et al. (2206.00364), equation 5 with
-    ``rho = 7``; quadratically shorter towards an end at which ``c'`` diverges; on a
-    :class:`~realuid_fast.paths.Linear` with a ``shift`` those that it says.
+    On a one-sided path, and for a predicted velocity on any path, samples follow the probability flow ``dx/dt = v``,
+    where ``v = k_out F + k_x x`` is the network's output converted into the velocity space. Euler takes one evaluation
+    a step. Heun (trapezoid, second order) takes two; its last step takes one if the velocity would divide by noise or
+    endpoint that vanish at the data's end. Midpoint (second order) takes two, the second half-way through the step, and
+    none at the data's end.
+
+    Steps are equal in time, with three exceptions: on :class:`~realuid_fast.paths.VE` they are those of Karras et al.
+    (2206.00364), equation 5 with ``rho = 7``; towards an end at which ``c'`` diverges they are quadratically shorter;
+    on a :class:`~realuid_fast.paths.Linear` with a ``shift`` they are those of the shift.
 
     DDIM keeps the predicted noise: ``x_s = a_s x0 + c_s n`` with ``x0`` and ``n`` predicted at ``x_t``, on one-sided
     paths. It is Euler's method in ``c / a``, and on the linear path the same as Euler. Source: Song et al.
     (2010.02502), equation 12 with ``sigma = 0``. The solver ``edm`` is :func:`edm_sampler` with its own numbers.
 
-    From a data prediction on a two-sided path the endpoint's share of the velocity is not known, but the law of ``x_s``
-    between ``x0`` and ``x_t`` is: ``x_s = A x0 + B x_t + C n`` with ``B = b_s / b_t, A = a_s - B a_t, C^2 = c_s^2 - B^2
-    c_t^2``, fresh noise in every step and the prediction itself in the last. On a bridge that is its own stochastic
-    equation, exactly integrated between steps. Source: Liu et al., I2SB (2302.05872), equation 4; Gushchin et al.
-    (2502.01362), section 2.
+    On a two-sided path a data prediction does not give the velocity, because the endpoint's share is unknown. The law
+    of ``x_s`` between ``x0`` and ``x_t`` is known: ``x_s = A x0 + B x_t + C n`` with ``B = b_s / b_t, A = a_s - B a_t,
+    C^2 = c_s^2 - B^2 c_t^2``. Every step draws fresh noise, and the last one returns the prediction itself. On a bridge
+    this integrates the bridge's own stochastic equation exactly between steps. Source: Liu et al., I2SB (2302.05872),
+    equation 4; Gushchin et al. (2502.01362), section 2.
 
     Args:
         net: called as the path says, see :func:`call`; on the linear path as ``net(t, x, y)``, ``t`` ``(B,)``.
@@ -147,17 +149,17 @@ def integrate(
         solver: one of :data:`SOLVERS`; from a two-sided path's data prediction only ``"euler"``.
         labels: ``(B,)`` int64 for class-conditional networks.
         t_start: time to start from; the path's own end when None.
-        path, predict: what the network was trained on.
+        path, predict: the path and the prediction that the network was trained on.
         endpoint: ``y`` like ``noise``, on a two-sided path.
-        stream: of the fresh noise; one of seed 0 when None.
+        stream: the source of fresh noise; a stream of seed 0 when None.
         guidance: scale of classifier-free guidance, 1 for none; doubles the rows of every evaluation.
 
     Returns:
         Samples like ``noise``.
 
     Raises:
-        UserError: an unknown solver, numbers out of range, an endpoint too many or missing, or a prediction that gives
-            neither a velocity nor the data.
+        UserError: the solver is unknown, a number is out of range, an endpoint is missing or not wanted, or the
+            prediction gives neither a velocity nor the data.
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
@@ -249,7 +251,7 @@ def edm_sampler(
     Args:
         net, noise, labels, predict, endpoint, stream, guidance: as for :func:`integrate`, ``noise`` standard normal.
         steps: number of steps, at least 1.
-        path: a path :class:`~realuid_fast.paths.VE`, whose numbers are the range of levels; the paper's when None.
+        path: a path :class:`~realuid_fast.paths.VE`, whose numbers give the range of levels; the paper's when None.
         rho, s_churn, s_min, s_max, s_noise: the paper's numbers.
 
     Returns:
@@ -273,7 +275,7 @@ def edm_sampler(
     levels = [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
     most = min(s_churn / steps, math.sqrt(2) - 1)
     raised = [level * (1 + most) if s_min <= level <= s_max else level for level in levels]
-    # Raised levels may lie above the path's largest, where its times would be clipped.
+    # Levels that are raised may lie above the path's largest, to which its times would be clipped: widen the range.
     wide = replace(path, sigma_max=2 * path.sigma_max)
 
     def slope(x: Tensor, level: float) -> Tensor:
@@ -313,11 +315,11 @@ def one_step(
         z: standard normal noise ``(B, ...)``.
         t_start: ``t0``, inside the path's range and not at the data's end; see :func:`default_start`.
         labels: ``(B,)`` int64 for class-conditional networks.
-        path, predict: what the network was trained on.
+        path, predict: the path and the prediction that the network was trained on.
         endpoint: ``y`` like ``z``, on a two-sided path.
 
     Raises:
-        UserError: a ``t_start`` out of range, an endpoint too many or missing, or a prediction that gives neither a
+        UserError: ``t_start`` is out of range, an endpoint is missing or not wanted, or the prediction gives neither a
             velocity nor the data.
     """
     return step_from(starting(path, predict, float(t_start)), net, z, labels, path, endpoint)
@@ -326,13 +328,13 @@ def one_step(
 def step_from(
     start: Start, net: nn.Module, z: Tensor, labels: Tensor | None, path: Path, endpoint: Tensor | None
 ) -> Tensor:
-    """:func:`one_step` from its numbers."""
+    """:func:`one_step` with the numbers that :func:`starting` computes."""
     _check_endpoint(net, path, endpoint)
     return step_at(start, net, state_from(start, z, endpoint), labels, endpoint)
 
 
 def state_from(start: Start, z: Tensor, endpoint: Tensor | None) -> Tensor:
-    """What a generator's first evaluation sees of its noise, and of the endpoint that stands in for the data."""
+    """The state of a generator's first evaluation, made of noise and of the endpoint, which stands in for the data."""
     x = z if start.noise == 1 else z * start.noise
     if endpoint is not None and start.endpoint:
         x = torch.add(x, endpoint, alpha=start.endpoint)
@@ -348,7 +350,7 @@ def step_at(start: Start, net: nn.Module, x: Tensor, labels: Tensor | None, endp
 
 @functools.lru_cache(maxsize=256)
 def starting(path: Path, predict: str, t_start: float) -> Start:
-    """The numbers of :func:`one_step`, whose errors it raises."""
+    """The numbers of :func:`one_step`; raises its errors."""
     _check_start(path, t_start)
     a, b, c = _scales(path, t_start)
     t = torch.tensor([t_start], dtype=torch.float64)
@@ -363,12 +365,13 @@ def starting(path: Path, predict: str, t_start: float) -> Start:
 
 
 def default_start(path: Path) -> float:
-    """The time that a generator starts from where none is given.
+    """The time that a generator starts from by default.
 
-    Started in pure noise a network predicts the data's mean whatever ``z``; at a noise level ``c / a`` of 2.5, the
+    Started in pure noise a network predicts the data's mean whatever ``z``. At a noise level ``c / a`` of 2.5, the
     choice of SiD (Zhou et al., 2404.04057), a teacher already gives a blurred, varied sample. On the linear path that
-    is ``t0 = 0.29``. A path without a noise level, and a two-sided one whose noise vanishes at the endpoint, starts a
-    tenth of its range away from there; a two-sided one without noise, or with some at the endpoint, starts there.
+    is ``t0 = 0.29``. A path without a noise level, and a two-sided path whose noise vanishes at the endpoint, starts a
+    tenth of its range away from the endpoint. A two-sided path without noise, or with noise at the endpoint, starts at
+    the endpoint.
     """
     start, data = ends(path)
     low, high = path.t_range
@@ -385,10 +388,10 @@ def default_start(path: Path) -> float:
 
 
 def follows_flow(path: Path, predict: str) -> bool:
-    """Whether samples follow the probability flow, the network's output giving a velocity; else the data prediction.
+    """Whether the prediction gives a velocity, so that samples follow the probability flow; else it gives the data.
 
     Raises:
-        UserError: a prediction that gives neither without the endpoint.
+        UserError: without the endpoint the prediction gives neither velocity nor data.
     """
     for match in ("velocity", "x0"):
         try:
@@ -431,7 +434,7 @@ def _trapezoid_to_data(path: Path, predict: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float, float], ...]:
-    """Every step's time and its length, signed."""
+    """The time of every step, and its signed length."""
     if isinstance(path, (VE, DDBMVE)):
         high, low = start ** (1 / RHO), data ** (1 / RHO)
         times = [(high + i / steps * (low - high)) ** RHO for i in range(steps + 1)]
@@ -454,13 +457,13 @@ def _grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[floa
 
 
 def _inside(path: Path, t: float) -> float:
-    """``t`` without what rounding put outside of the path's range."""
+    """``t`` clipped to the path's range, which rounding may have put it outside of."""
     low, high = path.t_range
     return min(max(t, low), high)
 
 
 def _converted(path: Path, match: str, predict: str, t: Tensor, out: Tensor, x_t: Tensor) -> Tensor:
-    """``k_out F + k_x x_t``."""
+    """The network's output in the match space: ``k_out F + k_x x_t``."""
     coef = path.coefficients(t, match, predict).to(x_t.dtype)
     k_out, k_x = (coef[:, i].view(-1, *[1] * (x_t.dim() - 1)) for i in (6, 7))
     return torch.addcmul(k_out * out, k_x, x_t)
@@ -477,9 +480,9 @@ def _walk(
     stream: NoiseStream | None,
     guidance: float,
 ) -> Tensor:
-    """From an endpoint to data through the law of ``x_s`` between ``x0`` and ``x_t``; without endpoint DDIM's steps.
+    """Sample step by step by the law of ``x_s`` between ``x0`` and ``x_t``; on a one-sided path these are DDIM's steps.
 
-    On a one-sided path that law with the noise in the endpoint's place, ``B = c_s / c_t`` and ``C = 0``.
+    On a one-sided path the noise takes the endpoint's place in that law, ``B = c_s / c_t`` and ``C = 0``.
     """
     ddim = isinstance(path, OneSidedPath)
     stream = NoiseStream(0, x.device) if stream is None else stream

@@ -1,4 +1,4 @@
-"""A folder that appears whole: it is written beside its place, which it then takes in one step."""
+"""Writes a folder beside its place and moves it there in one step, so that nobody ever sees half of it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from pathlib import Path
 from .errors import UserError
 from .files import sync
 
-# A working folder ``PREFIX + random`` holds the marker, whose text is the name of the folder that it is written for;
-# ``new``, what is written; and ``old``, what had that name before, where the file system cannot exchange the two.
+# A working folder ``PREFIX + random`` holds three things: the marker, a file whose text is the name of the folder to
+# write; ``new``, the folder being written; and ``old``, the folder that had the name before. ``old`` exists only where
+# the file system cannot exchange two folders in one step.
 PREFIX, MARKER = ".realuid-fast-", "written-by-realuid-fast"
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
 @contextlib.contextmanager
 def staged(out: Path, own: Collection[str], overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder that takes the name ``out`` when the block ends, and is removed where the block fails.
+    """An empty folder that takes the name ``out`` when the block ends, and is removed if the block fails.
 
-    ``out`` may be missing or empty; with ``overwrite`` what it holds is removed afterwards. A process that is killed
-    leaves the old or the new folder under the name ``out``, and a working folder that :func:`recover` removes. Files
-    are removed by the names ``own`` alone, never through a link.
+    ``out`` may be missing or empty; with ``overwrite`` its old content is removed afterwards. A process that is killed
+    leaves the old or the new folder under the name ``out``, and a working folder, which :func:`recover` removes. Only
+    files with names in ``own`` are removed, and never through a link.
 
     Raises:
         UserError: another process is writing ``out``.
-        OSError: the disk refuses something, or ``out`` was filled by somebody else meanwhile.
+        OSError: the disk refuses an operation, or another process has filled ``out`` meanwhile.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=out.parent))
@@ -50,7 +51,9 @@ def staged(out: Path, own: Collection[str], overwrite: bool = False) -> Iterator
 
 
 def recover(out: Path, own: Collection[str], ours: Path | None = None) -> None:
-    """Put in order what processes that were killed have left of writing ``out``; ``ours`` is left alone.
+    """Remove the working folders that killed processes left beside ``out``, and put back an old ``out``.
+
+    The working folder ``ours`` is left alone.
 
     Raises:
         UserError: a process is writing ``out`` now.
@@ -63,7 +66,7 @@ def recover(out: Path, own: Collection[str], ours: Path | None = None) -> None:
         except BlockingIOError:
             raise UserError(f"{out} is being written by another process: wait for it to end or stop it") from None
         if lock is None:
-            # Without locks nobody knows whether the folder's process is alive.
+            # Without locks it cannot be known whether the folder's process is alive.
             continue
         try:
             if not os.path.lexists(out) and _is_folder(work / "old"):
@@ -76,7 +79,7 @@ def recover(out: Path, own: Collection[str], ours: Path | None = None) -> None:
 
 
 def set_aside(out: Path) -> Path | None:
-    """Where the folder ``out`` lies whose replacement was killed between two renames; None where it does not."""
+    """The old folder ``out``, if a process was killed between the two renames that replace it; else None."""
     found = [work / "old" for work in _working(out) if _is_folder(work / "old")]
     return found[0] if found and not os.path.lexists(out) else None
 
@@ -99,7 +102,7 @@ def _mark(work: Path, name: str) -> None:
 
 
 def _marked(work: Path) -> str | None:
-    """The name in a working folder's marker; None where it is none of ours."""
+    """The name in a working folder's marker; None if the folder is not one of this program's."""
     try:
         with open(os.open(work / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as stream:
             return os.fsdecode(stream.read(4096)) if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else None
@@ -108,9 +111,9 @@ def _marked(work: Path) -> str | None:
 
 
 def _locked(work: Path) -> int | None:
-    """A descriptor that holds a lock on the folder, which goes with the process; None where nothing can be locked.
+    """A descriptor that holds a lock on the folder until the process ends; None if the file system has no locks.
 
-    Raises ``BlockingIOError`` where another process holds it.
+    Raises ``BlockingIOError`` if another process holds the lock.
     """
     descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -125,10 +128,10 @@ def _locked(work: Path) -> int | None:
 
 
 def _put(work: Path, out: Path, overwrite: bool) -> None:
-    """Give ``work/new`` the name ``out``; a folder that was there is then in ``work``."""
+    """Give ``work/new`` the name ``out``. A folder that had this name is in ``work`` afterwards."""
     new, old = work / "new", work / "old"
     try:
-        # This replaces an empty folder and no other.
+        # rename() replaces an empty folder and fails for any other.
         os.rename(new, out)
     except OSError as error:
         if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -145,7 +148,7 @@ def _put(work: Path, out: Path, overwrite: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step; False where the system or the file system cannot."""
+    """Exchange the names of two folders in one step; False if the system or the file system cannot do that."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -161,7 +164,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _remove(work: Path, own: Collection[str]) -> None:
-    """Remove a working folder, but not what somebody else has put there."""
+    """Remove a working folder, except for files that this program did not put there."""
     for folder in (work / "new", work / "old"):
         if _is_folder(folder):
             for name in own:
@@ -173,7 +176,7 @@ def _remove(work: Path, own: Collection[str]) -> None:
     if left:
         warnings.warn(f"{left[0]} holds files that are not this program's: they were left there", stacklevel=2)
         return
-    # The marker goes last: a folder without it is never taken for ours again.
+    # The marker is removed last, because without it the folder would not be recognised as this program's again.
     with contextlib.suppress(OSError):
         os.unlink(work / MARKER)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Standard streams whose failures end no command: the reader is gone, the disk is full, the descriptor is closed."""
+"""Standard streams whose failures do not end a command: a reader that is gone, a full disk, a closed descriptor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any, TextIO, cast
 
 
 class Tolerant:
-    """A text stream that drops what cannot be written and keeps the first :attr:`error`.
+    """A text stream that drops text which cannot be written, and keeps the first :attr:`error`.
 
-    ``None``, which Python has for a stream whose descriptor was closed before it started, drops everything.
+    It may wrap ``None``, which Python has in the place of a stream whose descriptor was closed at the start. Then it
+    drops everything.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -45,17 +46,16 @@ class Tolerant:
         except OSError as error:
             self.error = self.error or error
         except ValueError:
-            # Of a stream that was closed, or of a character that its encoding lacks.
+            # The stream was closed (ignore it), or its encoding lacks a character.
             if self._stream is None or not self._stream.closed:
                 raise
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run ``command`` to its end whatever becomes of its output; its exit code.
+    """Run ``command`` to its end, even if its output cannot be written; returns its exit code.
 
-    Where the code is 0 but standard output did not take everything, it is 141 for a reader that is gone (128 + SIGPIPE,
-    as a shell has it for a command that such a reader ends), and 2 with a sentence for any other reason. What is lost
-    of standard error changes no code.
+    If the command's code is 0 but standard output did not take everything, the code is 141 when the reader is gone (128
+    + SIGPIPE, as in a shell), and 2 with a sentence for any other reason. Losses of standard error change no code.
     """
     _open_closed_descriptors()
     before = sys.stdout, sys.stderr
@@ -79,17 +79,17 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _open_closed_descriptors() -> None:
-    """Give closed standard descriptors to the null device: a file that got the number 2 would collect messages."""
+    """Open the null device for closed standard descriptors: a file that got the number 2 would receive messages."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest number that is free.
+            # open() takes the lowest free number, which is the closed descriptor's.
             os.open(os.devnull, os.O_RDWR)
 
 
 def _silence(stream: TextIO | None) -> None:
-    """Let what a stream still holds go to the null device: Python writes it once more when it ends, and complains."""
+    """Send a stream's unwritten text to the null device. Python would try to write it again at exit, and complain."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, cast(TextIO, stream).fileno())

@@ -1,4 +1,4 @@
-"""Networks on disk: safetensors with a description of what is inside, and checkpoints as others publish them."""
+"""Networks on disk: safetensors files that describe their network, and checkpoints as others publish them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ FORMAT = 3  # 2 knows a path's settings, 3 has a checksum
 KEY = "realuid_fast"
 SHIPPED = choices.TEACHERS
 ROLES = ("teacher", "student")
-CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # of torch.save
-# Networks of the published code hold a discriminator's head, trained or not, which the U-Net's own output never reads.
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")  # suffixes of files of torch.save
+# Parameters of a discriminator's head. Networks of the published code have one, and their output does not depend on it.
 HEAD = frozenset(f"cls_pred_branch.{layer}.{kind}" for layer in (0, 1, 3, 4, 6) for kind in ("weight", "bias"))
-# Numbers of torchcfm's U-Net, which the published code trains too. No state dict shows them.
+# Settings of torchcfm's U-Net, which the published code trains too. They cannot be read off a state dict.
 PUBLISHED = {"time_scale": 1.0, "norm_groups": 32}
-MOST_MISSING = 1_000  # parameters that a file may lack and still have them named
-MOST_UNSAVED = 2**28  # numbers in tables that no file holds, such as a transformer's positions: 1 GB
+MOST_MISSING = 1_000  # a network may have this many parameters more than its file, and an error then names them
+MOST_UNSAVED = 2**28  # most numbers in tables that no file holds, such as a transformer's positions: 1 GB
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a network file says about itself, stored as JSON under the metadata key ``realuid_fast``.
+    """The description in a network file, stored as JSON under the metadata key ``realuid_fast``.
 
-    ``network`` is what :func:`realuid_fast.networks.build` takes; ``data`` what :func:`realuid_fast.data.load` takes.
-    ``path`` and ``path_settings`` are what :func:`realuid_fast.paths.build` takes, ``predict`` one of its predictions.
-    ``t_start`` is a student's start time and ``times`` those of its further steps (see
-    :class:`realuid_fast.generator.Generator`), ``teacher`` what it was distilled from. ``decay`` is that of the
-    average which the file holds, 0 for the last weights, None where nobody said.
+    ``network`` is the argument of :func:`realuid_fast.networks.build`, ``data`` that of :func:`realuid_fast.data.load`,
+    ``path`` and ``path_settings`` those of :func:`realuid_fast.paths.build`; ``predict`` is a prediction on that path.
+    ``t_start`` is a student's start time, ``times`` the times of its further steps (see
+    :class:`realuid_fast.generator.Generator`), and ``teacher`` the teacher that it was distilled from. ``decay`` is the
+    decay of the average that the file holds: 0 for the last weights, None if unknown.
     """
 
     network: dict[str, Any]
@@ -62,7 +62,7 @@ class Description:
         object.__setattr__(self, "times", tuple(map(float, self.times)))  # JSON has lists
 
     def interpolant(self) -> paths.Path:
-        """The path; raises :class:`UserError` where this version does not have it."""
+        """The path; raises :class:`UserError` if this version does not have it."""
         return paths.build(self.path, self.path_settings)
 
 
@@ -70,7 +70,8 @@ class Description:
 class Model:
     """A network with its description, in evaluation mode.
 
-    ``function`` is the teacher where that is no network (:func:`wrap`): ``net`` is then only where students start.
+    If the teacher is a function and not a network (:func:`wrap`), ``function`` is the teacher, and ``net`` only gives
+    the weights that students start from.
     """
 
     net: nn.Module
@@ -110,20 +111,20 @@ def wrap(
     Its student is saved like every other; :func:`load` fills ``wrap(...).net`` with it, given as ``net``.
 
     Args:
-        net: the network; a copy of it is where student and fake model start.
+        net: the network; student and fake model start from copies of it.
         dim: shape of one sample, such as ``(3, 32, 32)``.
-        path, path_settings: what it was trained on, as :func:`realuid_fast.paths.build` takes them.
-        predict: what it predicts, one of :data:`realuid_fast.paths.PREDICTIONS`.
+        path, path_settings: the path that it was trained on, as :func:`realuid_fast.paths.build` takes them.
+        predict: its prediction, one of :data:`realuid_fast.paths.PREDICTIONS`.
         call: ``call(net, t, x, y)`` for a network of another signature: ``t`` ``(B,)`` as
             :meth:`realuid_fast.paths.Path.network_time` gives it, ``x`` ``(B, *dim)``, ``y`` ``(B,)`` int64 labels or
-            None; the prediction like ``x``. Not given, it is called as ``net(t, x, y)``.
-        num_classes, null_label: its labels, and whether it knows the one after them as "no label".
-        preprocessing: what its samples are, in words.
-        teacher: ``teacher(t, x, y)``, any function in the network's place, which itself is then only where student and
-            fake model start. Where an objective's gradient flows through the teacher, autograd must go through it.
+            None; it returns the prediction, shaped like ``x``. By default the network is called as ``net(t, x, y)``.
+        num_classes, null_label: the number of labels, and whether the network knows the one after them as "no label".
+        preprocessing: a description of its samples, in words.
+        teacher: ``teacher(t, x, y)``, any function to use as the teacher in place of ``net``. Student and fake model
+            still start from ``net``. If an objective's gradient flows through the teacher, autograd must go through it.
 
     Raises:
-        UserError: no module, or a path or prediction that this version does not have.
+        UserError: ``net`` is not a module, or this version does not have the path or the prediction.
     """
     if not isinstance(net, nn.Module):
         raise UserError(f"net must be a torch.nn.Module, whose weights a student can start from, not {net!r:.60}")
@@ -139,7 +140,7 @@ def wrap(
     follows_flow(description.interpolant(), predict)
     function = None
     if teacher is not None:
-        # By itself in a module, so that it is called, asked for its labels and compiled like any other.
+        # Wrapped in a module, so that it is called, asked for its labels and compiled like a network.
         asked = teacher
         function = Called(nn.Identity(), lambda _, t, x, y: asked(t, x, y), num_classes, null_label).eval()
     return Model(Called(net, call, num_classes, null_label).eval(), description, function)
@@ -150,7 +151,7 @@ def save(file: str | Path, state: Mapping[str, Tensor], description: Description
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     file = Path(file)
     try:
-        # Written by ourselves: the library's own writer makes files that only their owner can read.
+        # Not written by the safetensors library, whose files only their owner can read.
         with replacing(file) as stream:
             stream.write(with_checksum(tensors, KEY, asdict(description)))
     except OSError as error:
@@ -158,12 +159,12 @@ def save(file: str | Path, state: Mapping[str, Tensor], description: Description
 
 
 def load(file: str | Path, role: str | None = None, net: nn.Module | None = None) -> Model:
-    """Network of a safetensors file that :func:`save` wrote.
+    """The network of a safetensors file that :func:`save` wrote.
 
     Args:
         file: the file.
         role: ``"teacher"`` or ``"student"`` to refuse the other.
-        net: the network to fill, for one that this package cannot build itself, see :func:`wrap`.
+        net: the network to fill, if this package cannot build it itself, see :func:`wrap`.
 
     Raises:
         UserError: a missing, damaged or foreign file, a newer format, the other role, or parameters that do not fit the
@@ -208,12 +209,12 @@ def filled(
 ) -> nn.Module:
     """The network of a description with the parameters ``state``, in evaluation mode; errors of :func:`load_exactly`.
 
-    What may be missing keeps the values of a fresh network, the same every time.
+    Parameters that may be missing keep the values of a fresh network, which are the same every time.
     """
-    # Twice what the file has, since a layer may be made and replaced.
+    # Allow twice as many parameters as the file has, because a constructor may make a layer and replace it.
     most = 2 * len(state) + MOST_MISSING * (10 if allow_missing else 1)
     try:
-        # First without memory: a damaged description may ask for more than there is.
+        # Build it without memory first: a damaged description may ask for more memory than there is.
         with torch.device("meta"), at_most(most, f"{where} does not fit the network: it"):
             net = build(network)
         _check_fit(net, state, where, allow_missing, allow_unexpected)
@@ -266,14 +267,14 @@ def load_teacher(
             ``.ckpt``), whose dictionary holds ``ema_models`` or, a student's, ``ema_gens`` (decay to state dict),
             ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no
             code in it runs.
-        network: the network of a published checkpoint, which does not say it itself; what becomes of its
-            ``time_scale`` and ``norm_groups`` says :func:`published`.
-        decay: which of its averages to take, 0 for the last weights; the largest when not given. A file of this package
-            has one, which must be it where it says.
-        data: what a published checkpoint was trained on, for its description.
+        network: the network of a published checkpoint, which does not describe it. :func:`published` says when its
+            ``time_scale`` and ``norm_groups`` are replaced.
+        decay: the decay of the average to take, 0 for the last weights; the largest by default. A file of this package
+            has one average; if it says its decay, that must be this one.
+        data: the data that a published checkpoint was trained on, for its description.
 
     Raises:
-        UserError: nothing there, a foreign file, missing or unexpected parameters.
+        UserError: the source does not exist or cannot be read, or parameters are missing or unexpected.
     """
     name = str(source)
     if name in SHIPPED:
@@ -311,7 +312,7 @@ def published(
 
 
 def settled(network: Mapping[str, Any], state: Mapping[str, Tensor], where: str, recognised: bool) -> dict[str, Any]:
-    """``network`` with the :data:`PUBLISHED` numbers where ``recognised``; a warning where others were asked for."""
+    """``network``, with the :data:`PUBLISHED` settings if ``recognised``; warns if other values were asked for."""
     asked = {key: network[key] for key, value in PUBLISHED.items() if network.get(key, value) != value}
     if not asked or network.get("kind") != "unet" or not _is_torchcfms(state):
         return dict(network)
@@ -348,11 +349,11 @@ def published_state(file: str | Path, decay: float | None = None) -> dict[str, T
 
     Args:
         file: the checkpoint.
-        decay: which of its averages to take, 0 for the last weights (``gen`` or ``net_model`` beside the averages); the
-            largest when not given.
+        decay: the decay of the average to take, 0 for the last weights (``gen`` or ``net_model`` beside the averages);
+            the largest by default.
 
     Raises:
-        UserError: a damaged or foreign file, an average that it does not have, or no state dict inside.
+        UserError: the file is damaged or foreign, lacks that average, or holds no state dict.
     """
     return _published(Path(file), decay)[0]
 
@@ -366,7 +367,7 @@ def _published(file: Path, decay: float | None) -> tuple[dict[str, Tensor], bool
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception:
-        # What a damaged pickle makes torch's reader trip over is of every kind: KeyError, IndexError, TypeError, ...
+        # A damaged pickle can make torch's reader raise any kind of exception: KeyError, IndexError, TypeError, ...
         raise UserError(f"{file} is no checkpoint that holds tensors and plain values alone{_beside(file)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a dictionary of parameters")
@@ -404,7 +405,7 @@ def _published(file: Path, decay: float | None) -> tuple[dict[str, Tensor], bool
 
 
 def plain_names(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    """The names without what wrappers put before them: ``module.``, and ``model.`` where every name has it."""
+    """The state with the network's own names: without ``module.``, and without ``model.`` if all names have it."""
     plain = {str(key).removeprefix("module."): value for key, value in state.items()}
     if all(name.startswith("model.") for name in plain):
         plain = {name.removeprefix("model."): value for name, value in plain.items()}
@@ -412,7 +413,7 @@ def plain_names(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
 
 
 def _beside(file: Path) -> str:
-    """What a checkpoint that torch refuses holds beside tensors, such as ``argparse.Namespace``; empty if unknown."""
+    """A clause that names the objects for which torch refuses a file, such as ``argparse.Namespace``; empty if none."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:
@@ -447,12 +448,12 @@ def load_exactly(
     """Copy ``state`` into ``net``, every parameter and buffer.
 
     Args:
-        where: what errors call the state's origin.
-        allow_missing, allow_unexpected: names, or patterns with ``*`` and ``?``, that may be missing from ``state`` or
-            in it without a place in ``net``.
+        where: the name of the state's origin, for errors.
+        allow_missing, allow_unexpected: names, or patterns with ``*`` and ``?``, of parameters that may be missing from
+            ``state``, and of entries of ``state`` that ``net`` need not have.
 
     Raises:
-        UserError: names that are missing or unexpected, shapes that differ, values that are not finite.
+        UserError: a name is missing or unexpected, a shape differs, or a value is not finite.
     """
     _check_fit(net, state, where, allow_missing, allow_unexpected)
     own = net.state_dict()

@@ -1,7 +1,7 @@
 """Registers the Triton kernels for CUDA (and ROCm) tensors; they are imported with the first call that needs them.
 
-float64 has no kernels: it runs on the plain torch reference, on the same device. So does an optimiser step over many
-separate tensors, whose reference is torch's foreach functions.
+There are no kernels for float64, which runs on the plain torch reference, on the same device. An optimiser step over
+many separate tensors runs on the reference too, which uses torch's foreach functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 
-# Operator, the module of its launches, and the argument whose dtype and device decide.
+# For each operator: the module that launches it, and the argument whose dtype and device decide.
 _HOMES = {
     "normal_like": ("noise", 1),
     "interpolate": ("interpolate", 0),
@@ -40,9 +40,9 @@ def _kernels(module: str) -> ModuleType:
 
 
 def launcher(op: str) -> Callable[..., Any]:
-    """The operator ``op`` on Triton kernels: its schema's arguments to its schema's results.
+    """The operator ``op`` on Triton kernels, with the arguments and results of its schema.
 
-    It takes CPU tensors too where ``TRITON_INTERPRET=1`` was set before triton was imported.
+    It also takes CPU tensors if ``TRITON_INTERPRET=1`` was set before triton was imported.
     """
     if op in _IN_PLACE:
         return _IN_PLACE[op]
@@ -53,7 +53,7 @@ def launcher(op: str) -> Callable[..., Any]:
         if first.dtype == torch.float64:
             with torch.no_grad():
                 return getattr(reference, op)(*arguments)
-        # Kernels read a noise key's two numbers side by side.
+        # Kernels read the two numbers of a noise key from neighbouring addresses.
         arguments = tuple(each.contiguous() if _is_key(each) else each for each in arguments)
         calls, results = getattr(_kernels(module), op)(*arguments)
         with _kernels("tiles").on_device_of(first):
@@ -79,7 +79,7 @@ def _scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
 
 
 def _launchable(tensors: list[Tensor]) -> bool:
-    """Whether the optimiser's kernels take them: few tensors, of which flat storage is one, in float32."""
+    """Whether the optimiser's kernels take these tensors: float32, and few of them (flat storage counts as one)."""
     return len(tensors) <= _kernels("optimiser").LAUNCHES and all(t.dtype == torch.float32 for t in tensors)
 
 

@@ -555,7 +555,7 @@ def hostile(published, mark):
         ),
         "state of a function": (
             b"\x80\x02" + name + b"N}X\x08\x00\x00\x00__code__K\x01s\x86b.",
-            "a state for something",
+            "sets a state on an object that has none",
         ),
         "shell in a tensor": (pickle.dumps({"ema": load}), "is no pickled EDM network"),
         "tensor beyond its storage": (pickle.dumps(huge), "larger than its storage"),

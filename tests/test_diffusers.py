@@ -282,7 +282,7 @@ def test_what_cannot_be_converted_is_said(tmp_path):
     refused("prediction_type 'other', which is not supported", scheduler, prediction_type="other")
     refused("schedule must be one of", scheduler, beta_schedule="sigmoid")
     refused("timestep_type 'continuous'", scheduler, timestep_type="continuous")
-    refused("numbers that are none", scheduler, beta_end="high")
+    refused("has a value that is not a number", scheduler, beta_end="high")
     scheduler.write_text("{")
     with pytest.raises(UserError, match="is no JSON"):
         convert(tmp_path, out)

@@ -202,7 +202,7 @@ def test_any_module_is_a_teacher_and_its_student_is_read_again(tmp_path):
         trainer.update()
     file, z = tmp_path / "student.safetensors", torch.randn(3, 2)
     teachers.save(file, *trainer.exported())
-    with pytest.raises(UserError, match=r"a module of your own: give it to teachers\.load as 'net'"):
+    with pytest.raises(UserError, match=r"your own module: give the module to teachers\.load as 'net'"):
         teachers.load(file)
     call = lambda net, t, x, y: net(x, t / 999, y)  # noqa: E731
     read = teachers.load(file, role="student", net=teachers.wrap(Reversed(), (2,), call=call).net)

@@ -45,19 +45,19 @@ def convert(
     Args:
         source: a file or folder of a kind in the table above.
         out: the safetensors file to write.
-        network: settings of the network, over those that the source has; a checkpoint has none, but see
+        network: settings of the network, which replace those that the source has. A checkpoint has none, but see
             :func:`realuid_fast.teachers.published` for ``time_scale`` and ``norm_groups`` of a published one.
-        path, path_settings, predict: the path and the prediction, where the source does not say them or to overrule it;
-            a checkpoint's are the linear path and the velocity.
-        decay: which of a checkpoint's averages to take, 0 for the last weights; the largest when not given.
+        path, path_settings, predict: the path and the prediction, if the source does not say them, or to overrule it.
+            For a checkpoint the default is the linear path and the velocity.
+        decay: the decay of the checkpoint's average to take, 0 for the last weights; the largest by default.
         data, preprocessing, command: for the description, see :class:`realuid_fast.teachers.Description`.
         student, t_start: the checkpoint is a one-step generator from that start time.
         allow_missing, allow_unexpected: names of parameters, or patterns, that need not be in the source or in the
             network; every other difference is an error.
 
     Raises:
-        UserError: a source that cannot be read or does not say what it is, parameters that are missing, unexpected, of
-            another shape or not finite, each named. Nothing is written then.
+        UserError: the source cannot be read or does not describe its network, or parameters are missing, unexpected, of
+            another shape or not finite; the error names each. Nothing is written then.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".safetensors":

@@ -19,20 +19,20 @@ from ..teachers import Description, read_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("unet", "transformer")
-# What transformers of the first releases are called today.
+# Classes of the first releases, with their names today.
 RENAMED = {"Transformer2DModel": "DiTTransformer2DModel"}
-# Attention layers of U-Nets from the first releases.
+# Names of attention layers in U-Nets of the first releases, with their names today.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
-# A last step of pure noise keeps this share of the signal of the one before: its logarithm must be finite.
+# A last step of pure noise is given this share of the signal of the step before, so that its logarithm is finite.
 LEAST = 2.0**-10
-MOST_BYTES = 2**24  # of a file of JSON
+MOST_BYTES = 2**24  # the largest file of JSON that is read
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
-    """State of a model in ``folder``, or in its part ``unet`` or ``transformer``, and its description.
+    """State and description of the model in ``folder``, or in its subfolder ``unet`` or ``transformer``.
 
-    Path and prediction come from the scheduler in the folder's part ``scheduler``:
+    Path and prediction come from the scheduler in the subfolder ``scheduler``:
 
     =======================================  ============================================================
     FlowMatch...                             ``linear`` with data at 0 and its ``shift``, ``velocity``
@@ -45,7 +45,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
     Without a scheduler the description's path is empty, for the caller to fill.
 
     Raises:
-        UserError: files that are missing or damaged, classes and settings that are not supported, each named.
+        UserError: a file is missing or damaged, or a class or setting is not supported; the error names it.
     """
     model = next((folder / part for part in PARTS if (folder / part / "config.json").is_file()), folder)
     config = _json(model / "config.json")
@@ -65,7 +65,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], Description]:
         try:
             *path_and_settings, predict = _path(scheduler)
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{folder / 'scheduler'} has numbers that are none: {error}") from None
+            raise UserError(f"{folder / 'scheduler'} has a value that is not a number: {error}") from None
         path = (*path_and_settings, predict.removeprefix("-"))  # type: ignore[assignment]
         if predict.startswith("-"):
             network["negate"] = True
@@ -104,7 +104,7 @@ def _renamed(key: str) -> str:
 
 
 def _path(scheduler: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
-    """Path, its settings and prediction of a scheduler's configuration; ``-edm`` for the negative of a prediction."""
+    """The path, its settings and the prediction of a scheduler's configuration; ``-edm`` is the negative prediction."""
     name = str(scheduler.get("_class_name"))
     steps = int(scheduler.get("num_train_timesteps", 1000))
     asked = scheduler.get("prediction_type")
@@ -123,7 +123,7 @@ def _path(scheduler: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
         if asked not in ("epsilon", "v_prediction"):
             raise UserError(f"the scheduler {name} has the prediction_type {asked!r}, which is not supported")
         numbers = {key: float(scheduler[key]) for key in ("sigma_min", "sigma_max", "sigma_data") if key in scheduler}
-        # Its v_prediction is the same preconditioning with the sign of c_out turned round.
+        # This scheduler's v_prediction is the same preconditioning with the opposite sign of c_out.
         return "ve", numbers, "edm" if asked == "epsilon" else "-edm"
     if name.startswith("ScoreSdeVe"):
         return "ve", {key: float(scheduler[key]) for key in ("sigma_min", "sigma_max") if key in scheduler}, "score"

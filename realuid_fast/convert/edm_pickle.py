@@ -1,9 +1,9 @@
-"""Pickled networks of Karras et al. (2206.00364) without running a byte of what is in them.
+"""Reads pickled networks of Karras et al. (2206.00364) without running any code in them.
 
 Such a file holds the source code of its classes beside their state, and unpickling it the usual way runs that code.
 Here a pickle is read as data: the few names that such files need are bound to inert stand-ins (:data:`ALLOWED`), every
-other name is refused, and the source text inside is never compiled. What is taken from it is the class' name, the
-arguments that the network was built with, and its tensors.
+other name is refused, and the source text inside is never compiled. The class' name, the arguments that the network was
+built with, and its tensors are taken from the file, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..files import check_regular
 from ..pickles import Reader
 from ..teachers import Description
 
-DEEPEST = 32  # of modules inside one another; a U-Net has five
+DEEPEST = 32  # most levels of modules inside one another; a U-Net has five
 NETWORKS = {"SongUNet": "song-unet", "DhariwalUNet": "dhariwal-unet"}
-# Karras et al.'s range of noise levels, which a network's own narrows: their algorithm 1 and table 1.
+# Karras et al.'s range of noise levels (their algorithm 1 and table 1). A network's own range may narrow it.
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 VP_CONSTANTS = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}
 
 
 class Inert:
-    """Stands for an object of a class in the file: its class' name and its attributes, and nothing that it can do."""
+    """Stands for an object of a class in the file. It has the class' name and the object's attributes, and no code."""
 
     def __init__(self, name: str = "", attributes: Any = None) -> None:
         self.name, self.attributes = name, attributes
@@ -49,7 +49,7 @@ class _ModuleList(Inert):
 
 
 class _EasyDict(dict):
-    """A dictionary; what the file wants its attributes to be is dropped."""
+    """A dictionary. Attributes that the file would set on it are dropped."""
 
     def __init__(self) -> None:
         """Empty: entries are added one by one, with their keys checked."""
@@ -69,7 +69,7 @@ class _NumpyType:
 
 
 class _Function:
-    """A function that the file may call, and may not put attributes on."""
+    """A function that the file may call. The file may not set attributes on it."""
 
     __slots__ = ("function",)
 
@@ -80,7 +80,7 @@ class _Function:
         return self.function(*arguments)
 
     def __setstate__(self, state: Any) -> None:
-        raise UserError("it has a state for something that has none")
+        raise UserError("it sets a state on an object that has none")
 
 
 def _persistent(meta: Any) -> Inert:
@@ -99,7 +99,7 @@ def _numpy_scalar(kind: Any, data: Any = None) -> float | int:
 
 
 def _storage(data: Any) -> Any:
-    # torch's own reader of tensors and nothing else; the bytes are a pickle of their own.
+    # The bytes are a pickle of their own. They are read by torch's reader of tensors and plain values.
     return pickles.load(io.BytesIO(data), "a tensor's content in it")
 
 
@@ -111,7 +111,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
         raise UserError("a tensor in it has an impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     held = storage._untyped_storage
-    # Both: steps of 0 make any number of elements out of one.
+    # Both conditions are needed: with strides of 0 one stored element stands for any number of elements.
     if 0 not in size and max(last + 1, math.prod(size)) > held.nbytes() // storage.dtype.itemsize:
         raise UserError("a tensor in it is larger than its storage")
     return torch.empty(0, dtype=storage.dtype).set_(held, offset, size, stride)
@@ -119,11 +119,11 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 def _parameter(data: Any, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise UserError("a parameter in it is no tensor")
+        raise UserError("a parameter in it is not a tensor")
     return data
 
 
-# Everything that the file may name, and what the name stands for here.
+# Every name that a file may use, with its stand-in.
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Function(_persistent),
     ("dnnlib.util", "EasyDict"): _EasyDict,
@@ -156,12 +156,13 @@ class _Reader(Reader):
 def read(file: Path) -> tuple[dict[str, Tensor], Description]:
     """State of the raw network ``F`` in a pickled EDM network or training snapshot, and its description.
 
-    A snapshot's ``ema`` is taken. The description's path is :class:`~realuid_fast.paths.VE` with the prediction that
-    belongs to the preconditioning, ``edm``, ``vp`` or ``ve``; those of improved DDPM's predict ``noise`` on their own
-    table of noise levels, :class:`~realuid_fast.paths.DiscreteVP`.
+    Of a snapshot the network ``ema`` is taken. The description's path is :class:`~realuid_fast.paths.VE` with the
+    prediction of the preconditioning: ``edm``, ``vp`` or ``ve``. Networks of improved DDPM predict ``noise`` on their
+    own table of noise levels, :class:`~realuid_fast.paths.DiscreteVP`.
 
     Raises:
-        UserError: anything in the file that such a network does not have, named; nothing in it has run then either.
+        UserError: the file holds something that such a network does not have; the error names it. No code in the file
+            has run then either.
     """
     try:
         check_regular(file)
@@ -172,7 +173,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], Description]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        # What a damaged pickle makes the reader trip over is of every kind.
+        # A damaged pickle can make the reader raise any kind of exception.
         raise UserError(f"{file} is no pickled EDM network: {type(error).__name__} while reading it") from None
     try:
         state, described = _understood(content)
@@ -209,7 +210,7 @@ def _settings(inner: Inert) -> dict[str, Any]:
     """The network's settings from the arguments that it was built with."""
     positional, named = inner.attributes.get("_init_args"), inner.attributes.get("_init_kwargs")
     if not isinstance(named, Mapping) or not isinstance(positional, (list, tuple)):
-        raise UserError("it does not say what its network was built with")
+        raise UserError("it does not hold the arguments that its network was built with")
     settings = dict(named)
     order = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim")
     if len(positional) > len(order):
@@ -232,17 +233,17 @@ def _plain(key: str, value: Any) -> Any:
         return list(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UserError(f"the setting {key} of its network is neither number, text nor a list of them")
+    raise UserError(f"the setting {key} of its network is neither a number, nor a text, nor a list of these")
 
 
 def _preconditioning(outer: Inert) -> tuple[str, dict[str, Any], str]:
-    """Path, its settings and prediction of a preconditioning class."""
+    """The path, its settings and the prediction of a preconditioning class."""
     name = outer.name
     if name == "iDDPMPrecond":
         table = _entries(outer, "_buffers").get("u")
         if not isinstance(table, Tensor) or table.dim() != 1 or len(table) < 4:
             raise UserError("its table of noise levels 'u' is missing")
-        # u runs from the largest level down to zero; step k of M has level u[M - 1 - k].
+        # u falls from the largest level to zero; step k of M has the level u[M - 1 - k].
         sigma = table.double()[:-1].flip(0)
         return "vp-discrete", {"alphas_cumprod": (1 / (1 + sigma**2)).tolist()}, "noise"
     if name not in ("EDMPrecond", "VPPrecond", "VEPrecond"):
@@ -279,8 +280,8 @@ def _entries(module: Inert, key: str) -> Mapping[str, Any]:
 
 
 def _state(module: Inert, seen: set[int], prefix: str = "") -> dict[str, Tensor]:
-    """Parameters and lasting buffers of a module and those inside it, by their names."""
-    # Once each: a file can make modules contain themselves, or one another twice at every level.
+    """Parameters and saved buffers of a module and of those inside it, by their names."""
+    # Visit each module once: a file can make a module contain itself, or another one twice at every level.
     if id(module) in seen or prefix.count(".") > DEEPEST:
         raise UserError(f"the module {prefix.rstrip('.') or 'model'} is inside itself or in two places")
     seen.add(id(module))

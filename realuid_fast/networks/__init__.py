@@ -37,7 +37,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     settings = dict(config)
     kind = settings.pop("kind", None)
     if kind == "yours":
-        raise UserError("the network is a module of your own: give it to teachers.load as 'net', see teachers.wrap")
+        raise UserError("the network is your own module: give the module to teachers.load as 'net', see teachers.wrap")
     if kind not in KINDS:
         raise UserError(f"network kind must be one of {', '.join(KINDS)}; got {kind!r}")
     known = inspect.signature(KINDS[kind]).parameters

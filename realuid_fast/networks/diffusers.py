@@ -22,9 +22,10 @@ class Diffusers(nn.Module):
     Args:
         class_name: ``"UNet2DModel"``, ``"UNet2DConditionModel"`` without text (blocks without cross-attention, or with
             class labels alone), or ``"DiTTransformer2DModel"``.
-        config: what the model's ``config.json`` holds. Keys of no meaning to the class are refused where they are set.
+        config: the content of the model's ``config.json``. Keys that the class does not know are refused if they are
+            set.
         dim: ``(C, H, W)`` of the samples.
-        null_label: whether the last of a U-Net's class embeddings is "no label"; transformers say so themselves.
+        null_label: whether the last of a U-Net's class embeddings is "no label". A transformer's configuration says it.
         negate: whether the prediction is the model's negative output.
 
     Raises:
@@ -60,7 +61,7 @@ class Diffusers(nn.Module):
         except Exception as error:
             raise UserError(f"{class_name} refuses its configuration: {str(error).splitlines()[0]}") from None
         for module in self.net.modules():
-            # Labels are dropped by who trains, on purpose; here it would change what a frozen teacher is compared with.
+            # Training code drops labels on purpose. Dropped inside the model, they would change a teacher's output.
             if type(module).__name__ == "LabelEmbedding":
                 module.__dict__["dropout_prob"] = 0.0
 
@@ -100,7 +101,7 @@ def _settings(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise UserError(f"config must be a mapping, got {config!r:.60}")
     known = inspect.signature(_class(class_name).__init__).parameters
-    # What older releases wrote for several classes at once is there with nothing set.
+    # Older releases wrote keys of several classes into one file. Those that are not set are ignored.
     unknown = [k for k, v in config.items() if not k.startswith("_") and k not in known and v not in (None, False)]
     if unknown:
         raise UserError(f"{class_name} has no setting {', '.join(sorted(unknown))}")
@@ -108,9 +109,9 @@ def _settings(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _labels(class_name: str, settings: Mapping[str, Any], null_label: bool) -> tuple[int | None, int | None]:
-    """Number of classes and the null label, None where there are none."""
+    """The number of classes and the null label; each None if there is none."""
     if class_name == "DiTTransformer2DModel":
-        # Its embedding has one row more than classes, which training with dropped labels used.
+        # Its embedding has one row more than classes; the last row is "no label" from training with dropped labels.
         classes = int(settings.get("num_embeds_ada_norm") or 0)
         if not classes:
             raise UserError("a DiTTransformer2DModel needs num_embeds_ada_norm, its number of classes")
@@ -119,7 +120,7 @@ def _labels(class_name: str, settings: Mapping[str, Any], null_label: bool) -> t
         blocks = [*(settings.get("down_block_types") or ("Cross",)), settings.get("mid_block_type", "Cross") or ""]
         blocks += settings.get("up_block_types") or ("Cross",)
         if any("Cross" in str(block) for block in blocks) or settings.get("addition_embed_type"):
-            raise UserError("this UNet2DConditionModel is conditioned on text, which this package has no place for")
+            raise UserError("this UNet2DConditionModel is conditioned on text, which this package does not support")
     kind, classes = settings.get("class_embed_type"), int(settings.get("num_class_embeds") or 0)
     if kind is not None:
         raise UserError(f"class_embed_type must be null, labels by number; this model has {kind!r}")

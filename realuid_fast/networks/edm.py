@@ -18,7 +18,7 @@ from ..errors import UserError
 from .recompute import Part, once_more
 from .unet import GroupNorm, check_null_label, timestep_embedding
 
-MOST_BLOCKS = 256  # a level; a damaged file may ask for any number
+MOST_BLOCKS = 256  # most blocks of a level; a damaged file may ask for any number
 ROOT_HALF = math.sqrt(0.5)
 
 
@@ -141,14 +141,14 @@ class Block(Part):
         # The projection's channels run head by head and, inside, (q, k, v) for each channel.
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
-        # Only rows without gaps go to attention's fused kernels.
+        # Attention's fused kernels take contiguous rows only.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(2, 3).reshape(batch, channels, height, width))
 
 
 class _Common(nn.Module):
-    """What both networks share: checks, the labels' one-hot rows, and the last layer in full precision."""
+    """The base of both networks: checks, the labels' one-hot rows, and the last layer in full precision."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class _Common(nn.Module):
         return F.one_hot(y, self.num_classes + 1)[:, :-1].to(weight.dtype)
 
     def _last(self, norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
-        """The images' channels; a learned variance's, beyond them, are left off."""
+        """The output's first channels, those of the images. Further ones, of a learned variance, are left out."""
         weight = next(conv.parameters())
         with torch.autocast(x.device.type, enabled=False):
             return conv(F.silu(norm(x.to(weight.dtype))))[:, : self.dim[0]]
@@ -203,12 +203,12 @@ class SongUNet(_Common):
 
     Args:
         dim: ``(C, R, R)`` of the images; ``R`` divisible by ``2 ** (len(channel_mult) - 1)``.
-        out_channels: channels of the last layer, ``C`` when None; what is beyond ``C`` is left off.
+        out_channels: channels of the last layer, ``C`` when None. Channels beyond ``C`` are left out of the output.
         label_dim: number of classes, 0 for none; then ``y`` ``(B,)`` int64 is required.
         null_label: whether it also knows ``label_dim`` as "no label" (a row of zeros), as networks trained with
             label dropout do.
-        augment_dim: size of the augmentation labels it was trained with. Images are taken as not augmented, so that
-            their weight is kept and plays no part.
+        augment_dim: size of the augmentation labels it was trained with. Here images count as not augmented, so the
+            labels' weight is kept but has no effect.
         model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions, dropout: widths, the embedding's
             width as a multiple, blocks a level, sides of the levels with attention, dropout in the blocks.
         embedding_type, channel_mult_noise: ``"positional"`` and 1 in DDPM++, ``"fourier"`` and 2 in NCSN++.
@@ -491,7 +491,7 @@ class Frequencies(nn.Module):
 
 
 def _unused(width: int, size: int) -> nn.Module:
-    """A weight that is kept with the network and has no gradient: a buffer under the parameter's name."""
+    """A module whose weight is a buffer: it is saved with the network, has no gradient and is not used."""
     module = nn.Module()
     module.register_buffer("weight", torch.zeros(width, size))
     return module

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops import NormSiluConv3x3, refuse_forward_mode
 
-# Below so many channels or tiles of 4x4 pixels a convolution is faster through oneDNN, which multiplies half types at
-# twice the speed of float32; the operator does not.
+# With fewer channels, or fewer tiles of 4x4 pixels, a convolution is faster through oneDNN. For half types more tiles
+# are needed, because oneDNN multiplies those at twice the speed of float32, and the operator does not.
 LEAST_CHANNELS, LEAST_TILES, LEAST_TILES_HALF = 16, 8, 96
-# The parameters' type that the operators take with images of each type.
+# For each type of images, the type of parameters that the operators take with them.
 _PARAMETERS = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
@@ -36,14 +36,14 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if _autocasts(x):
-            # As autocast has a convolution take it; the operator takes its filters in float32.
+            # Cast the images as autocast does for a convolution. The operator takes its filters in float32.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if serves(x, self.weight) and self._pays(x):
             return torch.ops.realuid_fast.conv3x3.default(x, self.weight, self.bias)
         return super().forward(x)
 
     def joins(self, x: Tensor) -> bool:
-        """Whether calling it with images like ``x`` is the operator on them as they are, and nothing else."""
+        """Whether a call with images like ``x`` runs the operator on them as they are, without a cast or a hook."""
         hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         return not (hooked or _autocasts(x)) and serves(x, self.weight) and self._pays(x)
 
@@ -92,9 +92,9 @@ def norm_silu_conv(
 ) -> Tensor:
     """``conv(dropout(SiLU(norm(x + shift))))``, the shift ``(B, C)`` added to every pixel, ``dropout`` a probability.
 
-    Where both are operators, what is convolved is not kept for the backward pass but computed again.
+    If both layers run as operators, the convolution's input is not kept for the backward pass but computed again.
     """
-    # torch.func's transforms know the two operators, and not the one autograd function that joins them.
+    # torch.func's transforms know the two operators, but not the autograd function that joins them.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if isinstance(conv, Conv3x3) and not transformed and conv.joins(x) and serves(x, norm.weight):
         shift = None if shift is None else shift.to(norm.weight.dtype)
@@ -119,5 +119,5 @@ def _autocasts(x: Tensor) -> bool:
 
 @functools.cache
 def _has_matrix_unit() -> bool:
-    """Whether oneDNN multiplies half types many times faster than float32."""
+    """Whether this processor's oneDNN multiplies half types many times faster than float32."""
     return torch.cpu._is_amx_tile_supported()

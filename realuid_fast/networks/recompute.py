@@ -1,9 +1,9 @@
-"""Parts of a network that keep no more than their inputs for the backward pass, and run again in it.
+"""Blocks of a network that keep only their inputs for the backward pass, and run again in it.
 
-Memory for one more forward pass: of a network's activations there are then the inputs of its parts and, while a part's
-gradients are computed, that part's own. The second run draws the masks of dropout that the first one drew, so that
-gradients are the same, eagerly to the bit. Source: Chen et al., Training Deep Nets with Sublinear Memory Cost
-(1604.06174).
+This saves memory at the price of one more forward pass. A network then holds the inputs of its blocks and, while the
+gradients of one block are computed, that block's activations. The second run draws the same dropout masks as the first,
+so the gradients are the same, and in eager mode equal to the bit. Source: Chen et al., Training Deep Nets with
+Sublinear Memory Cost (1604.06174).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..errors import UserError
 
 
 class Part(nn.Module):
-    """What can be run again: a subclass puts :func:`once_more` on its forward."""
+    """A block that can run again in the backward pass: a subclass decorates its ``forward`` with :func:`once_more`."""
 
     recompute = False
 
 
 def once_more(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A :class:`Part`'s ``forward``, run again in the backward pass where ``recompute`` is set."""
+    """Decorates the ``forward`` of a :class:`Part`: it runs again in the backward pass if ``recompute`` is set."""
 
     @functools.wraps(forward)
     def run(self: Part, *inputs: Tensor) -> Tensor:
@@ -42,17 +42,17 @@ def once_more(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def parts(net: nn.Module) -> list[Part]:
-    """The parts of ``net`` that are to be run again."""
+    """The blocks of ``net`` that run again in the backward pass."""
     return [module for module in net.modules() if isinstance(module, Part) and module.recompute]
 
 
 def recompute(net: nn.Module, wanted: bool = True) -> None:
-    """Have all parts of ``net`` run again in its backward passes, or none; copies made later do as it does.
+    """Have all blocks of ``net`` run again in its backward passes, or none. Copies made later take the setting over.
 
     The backend (:func:`realuid_fast.backend`) must be the same in both passes.
 
     Raises:
-        UserError: a network without such parts.
+        UserError: the network has no block that can run again.
     """
     found = [module for module in net.modules() if isinstance(module, Part)]
     if wanted and not found:

@@ -285,7 +285,7 @@ class UNet(nn.Module):
                 skips.append(channels)
                 shrink *= 2
 
-        # Without attention an identity keeps the second block's name, and with it the checkpoint's layout.
+        # Without attention an identity takes its place, so that the second block's parameters keep their names.
         between = attention(channels, num_heads) if middle_attention else nn.Identity()
         self.middle_block = Blocks(res(channels, channels), between, res(channels, channels))
 
@@ -341,14 +341,14 @@ class UNet(nn.Module):
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:
-    """The label that stands for none, the one after the classes', where it is wanted."""
+    """The label that means "no label", one above the classes' labels; None if it is not wanted."""
     if wanted and not classes:
         raise UserError("null_label needs a class-conditional network")
     return classes if wanted else None
 
 
 def check_endpoint(wanted: bool, x: Tensor, endpoint: Tensor | None) -> None:
-    """Refuse an endpoint too many, missing, or unlike ``x``."""
+    """Refuse an endpoint that is not wanted, missing, or not shaped like ``x``."""
     if (endpoint is None) == wanted:
         raise UserError("endpoint must be given to a network that takes it and to no other")
     if endpoint is not None and endpoint.shape != x.shape:
@@ -358,7 +358,8 @@ def check_endpoint(wanted: bool, x: Tensor, endpoint: Tensor | None) -> None:
 def in_full(layers: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
     """``layers(x)`` in the storage type of their ``weight``, also under autocast.
 
-    A network's last layer sets the rounding of its output, which losses take differences of, and costs next to nothing.
+    The last layer sets the rounding of a network's output, and losses take differences of outputs. Full precision in
+    this one layer costs next to nothing.
     """
     with torch.autocast(x.device.type, enabled=False):
         return layers(x.to(weight.dtype))

@@ -1,7 +1,7 @@
-"""What every path shares: rows of nine coefficients, native predictions and how a network is called for them.
+"""The base of every path: rows of nine coefficients, native predictions, and the way a network is called for them.
 
-A path is a handful of scalar functions of time. Everything else, the conditional target in any match space and the
-conversion of any native prediction into it, follows from them, so a new path is one small class and no kernel.
+A path is a handful of scalar functions of time. The conditional target in any match space, and the conversion of any
+native prediction into it, follow from them. So a new path is one small class and no kernel.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .samplers import Sampler, named
 COLUMNS = ("a", "b", "c", "p", "q", "s", "k_out", "k_x", "w")
 MATCH_SPACES = ("velocity", "x0", "noise")
 PREDICTIONS = ("velocity", "x0", "noise", "score", "v", "edm", "vp", "ve", "residual")
-# Their networks see a scaled x_t and a function of the noise level in place of the time.
+# Predictions whose networks see a scaled x_t, and a function of the noise level in place of the time.
 PRECONDITIONED = ("edm", "vp", "ve")
 
-# How far an end of time is moved in, as a share of the range, where a conversion or a derivative diverges at it.
+# If a conversion or a derivative diverges at an end of time, that end is moved inwards by this share of the range.
 CLIP = 1e-4
 
 Weight = Callable[[Tensor], Tensor]
@@ -66,14 +66,14 @@ class Path(ABC):
 
     Args:
         sampler: the law of :meth:`sample_time`, a :class:`~realuid_fast.paths.samplers.Sampler` or the name of one.
-        time_scale: what the time is multiplied with on its way to the network; the path's own convention when None.
+        time_scale: factor on the time that the network is called with; the path's own convention when None.
         sigma_data: the data's standard deviation that the ``edm`` preconditioning assumes.
 
     Raises:
-        UserError: a sampler or a number that cannot be used, named.
+        UserError: a sampler or a number cannot be used; the error names it.
     """
 
-    # Whether the path has a second endpoint y, which every call is then given.
+    # Whether the path has a second endpoint y. If so, every call must be given one.
     has_endpoint: ClassVar[bool] = True
 
     sampler: str | Sampler = "uniform"
@@ -96,18 +96,18 @@ class Path(ABC):
 
     @property
     def own_time_scale(self) -> float:
-        """``time_scale`` where none is given."""
+        """The default of ``time_scale``."""
         return 1.0
 
     @property
     def steep(self) -> tuple[bool, bool]:
-        """Whether ``c'`` diverges just outside the lower and the upper end of ``t_range``, as a root's does."""
+        """Whether ``c'`` diverges just outside the lower and the upper end of ``t_range``, as that of a root does."""
         return False, False
 
     def time_range(self, match: str = "velocity", predict: str = "velocity") -> tuple[float, float]:
-        """The times that :meth:`coefficients` clips to: ``t_range``, moved in where this pair diverges at an end.
+        """The times that :meth:`coefficients` clips to: ``t_range`` without ends at which this pair diverges.
 
-        Moved by :data:`CLIP` (1e-4) of the range: a row for a time closer to that end is the row of the clipped time.
+        Such an end is moved inwards by :data:`CLIP` (1e-4) of the range. A time beyond it gets the row of that end.
         """
         self._check_pair(match, predict)
         low, high = self.t_range
@@ -116,7 +116,7 @@ class Path(ABC):
         return low + inward * (low in singular), high - inward * (high in singular)
 
     def reads_x_t(self, match: str = "velocity", predict: str = "velocity") -> bool:
-        """Whether ``k_x`` differs from zero, that is, whether the losses need ``x_t``."""
+        """Whether ``k_x`` differs from zero, so that the losses need ``x_t``."""
         self._check_pair(match, predict)
         return _reads_x_t(self, match, predict)
 
@@ -156,7 +156,7 @@ class Path(ABC):
         """Draw ``n`` path times in ``t_range``, float32, on ``device``, without reading anything back.
 
         Raises:
-            UserError: an ``n`` that is no whole number from 0 on, or what is no generator or device.
+            UserError: ``n`` is not a whole number from 0 on, ``generator`` is not one, or the device cannot be used.
         """
         check_whole("n", n)
         if n < 0:
@@ -169,7 +169,7 @@ class Path(ABC):
         try:
             return sampler.draw(n, self, generator, device)
         except AssertionError as error:
-            # A torch without CUDA answers "cuda" with one.
+            # A torch without CUDA raises an AssertionError for the device "cuda".
             raise UserError(f"device {str(device)!r} cannot be used: {error}") from error
 
     def draw(
@@ -193,7 +193,7 @@ class Path(ABC):
             x: generated samples ``(B, ...)``, or training samples for :func:`~realuid_fast.matching_loss`. ``x_t`` is
                 differentiable in them.
             noise: a key of a :class:`~realuid_fast.NoiseStream`, or normals with a row for each row that draws.
-            real: as many real samples; they become the last rows of the batch. For the fake model's turn alone.
+            real: as many real samples, for the fake model's turn only. They become the last rows of the batch.
             endpoint, real_endpoint: the second endpoint ``y`` of either half, on a two-sided path.
             t: path times for the rows that draw their own; from :meth:`sample_time` where not given.
             match, predict, weight: as for :meth:`coefficients`.
@@ -202,7 +202,7 @@ class Path(ABC):
             generator: of the times.
 
         Raises:
-            UserError: tensors that do not agree, a missing endpoint, or what :meth:`coefficients` refuses.
+            UserError: tensors do not agree, an endpoint is missing, or :meth:`coefficients` refuses an argument.
 
         Source: RealUID (2509.22459), algorithm 1, shares times and noise.
         """
@@ -212,7 +212,7 @@ class Path(ABC):
         )  # fmt: skip
 
     def network_time(self, t: Tensor, predict: str = "velocity") -> Tensor:
-        """What a network is called with at path time ``t``: ``time_scale t``, or ``c_noise`` where preconditioned."""
+        """The time argument of a network at path time ``t``: ``time_scale t``, or ``c_noise`` if preconditioned."""
         check_tensor("t", t)
         check_choice("predict", predict, PREDICTIONS)
         if predict in PRECONDITIONED:
@@ -221,7 +221,7 @@ class Path(ABC):
         return t if scale == 1 else scale * t
 
     def network_input(self, x_t: Tensor, t: Tensor, predict: str = "velocity") -> Tensor:
-        """What a network is called on at ``x_t``, ``(R, ...)``: itself, or ``c_in x_t`` where preconditioned."""
+        """The input of a network at ``x_t``, ``(R, ...)``: ``x_t`` itself, or ``c_in x_t`` if preconditioned."""
         check_tensor("x_t", x_t)
         check_tensor("t", t)
         check_choice("predict", predict, PREDICTIONS)
@@ -234,11 +234,11 @@ class Path(ABC):
     def preconditioning(self, t: Tensor) -> Preconditioning:
         """``c_skip, c_out, c_in, c_noise`` of the ``edm`` prediction at path times ``t``, ``(R,)``.
 
-        They make the network's input and target unit variance for data (and endpoint) of the assumed second moments.
+        For data (and an endpoint) of the assumed second moments they give the network's input and target unit variance.
         """
 
     def edm_weight(self, t: Tensor) -> Tensor:
-        """``1 / c_out^2``: with it every time weighs alike on an ``edm`` network's raw output, in ``x0`` space.
+        """``1 / c_out^2``: with this weight an ``x0`` loss is the squared error of an ``edm`` network's raw output.
 
         ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the path :class:`VE`. Source: Karras et al. (2206.00364),
         table 1.
@@ -265,7 +265,7 @@ class Path(ABC):
 
     @abstractmethod
     def _conversion(self, match: str, predict: str, t: Tensor, scales: Triple, rates: Triple) -> tuple[Tensor, Tensor]:
-        """``(k_out, k_x)`` of a permitted pair that is not the same quantity twice."""
+        """``(k_out, k_x)`` of a permitted pair whose match space and prediction differ."""
 
     @abstractmethod
     def _precondition(self, t: Tensor, predict: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What paths and samplers refuse, each in a sentence that names the argument."""
+"""Checks of the arguments of paths and samplers; each error is a sentence that names the argument."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UserError
 
 
 def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
-    """Refuse times of the wrong shape or dtype and, where reading them is free, times outside ``t_range``."""
+    """Refuse times of the wrong shape or dtype and, if reading them is free, times outside ``t_range``."""
     check_tensor("t", t)
     if t.dim() != 1 or not t.is_floating_point():
         raise UserError(f"t must be a floating tensor of shape (R,), not {t.dtype} of shape {tuple(t.shape)}")
@@ -22,7 +22,7 @@ def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
     low, high = t_range
     first, last = _rounded(t_range, t.dtype)
     smallest, largest = (float(v) for v in torch.aminmax(t))
-    # Written so that NaN fails it too.
+    # Negated, so that NaN is refused too.
     if not (first <= smallest and largest <= last):
         found = "NaN" if math.isnan(smallest) else f"values from {smallest:g} to {largest:g}"
         raise UserError(f"t must lie inside the path's range [{low:g}, {high:g}], got {found}")
@@ -30,13 +30,13 @@ def check_times(t: Tensor, t_range: tuple[float, float]) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _rounded(t_range: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
-    """The range as times of ``dtype`` can express it, so that its own ends lie inside."""
+    """The range with its ends rounded to ``dtype``, so that times at its ends lie inside."""
     low, high = torch.tensor(t_range, dtype=dtype).tolist()
     return low, high
 
 
 def check_number(name: str, value: float, above: float = -math.inf, below: float = math.inf) -> None:
-    """Refuse what is not a finite number strictly between ``above`` and ``below``."""
+    """Refuse a value that is not a finite number strictly between ``above`` and ``below``."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, not {value!r}")
     if not above < value < below:
@@ -45,7 +45,7 @@ def check_number(name: str, value: float, above: float = -math.inf, below: float
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse what is not one of the words ``allowed``."""
+    """Refuse a value that is not one of the words ``allowed``."""
     if not isinstance(value, str) or value not in allowed:
         found = repr(value) if isinstance(value, str) else type_name(value)
         raise UserError(f"{name} must be one of {', '.join(allowed)}, not {found}")

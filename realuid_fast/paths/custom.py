@@ -29,20 +29,20 @@ def custom(
     t_range: tuple[float, float] = (0.0, 1.0),
     **settings: Any,
 ) -> Path:
-    """The path ``x_t = a(t) x + b(t) y + c(t) n``; one-sided, with all its conversions, without ``b``.
+    """The path ``x_t = a(t) x + b(t) y + c(t) n``. Without ``b`` it is one-sided and has all conversions.
 
     Args:
         a, b, c: elementwise functions from times ``(R,)`` to scales ``(R,)``, in torch operations.
-        da, db, dc: their derivatives; automatic differentiation where not given.
-        t_range: the permitted times. Every scale and derivative must be finite on it, and every quantity that a
-            conversion in use divides by must not vanish: ``a`` for predictions of noise or score, ``c`` for
-            predictions of ``x0``, both for preconditioned networks. Clip the ends off where one does.
+        da, db, dc: their derivatives; by automatic differentiation if not given.
+        t_range: the permitted times. Every scale and derivative must be finite on it. A quantity that a conversion in
+            use divides by must not vanish: ``a`` for predictions of noise or score, ``c`` for predictions of ``x0``,
+            both for preconditioned networks. If one vanishes at an end, choose a range without that end.
         settings: ``sampler``, ``time_scale`` and so on, as for :class:`~realuid_fast.paths.Path` or
             :class:`~realuid_fast.paths.TwoSidedPath`.
 
     Raises:
-        UserError: an empty ``t_range``, or a scale or derivative that is not finite or not shaped like its times,
-            tried at the ends and the middle of the range.
+        UserError: ``t_range`` is empty, or a scale or derivative is not finite or not shaped like its times. They are
+            tried at the ends and in the middle of the range.
     """
     functions = {"a": (a, da), "c": (c, dc)} | ({} if b is None else {"b": (b, db)})
     for name, (scale, rate) in functions.items():
@@ -71,7 +71,7 @@ def _check(name: str, value: object, t: Tensor) -> None:
 def _derivative(scale: Scalar, rate: Scalar | None, t: Tensor) -> Tensor:
     if rate is not None:
         return rate(t)
-    # Elementwise, so the gradient of the sum holds every row's own derivative.
+    # The scale is elementwise, so the gradient of the sum holds every row's own derivative.
     return torch.func.grad(lambda t: scale(t).sum())(t)
 
 
@@ -80,7 +80,7 @@ Functions = tuple[tuple[Scalar, Scalar | None], ...]
 
 @dataclass(frozen=True)
 class CustomOneSided(OneSidedPath):
-    """What :func:`custom` builds without ``b``: ``functions`` holds ``(a, a'), (c, c')``, ``times`` the range."""
+    """The path of :func:`custom` without ``b``: ``functions`` holds ``(a, a'), (c, c')``, ``times`` the range."""
 
     functions: Functions = field(kw_only=True)
     times: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)
@@ -100,7 +100,7 @@ class CustomOneSided(OneSidedPath):
 
 @dataclass(frozen=True)
 class CustomTwoSided(TwoSidedPath):
-    """What :func:`custom` builds with ``b``: ``functions`` holds ``(a, a'), (b, b'), (c, c')``."""
+    """The path of :func:`custom` with ``b``: ``functions`` holds ``(a, a'), (b, b'), (c, c')``."""
 
     functions: Functions = field(kw_only=True)
     times: tuple[float, float] = field(default=(0.0, 1.0), kw_only=True)

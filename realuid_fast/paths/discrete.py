@@ -1,4 +1,4 @@
-"""Variance preserving diffusion on numbered steps, as denoising diffusion models are trained, made continuous."""
+"""Variance preserving diffusion on numbered steps, as in denoising diffusion models, made continuous in time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _cosine(first: float, last: float, steps: int) -> np.ndarray:
     return np.minimum(1 - share[1:] / share[:-1], 0.999)
 
 
-# By the names that diffusers' schedulers have for them.
+# The schedules by the names that diffusers' schedulers have for them.
 SCHEDULES: dict[str, Callable[[float, float, int], np.ndarray]] = {
     "linear": _linear,
     "scaled_linear": _scaled_linear,
@@ -103,7 +103,7 @@ class DiscreteVP(OneSidedPath):
         return (a * c**2 * slope / 2).to(t.dtype), (-c * a**2 * slope / 2).to(t.dtype)
 
     def time_at_sigma(self, sigma: Tensor) -> Tensor:
-        # ln(A / (1 - A)) = -2 ln sigma. Newton's steps inside the interval that the table gives.
+        # Solve ln(A / (1 - A)) = -2 ln sigma by Newton's method inside the table's interval.
         values, _ = _cubics(self, sigma.device)
         wanted = (-2 * torch.log(sigma.double())).clamp(values[-1], values[0])
         steps = self.steps - 1
@@ -117,7 +117,7 @@ class DiscreteVP(OneSidedPath):
         return t.to(sigma.dtype)
 
     def _log_ratio(self, t: Tensor) -> Pair:
-        """``ln(A / (1 - A))`` at ``t`` and its derivative, float64: thousands of steps leave float32 few digits."""
+        """``ln(A / (1 - A))`` at ``t`` and its derivative; in float64, since float32 has few digits left for a step."""
         values, slopes = _cubics(self, t.device)
         steps = self.steps - 1
         k = t.double() * steps
@@ -138,7 +138,7 @@ def _scales(ratio: Tensor) -> Pair:
 
 @functools.lru_cache(maxsize=32)
 def _cubics(path: DiscreteVP, device: torch.device) -> Pair:
-    """``ln(A / (1 - A))`` of every step and its slope a step, copied to the device once."""
+    """``ln(A / (1 - A))`` of every step and its slope per step, copied to the device once."""
     with extra():
         from scipy.interpolate import PchipInterpolator
 
@@ -146,5 +146,5 @@ def _cubics(path: DiscreteVP, device: torch.device) -> Pair:
     values = np.log(table) - np.log1p(-table)
     steps = np.arange(len(table))
     slopes = PchipInterpolator(steps, values).derivative()(steps)
-    with torch.inference_mode(False):  # kept beyond a caller's inference mode
+    with torch.inference_mode(False):  # the cached tensors outlive a caller's inference mode
         return torch.tensor(values, device=device), torch.tensor(slopes, device=device)

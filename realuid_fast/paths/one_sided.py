@@ -24,17 +24,18 @@ VP_BETA_MIN, VP_BETA_RANGE, VP_STEPS = 0.1, 19.9, 1000
 class OneSidedPath(Path):
     """A path from data to Gaussian noise, ``x_t = a(t) x + c(t) n`` with ``n ~ N(0, I)``.
 
-    Subclasses give ``scales(t) -> (a, c)`` and ``rates(t) -> (a', c')``, and, where ``a`` or ``c`` reaches zero inside
-    the range, the times ``a_zero`` and ``c_zero``. With ``W = a c' - a' c`` the quantities a network may predict are
-    one another's linear images at a known ``x_t``::
+    Subclasses give ``scales(t) -> (a, c)`` and ``rates(t) -> (a', c')``. If ``a`` or ``c`` is zero at an end of the
+    range, they also give that end as ``a_zero`` or ``c_zero``. With ``W = a c' - a' c`` the quantities that a network
+    may predict are linear functions of one another at a known ``x_t``::
 
         x0 = (c' x_t - c v) / W        n = (a v - a' x_t) / W        v = a' x0 + c' n        score = -n / c
 
     so every prediction but ``residual`` has a conversion into every match space. At a noise level ``sigma = c / a`` the
-    rescaled ``x_t / a`` is ``x + sigma n``: preconditioned networks, trained on that, serve every one-sided path.
+    rescaled ``x_t / a`` is ``x + sigma n``. Preconditioned networks are trained on that, so they serve every one-sided
+    path.
 
-    Conversions that divide by ``a`` (``noise``, ``score``) or ``c`` (``x0``), and preconditioning, which takes
-    ``sigma``'s logarithm, diverge where those are zero; there times are clipped, see :meth:`Path.time_range`.
+    Conversions that divide by ``a`` (``noise``, ``score``) or ``c`` (``x0``) diverge where those are zero, and so does
+    preconditioning, which takes the logarithm of ``sigma``. There times are clipped, see :meth:`Path.time_range`.
 
     Source: Albergo and Vanden-Eijnden, Stochastic Interpolants (2303.08797), section 2; Lipman et al., Flow Matching
     (2210.02747), section 4.
@@ -52,17 +53,17 @@ class OneSidedPath(Path):
 
     @property
     def a_zero(self) -> float | None:
-        """The end of ``t_range`` at which ``a = 0``; None where ``a`` stays positive."""
+        """The end of ``t_range`` at which ``a = 0``; None if ``a`` stays positive."""
         return None
 
     @property
     def c_zero(self) -> float | None:
-        """The end of ``t_range`` at which ``c = 0``; None where ``c`` stays positive."""
+        """The end of ``t_range`` at which ``c = 0``; None if ``c`` stays positive."""
         return None
 
     @property
     def variance_preserving(self) -> bool:
-        """Whether ``a^2 + c^2 = 1``; then ``velocity`` is ``W v`` whatever ``x_t`` is, which is not read."""
+        """Whether ``a^2 + c^2 = 1``. Then the velocity is ``W`` times the prediction ``v``, and ``x_t`` is not read."""
         return False
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
@@ -149,8 +150,8 @@ class Linear(OneSidedPath):
     diffusers' flow models. Source: Liu et al., Flow Straight and Fast (2209.03003), equation 1; Lipman et al.
     (2210.02747), equation 22 with ``sigma_min = 0``; reversed, Esser et al. (2403.03206), equation 13.
 
-    ``shift`` concerns samplers with many steps alone: the share ``u`` of noise that is left at a step's time, equal
-    steps without it, becomes ``shift u / (1 + (shift - 1) u)``, which takes more steps in noise where it is above 1.
+    ``shift`` concerns only samplers with many steps. Without it steps are equal in the share ``u`` of noise that is
+    left. With it the share becomes ``shift u / (1 + (shift - 1) u)``: above 1 more steps are taken in noise.
     Source: Esser et al. (2403.03206), equation 23; ``shift`` of diffusers' ``FlowMatchEulerDiscreteScheduler``.
     """
 

@@ -50,7 +50,7 @@ class QuantileSampler(Sampler):
 
     @abstractmethod
     def quantile(self, u: Tensor, path: Path) -> Tensor:
-        """The time below which a share ``u`` of the law lies (above which, where time falls as noise grows)."""
+        """The time below which a share ``u`` of the law lies (above which, if noise grows as time falls)."""
 
     def draw(
         self,
@@ -171,7 +171,7 @@ class Beta(Sampler):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        # A ratio of gamma variables, in float64 so that small parameters do not give 0 / 0.
+        # Beta variables are ratios of gamma variables. In float64 small parameters do not give 0 / 0.
         one = torch.ones(n, device=device, dtype=torch.float64)
         first = torch._standard_gamma(self.a * one, generator)
         second = torch._standard_gamma(self.b * one, generator)
@@ -215,7 +215,7 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Sampler:
         raise UserError(f"a sampler's name must be a string, not {type_name(name)}")
     if settings is not None and not isinstance(settings, Mapping):
         raise UserError(f"the sampler's settings must be a mapping from names to numbers, not {type_name(settings)}")
-    # Those without numbers that would do for everything.
+    # Samplers whose settings have no defaults.
     bare: dict[str, type[Beta | Discrete]] = {"beta": Beta, "discrete": Discrete}
     default = {} if name in bare else vars(named(name))
     kind: Any = bare[name] if name in bare else type(named(name))

@@ -22,8 +22,8 @@ class TwoSidedPath(Path):
     """A path with a second endpoint, ``x_t = a(t) x + b(t) y + c(t) n``; ``y`` is the calls' ``endpoint``.
 
     Subclasses give ``scales(t) -> (a, b, c)`` and ``rates(t) -> (a', b', c')``. A network sees ``x_t`` and may see
-    ``y``; a conversion knows its output and ``x_t`` only. Of the three unknowns ``x, y, n`` those fix no more than two,
-    so these pairs of match space and prediction exist:
+    ``y``; a conversion knows only the network's output and ``x_t``. These two fix no more than two of the three
+    unknowns ``x, y, n``, so only these pairs of match space and prediction exist:
 
     ============  ========================================  ==============================
     match         predictions                               conversion
@@ -33,10 +33,9 @@ class TwoSidedPath(Path):
     ``noise``     ``noise``, ``score``                      ``-c F``
     ============  ========================================  ==============================
 
-    and where ``c = 0`` throughout, ``velocity`` and ``x0`` convert into each other, for then ``x_t`` and ``x`` fix
-    ``y``. Any other pair, say ``velocity`` from ``x0``, is ``k_y y`` away: it can be had for a network that is given
-    ``y``, by adding that term to the network's own output and declaring the match space as its prediction. Such a pair
-    is refused here.
+    If ``c = 0`` throughout, ``velocity`` and ``x0`` convert into each other too, because then ``x_t`` and ``x`` fix
+    ``y``. Any other pair, say ``velocity`` from ``x0``, lacks a term ``k_y y`` and is refused here. A network that is
+    given ``y`` can add that term to its own output and declare the match space as its prediction.
 
     Args:
         sigma_end: the endpoint's standard deviation that the ``edm`` preconditioning assumes.
@@ -73,7 +72,7 @@ class TwoSidedPath(Path):
 
     @property
     def b_zero(self) -> float | None:
-        """The end of ``t_range`` at which ``b`` and ``c`` vanish; None where they do not."""
+        """The end of ``t_range`` at which ``b`` and ``c`` vanish; None if they do not."""
         return None
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
@@ -124,7 +123,7 @@ class TwoSidedPath(Path):
 
     def _precondition(self, t: Tensor, predict: str) -> Pair:
         if predict != "edm":
-            raise UserError(f"predict must not be {predict} on {type(self).__name__}: of one-sided paths only")
+            raise UserError(f"predict must not be {predict} on {type(self).__name__}: it is for one-sided paths only")
         edm = self.preconditioning(t.clamp(*self.time_range("x0", predict)))
         return edm.c_in, edm.c_noise
 
@@ -256,7 +255,7 @@ class I2SB(Bridge):
         return 1000.0
 
     def _added(self, t: Tensor) -> Tensor:
-        """``g(t)``, from the near end of the first half or as the whole less the mirror image."""
+        """``g(t)``: in the first half from the near end, in the second half as the whole less the mirror image."""
         root, slope = math.sqrt(self.beta_min), math.sqrt(self.beta_max) - math.sqrt(self.beta_min)
 
         def first_half(t: Tensor) -> Tensor:
@@ -372,7 +371,7 @@ def _gamma_parabola(t: Tensor) -> Pair:
 
 
 def _gamma_sin2(t: Tensor) -> Pair:
-    t = t - torch.round(t)  # exact, and keeps the zero at t = 1 one
+    t = t - torch.round(t)  # exact, so sin(pi t) is 0 at t = 1
     return torch.sin(math.pi * t) ** 2, math.pi * torch.sin(2 * math.pi * t)
 
 
