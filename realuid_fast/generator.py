@@ -119,7 +119,7 @@ def _key(z: Tensor, number: int) -> Tensor:
 def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Tensor] | None = None) -> nn.Module:
     """A copy of ``net`` that shares the memory of its parameters, or of other tensors, without gradients for them.
 
-    Made once: later in-place updates of that memory show in it, and no flag is switched inside the training step. So
+    It is made once: later in-place updates of that memory show in it, and a training step switches no flag. So
     ``frozen_view(fake)`` is the fake model of the generator's turn, and ``frozen_view(student, optimiser.averages(d))``
     is the student at its moving average.
 
@@ -129,7 +129,7 @@ def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Te
             :meth:`realuid_fast.optim.FusedAdam.averages` gives them; a parameter without one keeps its own.
 
     Raises:
-        UserError: averages of none of the network's parameters.
+        UserError: ``state`` holds tensors of none of the network's parameters.
     """
     own = net.state_dict(keep_vars=True)
     given: Mapping[Any, Tensor] = own if state is None else state

@@ -244,8 +244,8 @@ class FusedAdam(torch.optim.Optimizer):
     def averages(self, decay: float) -> dict[Tensor, Tensor]:
         """Every parameter's moving average with ``decay``: the memory itself, laid out like the parameter.
 
-        For a sharded parameter it is this rank's share. ``rf.frozen_view(net, optimiser.averages(decay))`` is the network with
-        them.
+        For a sharded parameter it is this rank's share. ``rf.frozen_view(net, optimiser.averages(decay))`` is the
+        network with them.
         """
         if decay not in self.ema_decays:
             raise UserError(f"decay must be one of {list(self.ema_decays)}, got {decay:g}")

@@ -268,7 +268,10 @@ def understood(**settings):
 def test_lists_of_lists_are_no_settings_of_an_edm_network():
     sizes = {"img_resolution": 4, "in_channels": 1}
     assert understood(**sizes, channel_mult=[1, 2])["channel_mult"] == [1, 2]
-    with within(30), pytest.raises(UserError, match="setting channel_mult of its network is neither a number, nor a text"):
+    with (
+        within(30),
+        pytest.raises(UserError, match="setting channel_mult of its network is neither a number, nor a text"),
+    ):
         understood(**sizes, channel_mult=nested(list, 24))
     with pytest.raises(UserError, match="without a size"):
         understood(**{**sizes, "img_resolution": float("inf")})
