@@ -30,7 +30,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Code:
-    """What one kernel became on one target.
+    """The code of one kernel on one target, in numbers.
 
     Attributes:
         instructions: of the whole program, up to its last exit, padding not counted.

@@ -23,7 +23,7 @@ from .report import Row
 
 @dataclass(frozen=True)
 class Verdict:
-    """One case of the old file: how many times its old value the new one is, None where it is gone or has no peers."""
+    """One case of the old file, with the new value divided by the old; None if the case is gone or has no peers."""
 
     name: str
     ratio: float | None
@@ -65,7 +65,7 @@ def _verdict(was: Row, old: Sequence[Row], new: Sequence[Row], ratio: float, by:
 
 
 def _ways(rows: Sequence[Row], like: Row) -> Mapping[str, Row]:
-    """The ways of the case of ``like``."""
+    """The ways of computing the same case as the row ``like``."""
     wanted = report.identity(like)
     return {row["way"]: row for row in rows if report.identity(row) == wanted}
 

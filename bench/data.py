@@ -3,8 +3,8 @@
 Random images of CIFAR-10's size and of 64x64 are packed as ``realuid-fast pack`` does, and a pass over them is made in
 random order, to float32 batches in [-1, 1] with labels: by the trainer's batches from the packed files and from memory,
 and by a plain torch DataLoader over the same files, mapped, without workers and with two, which each pass starts anew.
-A case is a pass with the files in the page cache; a pass with them dropped from it; and what a consumer waits for a
-batch that is busy elsewhere for 10 ms in between, as one is that waits for a GPU. Writes data.json and data.md.
+There are three cases: a pass with the files in the page cache; a pass with the files dropped from it; and the time that
+a consumer waits for a batch if it is busy for 10 ms between batches, as with a GPU. Writes data.json and data.md.
 
 The clock is the wall's, since other threads and processes do the reading; all ways run in turn (:mod:`bench.timing`).
 """
@@ -85,7 +85,7 @@ def passes(folder: Path, dataset: Dataset, batch: int) -> dict[str, Pass]:
 
     def loader(workers: int) -> Pass:
         def one_pass() -> Iterator[tuple[Tensor, Tensor | None]]:
-            # Mapped for one pass: pages that are mapped stay in the cache whatever the kernel is told.
+            # The mapping lives for one pass only, because mapped pages cannot be dropped from the cache.
             for images, labels in DataLoader(Mapped(folder), batch, shuffle=True, num_workers=workers):
                 yield data.to_float(images), labels
 
@@ -100,10 +100,10 @@ def passes(folder: Path, dataset: Dataset, batch: int) -> dict[str, Pass]:
 
 
 def check(ways: dict[str, Pass], batch: int) -> None:
-    """Every way visits the same images once: sums over their pixels agree.
+    """Check, by sums over pixels, that every way visits the same images once.
 
     Raises:
-        AssertionError: two do not.
+        AssertionError: two ways differ.
     """
     sums = {}
     for name, one_pass in ways.items():

@@ -48,7 +48,7 @@ def fit(n: Sequence[float], ms: Sequence[float]) -> Fit:
         ms: positive times.
     """
     x, y = np.asarray(n, dtype=float), np.asarray(ms, dtype=float)
-    # Each equation divided by its time: a large n must not drown the small ones.
+    # Each equation is divided by its time, so that large n do not outweigh small ones.
     (a, b), *_ = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones_like(y), rcond=None)
     power, scale = np.polyfit(np.log(x), np.log(y), 1)
     fits = [Fit("linear", float(a), float(b), 0.0), Fit("power", float(np.exp(scale)), float(power), 0.0)]
@@ -89,7 +89,7 @@ def measure(axis: str, points: Sequence[tuple[float, Problem]], seconds: float) 
     ]
     rows = timing.measure(Case(f"update over {axis}", (), made), rounds=60, calls=1, seconds=seconds)
     for row, (n, _) in zip(rows, points, strict=True):
-        # Every point is ours, compared with its own old time.
+        # Every row counts as ours, so that it is compared with its own old time.
         row |= {"way": OURS, "ours": True, "shape": [round(n)]}
     sizes, ms = [n for n, _ in points], [row["median_ms"] for row in rows]
     found = fit(sizes, ms)
@@ -108,7 +108,7 @@ def measure(axis: str, points: Sequence[tuple[float, Problem]], seconds: float) 
 
 
 def table(curves: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> str:
-    """The statement of every curve, the machine below."""
+    """One sentence for every curve, and the machine below."""
     lines = []
     for curve in curves:
         found = Fit(*(curve[key] for key in ("model", "a", "b", "error")))

@@ -1,14 +1,14 @@
-"""``python -m bench.kernels_report``: what the Triton kernels compile to, without a GPU, and what that predicts.
+"""``python -m bench.kernels_report``: the compiled code of the Triton kernels in numbers, and times predicted from it.
 
 Prints registers, local memory, access widths and instructions an element of every variant on every target, and the
 time that bytes and instructions allow on four GPUs. ``--update`` rewrites the budget that the tests hold kernels to.
 
-Times are predicted from counts, not measured: a lower bound, the longest of bytes by memory bandwidth, instructions by
-four warps a clock and multiprocessor, special functions by 16 lanes and integer multiplies by 64. The rates are peaks
-from NVIDIA's publications, named at :class:`Gpu`. No GPU was asked.
+No GPU is needed. Times are predicted from counts, not measured. A time is a lower bound: the longest of bytes by memory
+bandwidth, instructions by four warps a clock and multiprocessor, special functions by 16 lanes and integer multiplies
+by 64. The rates are peaks from NVIDIA's publications, named at :class:`Gpu`.
 
-The last table is the rule for noise: a turn needs the same normals for the interpolant and for the loss, and can either
-draw them from a key in both calls or write them once and read them twice. ``realuid_fast/noise.py`` states the outcome.
+The last table is about noise: a turn needs the same normals for the interpolant and for the loss. It can draw them from
+a key in both calls, or write them once and read them twice. ``realuid_fast/noise.py`` states which is cheaper.
 """
 
 from __future__ import annotations
@@ -266,7 +266,8 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-# The two calls of a generator turn that need noise, keyed and given, and what writes it, over alignments of a row.
+# The two calls of a generator turn that need noise, with a key and with a tensor, and the call that writes the tensor,
+# for several alignments of a row.
 ROWS = {"divisible by 4": IMAGES, "odd": (256, 3, 15, 15), "2": (256, 2)}
 TURNS: dict[str, Variant] = {
     f"{call}/{dtype}/{rows}": variant

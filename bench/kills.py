@@ -302,7 +302,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _compared(alone: Path, killed: Path) -> dict[str, bool]:
-    """For everything a run leaves, whether it is the same to the last bit, but for the clock's columns."""
+    """For every result of a run, whether it is the same to the last bit, apart from the columns with times."""
     same = {
         name: (killed / name).is_file() and (alone / name).read_bytes() == (killed / name).read_bytes()
         for name in ("student.safetensors", "best.safetensors", "distances.csv")

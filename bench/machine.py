@@ -1,4 +1,4 @@
-"""What a timing was taken on: processor, instruction set, bandwidth, versions, load."""
+"""Describes the machine of a timing: processor, instruction set, bandwidth, versions, load."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from .timing import Case, Way
 
 TINY, DIGITS, CIFAR, LARGE = (2, 4), (128, 1, 8, 8), (256, 3, 32, 32), (2048, 3, 32, 32)
 SIZES = (TINY, (8, 1, 8, 8), DIGITS, (16, 3, 32, 32), CIFAR, LARGE, (1024, 4, 128, 128))
-SMALL_PARTS = ("operator alone", "empty autograd.Function")  # where the time of a small call goes
-LONG = 2**22  # elements from which a call outlasts its caches and the clock's grain
+SMALL_PARTS = ("operator alone", "empty autograd.Function")  # ways that show where the time of a small call goes
+LONG = 2**22  # from so many elements on a call is larger than the caches and much longer than the clock's resolution
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def entries(quick: bool = False) -> Iterator[Entry]:
 
 @dataclass(frozen=True)
 class Peer:
-    """What a user would write, ``function(*inputs, noise, **bound)``: a loss to differentiate, or called as it is."""
+    """The code that a user would write, ``function(*inputs, noise, **bound)``, which may be a loss to differentiate."""
 
     name: str
     function: Callable[..., Any]

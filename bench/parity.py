@@ -95,7 +95,7 @@ def teacher(dataset: Dataset, updates: int) -> Model:
 
 
 class Draws:
-    """What a :class:`Distiller` in parity mode is about to draw, from its own state, for :class:`Published`."""
+    """Draws for :class:`Published` the numbers that a :class:`Distiller` in parity mode will draw, from its state."""
 
     def __init__(self, ours: Distiller, plain: Published) -> None:
         state = ours.state_dict()
@@ -103,7 +103,7 @@ class Draws:
         self._noise.load_state_dict(state["noise"])
         self._times.set_state(state["draws"])
         plain.batches.load_state_dict(state["batches"])
-        # One starting point: an untrained fake model is the trainer's.
+        # Both start from the same fake model. If it is untrained, it is the trainer's.
         plain.fake.load_state_dict(ours.fake.state_dict())
         self._plain, self._path, self._like, self._cycle = plain, ours.path, ours._like, ours._like_cycle
 
@@ -163,7 +163,7 @@ def _config(overrides: Sequence[str], updates: int) -> Config:
 
 
 def _copy(model: Model) -> Model:
-    # The trainer takes the network over, layout and all.
+    # The trainer changes the network that it is given, so build one for it.
     net = build(model.description.network)
     net.load_state_dict(model.net.state_dict())
     return Model(net.eval(), model.description)
@@ -177,7 +177,7 @@ def row(way: str, curves: Curves, state: Mapping[str, Tensor], first: Mapping[st
             torch.tensor(curve, dtype=torch.float64),
             torch.tensor(first["curves"][name], dtype=torch.float64),
         )
-        # A generator loss is a difference and passes through zero: all are held against the curve's own size.
+        # A generator loss is a difference and passes through zero, so divide by the size of the whole curve.
         apart = (ours - theirs).abs() / theirs.square().mean().sqrt()
         found[name] = {
             "mean": float(ours.mean()),

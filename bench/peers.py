@@ -1,4 +1,4 @@
-"""The formulas of the fused calls as one would write them in torch: what the kernels are timed against.
+"""The formulas of the fused calls as one would write them in torch, against which the kernels are timed.
 
 The ``*_table`` forms take the coefficient table as the fused calls do. The others are written out for the one case that
 is timed (linear path, velocity, RealUID), where the target is ``x - n`` and every weight is one, and do less work than
@@ -16,7 +16,7 @@ ALPHA, BETA = 0.92, 0.94
 
 
 class _HandsOver(torch.autograd.Function):
-    """Computes nothing: a number that is not set, and for gradients tensors that are not set."""
+    """Computes nothing: its result and its gradients are uninitialised memory."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _HandsOver(torch.autograd.Function):
 
 
 def nothing(*inputs: Tensor) -> Tensor:
-    """What autograd itself takes for a function of one's own, on so few samples that its work does not show."""
+    """Times autograd's own cost of a custom function, on so few samples that other work does not show."""
     loss: Tensor = _HandsOver.apply(*inputs)
     return loss
 

@@ -90,7 +90,7 @@ def run(asked: argparse.Namespace, command: str) -> None:
     run_all({run.name: run.command for run in found if not run.finished}, jobs, asked.work)
     run_all({run.name: run.command for run in every if not run.finished}, jobs, asked.work)
     judge = Judge()
-    # Rows of other calls stay beside these: each says what made it.
+    # Rows of other calls stay in the file; each row names the command that made it.
     source = {"command": command, "machine": machine.describe()}
     rows = {name: {**judge.row(name, list(seeds.values())), **source} for name, seeds in students.items()}
     kept = {row["preset"]: row for row in json.loads(asked.out.read_text())["rows"]} if asked.out.is_file() else {}
@@ -154,7 +154,7 @@ class Judge:
         self._teachers: dict[tuple[str, int], dict[str, float]] = {}
 
     def row(self, preset: str, students: Sequence[Student]) -> Row:
-        """What the table says of a preset."""
+        """The table's row of a preset."""
         config = students[0].config
         measure = self._measure(config)
         last = [read_csv(student.folder / "distances.csv")[-1] for student in students]

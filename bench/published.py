@@ -1,4 +1,4 @@
-"""The algorithm as published, in plain PyTorch: what a training step is timed against.
+"""The algorithm as published, in plain PyTorch, against which a training step is timed.
 
 The linear path, velocities and RealUID, one turn after another: every turn reads a batch, whose labels the generated
 samples get too; every fake turn makes its samples with the generator's graph, which is never used and lives until the

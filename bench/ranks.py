@@ -1,4 +1,4 @@
-"""What the model of docs/scaling.md takes for granted, measured on this machine: ``python -m bench.ranks``, a minute.
+"""Measures on this machine what the model of docs/scaling.md assumes: ``python -m bench.ranks``, a minute.
 
 Two ranks on gloo, a thread each. The seconds of an all-reduce by its size give the latency of a message and the
 bandwidth; an update of the digits network on two ranks, with as many rows on each as on one process, is then held
@@ -97,7 +97,7 @@ def _rank(rank: int, count: int, meeting: str, sizes: Sequence[int], seconds: fl
 
 
 def _times(call: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each call, a first one aside: as many on every rank."""
+    """Seconds of each call after a first one that does not count; every rank makes the same number of calls."""
     call()
     taken: list[float] = []
     rounds = ROUNDS
@@ -116,7 +116,7 @@ def _times(call: Callable[[], object], seconds: float) -> list[float]:
 def summary(alone: float, apart: float, together: float, reduced: list[tuple[int, float]]) -> dict[str, Any]:
     """What was measured, what follows for a message, and the update on two ranks that the model expects from it.
 
-    ``apart`` is an update of two processes that have nothing to do with each other but the machine.
+    ``apart`` is the time of an update on two processes that share nothing but the machine.
     """
     latency, bandwidth = fit(reduced)
     size = 4 * sum(p.numel() for p in PROBLEMS["digits"].make()[2].net.parameters())

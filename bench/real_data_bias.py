@@ -1,4 +1,4 @@
-"""What real data does to a wrong teacher, in closed form: ``python -m bench.real_data_bias`` (seconds, no training).
+"""The effect of real data if the teacher is wrong, in closed form: ``python -m bench.real_data_bias``, seconds.
 
 One-dimensional Gaussians on the linear path, uniform time. The data are N(0, 1), the teacher's field belongs to
 N(m, s^2), and the student is the Gaussian that minimises the exact inner maximum, the integral over x_t and t of

@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Results:
-    """One run of one benchmark; ``extra`` is what it has to say beyond its rows."""
+    """One run of one benchmark; ``extra`` holds its results beyond the rows."""
 
     benchmark: str
     machine: dict[str, Any]
@@ -53,7 +53,7 @@ def parser(module: str, text: str | None, seconds: str) -> argparse.ArgumentPars
 
 
 def threads(text: str) -> int:
-    """A thread count among a command's words."""
+    """A number of threads from a command line."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
@@ -65,7 +65,7 @@ def seconds(args: argparse.Namespace, usual: float, quick: float) -> float:
 
 
 def _folder(text: str) -> Path:
-    """A folder that can be written, made if need be: seen before the minutes that a benchmark takes, not after."""
+    """A folder that can be written, made if need be. It is tried before the benchmark's minutes, not after them."""
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def by_case(rows: Iterable[Row]) -> list[dict[str, Row]]:
 
 
 def identity(row: Row) -> tuple[Any, ...]:
-    """What names a row's case in every run."""
+    """The values that identify a row's case in every run."""
     return row["case"], shape(row), kind(row), row.get("threads", 1)
 
 

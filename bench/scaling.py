@@ -140,7 +140,7 @@ class Cycle:
 
     @property
     def exposed(self) -> float:
-        """What nothing hides of the all-reduces: a step needs the norm of the whole gradient, from all ranks."""
+        """Seconds of all-reduces that no compute hides: a step needs the norm of the whole gradient, from all ranks."""
         return self.turns * self.exposed_fake + self.exposed_generator
 
     @property
@@ -154,9 +154,9 @@ class Cycle:
 
 
 def exposed(whole: float, pieces: int, backward: float) -> float:
-    """Seconds of an all-reduce of ``whole`` seconds, in equal pieces, that are left after the backward pass.
+    """The seconds of an all-reduce that remain after the backward pass. It takes ``whole`` seconds in equal pieces.
 
-    A piece sets out when its share of the pass is over, the last one at its end.
+    A piece is sent when its share of the pass is over, the last one at the end of the pass.
     """
     return max(whole / pieces, whole - backward * (pieces - 1) / pieces)
 
@@ -200,7 +200,7 @@ def sharded(job: Job, gpus: int, machine: Machine, share: float = 1.0, latency: 
 def simulate(one: Cycle, gpus: int, spread: float, cycles: int = 200, seed: int = 0) -> float:
     """Mean seconds of a cycle when a rank's compute takes ``1 + spread |normal|`` times as long, drawn for each turn.
 
-    What nothing hides of an all-reduce begins when its slowest rank arrives; all leave it together.
+    The part of an all-reduce that no compute hides begins when the slowest rank arrives, and ends for all together.
     """
     draws, clock = np.random.default_rng(seed), 0.0
     step = one.steps / (one.turns + 1)

@@ -57,7 +57,7 @@ class Problem:
         net = networks.build(settings)
         with torch.no_grad():
             for parameter in net.parameters():
-                # Also the layers that start at zero, which would leave nothing to do behind them.
+                # Fill all layers, including those that start at zero: their zero output would save later work.
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draws))
         images = torch.randint(256, (IMAGES, *self.shape), dtype=torch.uint8, generator=draws)
         labels = torch.arange(IMAGES) % self.classes if self.classes else None
@@ -134,7 +134,7 @@ def peaks(trained: Distiller | Published) -> dict[str, float]:
         OSError: the system does not let a process reset its own peak.
     """
     trained.update()
-    # Without its generator's turn the peak of an update is its fake turns'.
+    # Leave the generator's turn out, so that the peak of this update is that of its fake turns.
     setattr(trained, "generator_turn", lambda *_: None)  # noqa: B010
     gc.collect()
     found = {"held_MB": _resident("VmRSS")}
@@ -154,7 +154,7 @@ def _resident(entry: str) -> float:
 
 def _peak_in_a_process(name: str, way: str) -> dict[str, float]:
     """:func:`peaks` in a fresh process; empty where they cannot be measured."""
-    # A fixed threshold: blocks above it are mapped for themselves, and leave the process when they are freed.
+    # With a fixed threshold larger blocks are mapped one by one, and go back to the system when they are freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "bench.step", "--peak", name, way]
     command += ["--threads", str(torch.get_num_threads())]

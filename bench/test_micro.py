@@ -9,7 +9,7 @@ import pytest
 from bench import micro
 
 ENTRIES = [replace(entry, compiled=False) for entry in micro.entries(quick=True)]
-# Which ways there are does not depend on the size, so collecting builds small ones.
+# The ways of a case do not depend on its size, so they are collected on small tensors.
 WAYS = [
     pytest.param(entry, way.name, id=f"{entry.call} {entry.shape} {str(entry.dtype)[6:]}: {way.name}")
     for entry in ENTRIES

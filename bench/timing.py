@@ -20,7 +20,7 @@ TURN = 1e-3  # seconds that short calls are repeated for, so that reading the cl
 
 @dataclass(frozen=True)
 class Way:
-    """One way of computing a case; ``ours`` is what the others are compared with.
+    """One way of computing a case. The others are compared with the one that is ``ours``.
 
     ``times_itself``: ``run`` returns its seconds instead of being timed.
     """

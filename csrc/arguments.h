@@ -1,4 +1,4 @@
-// What every operator does with its arguments: naming what is wrong with them, finding their memory, making results.
+// Helpers for the operators' arguments: errors that name an argument, pointers to its memory, and new results.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ template <class... Parts>
   throw std::runtime_error(sentence.str());
 }
 
-// One sentence and no source location: it is for whoever called the operator.
+// An error of one sentence without a source location, because it is meant for the caller of the operator.
 #define REQUIRE(condition, ...) \
   do {                          \
     if (!(condition)) refuse(__VA_ARGS__); \
@@ -48,7 +48,7 @@ inline Dtype storage(const Tensor& t, const char* name) {
   }
 }
 
-// Where `t` lies. A tensor whose storage was taken from it (as sharded training does) has a shape and no memory.
+// The address of `t`. A tensor whose storage was freed (sharded training does that) has a shape but no memory.
 inline const void* memory_of(const Tensor& t, const char* name) {
   const void* memory = t.const_data_ptr();
   REQUIRE(memory != nullptr || t.numel() == 0, name, " has no memory: its storage was freed");
@@ -60,7 +60,7 @@ inline void* writable(const Tensor& t, const char* name) {
   return t.mutable_data_ptr();
 }
 
-// The memory of `t` holds its elements once and without gaps, in whatever order.
+// Whether the memory of `t` holds each element once and has no gaps, in any order.
 inline bool gapless(const Tensor& t) {
   if (t.is_contiguous() || t.numel() == 0) return true;
   const auto sizes = t.sizes(), strides = t.strides();

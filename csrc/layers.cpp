@@ -74,7 +74,7 @@ Tensor nothing(ScalarType dtype) {
 
 void zero(const Tensor& t) { std::fill_n(static_cast<char*>(t.mutable_data_ptr()), t.numel() * item_size(t.scalar_type()), 0); }
 
-// What the calls have in common: images x and the filters that go with them.
+// The data of every convolution call: images x and the filters that go with them.
 struct Conv {
   rf::Dtype dtype;
   rf::Images images;
@@ -97,7 +97,7 @@ struct Conv {
     real = item_size(wanted);
   }
 
-  // The transposed filters, turned around: what takes the output's gradient to the input's.
+  // The transposed filters, turned around. A convolution with them turns the output's gradient into the input's.
   rf::Filters turned() const {
     return {filters.out, filters.in, filters.by_out, filters.by_in, -filters.by_row, -filters.by_column};
   }
@@ -194,7 +194,7 @@ const void* of_channels(const Tensor& t, const char* name, int64_t channels, Sca
   return memory_of(t, name);
 }
 
-// What both ways of the normalisation have in common.
+// The data of the normalisation, forward and backward.
 struct Norm {
   rf::Dtype dtype;
   ScalarType real;

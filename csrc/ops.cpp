@@ -25,13 +25,13 @@ constexpr int64_t ELEMENTS_PER_THREAD = 32768;
 // Outputs larger than this leave the caches before anyone reads them: write them past the caches.
 constexpr int64_t STREAM_BYTES = int64_t(1) << 20;
 
-// Gapless with samples outermost.
+// Whether a tensor has no gaps and samples are its outermost dimension.
 bool dense(const Tensor& t) {
   if (t.is_contiguous() || t.numel() == 0) return true;
   return gapless(t) && (t.size(0) == 1 || t.stride(0) * t.size(0) == t.numel());
 }
 
-// What every tensor of a call is compared with: its main input.
+// The main input of a call. Every other tensor is compared with it.
 struct Frame {
   const Tensor& main;
   const char* name;
@@ -67,7 +67,7 @@ struct Frame {
     if (t.numel() == 0) return t.const_data_ptr();
     const void* memory = memory_of(t, label);
     const auto sa = t.strides(), sb = main.strides();
-    // The stride of a dimension of size 1 says nothing.
+    // The stride of a dimension of size 1 has no meaning, so it is not compared.
     for (int64_t d = 0; d < dims; ++d)
       REQUIRE(a[d] == 1 || b[d] == 1 || sa[d] == sb[d], label, " must have the memory layout of ", name);
     return memory;
@@ -81,7 +81,7 @@ struct Frame {
     return {same(*uncond, "teacher_uncond"), by_row(scales, "guidance")};
   }
 
-  // A number a row, or null where there are none.
+  // The address of a vector with one number for each row, or null without one.
   const void* by_row(const Optional& numbers, const char* label) const {
     if (!numbers.has_value()) return nullptr;
     REQUIRE(numbers->is_cpu() && numbers->dim() == 1 && numbers->size(0) == shape.rows && numbers->is_contiguous(),
@@ -179,7 +179,7 @@ struct Frame {
     return {std::move(loss), std::move(rows)};
   }
 
-  // A tensor may be left out where its column of coefficients is zero in every row.
+  // A tensor may be left out if its column of coefficients is zero in every row.
   void check_left_out(const Optional& t, const char* label, const void* coef, int column, const char* column_name) const {
     if (t.has_value()) return;
     for (int64_t row = 0; row < shape.rows; ++row) {
@@ -312,12 +312,12 @@ Grads3 guided_fake(const Tensor& fake_out, const Tensor& x, const Optional& x_t,
                     noise_rows, n_real, {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean, want_fake);
 }
 
-// What a generator call wants of its gradients.
+// Which gradients a generator call asks for.
 struct Wants {
   bool teacher, fake, x, x_t, uncond;
 };
 
-// Without guidance the last gradient stands for nothing: another's handle, so that no memory is asked for.
+// Without guidance there is no last gradient. Its place gets another tensor's handle, so that no memory is allocated.
 Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& uncond,
                        const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
@@ -403,7 +403,7 @@ void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
   }
 }
 
-// The pieces of a list of tensors, one tensor's behind another's: what threads share out.
+// The pieces of a list of tensors, tensor by tensor. Threads divide the pieces among themselves.
 class Pieces {
  public:
   explicit Pieces(const std::vector<Tensor>& tensors) : first_{0} {
@@ -499,7 +499,7 @@ Tensor begin_step_(const std::vector<Tensor>& grads, const std::vector<Tensor>& 
   return norm;
 }
 
-// Memory that a call writes must not be anything else it writes or reads: the threads run in no order.
+// Refuses memory that a call writes and also reads or writes through another argument: threads run in no fixed order.
 class Apart {
  public:
   void add(const void* memory, int64_t bytes, const char* name, bool written) {
@@ -572,7 +572,7 @@ void adam_(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, 
 
   const double length = number(norm, 0, "norm");
   const int64_t before = counters(counts)[0] - 1;
-  // A step skipped before the first one taken counts none.
+  // If the very first step is skipped, no step has been taken yet, and its count is 0.
   const double taken = std::max(number(step, 0, "step"), 1.0);
   const double rate = number(lr, std::max<int64_t>(0, std::min(before, lr.numel() - 1)), "lr");
   const double ramp = ema_warmup ? double(1 + before) / double(10 + before) : 1.0;

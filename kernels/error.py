@@ -1,4 +1,4 @@
-"""The teacher's error on the generator's samples, ``mean |x - f*|`` for every row: what SiD and DMD divide by."""
+"""The teacher's error on the generator's samples, ``mean |x - f*|`` for every row. SiD and DMD divide by it."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _generator_kernel(
 
     if Q_ROWS:
         q_kappa2 *= row_number(q_rows_ptr, row, n_rows, ROWS, EVEN)
-    # The row's constants are folded first: an element costs eleven multiply-adds.
+    # Products of a row's constants are computed once for the row, so an element costs eleven multiply-adds.
     raw = teacher - fake  # D = k_out raw
     r = two_kappa_alpha * k_out * teacher - two_kappa_beta * p * x - two_kappa_beta * s * n  # 2 kappa r
     if HAS_ENDPOINT:
@@ -212,7 +212,7 @@ def _planned(
         "noise_rows": rows,
         "two_kappa_alpha": 2 * kappa * alpha,
         "two_kappa_beta": 2 * kappa * beta,
-        # With a Q of each row's own the kernel multiplies it in.
+        # If every row has its own Q, the kernel multiplies by it.
         "q_kappa2": kappa**2 * (q if q_rows is None else 1.0),
         "scale": 1.0 / rows if mean else 1.0,
     }

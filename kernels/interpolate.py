@@ -97,7 +97,7 @@ def interpolate(
 def interpolate_grads(
     grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool
 ) -> tuple[list[Call], tuple[Tensor, Tensor]]:
-    """The launch of the operator ``interpolate_grads`` and its outputs; one not wanted is empty."""
+    """The launch of the operator ``interpolate_grads`` and its outputs; a gradient not wanted is empty."""
     outputs = tuple(torch.empty_like(grad) if want else grad.new_empty(0) for want in (want_x, want_endpoint))
     g_x, g_endpoint = outputs
     if grad.numel() == 0 or not (want_x or want_endpoint):

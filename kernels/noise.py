@@ -7,12 +7,12 @@ much for the small radius there; since ``-2 ln u >= 2 (1 - u)``, with equality i
 and the logarithm taken a little low is within 2e-5 of the radius everywhere, and never negative. That bound is
 absolute: beside a radius near zero it is larger, 1.7e-4 of it at worst.
 
-Elsewhere, on AMD and in the interpreter, logarithm and square root are the library's, which on AMD are single
-instructions, and sine and cosine polynomials: how exact AMD's instructions for these are is not documented.
+On AMD and in the interpreter logarithm and square root are those of Triton's library, which on AMD are single
+instructions. Sine and cosine are polynomials, because the accuracy of AMD's instructions for them is not documented.
 
-When a key costs less than a tensor: with ``D`` divisible by four, one Philox call serves four elements, about 20
-instructions an element on NVIDIA and 40 on AMD. Otherwise rows begin inside a group of four and each element draws for
-itself, about 80.
+The cost of a key: if ``D`` is divisible by four, one Philox call serves four elements. That takes about 20 instructions
+an element on NVIDIA and 40 on AMD. Otherwise rows begin inside a group of four and each element draws a group for
+itself, which takes about 80.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .tiles import ROW_COUNTS, Call, place, row_length, tiling, write
 
-# Inline PTX needs a compiler for NVIDIA: not the interpreter, not ROCm.
+# Inline PTX works only with a compiler for NVIDIA, not in the interpreter and not on ROCm.
 _PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
@@ -59,10 +59,10 @@ def _ptx(ASM: tl.constexpr, x):
 
 @triton.jit
 def _circle(word):
-    """Cosine and sine of ``2 pi word 2^-32``: the library's reduce their argument at a hundred instructions.
+    """Cosine and sine of ``2 pi word 2^-32``. The library's would spend a hundred instructions to reduce the argument.
 
-    An eighth of a turn further, the word's two top bits are the quadrant and the others count from -pi/4 to pi/4, an
-    exact reduction; there the polynomials, minimax, are within 1e-7.
+    Here the reduction is exact: an eighth of a turn is added, then the word's two top bits are the quadrant, and the
+    others count from -pi/4 to pi/4. In that range minimax polynomials are within 1e-7.
     """
     turned = tl.add(word, 0x20000000, sanitize_overflow=False)
     x = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 1.4629180792671596e-09
@@ -84,7 +84,7 @@ def _pair(radius_word, angle_word, PTX: tl.constexpr):
     if PTX:
         u = m * 5.9604644775390625e-08 + 5.9604644775390625e-08
         log2 = _ptx("lg2.approx.ftz.f32 $0, $1;", u)
-        # 2 (1 - u), exactly; the logarithm's share is lowered by its own error bound, 2^-21.
+        # The bound 2 (1 - u) is exact. The logarithm is lowered by its own error bound, 2^-21.
         bound = m * -1.1920928955078125e-07 + 1.99999988079071044921875
         radius = _ptx(
             "sqrt.approx.ftz.f32 $0, $1;", tl.maximum(log2 * -1.3862943611198906 - 4.76837158203125e-07, bound)
@@ -94,7 +94,8 @@ def _pair(radius_word, angle_word, PTX: tl.constexpr):
         cosine = _ptx("cos.approx.ftz.f32 $0, $1;", angle)
         sine = _ptx("sin.approx.ftz.f32 $0, $1;", angle)
     else:
-        # In units of 2^-24, as the definition has it. -2 ln u by the base-2 logarithm, which processors have.
+        # m counts in units of 2^-24, as in the definition. -2 ln u is computed from the base-2 logarithm, which
+        # processors have.
         radius = tl.sqrt(tl.log2((m + 1.0) * 5.9604644775390625e-08) * -1.3862943611198906)
         cosine, sine = _circle(angle_word)
     return radius * cosine, radius * sine
@@ -193,7 +194,8 @@ def _normal_kernel(
 def noise_constants(noise: Tensor, noise_rows: int, rows: int, ptx: bool | None) -> dict[str, Any]:
     """The compile-time facts of a call's noise: drawn or read, by which instructions, and how rows share it.
 
-    ``SHARED`` is 0 for rows apart, 1 for two halves that share, where a subtraction gives the row, 2 for any division.
+    ``SHARED`` is 0 if every row has its own noise, 1 if two halves share it (a subtraction then gives the noise's row),
+    and 2 otherwise (a division gives it).
     """
     shared = 0 if noise_rows >= rows else 1 if 2 * noise_rows >= rows else 2
     return {

@@ -1,7 +1,7 @@
 """The optimiser step: the gradients' global norm, then clip, Adam and every moving average in one pass.
 
-Three launches: sums of squares, one program that adds them up and counts the step, and the update. What the update
-needs to know about the step (is the norm finite, how many steps were taken, the learning rate) it reads on the device.
+There are three launches: sums of squares, one program that adds them up and counts the step, and the update. The update
+reads on the device whether the norm is finite, how many steps were taken, and the learning rate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .tiles import PER_THREAD, TILE, Call, row_length
 
-# Tensors that are launched one by one; longer lists belong to torch's foreach functions.
+# Most tensors that get a launch each. Longer lists are left to torch's foreach functions.
 LAUNCHES = 4
 # A program sums the squares of this many tiles.
 _STEPS = 8
@@ -61,7 +61,7 @@ def _norm_kernel(partial_ptr, norm_ptr, step_ptr, counts_ptr, n_partial, CHUNK: 
 
 @triton.jit
 def _correction(step, log_beta):
-    """``1 - beta^step`` without the cancellation of the difference, where it is small from its series."""
+    """``1 - beta^step`` without cancellation: a small difference is computed from its series."""
     x = tl.maximum(step * log_beta, -100.0)
     series = 1.0 + x / 8.0
     for i in tl.static_range(6):
@@ -193,7 +193,7 @@ def adam_(
     for i, p in enumerate(params):
         if not p.numel():
             continue
-        # Arguments that a switch leaves unused are the parameter itself.
+        # A pointer that the switches leave unused gets the parameter itself.
         stride = emas[i].stride(0) if emas else 0
         align = math.gcd(p.numel(), stride, 16)
         arguments = {
@@ -233,5 +233,5 @@ def adam_(
 
 
 def _log(beta: float) -> float:
-    # A decay of 0 leaves nothing after one step, as this does in float32.
+    # log(0) is replaced by a number whose exponential is 0 in float32: with beta = 0 nothing is left after one step.
     return math.log(beta) if beta > 0 else -1e30

@@ -33,7 +33,7 @@ def finish(partial: Tensor, rows: Tensor, loss: Tensor, count: int) -> Call:
 
     Args:
         partial: float32 ``[R, blocks]``. rows: float32 ``(R,)``, written. loss: float32 ``()``, written.
-        count: what the mean divides by.
+        count: the number that the sum is divided by for the mean.
     """
     n_rows, blocks = partial.shape
     chunk_b = min(1024, triton.next_power_of_2(blocks))
@@ -51,6 +51,6 @@ def finish(partial: Tensor, rows: Tensor, loss: Tensor, count: int) -> Call:
 
 
 def loss_outputs(x: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for partial sums ``[R, blocks]``, rows ``(R,)`` and loss ``()``, all float32."""
+    """Uninitialised memory for partial sums ``[R, blocks]``, rows ``(R,)`` and loss ``()``, all float32."""
     partial = torch.empty((x.shape[0], blocks), dtype=torch.float32, device=x.device)
     return partial, partial.new_empty(x.shape[0]), partial.new_empty(())

@@ -1,4 +1,4 @@
-"""Gradients times the incoming one, in place, with the factor read on the device: factors of 1 touch no memory."""
+"""Gradients times the incoming gradient, in place. The factor is read on the device; with 1 no memory is touched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tiles import PER_THREAD, ROW_COUNTS, TILE, Call, grid_row, over_two_axes, row_length
 
-# A program walks over this many tiles, so that a factor of 1 costs few programs that stop at once.
+# Tiles that a program walks over. With a factor of 1 only few programs start, and they stop at once.
 _STEPS = 8
 # One launch serves this many gradients of one size, as many as any loss has.
 _AT_ONCE = 4

@@ -31,7 +31,7 @@ from torch import Tensor
 TILE = 2048
 PER_THREAD = 16
 COLUMNS = tl.constexpr(9)
-# A grid's second axis ends here; more rows are spread over the third too.
+# The largest second axis of a grid. More rows are spread over the third axis too.
 GRID_ROWS = 65535
 # Arguments of the kernels that count rows: no launch is compiled for a value of theirs.
 ROW_COUNTS = ("n_rows", "n_gen", "noise_rows")
@@ -47,7 +47,7 @@ class Tiling(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One kernel launch, complete: what the ahead-of-time gate compiles is what a GPU would run."""
+    """One complete kernel launch. The ahead-of-time gate compiles from it exactly what a GPU would run."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -78,13 +78,13 @@ def tiling(rows: int, dim: int) -> Tiling:
 
 
 def over_two_axes(rows: int) -> tuple[int, int]:
-    """The second and third axis of a grid over rows, as few programs too many as there can be."""
+    """The second and third axis of a grid over rows, chosen so that as few programs as possible have no row."""
     layers = -(-rows // GRID_ROWS)
     return -(-rows // layers), layers
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch where the tensors are; on CPU, under the interpreter, nothing is to be done."""
+    """A context that makes the tensors' device the current one; on CPU, under the interpreter, it does nothing."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
@@ -92,7 +92,7 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 @triton.jit
 def row_length(units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
-    """Elements of a row; in 64 bits where it may be long: one of 2^31 elements has units enough for 32 bits only."""
+    """Elements of a row, in 64 bits if it may be long: 2^31 elements do not fit into 32 bits, though their units do."""
     if ROWS == 1:
         units = tl.cast(units, tl.int64)
     return units * ALIGN
@@ -100,13 +100,13 @@ def row_length(units, ALIGN: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def grid_row():
-    """The program's place on the grid's second and third axis together."""
+    """The program's number on the grid's second and third axis together."""
     return tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
 
 
 @triton.jit
 def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
-    """Where this program works: row, first element, offsets from it, what is there, what to sum, first column.
+    """The program's place: row, first element, offsets from it, mask of elements that exist, mask to sum, first column.
 
     Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``; over short rows ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``.
     What to sum is also what to write.
@@ -122,7 +122,7 @@ def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.co
             begin = first
             fresh = inside
         else:
-            # ALIGN divides both, which the compiler cannot see through a minimum.
+            # ALIGN divides both arguments of the minimum. The compiler cannot see that, so it is told.
             begin = tl.multiple_of(tl.minimum(first, dim - BLOCK_D), ALIGN)
             fresh = offsets >= (first - begin).to(tl.int32)
         start = tl.multiple_of(row * dim + begin, ALIGN)
@@ -153,7 +153,7 @@ def column(coef_ptr, row, n_rows, J: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.
 
 @triton.jit
 def row_number(pointer, row, n_rows, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """The program's row's, or rows', entry of a vector ``[R]``."""
+    """The entries of a vector ``[R]`` for the program's row or rows."""
     if ROWS == 1:
         value = tl.load(pointer + row)
     else:
@@ -180,7 +180,7 @@ def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr
 
 @triton.jit
 def read_where(wanted, pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """A tile in float32, untouched memory and zeros where the row's ``wanted`` is false."""
+    """A tile in float32. If the row's ``wanted`` is false, memory is not read and the tile is zeros."""
     if ROWS == 1:
         mask = wanted
     else:
@@ -200,7 +200,7 @@ def write(pointer, start, offsets, fresh, value, ROWS: tl.constexpr, EVEN: tl.co
 
 @triton.jit
 def write_sum(partial_ptr, row, n_rows, fresh, value, weight, ROWS: tl.constexpr, EVEN: tl.constexpr):
-    """The tile's sum times the row's weight, to its place in ``partial``, ``[R, blocks]``."""
+    """Store the tile's sum, times the row's weight, in its place in ``partial``, ``[R, blocks]``."""
     if not EVEN:
         value = tl.where(fresh, value, 0.0)
     if ROWS == 1:

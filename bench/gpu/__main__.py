@@ -1,9 +1,9 @@
 """Measures the GPU path in nine minutes: ``python -m bench.gpu``; writes gpu.json and gpu.md, prints a summary last.
 
-Sections run in order, each in a process of its own with a time limit, and what each row says is on disk when it is
-measured: a section that hangs, fails or runs out of time loses only what it had not done, and the summary says so. Time
-that one leaves over goes to the next. ``--only`` with a longer ``--seconds`` gives the long ones room. What tests say
-is beside the results, in NAME.tests.log, NAME.sanitizer.log and NAME.slow.log.
+Sections run in order, each in a process of its own with a time limit. A row is on disk as soon as it is measured, so a
+section that hangs, fails or runs out of time loses only the rest of its rows, and the summary says so. Time that a
+section leaves over goes to the next one. ``--only`` with a longer ``--seconds`` gives long sections more time. The
+tests' output is beside the results, in NAME.tests.log, NAME.sanitizer.log and NAME.slow.log.
 
 ========= ==========================================================================================
 build     the C++ extension, where it is missing
@@ -128,7 +128,7 @@ def _line(row: Row) -> str:
 def _in_a_process(name: str, dry: bool, seconds: float, part: Path) -> str:
     """Run a section apart from this process; how it ended."""
     command = [sys.executable, "-m", "bench.gpu", "--section", name, "--seconds", f"{seconds:.0f}", "--part", str(part)]
-    # A moment longer than the section gives itself, which looks at its clock between measurements.
+    # The limit is longer than the section's own, because the section reads its clock only between measurements.
     return _ended([*command, *(["--dry"] if dry else [])], seconds + 15)
 
 
@@ -199,7 +199,7 @@ def tests(dry: bool, seconds: float, out: Path, name: str) -> dict[str, str]:
 
 
 def summary(content: dict[str, Any]) -> str:
-    """What is printed last and written to gpu.md."""
+    """The summary, which is printed last and written to gpu.md."""
     described = content["machine"]
     head = f"{described.get('gpu', 'no GPU')}, driver {described.get('driver')}, torch {described['torch']}"
     lines = [f"{head}, triton {described['triton']}, revision {described['revision']}", ""]

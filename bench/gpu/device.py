@@ -39,7 +39,7 @@ class Cuda:
     def __init__(self) -> None:
         self.device = torch.device("cuda")
         properties = torch.cuda.get_device_properties(self.device)
-        # Read through between calls: four times the cache, and what it leaves in there is clean.
+        # Read between calls to empty the L2 cache: it is four times as large, and reading leaves no dirty lines.
         self._flush = torch.zeros(4 * properties.L2_cache_size // 4 + 1, device=self.device)
 
     def recorder(self) -> Recorder:
@@ -169,12 +169,12 @@ Device = Cuda | Dry
 
 
 def reason(error: Exception) -> str:
-    """An error's type and the first line of what it says."""
+    """An error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 class Deadline:
-    """Seconds that a section has."""
+    """The time limit of a section."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

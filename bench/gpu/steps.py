@@ -167,7 +167,7 @@ def _measure(device: Device, way: Way, batch: int, deadline: Deadline) -> Row:
 
 def _figures(device: Device, trainer: Distiller | Published, deadline: Deadline) -> Row:
     """Figures of one trainer that is warm: of whole updates, and where there is time for it of their parts."""
-    # Few of what takes seconds, more of what takes milliseconds.
+    # Repeat slow updates a few times and fast ones more often.
     first = device.spans(trainer.update, calls=1, rounds=1)
     most = max(3, min(20, int(3e3 / first))) if first else 1
     cycle = device.spans(trainer.update, calls=1, rounds=most)

@@ -1,4 +1,4 @@
-// How a kernel walks memory: whole vectors, the rest behind them, streamed or not. Included like simd.h, which it stands on.
+// Access of a kernel to memory: whole vectors, then the rest, streamed or not. It builds on simd.h and is included like it.
 #pragma once
 
 #include "simd.h"
@@ -12,7 +12,7 @@ using ArithmeticOf = typename Arithmetic<T>::type;
 template <class T>
 using VectorFor = typename VectorOf<ArithmeticOf<T>>::type;
 
-// Elements that a stream is asked for ahead of its use. Of 256 to 2048, 256 and 512 were best where noise is drawn in between.
+// Distance in elements at which memory is prefetched. Of 256 to 2048, 256 and 512 were best if noise is drawn in between.
 constexpr int64_t AHEAD = 512;
 
 // Access to vectors of a span: whole ones, and the rest behind them padded with zeros (which add nothing to any sum).

@@ -1,4 +1,4 @@
-// What the compiler targets, in one place.
+// Macros for the compiler's target, in one place.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)

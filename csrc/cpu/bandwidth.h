@@ -1,4 +1,4 @@
-// Measures what the memory of this machine gives, the yardstick of the kernels.
+// Measures the bandwidth of this machine's memory, against which the kernels are compared.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,9 @@
 // 3x3 convolutions of stride 1 and padding 1 on channels_last images, by Winograd's minimal filtering (Lavin and Gray,
 // arXiv:1509.09308): a tile of 4x4 outputs takes 36 multiplications a pair of channels in place of 144.
 //
-// With points 0, +-3/4, +-3/2 and infinity (their products are exact, and an error of about five times the direct sum's is
-// what they leave; 0, +-1, +-2 leave twice to three times that. It is in proportion to the whole filter and the whole patch,
-// also to what of a filter only meets the padding):
+// The points are 0, +-3/4, +-3/2 and infinity. Their products are exact. The error is about five times that of the direct sum;
+// with points 0, +-1, +-2 it would be two to three times larger still. It is in proportion to the whole filter and the whole
+// patch, including filter entries that only meet the padding.
 //   output = A^T [ (G filter G^T) . (B^T patch B) ] A       summed over input channels, one matrix product a point pair
 //   filter gradient = G^T [ (A grad A^T) . (B^T patch B) ] G    summed over tiles
 // and the input's gradient is a convolution of the output's with the filters turned around.
@@ -81,8 +81,8 @@ inline int64_t patch_row(int64_t channels, int64_t lanes) {
 
 struct ConvKernels {
   int64_t panel;  // columns
-  int64_t rows;   // what a block of tiles is best a multiple of
-  int64_t lanes;  // of a vector: what a row of patches is padded by
+  int64_t rows;   // a block of tiles is best a multiple of this
+  int64_t lanes;  // of a vector; a row of patches is padded to a multiple of this
   void (*filters)(const FilterArgs&, int64_t begin, int64_t end);
   void (*convolve)(const ConvArgs&, int64_t begin, int64_t end);
   void (*spread)(const SpreadArgs&, int64_t begin, int64_t end);

@@ -8,7 +8,7 @@ namespace realuid_fast {
 namespace {
 namespace REALUID_ISA {
 
-// The points and what the transformations are made of; every one is exact in float32.
+// The points and the constants of the transformations; each is exact in float32.
 constexpr float P = 0.75f, Q = 1.5f, P2 = P * P, Q2 = Q * Q, P3 = P * P2, Q3 = Q * Q2;
 
 constexpr int COLUMNS = 2;                                                           // vectors of a panel, as product() has it

@@ -38,7 +38,7 @@ struct InterpolateArgs {
   bool stream;
 };
 
-// The teacher's output where there are two: u + scale (c - u), c the conditional one that every call has.
+// The guided teacher: u + scale (c - u). Every call has the conditional output c.
 struct Guidance {
   const void* uncond = nullptr;  // u like the teacher's output, or null: c alone
   const void* scales = nullptr;  // one a row, in the arithmetic type

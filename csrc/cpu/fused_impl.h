@@ -29,7 +29,7 @@ REALUID_INLINE void for_groups(const Shape& shape, int64_t begin, int64_t end, F
   }
 }
 
-// The same block so many rows further down.
+// The same block, `rows` rows further down.
 REALUID_INLINE Span below(const Shape& shape, const Span& span, int64_t rows) {
   return {span.unit + rows * shape.blocks(), span.row + rows, span.first, span.count, span.offset + rows * shape.dim};
 }
@@ -94,7 +94,7 @@ class Noise {
  private:
   REALUID_INLINE const Real* draw(int64_t from, int64_t count) {
     if (from < have_ || from + count > have_ + held_) {
-      // Ahead as far as this object's rows go.
+      // Draw ahead to the end of this object's rows.
       have_ = from & ~int64_t(3);
       int64_t stop = end_;
       if (stop > have_ + BUFFER) stop = have_ + BUFFER;
@@ -271,7 +271,7 @@ struct FakeRow {
   }
 };
 
-// What the fake loss does with a block of one row.
+// The fake loss on a block of one row.
 template <class T>
 struct FakeSpan {
   using Real = ArithmeticOf<T>;
@@ -303,7 +303,7 @@ struct FakeSpan {
     return noisy == other.noisy && extra == other.extra && (teacher == nullptr) == (other.teacher == nullptr);
   }
 
-  // Nothing to do but the published loss and its gradient.
+  // Whether the row needs only the published loss and its gradient.
   bool plain() const { return k.square && teacher == nullptr && !extra && g_fake != nullptr; }
 
   template <bool TEACHER, bool EXTRA, bool GUIDED, bool PLAIN, class Access, class V>

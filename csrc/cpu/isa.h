@@ -5,7 +5,7 @@ namespace realuid_fast {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
-// The level in use. Throws std::runtime_error with one sentence where the variable asks for what this processor lacks.
+// The level in use. Throws std::runtime_error with one sentence if the variable asks for a level that this processor lacks.
 Isa active_isa();
 
 // Whether this processor (and its operating system) can run the level.

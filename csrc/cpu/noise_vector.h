@@ -30,8 +30,8 @@ REALUID_INLINE V xor3(V a, V b, V c) {
 #endif
 }
 
-// The high halves moved to the low ones; what is left above is as good as anything else. A shuffle, since the port that
-// shifts is the one that multiplies.
+// Moves the high halves to the low ones; the new high halves have no meaning. It is a shuffle and not a shift, because shifts
+// compete with multiplications for the same port.
 REALUID_INLINE vq high_halves(vq v) {
 #if REALUID_LEVEL == 2
   return (vq)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_DDBB);
@@ -76,7 +76,7 @@ struct Words {
   vu radii[HALVES], angles[HALVES];
 };
 
-// Where the group numbers of a vector do not share their high word: once in 2^32 groups.
+// The case, once in 2^32 groups, that the group numbers of a vector do not share their high word.
 template <int HALVES>
 __attribute__((noinline)) Words<HALVES> philox_lanes(NoiseKey key, uint64_t first) {
   Words<HALVES> words;

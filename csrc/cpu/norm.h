@@ -28,12 +28,12 @@ struct NormGradArgs {
 };
 
 struct NormKernels {
-  // Images [begin, end). `scratch` is what scratch() asks for, in bytes.
+  // Images [begin, end). `scratch` has the size in bytes that scratch() returns.
   void (*forward)(const NormArgs&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const NormGradArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
-// Six rows of channels in double: the sums, or what they become.
+// Six rows of channels in double, for the sums and the numbers computed from them.
 constexpr int NORM_ROWS = 6;
 
 const NormKernels& norm_kernels(Dtype dtype);

@@ -126,7 +126,7 @@ void norm_forward(const NormArgs& args, int64_t begin, int64_t end, void* scratc
       mean /= double(members);
       for (int64_t c = from; c < to; ++c) spread += square[c] + double(pixels) * (sum[c] - mean) * (sum[c] - mean);
       const double variance = spread / (double(members) * double(pixels));
-      // Rounding can leave less than nothing; a NaN stays one.
+      // Rounding can make the variance negative: take 0 then. A NaN stays a NaN.
       const double rstd = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + args.eps);
       statistics[2 * group] = Real(mean);
       statistics[2 * group + 1] = Real(rstd);
