@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = (arguments.folder or Path(tempfile.mkdtemp(prefix="kills-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # What a run imports when it needs it, for all lives.
+        # Modules that a run imports when it needs them: imported here once for all lives.
         for name in ("sklearn.datasets", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"):
             importlib.import_module(name)
         result: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def survive_calls(folder: Path, every: int, source: str) -> dict[str, Any]:
 def _killed_at(
     config: configs.Config, alone: Path, folder: Path, number: int, after: bool, start: Path | None
 ) -> list[str]:
-    """What is wrong at the end of a run that was killed at a call, and then continued as a user would."""
+    """The faults at the end of a run that was killed at a call, and then continued as a user would."""
     shutil.rmtree(folder, ignore_errors=True)
     if start is not None:
         shutil.copytree(start, folder)

@@ -99,7 +99,7 @@ def name(averages: int) -> str:
 
 
 def bytes_moved(numel: int, averages: int) -> int:
-    """What a step with ``beta1 = 0`` reads and writes at least, in float32."""
+    """The bytes that a step with ``beta1 = 0`` must read and write, in float32."""
     return 4 * numel * (1 + (3 + averages) + (2 + averages))
 
 

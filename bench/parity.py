@@ -170,7 +170,7 @@ def _copy(model: Model) -> Model:
 
 
 def row(way: str, curves: Curves, state: Mapping[str, Tensor], first: Mapping[str, Any]) -> dict[str, Any]:
-    """What a way's run has in common with the published one's: ``first`` holds its ``curves``, ``state``, ``start``."""
+    """A way's run compared with the published one, ``first``, which holds ``curves``, ``state`` and ``start``."""
     found: dict[str, Any] = {"way": way, "curves": curves}
     for name, curve in curves.items():
         ours, theirs = (

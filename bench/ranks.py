@@ -114,7 +114,7 @@ def _times(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 def summary(alone: float, apart: float, together: float, reduced: list[tuple[int, float]]) -> dict[str, Any]:
-    """What was measured, what follows for a message, and the update on two ranks that the model expects from it.
+    """The measurements, the cost of a message from them, and the update on two ranks that the model expects.
 
     ``apart`` is the time of an update on two processes that share nothing but the machine.
     """

@@ -1,4 +1,4 @@
-"""What a cycle costs on 1 to 1,024 GPUs, by a model and by a simulation of it: ``python -m bench.scaling``, seconds.
+"""The cost of a cycle on 1 to 1,024 GPUs, by a model and by a simulation of it: ``python -m bench.scaling``, seconds.
 
 Nothing here was measured on several GPUs. Counted: the networks' parameters and operations (torch's counter on tensors
 without memory). Published by the vendor: the machine's peaks (:data:`H200`). Assumed, and set on the command line: the

@@ -1,4 +1,4 @@
-// What Python calls in this library beside the operators: the processor's report, the bandwidth probe, Philox and the
+// Functions of this library that Python calls beside the operators: the processor's report, the bandwidth probe, Philox and the
 // noise stream for NumPy. Plain C functions for ctypes, so that the library is tied to no version of Python.
 #include <cstdint>
 #include <exception>

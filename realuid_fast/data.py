@@ -33,11 +33,11 @@ class Dataset:
 
     ``train`` and ``heldout`` are ``(N, ...)`` tensors, or rows on disk that an index reads, stored as uint8
     (images whose pixels are bytes) or float32; :meth:`sample` and :meth:`batches` always hand out float32,
-    images in ``[-1, 1]``.  Labels are ``(N,)`` int64 or ``None``.  Endpoints, where the set has them, are what
-    two-sided paths start from: sample ``i``'s own where ``paired``, else drawn apart from it.
+    images in ``[-1, 1]``.  Labels are ``(N,)`` int64 or ``None``.  Endpoints, if the set has them, are the
+    starting points of two-sided paths: sample ``i``'s own if ``paired``, else drawn independently of it.
     ``preprocessing`` says in words how a stored sample was made from the source; it goes into checkpoints.
-    A run mirrors half of its images at random where ``flip``, and draws all classes alike often where
-    ``balance``.
+    With ``flip`` a run mirrors half of its images at random; with ``balance`` it draws all classes equally
+    often.
     """
 
     name: str
@@ -308,7 +308,7 @@ def _mixture(
 ) -> Dataset:
     if min(n, n_heldout) < 1:
         raise UserError(f"n and n_heldout must be at least 1, got {n} and {n_heldout}")
-    # One generator a split, so that the size of one leaves the other's points alone.
+    # Each split has its own generator, so that the size of one does not change the points of the other.
     train, train_labels = draw(n, torch.Generator().manual_seed(2 * seed))
     heldout, heldout_labels = draw(n_heldout, torch.Generator().manual_seed(2 * seed + 1))
     return Dataset(name, train, heldout, train_labels, heldout_labels)
@@ -359,7 +359,7 @@ def folder(
         except MemoryError:
             raise
         except Exception as error:
-            # What a foreign file makes a decoder raise is anything.
+            # A file from elsewhere can make the decoder raise any kind of exception.
             damaged[i] = f"{root / name} cannot be read as an image ({error})"
             if not skip_damaged:
                 raise UserError(f"path: {damaged[i]}; data.skip_damaged=true leaves such files out") from None
@@ -488,7 +488,7 @@ def idx_images(images: np.ndarray[Any, Any], size: int | None, channels: int) ->
 
 
 def idx_preprocessing(shape: tuple[int, ...], size: int | None) -> str:
-    """What :func:`idx_images` has done, in words; ``shape`` is that of its samples."""
+    """A description of what :func:`idx_images` did; ``shape`` is the shape of its samples."""
     sides = "x".join(map(str, shape[1:]))
     return f"{sides} as published" if size is None else f"{sides}, padded with black or scaled down (lanczos)"
 

@@ -430,7 +430,7 @@ def _weighed(
         squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
         norms = squares.sqrt().clamp(min=_LEAST_NORM)
         weights[:, 8] /= norms
-        # Where the norm is clamped it is a constant, so its derivative, and with it Q, is 0.
+        # A norm that is clamped is a constant, so its derivative, and with it Q, is 0.
         q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
         return weights, (uncond, scales, q_rows), weights[:, 8] * dots
 

@@ -40,11 +40,9 @@ def found(root: Path) -> list[dict[str, Path]] | None:
 
 
 def folder(root: Path) -> Path | None:
-    """Where the four files lie: in ``root``, in its ``raw``, or in the ``raw`` of the only set under it.
+    """The folder of the four files: ``root``, its ``raw``, or the ``raw`` of the only set under it; None if in none.
 
-    None where they are in none of these.
-
-    Raises :class:`UserError` where several sets lie under ``root``.
+    Raises :class:`UserError` if several sets lie under ``root``.
     """
     near = [place for place in (root, root / "raw") if found(place)]
     places = near[:1] or [place for place in sorted(root.glob("*/raw")) if found(place)]

@@ -45,8 +45,8 @@ class Objective:
     gamma: float
     Q: float
     kappa: float = 1.0
-    # Where the generator's gradient flows: through everything that the loss depends on, or only through the samples
-    # ``x`` inside ``tgt``.
+    # The generator's gradient flows through everything that the loss depends on ("all"), or only through the samples
+    # ``x`` inside ``tgt`` ("x").
     flows: Literal["all", "x"] = "all"
     # A row's weight is ``w sample_scale / mean |x - f*|``, held fixed, in x0 space; 0: ``w`` alone.
     sample_scale: float = 0.0

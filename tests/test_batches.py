@@ -130,7 +130,7 @@ def test_a_file_cut_short_surfaces_and_nothing_is_skipped(sets, tmp_path):
 
 
 def test_a_run_never_reads_a_split_at_once(tmp_path, monkeypatch):
-    """What a run compares with is a bounded part, whatever the size of the set."""
+    """A run compares samples with a bounded part of the set, whatever the set's size."""
     write(tmp_path / "packed", train=200, heldout=100)
     monkeypatch.setattr(measure, "STORED", 12)
     monkeypatch.setattr(measure, "MOST", 11)
@@ -199,7 +199,7 @@ def test_classes_are_drawn_evenly(tmp_path):
         rows, seen = (torch.cat(part) for part in zip(*drawn(batches, 3), strict=True))
         assert seen.bincount(minlength=4).tolist() == [19, 0, 19, 19]
         assert torch.equal(labels[rows.flatten().long()], seen)
-        # Of a class that is large enough nobody comes twice, of a small one all come as often or once more.
+        # No sample of a large enough class comes twice. All samples of a small class come equally often, or once more.
         counts = rows.flatten().long().bincount(minlength=57)
         assert counts[:50].max() == 1
         assert counts[50:55].min() == 3

@@ -221,7 +221,7 @@ def head(net):
 
 
 def cross_entropy(u, t, x0, gen, data, y, generator_turn):
-    """Of the head's logits, non-saturating: minimised by the generator, maximised by the head."""
+    """The non-saturating loss of the head's logits: minimised by the generator, maximised by the head."""
     s = t.view(-1, 1, 1, 1)
     on_gen, on_data = (u.forward_head(t, s * x + (1 - s) * x0, y) for x in (gen, data))
     if generator_turn:

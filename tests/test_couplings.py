@@ -64,7 +64,7 @@ def test_pairs_form_inside_classes_and_are_best_there(seed):
 
 
 def test_coupled_noise_straightens_a_flow():
-    """What it is for: two random draws agree better after coupling, and the noise is still the same numbers."""
+    """The purpose of a coupling: two random draws agree better after it, and the noise is still the same numbers."""
     x, n = pair(128)
     j = couple(x, n)
     assert cost(x, n[j]) < 0.7 * cost(x, n)

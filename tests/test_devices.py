@@ -56,7 +56,7 @@ class Generator(torch.Generator):
 
 @contextlib.contextmanager
 def pretended():
-    """What torch refuses for the device ``meta`` before any operator runs."""
+    """The error of torch for the device ``meta``, before any operator runs."""
     patches = {
         "Generator": Generator,
         "is_autocast_enabled": lambda *_: False,

@@ -111,7 +111,7 @@ def test_denoising_schedules_are_the_schedulers_own(name, tmp_path):
     added = diffusers.DDPMScheduler(**settings) if kind == "EulerDiscreteScheduler" else scheduler
     ours = a[at, None] * x + c[at, None] * n
     torch.testing.assert_close(ours, added.add_noise(x, n, at), rtol=1e-3, atol=1e-4)
-    # What the scheduler makes of the right prediction is the data.
+    # From the exact prediction the scheduler computes the data.
     exact = {"noise": n, "x0": x, "v": a[at, None] * n - c[at, None] * x}[predict]
     k_out, k_x = path.coefficients(k[at] / (len(table) - 1), "x0", predict)[:, 6:8, None].unbind(1)
     torch.testing.assert_close(k_out * exact + k_x * ours, x, rtol=1e-6, atol=1e-6)

@@ -118,7 +118,7 @@ class Trainer:
 
 
 class Accelerator:
-    """What the page's loop asks of accelerate's."""
+    """The part of accelerate's Accelerator that the page's loop uses."""
 
     device = torch.device("cpu")
 

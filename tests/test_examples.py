@@ -21,7 +21,7 @@ NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 def run(monkeypatch, capsys, name, *words):
-    """What the example prints, run like ``python examples/NAME.py WORDS``; printed losses are finite, or no number."""
+    """The output of an example run like ``python examples/NAME.py WORDS``."""
     monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *map(str, words)])
     with torch.random.fork_rng(devices=[]):
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""What can go wrong around a run, done to one: nothing is lost, and the sentence says what to do (docs/faults.md)."""
+"""Faults around a run, provoked one by one: nothing is lost, and the message says what to do (docs/faults.md)."""
 
 import errno
 import fcntl
@@ -83,7 +83,7 @@ def run(tmp_path):
 
 
 def end_of(folder):
-    """What a run leaves and must repeat."""
+    """The results of a run that another run must repeat."""
     clocks = {"images_per_second": 0.0, "seconds": 0.0}
     # As text, in which one NaN equals another.
     log = [str({**row, **clocks}) for row in read_csv(folder / "log.csv")]

@@ -171,7 +171,7 @@ def test_a_run_is_judged_by_its_average_without_a_copy(dataset, tmp_path):
     def addresses(net, *_):
         seen.append({name: value.data_ptr() for name, value in net.state_dict().items()})
 
-    # Whatever network of this kind makes the samples.
+    # The result holds for any network of this kind that makes the samples.
     with torch.nn.modules.module.register_module_forward_pre_hook(
         lambda net, _: addresses(net) if type(net) is type(trainer.network) else None
     ):
@@ -338,7 +338,7 @@ def test_a_run_that_is_evaluated_against_the_training_images(student, monkeypatc
     assert read_csv(student / "run" / "distances.csv")[-1]["distance"] == pytest.approx(expected, rel=1e-3)
     assert measure.to_train(samples) == measure(samples).distance
     assert (student / "run" / "best.safetensors").exists()
-    # What a perfect generator would reach is the other split's distance.
+    # A perfect generator would reach the distance of the other split.
     assert measure.floor_name == "real held-out data"
     floor = metrics.frechet_distance(extract(found.pixels("heldout")), extract(found.pixels("train")))
     assert measure.floor().distance == pytest.approx(floor, rel=1e-6)

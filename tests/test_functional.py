@@ -622,7 +622,7 @@ def test_forward_mode_is_refused_and_not_answered_with_zeros(name):
 
 
 class Seen(torch.overrides.TorchFunctionMode):
-    """What torch functions a block calls."""
+    """The torch functions that a block calls."""
 
     def __init__(self):
         super().__init__()

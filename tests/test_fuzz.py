@@ -155,7 +155,7 @@ def array():
 
 
 def payload():
-    """Of a checkpoint, without the checksum that keeps all damage from going any further."""
+    """Checkpoints without their checksum. Damaged ones get a new one (:func:`seal`), so that the damage is read."""
     return [content[: -TRAILER.size] for content in checkpoint()]
 
 
@@ -266,7 +266,7 @@ READERS = {
     "array": (array, "train_images.npy", lambda file: packed.Stored(file, (3, 3, 8, 8))[torch.tensor([0, 2])]),
 }
 
-# What damaged text and numbers tend to turn into.
+# Values that damaged text and numbers tend to turn into.
 WORDS = (
     b"",
     b"\0",

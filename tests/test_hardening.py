@@ -742,7 +742,7 @@ def check_list_op(op, written, arguments, draw, exact=None):
 
 
 def bits(value):
-    """What a tensor holds, for comparison; None where it cannot be looked at."""
+    """The content of a tensor, for comparison; None if it cannot be read."""
     if isinstance(value, list):
         return [bits(v) for v in value]
     if not isinstance(value, torch.Tensor):

@@ -260,7 +260,7 @@ class Calls:
 
 
 def understood(**settings):
-    """What is read from an EDM network whose settings are ``settings``."""
+    """The settings read from an EDM network that was pickled with ``settings``."""
     inner = edm_pickle.Inert("SongUNet", {"_init_args": (), "_init_kwargs": settings})
     return edm_pickle._settings(inner)
 

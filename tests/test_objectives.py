@@ -367,7 +367,7 @@ def test_normalised_realuid_is_the_inner_product_with_a_direction(path, match, g
             # 1e-10: <D, r> / ||D||^2 is large where D is small.
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
-    # What reaches x from autograd through the networks is what the explicit gradients seed.
+    # The gradient that autograd brings to x through the networks is the one that the explicit gradients seed.
     x_t = rf.interpolate(x.detach(), coef, n, y).requires_grad_()
     outs = [TEACHER(t, x_t), FAKE(t, x_t)] + ([UNCONDITIONAL(t, x_t)] if guided else [])
     last = {"teacher_uncond": outs[2].detach(), "guidance": 1.7} if guided else {}

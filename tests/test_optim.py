@@ -359,7 +359,7 @@ def test_a_run_of_torchs_adam_goes_on_here_and_back(beta1):
     saved = copy.deepcopy(second.state_dict())
     train(third, params, range(8, 12))
     assert_close(params, straight, torch.float32)
-    # What Adam went on with was a copy.
+    # Adam went on with a copy of the state.
     for k, values in saved["state"].items():
         for name, value in values.items():
             assert torch.equal(value, second.state_dict()["state"][k][name])

@@ -10,7 +10,7 @@ from realuid_fast.cli.parser import parser
 
 
 def fresh(code, *words):
-    """What a new interpreter prints for ``code``."""
+    """The output of ``code`` in a new interpreter."""
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -121,7 +121,7 @@ def test_rates_are_the_derivatives_of_scales(path):
 @every_path
 @pytest.mark.parametrize(("match", "predict"), PAIRS)
 def test_exact_predictions_become_the_target(path, match, predict):
-    """Whatever the network predicts, its exact value at x_t maps to the target in the match space."""
+    """For every prediction, the exact value at x_t maps to the target in the match space."""
     t = times(path).clamp(*path.time_range("x0", "edm"))
     if (match, predict) not in permitted(path):
         with pytest.raises(rf.errors.UserError, match=r"(match|predict)[^ ]* (must not be|cannot be taken)"):

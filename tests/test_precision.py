@@ -136,7 +136,7 @@ def test_a_callers_settings_are_respected_by_whichever_names_they_were_given(set
         for older, was in zip(flags()[1], before[1], strict=True):
             assert was is None or older == was
     if place == "fp32_precision":
-        # What was left to the setting for all of torch still is.
+        # Switches that followed torch's global setting still follow it.
         torch.backends.fp32_precision = other = "tf32" if value == "ieee" else "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == other
 

@@ -1,4 +1,4 @@
-"""What surrounds the code: licence, citation, the contributors' page, the workflows, and the places they name."""
+"""The files around the code: licence, citation, the contributors' page, the workflows, and the places they name."""
 
 import hashlib
 import re

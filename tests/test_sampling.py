@@ -129,7 +129,7 @@ TWO_SIDED_FLOWS = {
 
 
 def transported(path, start):
-    """Where the exact flow of Gaussians takes a state from the start of the path to its data end."""
+    """The state at the data's end to which the exact flow of Gaussians takes a state at the path's start."""
     times = sampling.ends(path)
     where = []
     for t in times:

@@ -1,4 +1,4 @@
-"""What the package says it needs is what it imports."""
+"""The package imports exactly the packages that it declares as its requirements."""
 
 import ast
 import sys

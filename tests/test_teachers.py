@@ -228,7 +228,7 @@ def function_of(t, x, y):
 
 @pytest.mark.parametrize("objective", ["uid", "regression"])
 def test_any_function_is_a_teacher(objective):
-    """Of a Gaussian in one dimension its velocity is known; the student ends at its mean and deviation."""
+    """A one-dimensional Gaussian's velocity is known; the student ends at the Gaussian's mean and deviation."""
     torch.manual_seed(0)
     net = build({"kind": "mlp", "shape": [2], "width": 32, "depth": 2})
     model = teachers.wrap(net, (2,), teacher=function_of)

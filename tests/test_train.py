@@ -369,7 +369,7 @@ def test_second_stage_goes_on_from_a_student(tmp_path):
 
 
 def test_second_stage_from_another_average(tmp_path):
-    """Of a run's folder, which has saved one of three, and of a published checkpoint, which has all."""
+    """The averages of a run's folder, which has exported one of three, and of a published checkpoint with all three."""
     teacher = save_teacher(tmp_path / "teacher.safetensors")
     own = {"ema": [0.5, 0.7, 0.9], "ema_warmup": False, "t_start": 0.0, "objective": {"name": "uid"}}
     first = settings(teacher, distill=own)

@@ -90,7 +90,7 @@ class Cuda:
         return median(taken)
 
     def profile(self, function: Function, calls: int = 1) -> dict[str, float | None]:
-        """Of one call: launches from the host, kernels and copies on the device, and ms that any of them was running.
+        """Counts for one call: launches from the host, kernels and copies on the device, and ms that any was running.
 
         A captured turn is one launch of many kernels.
         """

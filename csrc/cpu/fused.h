@@ -20,7 +20,7 @@ struct Shape {
   int64_t rows = 0, dim = 0;
   int64_t blocks() const { return dim > BLOCK ? (dim + BLOCK - 1) / BLOCK : 1; }
   int64_t units() const { return rows * blocks(); }
-  // Where row i uses the noise of row i % noise_rows.
+  // For rows that share noise: row i uses the noise of row i % noise_rows.
   int64_t groups(int64_t noise_rows) const { return (noise_rows < rows ? noise_rows : rows) * blocks(); }
 };
 

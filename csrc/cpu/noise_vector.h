@@ -70,7 +70,7 @@ REALUID_INLINE vu interleave_high_halves(vq even, vq odd) {
 // unpacking below, which works inside 128-bit parts only, in memory order.
 constexpr int group_of_lane(int half, int lane) { return half * (WIDTH / 2) + (WIDTH / 4) * (lane % 2) + lane / 2; }
 
-// Of every half: the words of the radii (the first and the third of a group) and those of the angles (second and fourth).
+// For every half: the words of the radii (the first and the third of a group) and those of the angles (second and fourth).
 template <int HALVES>
 struct Words {
   vu radii[HALVES], angles[HALVES];

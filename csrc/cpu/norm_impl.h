@@ -171,7 +171,7 @@ void norm_backward(const NormGradArgs& args, int64_t begin, int64_t end, void* s
       const V z = n * access.in(weight, c) + access.in(bias, c), gate = sigmoid(z);
       return access.in(grad + pixel, c) * (gate * (1 + z * (1 - gate)));
     };
-    // Where g_x has the type of sums it keeps g_z from the sums to the values.
+    // If g_x has the type of the sums, it holds g_z between the pass of the sums and that of the values.
     constexpr bool KEEPS = sizeof(T) == sizeof(Real);
     sum_channels<T, 3>(pixels, channels, {g_weight, g_bias, of_n}, [&](auto access, int64_t pixel, int64_t c, V* sums) {
       const V n = access.in(x + pixel, c) * access.in(scale, c) + access.in(offset, c), g_z = to_z(access, pixel, c, n);

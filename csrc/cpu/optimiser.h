@@ -12,7 +12,7 @@ namespace realuid_fast {
 
 constexpr int64_t PIECE = 4096;  // elements summed in single precision at most
 
-// Where a parameter and what belongs to it lie: all in one memory order.
+// The addresses of a parameter and of the tensors that belong to it, all in one memory order.
 struct AdamTensor {
   void* param;
   const void* grad;

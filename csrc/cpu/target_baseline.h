@@ -1,4 +1,4 @@
-// What every processor of the architecture runs: SSE2 on x86-64, the compiler's own vectors elsewhere.
+// The target that every processor of the architecture runs: SSE2 on x86-64, the compiler's own vectors elsewhere.
 #pragma once
 
 #include "arch.h"

@@ -156,7 +156,7 @@ class Distiller:
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
         self._rows_made = self.turns * self.parts * self.batch
         self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
-        # What a fake turn reads: generated rows and, below them, real ones, with their labels.
+        # The input of a fake turn: generated rows and, below them, real ones, with their labels and endpoints.
         self._n_real = self.batch if self.takes_real else 0
         rows = self.batch + self._n_real
         self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
@@ -447,7 +447,7 @@ class Distiller:
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
-        """What the run saves at its end: the student's weights and their description."""
+        """The student's weights, which the run saves at its end, and their description."""
         with self._exporting():
             return sharding.whole(self.student.net.state_dict()), self.description
 

@@ -194,7 +194,7 @@ class RegressionTrainer:
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
-        """What the run saves at its end: the student's weights and their description."""
+        """The student's weights, which the run saves at its end, and their description."""
         return self.student.net.state_dict(), self.description
 
     def state_dict(self) -> dict[str, Any]:

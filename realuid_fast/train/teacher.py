@@ -192,7 +192,7 @@ class TeacherTrainer:
             )
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
-        """What the run saves at its end: the exported weights and their description."""
+        """The weights that the run saves at its end, and their description."""
         with self._exporting():
             return sharding.whole(self.averaged.state_dict()), self.description
 

@@ -304,7 +304,7 @@ def log_digest(log: dict[str, list[str]], columns: Iterable[str]) -> str:
 
 
 def machine() -> str:
-    """What bits depend on: the versions and the code that torch and the extension choose on this processor."""
+    """Everything that bits depend on: versions, and the code that torch and the extension choose on this processor."""
     about: dict[str, str] = {}
     if (file := Path("/proc/cpuinfo")).is_file():
         lines = (line.partition(":") for line in file.read_text().partition("\n\n")[0].splitlines())
@@ -327,7 +327,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def differences(name: str, found: Record) -> list[str]:
-    """What of a case is not as committed, in sentences: log values, then hashes where this machine has any."""
+    """The differences of a case from the committed one, in sentences: log values, then hashes if there are any."""
     log, within = read(LOGS).get(name, {}), WIDER.get(name, TOLERANCE)
     said = []
     for column, values in log.items() if within is not None else ():

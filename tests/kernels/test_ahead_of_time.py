@@ -53,7 +53,7 @@ def test_budget_and_variants_name_the_same_kernels() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_single_program_launches_compile(target: str) -> None:
-    """What adds partial sums up has no figure an element, but must compile too, without spills."""
+    """The kernel that adds partial sums has no figure per element, but it must compile too, without spills."""
     from realuid_fast.kernels import optimiser, reduce
 
     number, counts = torch.empty((), device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
