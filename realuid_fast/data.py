@@ -335,7 +335,7 @@ def folder(
         path: the folder. Hidden files and folders in it are left out.
         size, channels: of the samples.
         heldout_every: see above.
-        limit: only the first so many images, of each part of the split that folders make.
+        limit: the number of images to take, the first ones; of each part, if folders make a split.
         labels: whether folders are classes.
         skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
 
@@ -379,7 +379,7 @@ def folder(
 
 
 def warn_damaged(reasons: Sequence[str], count: int) -> None:
-    """Warn that so many of ``count`` images were left out; nothing where ``reasons`` is empty."""
+    """Warn that some of ``count`` images were left out, one for each of ``reasons``; no warning without a reason."""
     if reasons:
         warnings.warn(f"{len(reasons)} of {count} images were left out; the first: {reasons[0]}", stacklevel=3)
 

@@ -510,7 +510,7 @@ class Distiller:
         return arguments(self.fake, time, x, labels, endpoint)
 
     def _ask_fake(self, run: Callable[..., Any], seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
-        """The fake model's output and its head's logits ``(R, n)``, where it has one."""
+        """The fake model's output, and the logits ``(R, n)`` of its discriminator's head; None without a head."""
         if self.gan is None:
             return self._float(run(*seen)), None
         out, logits = run(*seen)
