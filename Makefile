@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo compare test bench fuzz sanitize dist audit lock clean
+.PHONY: demo compare test docs bench fuzz sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
@@ -18,7 +18,11 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |torch-fidelity |flow-matching |accelerate |lightning |No broken)'
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# The site, without the network: a warning, such as a link that leads nowhere, is an error. It ends in build/docs/index.html.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.micro
@@ -56,7 +60,7 @@ audit:
 # Needs uv, which the locks bring, and the network. Raise a version with LOCK=--upgrade-package=NAME, all with LOCK=--upgrade.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 lock:
-	$(COMPILE) $(LOCK) --extra train --extra nvtx --extra dev --extra diffusers --override requirements/without-torch.txt \
+	$(COMPILE) $(LOCK) --extra train --extra nvtx --extra dev --extra docs --extra diffusers --override requirements/without-torch.txt \
 		$(addprefix --no-emit-package ,torch filelock fsspec jinja2 mpmath networkx sympy) \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$(COMPILE) $(LOCK) --no-deps requirements/peers.in -o requirements/peers.lock
