@@ -2,11 +2,16 @@
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import realuid_fast as rf
+from realuid_fast import extension
 from realuid_fast.cli.parser import parser
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def fresh(code, *words):
@@ -150,3 +155,32 @@ assert cli.main(["info"]) == 2
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.endswith("is not installed: run pip install 'realuid-fast[train]'\n")
+
+
+def test_a_build_that_lacks_something_stops_with_a_sentence(tmp_path):
+    """``make dist`` installs in every way; here is what setup.py says."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "REALUID_FAST_PURE_PYTHON")}
+    for lacks, sentence in (
+        ({"PATH": str(tmp_path)}, "realuid-fast: there is no C++ compiler: install one"),
+        ({"PYTHONPATH": str(tmp_path)}, "is not installed where this package goes: run pip install 'torch>="),
+    ):
+        command = [sys.executable, "setup.py", "--quiet", "dist_info", "--output-dir", str(tmp_path)]
+        said = subprocess.run(
+            command, cwd=ROOT, env={**environment, **lacks}, capture_output=True, text=True, check=False
+        )
+        assert said.returncode == 1
+        assert sentence in said.stderr
+        assert said.stderr.strip().endswith("REALUID_FAST_PURE_PYTHON=1 installs the slower pure Python package.")
+        assert len(said.stderr.strip().splitlines()) == 1
+
+
+def test_the_warning_names_the_command_that_repairs_the_installation(monkeypatch):
+    monkeypatch.setattr(extension, "_loaded", False)
+    monkeypatch.setattr(extension, "_reason", extension._reason)
+    monkeypatch.setattr(extension, "_library", lambda: None)
+    assert not extension.load()
+    options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
+    assert f"was not built; with a C++ compiler in place, run: {extension.repair()}" in extension.why_missing()
+    assert f"pip install {options} " in extension.repair()
