@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
     command = f"python -m bench.kills --kills {arguments.kills} --every {arguments.every}"
+    command += f" --updates {arguments.updates}" * bool(arguments.updates)
     result = {"command": command, "machine": machine.describe(), **result}
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

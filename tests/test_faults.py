@@ -349,6 +349,17 @@ def test_a_run_killed_at_every_call_that_changes_its_folder_ends_as_if_left_alon
     assert all(kill["wrong"] == [] for each in told.values() for kill in each["kills"])
 
 
+def test_the_committed_kills_left_nothing_wrong():
+    """At every call, before and after it; ``python -m bench.kills`` makes the file."""
+    result = json.loads((ROOT / "bench/results/kills.json").read_text())
+    assert len(result["kills"]) >= 40
+    assert result["same"] is True
+    assert result["checkpoints_lost"] == 0
+    for each in result["calls"].values():
+        assert len(each["kills"]) == 2 * each["calls"]
+        assert all(kill["wrong"] == [] for kill in each["kills"])
+
+
 # -- signals
 
 
