@@ -223,6 +223,9 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "counts" not in state:
+            # torch's load_state_dict ends here with state and groups alone: hooks and memory stay this optimiser's.
+            return
         self._reset()
         for index, group in enumerate(self.param_groups):
             params = group["params"]

@@ -713,3 +713,18 @@ def test_replayed_graph_goes_on(flat):
         results.append([t.cpu() for t in (*params, *optimiser.averages(0.9).values())])
         assert optimiser.counts.tolist() == [5, 0]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_loading_a_state_keeps_hooks_and_memory(flat):
+    """What averages over ranks or parts of a batch hangs on the optimiser, and graphs hold its addresses."""
+    net = conv_net()
+    optimiser = FusedAdam(net.parameters(), 1e-2, flat=flat)
+    set_gradients(net, 0)
+    optimiser.step()
+    optimiser.reduce = optimiser.settle = hook = lambda *_: None
+    storage, places = optimiser.flat_storage, [p.data_ptr() for p in net.parameters()]
+    optimiser.load_state_dict(optimiser.state_dict())
+    assert optimiser.reduce is optimiser.settle is hook
+    assert optimiser.flat_storage is storage
+    assert [p.data_ptr() for p in net.parameters()] == places
