@@ -27,8 +27,8 @@ from realuid_fast.networks import build
 from realuid_fast.noise import NoiseStream, normal
 from realuid_fast.teachers import Model
 from realuid_fast.train import config as configs
-from realuid_fast.train.config import Config
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.settings import Config
 from realuid_fast.train.teacher import TeacherTrainer
 
 from . import machine, plots, report

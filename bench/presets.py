@@ -21,12 +21,12 @@ from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.train import config as configs
 from realuid_fast.train.compare import run_all
-from realuid_fast.train.config import Config
 from realuid_fast.train.evaluate import sampler
 from realuid_fast.train.jobs import free_cores
 from realuid_fast.train.logging import read_csv
 from realuid_fast.train.loop import Interrupted
 from realuid_fast.train.measure import Measure, evaluation_noise, generate
+from realuid_fast.train.settings import Config
 
 from . import machine
 
@@ -123,7 +123,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the folder holds the result of this very configuration."""
         kept = self.folder / "config.yaml"
-        return self.file.is_file() and kept.is_file() and configs.load(kept) == self.config
+        return self.file.is_file() and kept.is_file() and configs.load_kept(kept) == self.config
 
 
 class Student(Run):

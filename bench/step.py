@@ -26,8 +26,8 @@ from realuid_fast import networks
 from realuid_fast.data import Dataset
 from realuid_fast.teachers import Description, Model
 from realuid_fast.train import config as configs
-from realuid_fast.train.config import Config, DistillConfig
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.settings import Config, DistillConfig
 
 from . import machine, plots, report, timing
 from .published import Published

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import typing
 from pathlib import Path
 
 API = {
@@ -44,42 +42,27 @@ def _api() -> str:
 
 
 def _settings() -> str:
-    """A table for every section of the configuration, from the dataclasses that it is read into."""
-    from realuid_fast.train import config as configs
+    """A table for every section of the configuration, from the dataclasses and functions that it goes to."""
+    from realuid_fast.train import listing
 
     text = (
         "# Settings\n\nA run's configuration is a YAML file of these sections; `--set section.key=value` replaces one "
-        "value. The resolved configuration is saved as `config.yaml` in the run's folder. The keys of `data` and "
-        "`network` depend on their `name` and `kind`: {doc}`data` and {doc}`architecture` list them.\n"
+        "value. `realuid-fast config NAME` prints a configuration with all of this as comments, and `--config` takes what "
+        "it prints. The resolved configuration is saved as `config.yaml` in the run's folder.\n"
     )
-    return text + "".join(_section(name, hint) for name, hint in typing.get_type_hints(configs.Config).items())
-
-
-def _section(name: str, kind: type) -> str:
-    if not dataclasses.is_dataclass(kind):
-        return ""
-    hints = typing.get_type_hints(kind)
-    text = f"\n## {name}\n\n```{{eval-rst}}\n{_plain(kind.__doc__)}\n```\n\n| key | type | default |\n|---|---|---|\n"
-    inner = ""
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            text += f"| `{name}.{field.name}` | a section of its own, below | |\n"
-            inner += _section(f"{name}.{field.name}", hint)
-            continue
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        text += f"| `{name}.{field.name}` | {_type(hint)} | `{default!r}` |\n"
-    return text + inner
-
-
-def _type(hint: object) -> str:
-    """A type in words; ``\\|`` keeps a table's cells apart."""
-    return (hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)).replace("|", "\\|")
-
-
-def _plain(text: str | None) -> str:
-    lines = (text or "").splitlines()
-    return "\n".join([lines[0], *(line.removeprefix("    ") for line in lines[1:])]) if lines else ""
+    for section in listing.sections():
+        kind = f", {listing.NAMED[section.name][0]} `{section.of}`" if section.of else ""
+        text += f"\n## {section.name or 'sections'}{kind}\n\n```{{eval-rst}}\n{section.text}\n```\n"
+        if section.rows:
+            text += "\n| key | type and bounds | default | meaning |\n|---|---|---|---|\n"
+        for row in section.rows:
+            default = row.default_in_words() if row.needed else f"`{listing.plain(row.default)}`"
+            cells = (f"`{row.key}`", row.kind(), default, row.meaning)
+            # A bar would end the cell, and two stars would make their text bold.
+            text += (
+                f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('*', chr(92) + '*') for cell in cells)} |\n"
+            )
+    return text
 
 
 def _commands() -> str:

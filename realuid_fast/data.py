@@ -214,6 +214,11 @@ def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int =
     ``"downsample"``: means of ``amount x amount`` blocks, ``amount`` 2, 4 or 8, spread over their pixels again.
     ``"mask"``: the lower ``amount`` rows black. ``"noise"``: with normal noise of standard deviation ``amount`` added,
     the same in every call of one ``seed``.
+
+    Args:
+        corruption: ``"downsample"``, ``"mask"`` or ``"noise"``.
+        amount: side of the blocks, black rows, or the noise's standard deviation.
+        seed: the noise's seed.
     """
     if corruption not in ("downsample", "mask", "noise"):
         raise UserError(f"corruption must be downsample, mask or noise, got {corruption!r}")
@@ -242,7 +247,14 @@ def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int =
 
 
 def transport(source: str = "moons", target: str = "eight_gaussians", n: int = 20_000, seed: int = 0) -> Dataset:
-    """Points of one 2-D set as samples and, drawn apart from them, points of another as endpoints."""
+    """Points of one 2-D set as samples and, drawn apart from them, points of another as endpoints.
+
+    Args:
+        source: the set of the endpoints, ``"eight_gaussians"``, ``"moons"`` or ``"checkerboard"``.
+        target: the set of the samples, one of the same.
+        n: number of training points; 10,000 others are held out.
+        seed: the points' seed.
+    """
     for key, name in (("source", source), ("target", target)):
         if name not in POINTS:
             raise UserError(f"{key} must be one of {', '.join(POINTS)}; got {name!r}")
@@ -254,8 +266,13 @@ def transport(source: str = "moons", target: str = "eight_gaussians", n: int = 2
 def eight_gaussians(
     n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, radius: float = 2.0, scale: float = 0.1
 ) -> Dataset:
-    """Eight Gaussians of standard deviation ``scale`` evenly spaced on a circle of ``radius``; points
-    ``(N, 2)``.
+    """Eight Gaussians evenly spaced on a circle; points ``(N, 2)``.
+
+    Args:
+        n, n_heldout: number of training points, and of others that are held out.
+        seed: the points' seed.
+        radius: the circle's radius.
+        scale: standard deviation of each Gaussian.
     """
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -268,8 +285,12 @@ def eight_gaussians(
 
 
 def moons(n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, scale: float = 0.05) -> Dataset:
-    """Two interleaved half circles of radius 1 with Gaussian noise of standard deviation ``scale``,
-    centred; ``(N, 2)``.
+    """Two interleaved half circles of radius 1 with Gaussian noise, centred; points ``(N, 2)``.
+
+    Args:
+        n, n_heldout: number of training points, and of others that are held out.
+        seed: the points' seed.
+        scale: standard deviation of the noise.
     """
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -284,8 +305,12 @@ def moons(n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, scale: float 
 
 
 def checkerboard(n: int = 20_000, n_heldout: int = 10_000, seed: int = 0, cells: int = 4) -> Dataset:
-    """Uniform on the dark squares of a ``cells x cells`` board that covers ``[-2, 2]^2``; points ``(N,
-    2)``.
+    """Uniform on the dark squares of a board that covers ``[-2, 2]^2``; points ``(N, 2)``.
+
+    Args:
+        n, n_heldout: number of training points, and of others that are held out.
+        seed: the points' seed.
+        cells: squares on a side of the board.
     """
     if not 2 <= cells <= 1000:
         raise UserError(f"cells must be from 2 to 1000, got {cells}")
@@ -333,8 +358,9 @@ def folder(
 
     Args:
         path: the folder. Hidden files and folders in it are left out.
-        size, channels: of the samples.
-        heldout_every: see above.
+        size: side of the samples.
+        channels: channels of the samples, 1 or 3.
+        heldout_every: every so many-th image is held out, by default every 10th; 0 holds out the training images.
         limit: the number of images to take, the first ones; of each part, if folders make a split.
         labels: whether folders are classes.
         skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
@@ -450,7 +476,7 @@ def idx(path: str | Path, size: int | None = None, channels: int = 1) -> Dataset
     compressed (``.gz``) or not, or a folder with ``MNIST/raw`` in it, as torchvision writes it.
 
     Args:
-        path: see above.
+        path: the folder with the files, or one that ``MNIST/raw`` is in.
         size: side of the samples, by default as stored. A larger one than the images' pads them evenly with black
             (28 to 32), a smaller one scales them as images of a :func:`folder` are.
         channels: 1, or 3 to repeat the grey one.
@@ -499,6 +525,9 @@ def cifar10(path: str | Path) -> Dataset:
     ``path`` is the folder with ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, or its
     parent. Fewer training batches are taken as they are.  Raises for missing files, truncated ones and
     impossible labels. Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+
+    Args:
+        path: the folder with the files, or the one that it is in.
     """
     batches, test = cifar10_files(Path(path))
     parts = [cifar10_records(file) for file in batches]
@@ -541,6 +570,9 @@ def packed(path: str | Path) -> Dataset:
 
     Only labels are held in memory.  Raises for a missing or damaged manifest, and for arrays that are not the ones
     it describes; the images' checksums are left to :func:`realuid_fast.packed.verify`.
+
+    Args:
+        path: the folder.
     """
     root = Path(path)
     manifest = stored.read_manifest(root / stored.MANIFEST)

@@ -43,6 +43,7 @@ MODULES = [
             "teachers",
             "train.config",
             "train.distill",
+            "train.settings",
         )
     ),
 ]

@@ -137,17 +137,15 @@ SOURCES = {
     },
     **{
         name: {
-            "distill.objective.alpha": (1.0, source),
-            "distill.objective.beta": (1.0, source),
             # Five times the published ones: see the test of the discriminator's weight.
             "distill.gan.weight_generator": (5 * GAN[name][0], of_generator),
             "distill.gan.weight_fake": (5 * GAN[name][1], of_discriminator),
             "distill.gan.least_share": (0.8, D),
         }
-        for name, source, of_generator, of_discriminator in (
-            ("cifar10_gan", "paper, table 1", "paper, table 1: 0.3, distance 2.29", "paper, table 1: 1.0"),
-            ("cifar10_cond_gan", "paper, table 1", "paper, table 1: 0.3, distance 2.12", "paper, table 1: 1.0"),
-            ("celeba64_gan", "run.sh --alpha and --beta", "run.sh --gen_coef: 1.0", "run.sh --disc_coef: 3.0"),
+        for name, of_generator, of_discriminator in (
+            ("cifar10_gan", "paper, table 1: 0.3, distance 2.29", "paper, table 1: 1.0"),
+            ("cifar10_cond_gan", "paper, table 1: 0.3, distance 2.12", "paper, table 1: 1.0"),
+            ("celeba64_gan", "run.sh --gen_coef: 1.0", "run.sh --disc_coef: 3.0"),
         )
     },
 }

@@ -664,10 +664,10 @@ def test_the_teachers_own_times_and_distance():
         ("path.name=mine", "path.name must be one of linear, .*; got 'mine'"),
         ("path.settings.sigma=1", "path.settings has no key 'sigma' on the path 'linear'; it takes time_scale"),
         ("path.settings.data_at=3", "path.settings: data_at must be 0 or 1"),
-        ("path.sampler=mine", "path.sampler: sampler must be"),
+        ("path.sampler=mine", "path.sampler must be one of uniform, .*, discrete; got 'mine'"),
         ("path.sampler_settings.mean=1", "path.sampler: the sampler 'stratified' has no setting 'mean'"),
-        ("path.weight=mine", "path.weight: a weight must be one of one, edm, scale; got 'mine'"),
-        ("path.match=mine", "path.match and path.predict: match must be one of velocity"),
+        ("path.weight=mine", "path.weight must be one of one, edm, scale; got 'mine'"),
+        ("path.match=mine", "path.match must be one of velocity, x0, noise; got 'mine'"),
         ("path.predict=residual", "path.match and path.predict: predict must not be residual on Linear"),
     ],
 )

@@ -164,6 +164,12 @@ def _add_evaluate(add: Add) -> None:
 
 
 def _add_tools(add: Add) -> None:
+    text = "print every setting as YAML, each with its meaning, type, bounds and default; --config takes the file"
+    command = add("config", "tools.config", text)
+    names = f"a YAML file or one of: {SHIPPED}, presets/NAME, recipes/NAME (default: all settings)"
+    command.add_argument("name", nargs="?", metavar="NAME", help=names)
+    _add_settings(command)
+
     add("info", "tools.info", "show versions, backends and why one cannot run, processor and threads")
 
     command = add(

@@ -15,7 +15,8 @@ from .. import __version__, backends, choices, extension
 from .. import pack as packing
 from ..errors import UserError
 from ..packed import verify
-from ..train import modes, precision
+from ..train import config as configs
+from ..train import listing, modes, precision
 from ..train.jobs import free_cores
 from . import common
 from .parser import BENCHMARKS
@@ -37,6 +38,11 @@ def pack(arguments: argparse.Namespace) -> None:
     sizes = "x".join(map(str, manifest.shape))
     classes = f" in {len(manifest.classes)} classes" if manifest.classes else ""
     print(f"{out}: {manifest.train.count:,} images {sizes}{classes} and {manifest.heldout.count:,} held out; {what}")
+
+
+def config(arguments: argparse.Namespace) -> None:
+    chosen = configs.load(arguments.name, arguments.set) if arguments.name else None
+    print(listing.as_yaml(chosen or configs.from_mapping(configs.nested(arguments.set)), chosen is None), end="")
 
 
 def info(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from ..errors import UserError
 from ..teachers import Model
 from . import config as configs
 from .checkpoint import files as checkpoints_in
-from .config import Config
 from .evaluate import sampler
 from .logging import convergence_plot, read_csv
 from .loop import Interrupted, stopping
 from .measure import Measure, evaluation_noise, generate
+from .settings import Config
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
 DISTANCES = ("distance", "distance_to_train", "distance_to_teacher")  # to the held-out data, the first
@@ -69,7 +68,7 @@ def compare(
         if stage.run.evaluate_every < 1:
             raise UserError("run.evaluate_every must be at least 1 to compare curves")
         for objective in METHODS.values():
-            replace(stage.distill.objective, name=objective).build()
+            stage.distill.objective.of(objective).build()
     judge = _Judge(config, samples or config.run.evaluate_samples)
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -206,7 +205,7 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
                 continue
             made = [judge(teachers.load(run / "student.safetensors", role="student")) for run in folders]
             ends = [measure(samples) for samples in made]
-            setting = replace(stage.distill.objective, name=objective).build()
+            setting = stage.distill.objective.of(objective).build()
             rows.append(
                 {
                     "method": name,

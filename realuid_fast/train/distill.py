@@ -25,12 +25,12 @@ from ..sampling import arguments, both, null_labels
 from ..teachers import Description, Model
 from . import distributed, modes, precision, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw, picked
-from .config import Config
 from .discriminator import Judged, softplus_term
 from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases
 from .precision import Precision
+from .settings import Config
 from .start import student_of
 from .tripwires import Tripwires
 

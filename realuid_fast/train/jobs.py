@@ -14,13 +14,13 @@ from .. import data, teachers
 from ..errors import UserError
 from . import config as configs
 from . import distributed, fidelity
-from .config import Config
 from .distill import Distiller
 from .inception import HOW_TO_GET, Inception
 from .lock import held
 from .loop import Trainer, open_folder, require_run, run
 from .measure import Measure
 from .regression import RegressionTrainer
+from .settings import REGRESSION, Config
 from .teacher import TeacherTrainer
 
 # A warm-up longer than a run divided by this number was more likely meant for a longer run.
@@ -42,7 +42,8 @@ def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool
         return configs.load(source or default, overrides)
     kept = folder / "config.yaml"
     require_run(folder)
-    before, asked = configs.load(kept), configs.load(source or kept, overrides)
+    before = configs.load_kept(kept)
+    asked = configs.load(source, overrides) if source else configs.load_kept(kept, overrides)
     for section in ("teacher", "distill"):
         before = _extended(before, asked, section)
     if (key := _difference(configs.to_mapping(before), configs.to_mapping(asked))) is not None:
@@ -89,7 +90,7 @@ def warn_of_warmup(job: str, config: Config) -> None:
     else:
         updates, turns = config.distill.updates, config.distill.fake_turns
         optimisers = [("distill.generator", config.distill.generator, updates)]
-        if config.distill.objective.name != configs.REGRESSION:
+        if config.distill.objective.name != REGRESSION:
             optimisers += [("distill.fake", config.distill.fake, updates * turns)]
     for name, optimiser, steps in optimisers:
         if optimiser.warmup * WARMUP_SHARE > steps:
@@ -194,7 +195,7 @@ def _measure(config: Config, dataset: data.Dataset) -> Measure:
 
 def distiller(config: Config) -> type[Distiller] | type[RegressionTrainer]:
     """The class of the trainer that a distillation's configuration asks for."""
-    return RegressionTrainer if config.distill.objective.name == configs.REGRESSION else Distiller
+    return RegressionTrainer if config.distill.objective.name == REGRESSION else Distiller
 
 
 def free_cores() -> int:

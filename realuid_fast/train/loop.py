@@ -32,13 +32,13 @@ from ..streams import Tolerant
 from . import config as configs
 from . import distributed, memory, sharding
 from .checkpoint import Checkpoints, clear, clear_half_written
-from .config import Config
 from .lock import LOCK, Lock
 from .logging import CsvLog, Events, convergence_plot, read_csv
 from .measure import Measure, evaluation_noise, generate
 from .meters import Fetched, Meters
 from .modes import captures, compiles
 from .phases import Phases
+from .settings import Config
 
 with extra():
     import yaml

@@ -31,11 +31,11 @@ from ..networks.recompute import recompute
 from ..sampling import arguments, evaluations, needs_endpoint, takes_endpoint
 from ..teachers import SHIPPED, Description, Model
 from . import distributed, memory, sharding
-from .config import REGRESSION, Config, OptimiserConfig
 from .distill import Distiller
 from .jobs import usable_device
 from .precision import Precision
 from .regression import RegressionTrainer
+from .settings import REGRESSION, Config, OptimiserConfig
 from .teacher import TeacherTrainer, network_for
 
 STEPS = choices.PLAN_STEPS

@@ -30,10 +30,10 @@ from ..sampling import check_solver, follows_flow, integrate, null_labels
 from ..teachers import Description, Model
 from . import distributed, modes, precision
 from .batches import endpoints_to_draw, labels_to_draw, picked
-from .config import Config
 from .meters import Meters
 from .phases import Phases
 from .precision import Precision
+from .settings import Config
 
 
 class RegressionTrainer:

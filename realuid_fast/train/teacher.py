@@ -22,10 +22,10 @@ from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
 from . import distributed, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw
-from .config import Config
 from .meters import Meters
 from .phases import Phases
 from .precision import Precision
+from .settings import Config
 
 WEIGHT = COLUMNS.index("w")
 SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows while it trains
