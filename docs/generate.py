@@ -47,8 +47,8 @@ def _settings() -> str:
 
     text = (
         "# Settings\n\nA run's configuration is a YAML file of these sections; `--set section.key=value` replaces one "
-        "value. `realuid-fast config NAME` prints a configuration with all of this as comments, and `--config` takes what "
-        "it prints. The resolved configuration is saved as `config.yaml` in the run's folder.\n"
+        "value. `realuid-fast config NAME` prints a configuration with all of this as comments, and `--config` takes "
+        "what it prints. The resolved configuration is saved as `config.yaml` in the run's folder.\n"
     )
     for section in listing.sections():
         kind = f", {listing.NAMED[section.name][0]} `{section.of}`" if section.of else ""
@@ -58,10 +58,8 @@ def _settings() -> str:
         for row in section.rows:
             default = row.default_in_words() if row.needed else f"`{listing.plain(row.default)}`"
             cells = (f"`{row.key}`", row.kind(), default, row.meaning)
-            # A bar would end the cell, and two stars would make their text bold.
-            text += (
-                f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('*', chr(92) + '*') for cell in cells)} |\n"
-            )
+            # Two stars would make the text between them bold.
+            text += f"| {' | '.join(cells)} |\n".replace("*", "\\*")
     return text
 
 
