@@ -305,7 +305,7 @@ def test_bad_input_to_training(place, capsys):
     assert "'distill.bath'" in refused(capsys, *DISTILL, "distill.bath=2")
     assert "no configuration 'none.yaml'" in refused(capsys, "distill", "--config", "none.yaml", "--out", "run")
     assert "run.device 'moon'" in refused(capsys, *DISTILL, "run.device=moon")
-    assert "data set name must be one of" in refused(capsys, *DISTILL, "data.name=cats")
+    assert "data.name must be one of" in refused(capsys, *DISTILL, "data.name=cats")
     assert "no run to resume" in refused(capsys, *DISTILL, "--resume")
     assert not (place / "run").exists()
     (place / "full").mkdir()
