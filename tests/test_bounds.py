@@ -117,7 +117,7 @@ def test_a_device_without_numbers_is_none(command, tmp_path, capsys):
 
 def test_a_plan_for_a_device_without_numbers_is_not_measured(capsys):
     assert cli.main(["distill", "--dry-run", "--set", "run.device=meta"]) == 0
-    assert "run.device meta is not here" in capsys.readouterr().out
+    assert "run.device meta does not exist on this machine" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
