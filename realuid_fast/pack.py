@@ -21,7 +21,7 @@ import numpy as np
 
 from . import choices, data, folders, idx_files, staging
 from .errors import UserError
-from .files import sync
+from .files import read_regular, sync
 from .packed import MANIFEST, SPLITS, File, Manifest, Split, read_manifest
 from .progress import bar
 
@@ -31,6 +31,7 @@ FILES = (MANIFEST, *(f"{split}_{what}.npy" for split in SPLITS for what in ("ima
 CELEBA_CROP, CELEBA_SIZE, CELEBA_FOLDER = 140, 64, "img_align_celeba"
 # A member of an archive that unpacks to more is refused, whatever its header says: no photograph is as large.
 MEMBER_BYTES = 1 << 26
+MOST_PARTITION = 1 << 28  # bytes of a partition; CelebA's has 5 million
 _CHUNK = 256  # images that are decoded at a time
 
 Decode = Callable[[str], np.ndarray[Any, Any]]
@@ -316,12 +317,14 @@ def _partitioned(names: Sequence[str], source: Path, partition: str | Path) -> t
     """The rows to train on and those to hold out, by a file of lines ``NAME NUMBER``."""
     numbers: dict[str, int] = {}
     try:
-        for line in Path(partition).read_text().splitlines():
+        for line in read_regular(Path(partition), MOST_PARTITION).decode().splitlines():
             if not line.strip():
                 continue
             name, text = line.rsplit(None, 1)
             if numbers.setdefault(name.strip(), int(text)) != int(text):
                 raise UserError(f"partition: {partition} gives {name.strip()} two numbers")
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"partition: {partition} is no file of lines NAME NUMBER ({error})") from None
     last_parts = [PurePosixPath(name).name for name in names]

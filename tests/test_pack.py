@@ -133,6 +133,15 @@ def test_the_published_partition_of_celeba(celeba, tmp_path):
         pack.pack(celeba, tmp_path / "none", partition=lines)
 
 
+def test_a_partition_that_is_no_regular_file_is_not_opened(tmp_path):
+    """Opening a FIFO would wait for somebody to write."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(picture(8, 8, 0))
+    os.mkfifo(tmp_path / "lines.txt")
+    with pytest.raises(UserError, match=r"partition: .*it is a FIFO and not a regular file"):
+        pack.pack(tmp_path / "images", tmp_path / "packed", partition=tmp_path / "lines.txt")
+
+
 def test_a_partition_names_paths_where_names_repeat(tmp_path):
     """Two classes of files with the same names, as cameras and cutting tools number them."""
     for i, name in enumerate(("cats/1.png", "cats/2.png", "dogs/1.png", "dogs/lone one.png")):
