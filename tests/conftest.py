@@ -2,10 +2,19 @@
 
 import importlib
 import importlib.util
+import signal
 import sys
 import types
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hang_up_is_heard():
+    """Tests end runs by SIGHUP. A run under nohup rightly does not hear it, and tests may be started under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

@@ -447,7 +447,10 @@ def test_a_command_whose_messages_nobody_reads_saves_on_a_signal(run, tmp_path):
     while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 129
+    try:
+        assert process.wait(timeout=60) == 129
+    finally:
+        process.kill()
     assert len(steps(tmp_path / "run")) == 1
 
 
