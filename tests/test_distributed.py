@@ -794,7 +794,8 @@ def held_bytes():
     gc.collect()
     memory = {}
     for each in gc.get_objects():
-        if type(each) in (torch.Tensor, nn.Parameter):
+        # What earlier tests of this process left behind may be sparse, and has no storage then.
+        if type(each) in (torch.Tensor, nn.Parameter) and each.layout is torch.strided:
             storage = each.untyped_storage()
             memory[storage.data_ptr()] = storage.nbytes()
         elif type(each).__name__ == "DTensor":

@@ -408,7 +408,7 @@ def test_second_stage_from_another_average(tmp_path):
     torch.save(content, published)
     assert is_at(start(published, 0.7), averages[0.7])
     assert is_at(start(published, None), averages[0.9])
-    with pytest.raises(UserError, match=r"has no average of decay 0\.6, only 0\.5, 0\.7, 0\.9"):
+    with pytest.raises(UserError, match=r"has no average of decay 0\.6, only 0, 0\.5, 0\.7, 0\.9"):
         start(published, 0.6)
     with pytest.raises(UserError, match=r"is a student of t_start = 0, this run is one of 0\.28"):
         start(published, 0.7, t_start=0.28)
