@@ -79,7 +79,10 @@ def interpreters() -> Iterator[str]:
 
 
 def search_path(python: str) -> list[str]:
-    """Where ``python`` finds packages, whatever variables say; empty for another version than this build runs on."""
+    """The folders in which ``python`` finds packages, whatever variables say.
+
+    The list is empty where ``python`` is another version than this build runs on.
+    """
     code = "import json, sys; print(json.dumps([sys.version_info[:2], [p for p in sys.path if p]]))"
     try:
         done = subprocess.run([python, "-E", "-c", code], capture_output=True, text=True, check=True, cwd="/")

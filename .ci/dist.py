@@ -117,7 +117,7 @@ def install(way: str, what: Path, python: Path, options: list[str], variables: d
 
 
 def runs(python: Path, kind: str, variables: dict[str, str], place: Path | None = None) -> str:
-    """What the installed package says, or the end of this check."""
+    """Run the installed package and return its output; end this check where it does not run."""
     command = [python, "-c", RUNS, kind, str(place or python.parent.parent)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, cwd=python.parent)
     if done.returncode:
@@ -193,6 +193,7 @@ def ways(tree: Path, wheel: Path, room: Path) -> None:
     repair = runs(python, "pure", variables)
     clean(tree)
     variables = environment(python, PIP_CONSTRAINT=str(pins))
+    # The package prints the command for a user to paste into a shell, so a shell has to take it as it stands.
     mended = subprocess.run(repair, shell=True, env=variables, capture_output=True, text=True, check=False, cwd=room)
     if mended.returncode:
         sys.exit(f"{repair} fails:\n{mended.stdout}{mended.stderr}")

@@ -59,7 +59,7 @@ def compile_call(call: Any, target: str) -> Code:
 
 
 def specialise(call: Any, target: str) -> tuple[ASTSource, dict[str, Any], str]:
-    """What a real launch hands to the compiler, by Triton's own binder, and the key under which it keeps the result.
+    """The source that a real launch compiles, by Triton's own binder, and the key under which it keeps the result.
 
     The binder and the rest of a launch's first half are Triton's private functions: they are the only definition of
     what a launch specialises on.

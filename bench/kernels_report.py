@@ -304,7 +304,7 @@ def measure(name: str, target: str) -> Figures:
     elements = call.constants["ROWS"] * call.constants["BLOCK_D"] // lanes
     bits = elements * variant.dtype.itemsize * 8
     if "STEPS" in call.constants:
-        # Where the compiler unrolled the loop over tiles, one pass through the code reads several of them.
+        # An unrolled loop over tiles reads several of them in one pass through the code.
         elements *= max(1, sum(code.loads) // (bits * variant.reads))
 
     def wide(widths: tuple[int, ...], tensors: int) -> bool:

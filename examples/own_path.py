@@ -32,7 +32,7 @@ class Early(rf.paths.OneSidedPath):
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 2 * (1 - t), -torch.ones_like(t)
 
-    # Where a scale vanishes: conversions that divide by it are clipped there, and nowhere else.
+    # The time at which a scale vanishes: conversions that divide by it are clipped there, and nowhere else.
     @property
     def a_zero(self) -> float:
         return 0.0

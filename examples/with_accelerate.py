@@ -59,7 +59,7 @@ def main() -> None:
     teacher = rf.load("digits").net
     fake, student = (copy.deepcopy(teacher).train().requires_grad_(True) for _ in range(2))
     optimisers = [torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.999)) for net in (fake, student)]
-    # What is trained is wrapped, the teacher only moved.
+    # Trained networks are wrapped; the teacher is only moved to the device.
     teacher = teacher.to(accelerator.device)
     fake, student, fake_optimiser, student_optimiser, batches = accelerator.prepare(
         fake, student, *optimisers, digit_batches(options.batch)

@@ -26,7 +26,7 @@ from .packed import MANIFEST, SPLITS, File, Manifest, Split, read_manifest
 from .progress import bar
 
 KINDS = choices.SOURCES
-# What a packed set consists of: nothing else is ever removed.
+# The files of a packed set: nothing else is ever removed.
 FILES = (MANIFEST, *(f"{split}_{what}.npy" for split in SPLITS for what in ("images", "labels")))
 CELEBA_CROP, CELEBA_SIZE, CELEBA_FOLDER = 140, 64, "img_align_celeba"
 # A member of an archive that unpacks to more is refused, whatever its header says: no photograph is as large.

@@ -240,7 +240,7 @@ def test_points_from_one_set_to_another():
         data.load({"name": "transport", "source": "digits"})
 
 
-# What strangers' folders hold: how images of other modes are saved, and the grey value or colour that they then have.
+# Images as strangers' folders hold them: how each mode is saved, and the grey value or colour that it then has.
 def save_grey_16(file):
     Image.fromarray(np.full((6, 6), 257 * 100, np.uint16)).save(file)
 

@@ -794,7 +794,7 @@ def held_bytes():
     gc.collect()
     memory = {}
     for each in gc.get_objects():
-        # What earlier tests of this process left behind may be sparse, and has no storage then.
+        # Tensors that earlier tests of this process left behind may be sparse; those have no storage.
         if type(each) in (torch.Tensor, nn.Parameter) and each.layout is torch.strided:
             storage = each.untyped_storage()
             memory[storage.data_ptr()] = storage.nbytes()

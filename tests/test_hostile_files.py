@@ -149,7 +149,7 @@ def test_a_checksum_is_found_whatever_the_content_says(tmp_path):
     assert said == content
 
 
-# What is no regular file
+# Paths that are no regular file
 
 
 def read_labels(file):
@@ -195,7 +195,7 @@ def test_the_parts_of_a_diffusers_folder_are_regular_files(tmp_path):
         convert(tmp_path, tmp_path / "o.safetensors")
 
 
-# What is small and asks for much
+# Small files that ask for much memory or time
 
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 7))
@@ -292,7 +292,7 @@ def test_a_tensor_has_no_more_elements_than_its_storage(size, stride):
 
 
 def zipped(state, method):
-    """What torch.save writes, in an archive whose storages are 16 MB of zeros, compressed or not."""
+    """The bytes that torch.save writes, in an archive whose storages are 16 MB of zeros, compressed or not."""
     stream, found = io.BytesIO(), io.BytesIO()
     torch.save(state, stream)
     with zipfile.ZipFile(stream) as sound, zipfile.ZipFile(found, "w", method) as archive:

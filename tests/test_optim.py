@@ -717,7 +717,7 @@ def test_replayed_graph_goes_on(flat):
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_loading_a_state_keeps_hooks_and_memory(flat):
-    """What averages over ranks or parts of a batch hangs on the optimiser, and graphs hold its addresses."""
+    """Averaging over ranks or parts of a batch is a hook of the optimiser, and graphs hold its addresses."""
     net = conv_net()
     optimiser = FusedAdam(net.parameters(), 1e-2, flat=flat)
     set_gradients(net, 0)

@@ -259,7 +259,7 @@ def test_working_folders_of_killed_packings_are_known_by_their_marker(folder, tm
     (left / staging.MARKER).write_text("packed")
     (left / "new" / "train_images.npy").write_text("half")
     (left / "new" / "notes.txt").write_text("mine")
-    # Of another set beside this one, whose packing may be going on.
+    # A folder of another set beside this one, whose packing may be going on.
     other = tmp_path / f"{staging.PREFIX}def"
     other.mkdir()
     (other / staging.MARKER).write_text("other")

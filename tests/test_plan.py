@@ -267,7 +267,7 @@ def test_on_a_gpu_the_largest_batch_that_should_fit_is_the_one_that_is_warmed(mo
     found = plan._measure(what, Updates, config, 20, 120.0)
     assert made == tried
     assert (found.batch, found.updates, found.seconds) == (measured, 20, 0.5)
-    # What the plan itself says does not fit is not tried.
+    # A batch that does not fit by the plan itself is not tried.
     made.clear()
     monkeypatch.setattr(memory, "free_bytes", lambda device: sum(what.memory.values()) - 1)
     assert plan._measure(what, Updates, config, 20, 120.0).batch == made[0] == 4

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 FILE = Path(__file__).parent / "public_api.txt"
-# What documents and examples import from. Other modules are the package's own and may change at any time.
+# The modules that documents and examples import from. Other modules are the package's own and may change at any time.
 MODULES = [
     "realuid_fast",
     *(

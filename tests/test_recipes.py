@@ -15,7 +15,7 @@ from realuid_fast.train import config as configs
 from realuid_fast.train.discriminator import softplus_term
 from realuid_fast.train.distill import Distiller
 
-# Of the paper: alpha, beta, rate, batch; of celeba64_gan run.sh's.
+# The paper's alpha, beta, rate and batch; those of celeba64_gan are run.sh's.
 PUBLISHED = {
     "cifar10": (0.92, 0.94, 3e-5, 256),
     "cifar10_cond": (0.98, 0.96, 3e-5, 256),
@@ -46,7 +46,7 @@ TUNE = {
     "run.checkpoint_every": (333, "run.sh --save_model_step, 2,000 turns"),
     "run.evaluate_every": (333, "run.sh --fid_step, 2,000 turns"),
 }
-# What every recipe's file sets itself, but for names of files: the value and the source that stands behind it there.
+# Settings that each recipe's file makes itself, but for names of files: the value, and the source behind it there.
 SOURCES = {
     "cifar10": {
         "data.flip": (True, "train_distil.py, RandomHorizontalFlip"),

@@ -1,4 +1,4 @@
-"""What several commands share: the command's own line, models by name, the table of distances, threads."""
+"""Helpers that several commands share: the command's own line, models by name, the table of distances, threads."""
 
 from __future__ import annotations
 

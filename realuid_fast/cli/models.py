@@ -28,7 +28,7 @@ from ..train.jobs import usable_device
 from ..train.measure import WARMING, Measure, class_by_class, generate
 from . import common
 
-# What ``evaluate`` takes where it is not told, plainly and with ``--published``: src/eval.py and train_distil.py of the
+# Defaults of ``evaluate``, plainly and with ``--published``: src/eval.py and train_distil.py of the
 # RealUID code measure 50,000 samples of labels in turn, three times, and a teacher over 100 times, which are 99 steps.
 PLAIN = {"metric": "features", "labels": "empirical", "repeats": 1}
 PUBLISHED = {"metric": "inception", "labels": "balanced", "repeats": 3, "steps": [99]}
@@ -102,7 +102,7 @@ def sample(arguments: argparse.Namespace) -> None:
     solver = arguments.solver or "euler"
     number = 1 + len(model.description.times) if student else evaluations(steps, solver, path, predict)
     number *= 1 if arguments.guidance == 1 else 2
-    # Whoever waits for less than two seconds needs no bar.
+    # A command that ends within two seconds needs no bar.
     with bar(made * number, "evaluation", unit_scale=True, delay=2) as shown, counting(model.net, shown):
         samples, speed = generate(draw, noise, labels, endpoint)
     for file in arguments.out:

@@ -12,7 +12,7 @@ from ..bounds import SEED, THREADS, Range
 # Adds a command: its name, the module of this package and the function that run it, what it does.
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 SHIPPED = ", ".join(choices.configs())
-# Of the options that are whole numbers, by name; a command may refuse more.
+# Bounds of the options that are whole numbers, by name; a command may refuse more.
 WHOLE = {
     **dict.fromkeys(("count", "steps", "limit", "repeats", "batch", "ranks"), Range(1)),
     **dict.fromkeys(("samples", "heldout_every", "measure"), Range(0)),

@@ -28,7 +28,7 @@ presets, recipes = choices.presets, choices.recipes
 T = TypeVar("T")
 # ValueError: dates and numbers that only look right, bytes that are no text. RecursionError: thousands of brackets.
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-# What a configuration may have: a noise schedule of 4,000 numbers takes 4,000 nodes and 100 KB of them.
+# Limits of a configuration: a noise schedule of 4,000 numbers takes 4,000 nodes and 100 KB of them.
 _MOST_BYTES, _MOST_NODES, _MOST_DEPTH, _MOST_BASES = 2**20, 20_000, 32, 64
 _MOST_TEXT = 10_000  # characters of one value
 # Settings that every data set takes beside its own.
@@ -371,7 +371,7 @@ def _in_parity(config: Config, content: Mapping[str, Any]) -> Config:
 
 
 def _check(config: Config) -> None:
-    """What no field can say by itself: settings that do not go together."""
+    """Refuse settings that do not go together, which no field can say by itself."""
     run, teacher, distill = config.run, config.teacher, config.distill
     if foreign := distill.objective.foreign():
         name, own = distill.objective.name, distill.objective.parameters()

@@ -105,7 +105,7 @@ def _rows_of(section: str, made: Callable[..., Any]) -> list[Row]:
 
 
 def _arguments(made: Callable[..., Any]) -> dict[str, str]:
-    """What the ``Args`` of a docstring say of each name."""
+    """The text of each name in the ``Args`` of a docstring."""
     block = re.search(r"^Args:\n((?: .*\n|\n)*)", f"{inspect.getdoc(made)}\n", re.MULTILINE)
     entries = re.findall(r"^ {4}(\w[\w, \n]*): ((?:.*\n)(?: {8}.*\n)*)", block[1] if block else "", re.MULTILINE)
     return {name: _bare(text) for names, text in entries for name in re.findall(r"\w+", names)}

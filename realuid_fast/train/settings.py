@@ -177,7 +177,7 @@ class ObjectiveConfig:
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """The objective's name in tables."""
         return self.name if self.name == REGRESSION else self.build().name
 
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -354,7 +354,7 @@ class RunConfig:
 
 
 _PARITY_STEP = {"warmup_from_zero": True, "decay": "constant"}
-# What ``run.parity`` sets: docs/parity.md says where each of them comes from.
+# Settings that ``run.parity`` makes: docs/parity.md says where each of them comes from.
 PARITY: dict[str, dict[str, Any]] = {
     "path": {
         "name": "linear",

@@ -42,7 +42,8 @@ from realuid_fast.train import config as configs
 HERE = Path(__file__).parent
 HASHES, LOGS = HERE / "hashes.json", HERE / "logs.json"
 TIMED = ("seconds", "images_per_second")  # columns of log.csv that no two runs have in common
-# Of a column's largest value: machines sum in another order. Seen between AVX-512, AVX2 and plain code: 1e-5 to 6e-5.
+# A share of a column's largest value, since machines sum in another order.
+# Seen between AVX-512, AVX2 and plain code: 1e-5 to 6e-5.
 TOLERANCE = 1e-4
 WIDER: dict[str, float | None] = {
     "moment_matching": 3e-4,  # the generator's loss is a difference of terms twenty times as large
