@@ -31,7 +31,7 @@ FILES = (MANIFEST, *(f"{split}_{what}.npy" for split in SPLITS for what in ("ima
 CELEBA_CROP, CELEBA_SIZE, CELEBA_FOLDER = 140, 64, "img_align_celeba"
 # A member of an archive that unpacks to more is refused, whatever its header says: no photograph is as large.
 MEMBER_BYTES = 1 << 26
-MOST_PARTITION = 1 << 28  # bytes of a partition; CelebA's has 5 million
+_MOST_PARTITION = 1 << 28  # bytes of a partition; CelebA's has 5 million
 _CHUNK = 256  # images that are decoded at a time
 
 Decode = Callable[[str], np.ndarray[Any, Any]]
@@ -317,7 +317,7 @@ def _partitioned(names: Sequence[str], source: Path, partition: str | Path) -> t
     """The rows to train on and those to hold out, by a file of lines ``NAME NUMBER``."""
     numbers: dict[str, int] = {}
     try:
-        for line in read_regular(Path(partition), MOST_PARTITION).decode().splitlines():
+        for line in read_regular(Path(partition), _MOST_PARTITION).decode().splitlines():
             if not line.strip():
                 continue
             name, text = line.rsplit(None, 1)
