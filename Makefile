@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
 
 compare: $(VENV)/.installed
-	$(BIN)/realuid-fast compare --then digits_tune --common --samples 43264 --out runs/compare --overwrite
+	$(BIN)/python -m bench.study.compare --then digits_tune --common --samples 43264 --out runs/compare --overwrite
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

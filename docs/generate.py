@@ -43,7 +43,7 @@ def _api() -> str:
 
 def _settings() -> str:
     """A table for every section of the configuration, from the dataclasses and functions that it goes to."""
-    from realuid_fast.train import listing
+    from realuid_fast.cli import listing
 
     text = (
         "# Settings\n\nA run's configuration is a YAML file of these sections; `--set section.key=value` replaces one "

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 
 import realuid_fast as rf
 from realuid_fast import data, teachers
+from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
 from realuid_fast.sampling import integrate
 from realuid_fast.train import config as configs
-from realuid_fast.train import plan
 from realuid_fast.train.discriminator import Head, Judged, softplus_term
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import distiller, train
 from realuid_fast.train.loop import Interrupted
-from realuid_fast.train.measure import Measure, evaluation_noise, generate
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 

@@ -9,10 +9,11 @@ import torch
 
 from realuid_fast import data
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate import measure
 from realuid_fast.packed import Stored
 from realuid_fast.train import batches as batches_module
 from realuid_fast.train import config as configs
-from realuid_fast.train import distributed, measure, tripwires
+from realuid_fast.train import distributed, tripwires
 from realuid_fast.train.batches import AHEAD, Batches, labels_to_draw
 from realuid_fast.train.jobs import train
 

@@ -1,6 +1,5 @@
 """The benchmarks, without their timings: equal work of all ways, results files, comparisons, fits, command line."""
 
-import concurrent.futures
 import importlib.util
 import json
 from dataclasses import replace
@@ -20,13 +19,12 @@ from bench import (
     optimiser,
     peers,
     plots,
-    presets,
     readme,
     report,
     step,
     timing,
 )
-from realuid_fast import cli, data
+from realuid_fast import cli
 from realuid_fast.cli import tools
 from realuid_fast.errors import UserError
 from realuid_fast.noise import normal
@@ -390,80 +388,3 @@ def test_the_cifar_problem_is_the_published_one_but_for_its_batch():
 def test_a_table_without_its_results_is_a_sentence():
     with pytest.raises(SystemExit, match=r"the table 'nothing', and there is no bench/results/nothing\.md"):
         readme.rendered("<!-- table: nothing -->\n<!-- end -->")
-
-
-def test_sensitivity_finds_arrivals_and_writes_its_table(tmp_path, monkeypatch):
-    from bench import sensitivity
-
-    curve = [(20, 0.5), (40, 0.2), (60, 0.4), (80, 0.2), (100, 0.1)]
-    # One evaluation below the target does not count, two in a row do.
-    assert sensitivity.arrival(curve, 0.25) == 80
-    assert sensitivity.arrival(curve, 0.05) is None
-
-    monkeypatch.setattr(sensitivity, "ALPHAS", (0.9,))
-    monkeypatch.setattr(sensitivity, "RATIOS", (0.96, 1.04))
-    monkeypatch.setattr(sensitivity, "SETTINGS", [*sensitivity.SETTINGS, "teacher.updates=3", "run.progress=false"])
-    words = ["--out", tmp_path / "runs", "--results", tmp_path, "--seeds", 0, 1, "--updates", 4, "--every", 2]
-    monkeypatch.setattr(sensitivity, "ProcessPoolExecutor", Serial)
-    assert sensitivity.main([str(word) for word in [*words, "--samples", 50]]) == 0
-    content = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert [(cell["alpha"], cell["ratio"]) for cell in content["cells"]] == [(1.0, 1.0), (0.9, 0.96), (0.9, 1.04)]
-    uid = content["curves"][0]["runs"]
-    # The paper trains with five fake turns and calls fewer than three unstable.
-    assert content["fake_turns"] == 5
-    assert "distill.fake_turns=5" in sensitivity.SETTINGS
-    assert content["target"] == pytest.approx(sum(d for run in uid for _, d in run) / 4)
-    table = (tmp_path / "sensitivity.md").read_text()
-    assert "| 0.9 |" in table
-    assert "4 updates of 5 fake turns, 2 seeds." in table
-    assert (tmp_path / "sensitivity.png").stat().st_size > 1000
-
-
-class Serial:
-    """A pool of this process alone."""
-
-    def __init__(self, jobs):
-        assert jobs == 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, call, *arguments):
-        future = concurrent.futures.Future()
-        future.set_result(call(*arguments))
-        return future
-
-
-def test_presets_are_trained_measured_and_taken_up_again(tmp_path, capsys, monkeypatch):
-    words = ["--only", "trigonometric", "--updates", 1, "--teacher-updates", 1, "--seeds", 0, "--samples", 20]
-    words += ["--jobs", 1, "--work", tmp_path, "--out", tmp_path / "p.json", "--docs", tmp_path / "p.md"]
-    words = [str(word) for word in words]
-    few = data.eight_gaussians(n=300, n_heldout=50)
-    monkeypatch.setitem(data.LOADERS, "eight_gaussians", lambda: few)
-    # In this process: starting two takes longer than what they do.
-    started = []
-
-    def in_process(commands, *_):
-        for name, command in commands.items():
-            started.append(name)
-            assert cli.main(command[3:]) == 0
-
-    monkeypatch.setattr(presets, "run_all", in_process)
-    assert presets.main(words) == 0
-    assert started == ["teacher-trigonometric", "trigonometric-seed0"]
-    (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
-    assert (row["path"], row["predict"], row["updates"], row["seeds"]) == ("trigonometric", "v", 1, [0])
-    line = next(line for line in (tmp_path / "p.md").read_text().splitlines() if line.startswith("| trigonometric"))
-    assert f"| {row['teacher']['distance']:.3g} | {row['student']['distance'][0]:.3g} ± 0 | 1 |" in line
-
-    # Finished runs are taken as they are; another number of updates is another run.
-    assert presets.main(words) == 0
-    assert len(started) == 2
-    words[words.index("--updates") + 1] = "2"
-    assert presets.main(words) == 0
-    assert started[2:] == ["trigonometric-seed0"]
-    assert presets.main(["--only", "none"]) == 2
-    assert "there is no preset 'none'" in capsys.readouterr().err

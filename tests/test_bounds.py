@@ -84,8 +84,6 @@ def test_the_largest_seed_is_one():
         (["pack", "x", "--size", 2**40], "--size must be at most 32768"),
         (["pack", "x", "--limit", 2**70], f"--limit must be at most {LARGE}"),
         (["demo", "--threads", 100_000], "--threads must be at most 1024"),
-        (["compare", "--seeds", 0, 2**64], f"--seeds must be at most {2**63 - 1}"),
-        (["compare", "--jobs", 10**6], "--jobs must be at most 1024"),
         (["distill", "--dry-run", "--measure", 2**70], f"--measure must be at most {LARGE}"),
         (["distill", "--dry-run", "--ranks", 2**70], f"--ranks must be at most {LARGE}"),
     ],

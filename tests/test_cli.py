@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 import os
 import re
 import shlex
@@ -18,11 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from realuid_fast import choices, cli, paths, sampling, teachers
+from realuid_fast.evaluate import table as evaluation
 from realuid_fast.networks import build
 from realuid_fast.noise import NoiseStream, normal
-from realuid_fast.train import compare as comparison
 from realuid_fast.train import config as configs
-from realuid_fast.train import evaluate as evaluation
 from realuid_fast.train import jobs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import read_csv
@@ -75,7 +73,7 @@ def refused(capsys, *words):
 
 
 def test_help_of_every_command(capsys):
-    for command in ("train-teacher", "distill", "convert", "sample", "evaluate", "info", "demo", "compare"):
+    for command in ("train-teacher", "distill", "convert", "sample", "evaluate", "info", "demo"):
         assert run(command, "--help") == 0
         assert command in capsys.readouterr().out
     assert run("--version") == 0
@@ -451,107 +449,6 @@ def test_demo_leaves_what_the_readme_promises(place, capsys):
         assert (place / "d" / name).stat().st_size > 0
     assert json.loads((place / "d/evaluation.json").read_text())["updates"] == 3
     assert "is not empty" in refused(capsys, "demo", "--out", "d", "--threads", 1, "--set", *words)
-
-
-def test_compare_two_seeds(place, capsys, monkeypatch):
-    apart = comparison.run_all
-    # Starting a process takes longer than these runs: in this one first, below in one of their own.
-    monkeypatch.setattr(comparison, "run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
-    words = ["--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
-    assert run("compare", *words, "--seeds", 0, 1, "--jobs", 2, "--out", "c") == 0
-    result = json.loads((place / "c/compare.json").read_text())
-    assert set(result["curves"]) == {"UID", "RealUID"}
-    assert [len(runs) for runs in result["curves"].values()] == [2, 2]
-    assert [(row["method"], row["updates"]) for row in result["rows"]] == [("UID", 2), ("RealUID", 2)]
-    for row in result["rows"]:
-        # Samples of the saved students are what the curves end with.
-        assert row["distance"] == pytest.approx(row["curve_end"], rel=1e-6)
-    table = (place / "c/compare.md").read_text()
-    assert "UID (alpha = 1, beta = 1)" in table
-    assert "never" in table
-    # The training data stand beside the teacher at as many samples.
-    number = f"{result['floor_samples']:,} samples"
-    assert f"| real training data, {number} | | {result['floor']:.3g} | 0 |" in table
-    assert f"| {result['teacher_100_steps']:.3g} | {result['teacher_100_steps_to_train']:.3g} | 0 |" in table
-    for row in result["rows"]:
-        assert all(0 < distance < math.inf for distance in row["distance_to_teacher"])
-        assert f"({', '.join(f'{distance:.2f}' for distance in row['distance_to_teacher'])})" in table
-    assert f"| teacher, 100 Euler steps, {number} | | {result['teacher_100_steps_floor']:.3g} |" in table
-    assert (place / "c/compare.png").stat().st_size > 1000
-    assert yaml.safe_load((place / "c/runs/uid-seed1/config.yaml").read_text())["distill"]["objective"]["name"] == "uid"
-    assert "holds compare.json already" in refused(capsys, "compare", *words, "--out", "c")
-
-    monkeypatch.setattr(comparison, "run_all", apart)
-    # Resumed, only the missing run is trained again, and the results are the same.
-    kept = (place / "c/runs/uid-seed0/student.safetensors").stat().st_mtime_ns
-    (place / "c/runs/realuid-seed1/student.safetensors").unlink()
-    assert run("compare", *words, "--seeds", 0, 1, "--out", "c", "--resume") == 0
-    assert capsys.readouterr().out.count("started") == 1
-    assert (place / "c/runs/uid-seed0/student.safetensors").stat().st_mtime_ns == kept
-    assert json.loads((place / "c/compare.json").read_text())["curves"] == result["curves"]
-
-
-def test_compare_in_two_stages(place, monkeypatch):
-    monkeypatch.setattr(comparison, "run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
-    (place / "tune.yaml").write_text(
-        "base: tiny.yaml\ndistill: {objective: {alpha: 0.5, beta: 1.5}, ema: [0.9], export: 0.9}"
-    )
-    words = ["--config", "tiny.yaml", "--then", "tune.yaml", "--samples", 80]
-    words += ["--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
-    assert run("compare", *words, "--seeds", 0, "--jobs", 1, "--out", "two") == 0
-    result = json.loads((place / "two/compare.json").read_text())
-    rows = [(row["method"], row["alpha"], row["beta"], row["updates"]) for row in result["rows"]]
-    assert rows == [("UID", 1, 1, 2), ("RealUID", 0.92, 0.94, 2), ("UID", 1, 1, 4), ("RealUID", 0.5, 1.5, 4)]
-    assert result["samples"] == 80
-    assert all(
-        [p["update"] for p in run[0]] == sorted({p["update"] for p in run[0]}) for run in result["curves"].values()
-    )
-    tuned = yaml.safe_load((place / "two/runs/realuid-seed0-tuned/config.yaml").read_text())["distill"]
-    assert tuned["start"].endswith("realuid-seed0")
-
-
-def test_compare_from_a_common_first_stage(place, monkeypatch):
-    monkeypatch.setattr(comparison, "run_all", lambda commands, *_: [run(*c[3:]) for c in commands.values()])
-    (place / "tune.yaml").write_text(
-        "base: tiny.yaml\ndistill: {objective: {alpha: 0.5, beta: 1.5}, ema: [0.9], export: 0.9}"
-    )
-    words = ["--config", "tiny.yaml", "--then", "tune.yaml", "--common", "--samples", 80]
-    words += ["--set", "distill.teacher=teacher.safetensors", "distill.updates=2"]
-    assert run("compare", *words, "--seeds", 0, 1, "--jobs", 1, "--out", "two") == 0
-    result = json.loads((place / "two/compare.json").read_text())
-    assert [(row["method"], row["updates"]) for row in result["rows"]] == [("UID", 2), ("UID", 4), ("RealUID", 4)]
-    assert not (place / "two/runs/realuid-seed0").exists()
-    for method in ("uid", "realuid"):
-        tuned = yaml.safe_load((place / f"two/runs/{method}-seed1-tuned/config.yaml").read_text())["distill"]
-        assert tuned["start"].endswith("runs/uid-seed1")
-        assert tuned["objective"]["name"] == method
-    uid, real = (result["curves"][name][0] for name in ("UID", "RealUID"))
-    assert [row["update"] for row in uid] == [row["update"] for row in real]
-    assert uid[:2] == real[:2]
-    apart = [b - a for a, b in zip(result["rows"][1]["distance"], result["rows"][2]["distance"], strict=True)]
-    assert (
-        f"| {sum(apart) / 2:.2f}, standard error {abs(apart[0] - apart[1]) / 2:.2f} ("
-        in (place / "two/compare.md").read_text()
-    )
-
-
-def test_compare_refuses(place, capsys):
-    words = ["compare", "--config", "tiny.yaml", "--set", "distill.teacher=teacher.safetensors"]
-    assert "--common needs a second stage: give --then" in refused(capsys, *words, "--out", "c", "--common")
-    assert "seeds must be different" in refused(capsys, *words, "--out", "c", "--seeds", 1, 1)
-    assert "--jobs must be at least 1" in refused(capsys, *words, "--out", "c", "--jobs", 0)
-    assert "evaluate_every" in refused(capsys, *words, "run.evaluate_every=0", "--out", "c")
-    assert "alpha = 1 requires" in refused(capsys, *words, "distill.objective.alpha=1.0", "--out", "c")
-    assert "cannot be written" in refused(capsys, *words, "--out", "tiny.yaml/c")
-    assert "there is no teacher 'gone'" in refused(
-        capsys, *words[:-1], "distill.teacher=gone", "--out", "d", "--seeds", 0
-    )
-
-
-def test_update_that_reached_a_distance():
-    curve = [{"update": 10 * i, "distance": d} for i, d in enumerate((9.0, 4.0, 5.0))]
-    assert comparison._reached(curve, 4.5) == 10
-    assert comparison._reached(curve, 3.0) is None
 
 
 def test_convert_from_a_checkpoint_to_samples(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ from torch import nn
 
 from realuid_fast import backends, functional, streams, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate.measure import Measure
 from realuid_fast.files import part_of, replacing
 from realuid_fast.networks import build
 from realuid_fast.pack import pack
@@ -37,7 +38,6 @@ from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
 from realuid_fast.train.lock import LOCK, Lock, held
 from realuid_fast.train.logging import CsvLog, read_csv
-from realuid_fast.train.measure import Measure
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}

@@ -9,15 +9,16 @@ import torch
 from realuid_fast import cli, data, metrics, teachers
 from realuid_fast.cli import models
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate import fidelity
+from realuid_fast.evaluate.fidelity import Fidelity
+from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
+from realuid_fast.evaluate.table import sampler
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
-from realuid_fast.train import fidelity, jobs
+from realuid_fast.train import jobs
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.evaluate import sampler
-from realuid_fast.train.fidelity import Fidelity
 from realuid_fast.train.jobs import train
 from realuid_fast.train.logging import read_csv
-from realuid_fast.train.measure import Measure, evaluation_noise, generate
 
 from .test_inception import installed, random_weights
 from .test_packed import write

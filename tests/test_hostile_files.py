@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realuid_fast import checksums, data, metrics, packed, pickles, teachers
+from realuid_fast import checksums, data, packed, pickles, teachers
 from realuid_fast.convert import convert, edm_pickle
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate import distances, fidelity, inception
 from realuid_fast.networks import build
-from realuid_fast.train import config, fidelity, inception
+from realuid_fast.train import config
 from realuid_fast.train.distill import Distiller
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}
@@ -112,19 +113,19 @@ def test_one_network_is_one_file(student, tmp_path):
 
 
 def test_shipped_networks_have_a_checksum(tmp_path, monkeypatch):
-    for source in (teachers.SHIPPED["digits"], metrics.CLASSIFIER_FILE):
+    for source in (teachers.SHIPPED["digits"], distances.CLASSIFIER_FILE):
         content, file = bytearray(source.read_bytes()), tmp_path / source.name
         content[-3] ^= 1
         file.write_bytes(content)
         monkeypatch.setitem(teachers.SHIPPED, "digits", file)
-        monkeypatch.setattr(metrics, "CLASSIFIER_FILE", file)
-        metrics.digit_classifier.cache_clear()
-        read = (lambda: teachers.load_teacher("digits")) if "teacher" in source.name else metrics.digit_classifier
+        monkeypatch.setattr(distances, "CLASSIFIER_FILE", file)
+        distances.digit_classifier.cache_clear()
+        read = (lambda: teachers.load_teacher("digits")) if "teacher" in source.name else distances.digit_classifier
         with pytest.raises(UserError, match="is damaged"):
             read()
         monkeypatch.undo()
-    metrics.digit_classifier.cache_clear()
-    assert metrics.digit_classifier()
+    distances.digit_classifier.cache_clear()
+    assert distances.digit_classifier()
 
 
 def test_damaged_statistics_of_real_images_are_not_used(tmp_path):

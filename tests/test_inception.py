@@ -15,8 +15,8 @@ from torch import nn
 
 from realuid_fast import data
 from realuid_fast.errors import UserError
-from realuid_fast.train import inception
-from realuid_fast.train.inception import Inception
+from realuid_fast.evaluate import inception
+from realuid_fast.evaluate.inception import Inception
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("torch_fidelity") is None, reason="torch-fidelity is not installed"
@@ -178,7 +178,7 @@ def test_the_library_gets_nothing_of_the_users_file(weights, monkeypatch):
 def test_only_the_network_of_the_library_is_imported():
     code = """
 import sys
-from realuid_fast.train import inception
+from realuid_fast.evaluate import inception
 before = set(sys.modules)
 assert inception._library().FeatureExtractorInceptionV3
 assert not [name for name in sys.modules if name.split(".")[0] in ("torch_fidelity", "torchvision")]

@@ -92,7 +92,7 @@ def test_a_set_larger_than_memory_streams(tmp_path):
 import resource, torch
 from realuid_fast import data
 from realuid_fast.train.batches import Batches
-from realuid_fast.train.measure import Measure
+from realuid_fast.evaluate.measure import Measure
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 dataset = data.packed({str(tmp_path)!r})
 batches = Batches(dataset, 16, 0, torch.device("cpu"))

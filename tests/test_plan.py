@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from realuid_fast import backends, cli, data, teachers
+from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.train import config as configs
-from realuid_fast.train import memory, plan, sharding
+from realuid_fast.train import memory, sharding
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer

@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realuid_fast import data, teachers
+from realuid_fast import data, precision, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
+from realuid_fast.precision import Precision
 from realuid_fast.train import config as configs
-from realuid_fast.train import precision
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.precision import Precision
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from realuid_fast import backends, data, teachers
+from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.networks.recompute import parts, recompute
 from realuid_fast.networks.unet import Blocks, ResBlock
 from realuid_fast.train import config as configs
-from realuid_fast.train import memory, modes, plan
+from realuid_fast.train import memory, modes
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
 from realuid_fast.train.regression import RegressionTrainer

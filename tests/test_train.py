@@ -19,6 +19,8 @@ import realuid_fast as rf
 from realuid_fast import data, functional, paths, sampling, teachers
 from realuid_fast.couplings import couple
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
+from realuid_fast.evaluate.table import sampler
 from realuid_fast.generator import Generator, _key, frozen_view
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
@@ -28,11 +30,9 @@ from realuid_fast.train import checkpoint, loop
 from realuid_fast.train import config as configs
 from realuid_fast.train.batches import Batches
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.evaluate import sampler
 from realuid_fast.train.jobs import distiller as distiller_of
 from realuid_fast.train.jobs import free_cores, resolve, train
 from realuid_fast.train.logging import CsvLog, Events, convergence_plot, read_csv
-from realuid_fast.train.measure import Measure, evaluation_noise, generate
 from realuid_fast.train.meters import Fetched, Meters
 from realuid_fast.train.phases import Phases
 from realuid_fast.train.teacher import TeacherTrainer

@@ -14,10 +14,10 @@ import torch
 
 from .. import __version__, data, models
 from ..errors import UserError
+from ..evaluate import table as evaluation
+from ..evaluate.measure import Measure
 from ..extras import extra
 from ..teachers import Model
-from ..train import evaluate as evaluation
-from ..train.measure import Measure
 
 with extra():
     from tqdm import tqdm

@@ -59,8 +59,8 @@ def _add_training(add: Add) -> None:
         source.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(choices.presets())}")
         text = "follow the published procedure step for step, the same as --set run.parity=true"
         command.add_argument("--parity", action="store_true", help=text)
-        _add_settings(command)
-        _add_folder(command, needed=False)
+        add_settings(command)
+        add_folder(command, needed=False)
         _add_plan(command)
 
 
@@ -71,7 +71,7 @@ def _add_convert(add: Add) -> None:
     command.add_argument(
         "--config", help=f"whose network, path and data a checkpoint has: a YAML file or one of: {SHIPPED}"
     )
-    _add_settings(command, "network.KEY=VALUE, path.name=, path.settings=, path.predict=, data.KEY=VALUE")
+    add_settings(command, "network.KEY=VALUE, path.name=, path.settings=, path.predict=, data.KEY=VALUE")
     command.add_argument(
         "--decay", type=float, help="which average of a checkpoint, 0 for the last weights (default: the largest)"
     )
@@ -160,7 +160,7 @@ def _add_evaluate(add: Add) -> None:
     apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
     text = f"folder of the real images' statistics (default: {choices.CACHE})"
     apart.add_argument("--cache", type=Path, default=choices.CACHE, metavar="FOLDER", help=text)
-    _add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
+    add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
 
 
 def _add_tools(add: Add) -> None:
@@ -168,7 +168,7 @@ def _add_tools(add: Add) -> None:
     command = add("config", "tools.config", text)
     names = f"a YAML file or one of: {SHIPPED}, presets/NAME, recipes/NAME (default: all settings)"
     command.add_argument("name", nargs="?", metavar="NAME", help=names)
-    _add_settings(command)
+    add_settings(command)
 
     add("info", "tools.info", "show versions, backends and why one cannot run, processor and threads")
 
@@ -176,21 +176,8 @@ def _add_tools(add: Add) -> None:
         "demo", "training.demo", "distil the shipped digits teacher in a few minutes and show what came of it"
     )
     command.add_argument("--threads", type=int, help="CPU threads (default: 2 on a quiet machine, else 1)")
-    _add_settings(command)
-    _add_folder(command, Path("runs/demo"))
-
-    command = add("compare", "training.compare", "train UID and RealUID at equal updates over several seeds")
-    command.add_argument("--config", help=f"a YAML file or one of: {SHIPPED} (default: digits)")
-    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: free cores; 1 on a GPU)")
-    command.add_argument("--then", metavar="CONFIG", help="a second stage from every student, e.g. digits_tune")
-    text = "the second stage of both methods from UID's student, so that a seed's pair differs in that stage alone"
-    command.add_argument("--common", action="store_true", help=text)
-    command.add_argument(
-        "--samples", type=int, default=0, help="samples of the table's distances (default: the curve's)"
-    )
-    _add_settings(command)
-    _add_folder(command)
+    add_settings(command)
+    add_folder(command, Path("runs/demo"))
 
     command = add("bench", "tools.bench", "time fused calls, whole updates and their growth, or compare two results")
     command.add_argument(
@@ -200,11 +187,11 @@ def _add_tools(add: Add) -> None:
     command.add_argument("options", nargs=argparse.REMAINDER, help=text)
 
 
-def _add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, over the configuration") -> None:
+def add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, over the configuration") -> None:
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
 
 
-def _add_folder(command: argparse.ArgumentParser, default: Path | None = None, needed: bool = True) -> None:
+def add_folder(command: argparse.ArgumentParser, default: Path | None = None, needed: bool = True) -> None:
     text = "folder to write" + (f" (default: {default})" if default else "")
     command.add_argument("--out", type=Path, required=needed and default is None, default=default, help=text)
     how = command.add_mutually_exclusive_group()

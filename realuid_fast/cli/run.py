@@ -7,6 +7,7 @@ import importlib
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from .. import extension
@@ -16,11 +17,13 @@ from ..train.loop import Interrupted
 from ..train.memory import is_exhausted
 from .parser import WHOLE
 
+Command = Callable[[argparse.Namespace], None]
 
-def run(arguments: argparse.Namespace) -> int:
-    """The exit code of the command ``arguments.run``, a module of this package and a function in it."""
+
+def run(arguments: argparse.Namespace, command: Command | None = None) -> int:
+    """The exit code of ``command``, by default of ``arguments.run``: a module of this package and a function in it."""
     try:
-        code = _answered(arguments)
+        code = _answered(arguments, command)
     except Exception:
         # Nothing but a process group that cannot be ended keeps this from whoever called.
         if not distributed.unended():
@@ -31,14 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _answered(arguments: argparse.Namespace) -> int:
-    module, name = arguments.run.split(".")
+def _answered(arguments: argparse.Namespace, command: Command | None) -> int:
     warnings.showwarning = _warn
     # Every update allocates the same tensors; without this the C library has their pages zeroed anew each time.
     extension.keep_freed_memory()
     try:
         _check_numbers(arguments)
-        getattr(importlib.import_module(f"{__package__}.{module}"), name)(arguments)
+        if command is None:
+            module, name = arguments.run.split(".")
+            command = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, backends, choices, extension
+from .. import __version__, backends, choices, extension, precision
 from .. import pack as packing
 from ..errors import UserError
 from ..packed import verify
 from ..train import config as configs
-from ..train import listing, modes, precision
+from ..train import modes
 from ..train.jobs import free_cores
-from . import common
+from . import common, listing
 from .parser import BENCHMARKS
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent

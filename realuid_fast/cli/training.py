@@ -1,4 +1,4 @@
-"""The commands that train: train-teacher, distill, demo and compare."""
+"""The commands that train: train-teacher, distill and demo."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from pathlib import Path
 
 from .. import data, teachers
 from ..errors import UserError
+from ..evaluate import table as evaluation
+from ..evaluate.measure import evaluation_noise, generate
 from ..files import replacing
 from ..pictures import picture, save_png
 from ..teachers import Model
-from ..train import compare as comparison
 from ..train import config as configs
-from ..train import distributed, jobs, plan
-from ..train import evaluate as evaluation
+from ..train import distributed, jobs
 from ..train.jobs import free_cores, resolve
 from ..train.logging import read_csv
 from ..train.loop import plot_distances
-from ..train.measure import evaluation_noise, generate
 from ..train.teacher import SAMPLING_STEPS
-from . import common
+from . import common, plan
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -113,21 +112,3 @@ def demo(arguments: argparse.Namespace) -> None:
     with replacing(folder / "samples.png") as stream:
         save_png(picture(samples), stream)
     print(f"written to {folder}: samples.png, convergence.png, table.md, evaluation.json, {file.name}")
-
-
-def compare(arguments: argparse.Namespace) -> None:
-    config = configs.load(arguments.config or "digits", arguments.set)
-    # Runs on one GPU share its memory: how many fit, only whoever asks for them knows.
-    alone = config.run.device.startswith("cuda")
-    jobs = (1 if alone else free_cores()) if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if arguments.samples < 0:
-        raise UserError(f"--samples must not be negative, got {arguments.samples}")
-    second = configs.load(arguments.then, arguments.set) if arguments.then else None
-    text = comparison.compare(
-        config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume, second, arguments.samples,
-        arguments.common,
-    )  # fmt: skip
-    print("\n" + text)
-    print(f"written to {arguments.out}: compare.json, compare.md, compare.png")

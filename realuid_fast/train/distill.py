@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
+from .. import precision
 from ..data import Dataset
 from ..errors import UserError
 from ..generator import Generator, frozen_view
@@ -21,15 +22,15 @@ from ..noise import NoiseStream, normal
 from ..objectives import divergence_weight
 from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
+from ..precision import Precision
 from ..sampling import arguments, both, null_labels
 from ..teachers import Description, Model
-from . import distributed, modes, precision, sharding
+from . import distributed, modes, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw, picked
 from .discriminator import Judged, softplus_term
 from .meters import Meters
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .phases import Phases
-from .precision import Precision
 from .settings import Config
 from .start import student_of
 from .tripwires import Tripwires

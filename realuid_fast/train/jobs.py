@@ -12,13 +12,14 @@ import torch
 
 from .. import data, teachers
 from ..errors import UserError
+from ..evaluate import fidelity
+from ..evaluate.inception import HOW_TO_GET, Inception
+from ..evaluate.measure import Measure
 from . import config as configs
-from . import distributed, fidelity
+from . import distributed
 from .distill import Distiller
-from .inception import HOW_TO_GET, Inception
 from .lock import held
 from .loop import Trainer, open_folder, require_run, run
-from .measure import Measure
 from .regression import RegressionTrainer
 from .settings import REGRESSION, Config
 from .teacher import TeacherTrainer

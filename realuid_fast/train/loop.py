@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import teachers
 from ..errors import NotWritten, UserError
+from ..evaluate.measure import Measure, evaluation_noise, generate
 from ..extras import extra
 from ..files import is_own, make_folder, new_part, part_of, remove, replacing
 from ..noise import NoiseStream
@@ -34,7 +35,6 @@ from . import distributed, memory, sharding
 from .checkpoint import Checkpoints, clear, clear_half_written
 from .lock import LOCK, Lock
 from .logging import CsvLog, Events, convergence_plot, read_csv
-from .measure import Measure, evaluation_noise, generate
 from .meters import Fetched, Meters
 from .modes import captures, compiles
 from .phases import Phases

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
+from .. import precision
 from ..data import Dataset
 from ..errors import UserError
 from ..generator import Generator, frozen_view
@@ -26,13 +27,13 @@ from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
+from ..precision import Precision
 from ..sampling import check_solver, follows_flow, integrate, null_labels
 from ..teachers import Description, Model
-from . import distributed, modes, precision
+from . import distributed, modes
 from .batches import endpoints_to_draw, labels_to_draw, picked
 from .meters import Meters
 from .phases import Phases
-from .precision import Precision
 from .settings import Config
 
 

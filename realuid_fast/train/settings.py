@@ -16,10 +16,10 @@ from ..bounds import ABOVE_ZERO, BELOW_ONE, BETWEEN, FINITE, NOT_NEGATIVE, POSIT
 from ..errors import UserError
 from ..objectives import DIVERGENCES, PRESETS, Objective
 from ..optim import DECAYS
+from ..precision import PRECISIONS
 from ..sampling import SOLVERS
 from ..teachers import Description
 from .modes import MODES
-from .precision import PRECISIONS
 
 REGRESSION = "regression"  # the objective of realuid_fast.train.regression, which is none of the presets
 # Views, so that a sampler or a preset that somebody adds can be named too.
@@ -237,7 +237,7 @@ class DistillConfig:
     """The command ``distill``. An update is ``fake_turns`` steps of the fake model and one of the generator.
 
     On a GPU bf16 serves the fake turn, and fp16, whose seed gradient is scaled, or tf32 the generator's; bf16 is too
-    coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.train.precision`).
+    coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.precision`).
     """
 
     teacher: str = setting("digits", "a shipped teacher's name or a file")

@@ -18,13 +18,13 @@ from ..networks.recompute import recompute
 from ..noise import NoiseStream, normal
 from ..optim import Optimiser
 from ..paths import COLUMNS, OneSidedPath
+from ..precision import Precision
 from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
 from . import distributed, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .meters import Meters
 from .phases import Phases
-from .precision import Precision
 from .settings import Config
 
 WEIGHT = COLUMNS.index("w")

@@ -28,15 +28,15 @@ from .. import backends, choices, data, folders, networks, teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..networks.recompute import recompute
+from ..precision import Precision
 from ..sampling import arguments, evaluations, needs_endpoint, takes_endpoint
 from ..teachers import SHIPPED, Description, Model
-from . import distributed, memory, sharding
-from .distill import Distiller
-from .jobs import usable_device
-from .precision import Precision
-from .regression import RegressionTrainer
-from .settings import REGRESSION, Config, OptimiserConfig
-from .teacher import TeacherTrainer, network_for
+from ..train import distributed, memory, sharding
+from ..train.distill import Distiller
+from ..train.jobs import usable_device
+from ..train.regression import RegressionTrainer
+from ..train.settings import REGRESSION, Config, OptimiserConfig
+from ..train.teacher import TeacherTrainer, network_for
 
 STEPS = choices.PLAN_STEPS
 BOUND = 120.0  # seconds that a measurement may take; a longer one is cut down

@@ -25,7 +25,7 @@ from .. import pickles
 from ..data import to_bytes
 from ..errors import UserError
 from ..files import read_regular
-from .precision import Precision
+from ..precision import Precision
 
 FEATURES = 2048
 MOST_BYTES = 2**30  # the largest file of weights that is read; the published one has 95 MB

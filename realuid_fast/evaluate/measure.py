@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..data import Dataset, to_float
 from ..errors import UserError
-from ..metrics import (
+from ..noise import NoiseStream, normal
+from .distances import (
     Statistics,
     digit_features,
     frechet_distance,
@@ -21,7 +22,6 @@ from ..metrics import (
     precision_recall,
     sliced_wasserstein,
 )
-from ..noise import NoiseStream, normal
 from .inception import Inception
 
 COMPONENTS = 64  # principal components of the pixels, where no classifier exists

@@ -1,7 +1,11 @@
-"""UID against RealUID at equal updates over several seeds, each run a process of one thread."""
+"""UID against RealUID at equal updates over several seeds: ``python -m bench.study.compare --out FOLDER``.
+
+Each run is a process of one thread.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -17,16 +21,20 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import data, teachers
-from ..errors import UserError
-from ..teachers import Model
-from . import config as configs
-from .checkpoint import files as checkpoints_in
-from .evaluate import sampler
-from .logging import convergence_plot, read_csv
-from .loop import Interrupted, stopping
-from .measure import Measure, evaluation_noise, generate
-from .settings import Config
+from realuid_fast import data, teachers
+from realuid_fast.cli.parser import SHIPPED, add_folder, add_settings
+from realuid_fast.cli.run import run
+from realuid_fast.errors import UserError
+from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
+from realuid_fast.evaluate.table import sampler
+from realuid_fast.streams import guarded
+from realuid_fast.teachers import Model
+from realuid_fast.train import config as configs
+from realuid_fast.train.checkpoint import files as checkpoints_in
+from realuid_fast.train.jobs import free_cores
+from realuid_fast.train.logging import convergence_plot, read_csv
+from realuid_fast.train.loop import Interrupted, stopping
+from realuid_fast.train.settings import Config
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
 DISTANCES = ("distance", "distance_to_train", "distance_to_teacher")  # to the held-out data, the first
@@ -195,8 +203,8 @@ def summarise(judge: _Judge, stages: Sequence[Config], folder: Path, seeds: Sequ
         for name in METHODS:
             objective = trained.get(name, METHODS["UID"])
             folders = [_folder(folder, objective, seed, number) for seed in seeds]
-            for curve, run in zip(curves[name], folders, strict=True):
-                points = read_csv(run / "distances.csv")
+            for curve, own in zip(curves[name], folders, strict=True):
+                points = read_csv(own / "distances.csv")
                 # A second stage's first point is the first stage's last.
                 curve += [
                     {**point, "update": before + point["update"]} for point in points if not before or point["update"]
@@ -324,3 +332,44 @@ def _plot(
         spread[name] = [(min(row["distance"] for row in p), max(row["distance"] for row in p)) for p in finite]
     lines = {"teacher, 100 Euler steps": teacher, "real training data": floor}
     convergence_plot(means, lines, metric, file, spread)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    config = configs.load(arguments.config or "digits", arguments.set)
+    # Runs on one GPU share its memory: how many fit, only whoever asks for them knows.
+    alone = config.run.device.startswith("cuda")
+    jobs = (1 if alone else free_cores()) if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if arguments.samples < 0:
+        raise UserError(f"--samples must not be negative, got {arguments.samples}")
+    second = configs.load(arguments.then, arguments.set) if arguments.then else None
+    text = compare(
+        config, arguments.out, arguments.seeds, jobs, arguments.overwrite, arguments.resume, second, arguments.samples,
+        arguments.common,
+    )  # fmt: skip
+    print("\n" + text)
+    print(f"written to {arguments.out}: compare.json, compare.md, compare.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit codes are those of ``realuid-fast``."""
+    command = argparse.ArgumentParser(
+        prog="python -m bench.study.compare", description=(__doc__ or "").partition("\n")[0]
+    )
+    command.add_argument("--config", help=f"a YAML file or one of: {SHIPPED} (default: digits)")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    command.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: free cores; 1 on a GPU)")
+    command.add_argument("--then", metavar="CONFIG", help="a second stage from every student, e.g. digits_tune")
+    text = "the second stage of both methods from UID's student, so that a seed's pair differs in that stage alone"
+    command.add_argument("--common", action="store_true", help=text)
+    command.add_argument(
+        "--samples", type=int, default=0, help="samples of the table's distances (default: the curve's)"
+    )
+    add_settings(command)
+    add_folder(command)
+    return guarded(lambda: run(command.parse_args(argv), _compare))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

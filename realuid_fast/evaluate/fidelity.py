@@ -22,14 +22,14 @@ from ..checksums import CHECKSUM, matches, with_checksum
 from ..data import Dataset
 from ..errors import UserError
 from ..files import check_regular, replacing
-from ..metrics import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
 from ..noise import NoiseStream, normal
 from ..progress import bar
 from ..sampling import evaluations
 from ..teachers import Model
-from .evaluate import sampler
+from .distances import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
 from .inception import Inception
 from .measure import NOISE_SEED, Sampler
+from .table import sampler
 
 LABELS = choices.LABELS
 CACHE = choices.CACHE

@@ -11,8 +11,9 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance_nd
 
-from realuid_fast import data, metrics
+from realuid_fast import data
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate import distances
 
 
 def cloud(n, d, seed, scale=1.0, shift=0.0):
@@ -26,23 +27,23 @@ def test_frechet_distance_matches_the_matrix_square_root():
     cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
     gap = (a.mean(0) - b.mean(0)).square().sum().item()
     expected = gap + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert distances.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert distances.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_shifted_and_scaled_sets():
     a = cloud(100, 4, 2)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
-    assert metrics.frechet_distance(a, a + 2.0) == pytest.approx(16, rel=1e-8)
+    assert distances.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert distances.frechet_distance(a, a + 2.0) == pytest.approx(16, rel=1e-8)
     # Scaling by s about the mean leaves (1 - s)^2 tr(C).
     scaled = (a - a.mean(0)) * 3 + a.mean(0)
-    assert metrics.frechet_distance(a, scaled) == pytest.approx(4 * metrics.moments(a)[1].trace().item(), rel=1e-8)
+    assert distances.frechet_distance(a, scaled) == pytest.approx(4 * distances.moments(a)[1].trace().item(), rel=1e-8)
 
 
 def test_frechet_distance_survives_singular_covariances():
     a = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
-    distance = metrics.frechet_distance(a, torch.zeros(4, 20))
-    expected = a.double().mean(0).square().sum() + metrics.moments(a)[1].trace()
+    distance = distances.frechet_distance(a, torch.zeros(4, 20))
+    expected = a.double().mean(0).square().sum() + distances.moments(a)[1].trace()
     assert distance == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -56,20 +57,20 @@ def test_frechet_distance_of_gaussians_in_closed_form():
     expected = apart.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     covariances = [(axes * values) @ axes.T for values in (a, b)]
     zero = torch.zeros_like(apart)
-    found = metrics.frechet_of_moments(zero, covariances[0], apart, covariances[1])
+    found = distances.frechet_of_moments(zero, covariances[0], apart, covariances[1])
     assert found == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_moments_of_parts_are_those_of_the_whole():
     """Also far from zero, where sums of squares would lose all digits: 1e8 leaves float64 eight of them."""
     features = cloud(500, 6, 0) + 1e8
-    moments = metrics.Moments()
+    moments = distances.Moments()
     for part in features.split([1, 99, 300, 100]):
         moments.add(part)
-    mean, covariance = metrics.moments(features)
+    mean, covariance = distances.moments(features)
     torch.testing.assert_close(moments.mean, mean, rtol=1e-14, atol=0)
     torch.testing.assert_close(moments.covariance, covariance, rtol=1e-6, atol=1e-6)
-    one = metrics.Moments()
+    one = distances.Moments()
     one.add(features[:1])
     with pytest.raises(UserError, match="at least 2 features, there are 1"):
         _ = one.covariance
@@ -86,7 +87,7 @@ def test_kernel_distance_is_the_double_loop():
         within = [sum(kernel(s[i], s[j]) for i in range(n) for j in range(n) if i != j) for s in (x, y)]
         return sum(within) / (n * (n - 1)) - 2 * sum(kernel(p, q) for p in x for q in y) / n**2
 
-    value, error = metrics.kernel_distance(a, b, subsets=4, size=6, seed=3)
+    value, error = distances.kernel_distance(a, b, subsets=4, size=6, seed=3)
     generator, found = torch.Generator().manual_seed(3), []
     for _ in range(4):
         x = a[torch.randperm(7, generator=generator)[:6]]
@@ -94,21 +95,21 @@ def test_kernel_distance_is_the_double_loop():
     assert value == pytest.approx(np.mean(found), rel=1e-10)
     assert error == pytest.approx(np.std(found, ddof=1) / 2, rel=1e-10)
     # A subset is never larger than a set.
-    assert metrics.kernel_distance(a, b[:7], 1, 1000)[0] == pytest.approx(loop(a, b[:7]), rel=1e-10)
+    assert distances.kernel_distance(a, b[:7], 1, 1000)[0] == pytest.approx(loop(a, b[:7]), rel=1e-10)
 
 
 def test_kernel_distance_of_one_law_is_zero_within_its_error():
     a, b = torch.randn(2, 2000, 8, generator=torch.Generator().manual_seed(0))
-    value, error = metrics.kernel_distance(a, b, subsets=30, size=200)
+    value, error = distances.kernel_distance(a, b, subsets=30, size=200)
     assert abs(value) < 4 * error
-    far, _ = metrics.kernel_distance(a, b + 1, subsets=30, size=200)
+    far, _ = distances.kernel_distance(a, b + 1, subsets=30, size=200)
     assert far > 100 * error
 
 
 def test_sliced_wasserstein_in_one_dimension_is_the_sorted_distance():
     a, b = torch.randn(500, 1), torch.randn(500, 1) + 1
     expected = (a.sort(0).values - b.sort(0).values).square().mean().sqrt().item()
-    assert metrics.sliced_wasserstein(a, b) == pytest.approx(expected, rel=1e-6)
+    assert distances.sliced_wasserstein(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_sliced_wasserstein_of_a_shift():
@@ -116,25 +117,25 @@ def test_sliced_wasserstein_of_a_shift():
     a = cloud(50, 4, 0)
     shift = torch.tensor([1.0, -2.0, 0.5, 0.0])
     expected = (shift.square().sum() / 4).sqrt().item()
-    assert metrics.sliced_wasserstein(a, a + shift, projections=4096) == pytest.approx(expected, rel=0.05)
-    assert metrics.sliced_wasserstein(a, a[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
+    assert distances.sliced_wasserstein(a, a + shift, projections=4096) == pytest.approx(expected, rel=0.05)
+    assert distances.sliced_wasserstein(a, a[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
 
 
 def test_sliced_wasserstein_compares_sets_of_different_size():
     a = cloud(400, 3, 0)
-    assert metrics.sliced_wasserstein(a, a.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
-    far = metrics.sliced_wasserstein(a, a[:100] + 5)
-    assert far == pytest.approx(metrics.sliced_wasserstein(a[:100] + 5, a), rel=1e-12)
+    assert distances.sliced_wasserstein(a, a.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
+    far = distances.sliced_wasserstein(a, a[:100] + 5)
+    assert far == pytest.approx(distances.sliced_wasserstein(a[:100] + 5, a), rel=1e-12)
     exact = wasserstein_distance_nd(a[:40].numpy(), (a[:40] + 5).numpy())
     assert 0.4 * exact < far < exact
 
 
 def test_precision_and_recall_on_separated_and_partial_sets():
     real = cloud(200, 2, 0)
-    assert metrics.precision_recall(real, real.clone()) == (1.0, 1.0)
-    assert metrics.precision_recall(real, real + 1000) == (0.0, 0.0)
+    assert distances.precision_recall(real, real.clone()) == (1.0, 1.0)
+    assert distances.precision_recall(real, real + 1000) == (0.0, 0.0)
     two = torch.cat([real, real + 1000])
-    precision, recall = metrics.precision_recall(two, real.clone())
+    precision, recall = distances.precision_recall(two, real.clone())
     assert precision == 1.0
     assert recall == pytest.approx(0.5)
 
@@ -144,7 +145,7 @@ def test_precision_follows_its_definition():
     distance = np.linalg.norm(real[:, None] - real[None], axis=2)
     radius = np.sort(distance, axis=1)[:, 3]
     inside = (np.linalg.norm(generated[:, None] - real[None], axis=2) <= radius).any(1)
-    precision, _ = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(generated), k=3)
+    precision, _ = distances.precision_recall(torch.from_numpy(real), torch.from_numpy(generated), k=3)
     assert precision == pytest.approx(inside.mean())
 
 
@@ -179,9 +180,9 @@ def test_frechet_distance_is_torch_fidelitys(fidelity):
     a, b = cloud(700, 40, 0), cloud(500, 40, 1, scale=1.3, shift=0.4)
     theirs = [fidelity.fid.fid_features_to_statistics(each) for each in (a, b)]
     expected = fidelity.fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert distances.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
     given = [torch.from_numpy(each[key]) for each in theirs for key in ("mu", "sigma")]
-    assert metrics.frechet_of_moments(*given) == pytest.approx(expected, rel=1e-12)
+    assert distances.frechet_of_moments(*given) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_distance_is_torch_fidelitys_of_few_samples(fidelity):
@@ -189,7 +190,7 @@ def test_frechet_distance_is_torch_fidelitys_of_few_samples(fidelity):
     a, b = cloud(30, 40, 0), cloud(25, 40, 1, shift=0.4)
     theirs = [fidelity.fid.fid_features_to_statistics(each) for each in (a, b)]
     expected = fidelity.fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert distances.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_kernel_distance_is_torch_fidelitys(fidelity, monkeypatch):
@@ -208,7 +209,7 @@ def test_kernel_distance_is_torch_fidelitys(fidelity, monkeypatch):
     monkeypatch.setattr(np.random, "RandomState", Draws)
     a, b = cloud(90, 12, 0), cloud(70, 12, 1, shift=0.5)
     found = fidelity.kid.kid_features_to_metric(a, b, kid_subsets=9, kid_subset_size=40, rng_seed=5, verbose=False)
-    value, error = metrics.kernel_distance(a, b, subsets=9, size=40, seed=5)
+    value, error = distances.kernel_distance(a, b, subsets=9, size=40, seed=5)
     assert value == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-12)
     assert error == pytest.approx(found["kernel_inception_distance_std"] / (9 - 1) ** 0.5, rel=1e-12)
 
@@ -220,7 +221,7 @@ def test_precision_and_recall_are_torch_fidelitys(fidelity, in_parts):
     found = fidelity.prc.prc_features_to_metric(
         generated, real, prc_neighborhood=3, prc_batch_size=400, save_cpu_ram=in_parts, verbose=False
     )
-    precision, recall = metrics.precision_recall(real, generated, 3)
+    precision, recall = distances.precision_recall(real, generated, 3)
     assert 0.1 < precision < 0.9
     assert 0.1 < recall < 0.9
     assert precision * 1300 == pytest.approx(round(found["precision"] * 1300), abs=1e-9)
@@ -229,16 +230,16 @@ def test_precision_and_recall_are_torch_fidelitys(fidelity, in_parts):
 
 def test_shipped_classifier_recognises_held_out_digits():
     digits = data.load("digits")
-    logits = metrics.digit_classifier()(digits.heldout)
+    logits = distances.digit_classifier()(digits.heldout)
     assert (logits.argmax(1) == digits.heldout_labels).float().mean() > 0.96
 
 
 def test_digit_distance_orders_what_it_should():
     digits = data.load("digits")
-    heldout = metrics.digit_features(digits.heldout)
+    heldout = distances.digit_features(digits.heldout)
 
     def distance(images):
-        return metrics.frechet_distance(metrics.digit_features(images), heldout)
+        return distances.frechet_distance(distances.digit_features(images), heldout)
 
     noise = torch.randn(digits.train.shape, generator=torch.Generator().manual_seed(0))
     floor, slight, strong = (
@@ -254,50 +255,50 @@ def test_digit_distance_orders_what_it_should():
 
 
 def test_classifier_command_trains_on_the_training_split(tmp_path, monkeypatch, capsys):
-    train = metrics.train_classifier
-    monkeypatch.setattr(metrics, "train_classifier", lambda: train(epochs=2))
+    train = distances.train_classifier
+    monkeypatch.setattr(distances, "train_classifier", lambda: train(epochs=2))
     out = tmp_path / "classifier.safetensors"
-    assert metrics.main(["train-classifier", "--out", str(out)]) == 0
+    assert distances.main(["train-classifier", "--out", str(out)]) == 0
     assert "held-out accuracy" in capsys.readouterr().out
-    monkeypatch.setattr(metrics, "CLASSIFIER_FILE", out)
-    metrics.digit_classifier.cache_clear()
+    monkeypatch.setattr(distances, "CLASSIFIER_FILE", out)
+    distances.digit_classifier.cache_clear()
     try:
-        trained = metrics.digit_classifier()
+        trained = distances.digit_classifier()
         again, accuracy = train(epochs=2)
     finally:
-        metrics.digit_classifier.cache_clear()
+        distances.digit_classifier.cache_clear()
     assert accuracy > 0.3
     for name, value in again.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], value)
     with pytest.raises(SystemExit):
-        metrics.main(["train-classifier", "--out", str(out)])
+        distances.main(["train-classifier", "--out", str(out)])
 
 
 def test_features_of_other_data_are_the_samples():
     moons = data.moons(n=10, n_heldout=10)
-    assert torch.equal(metrics.features_of(moons, moons.train), moons.train)
+    assert torch.equal(distances.features_of(moons, moons.train), moons.train)
 
 
 def test_errors_name_the_argument(tmp_path, monkeypatch):
     points = torch.zeros(10, 2)
     with pytest.raises(UserError, match="a and b must be"):
-        metrics.frechet_distance(points, torch.zeros(10, 3))
+        distances.frechet_distance(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="features must have shape"):
-        metrics.frechet_distance(points, points[:1])
+        distances.frechet_distance(points, points[:1])
     with pytest.raises(UserError, match="a and b must be"):
-        metrics.kernel_distance(points, torch.zeros(10, 3))
+        distances.kernel_distance(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="subsets must be at least 1 and size at least 2, got 0 and 10"):
-        metrics.kernel_distance(points, points, subsets=0)
+        distances.kernel_distance(points, points, subsets=0)
     with pytest.raises(UserError, match="a and b must hold"):
-        metrics.sliced_wasserstein(points, torch.zeros(10, 3))
+        distances.sliced_wasserstein(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="real and generated"):
-        metrics.precision_recall(points, torch.zeros(10, 3))
+        distances.precision_recall(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="k must be"):
-        metrics.precision_recall(points, points, k=10)
+        distances.precision_recall(points, points, k=10)
     with pytest.raises(UserError, match="images must have shape"):
-        metrics.digit_features(torch.zeros(2, 3, 8, 8))
-    monkeypatch.setattr(metrics, "CLASSIFIER_FILE", tmp_path / "none.safetensors")
-    metrics.digit_classifier.cache_clear()
+        distances.digit_features(torch.zeros(2, 3, 8, 8))
+    monkeypatch.setattr(distances, "CLASSIFIER_FILE", tmp_path / "none.safetensors")
+    distances.digit_classifier.cache_clear()
     with pytest.raises(UserError, match="classifier is missing"):
-        metrics.digit_classifier()
-    metrics.digit_classifier.cache_clear()
+        distances.digit_classifier()
+    distances.digit_classifier.cache_clear()

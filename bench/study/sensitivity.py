@@ -1,5 +1,6 @@
-"""Updates that RealUID needs to the distance that UID ends at, over alpha and beta: ``python -m bench.sensitivity``.
+"""Updates that RealUID needs to the distance that UID ends at, over alpha and beta.
 
+``python -m bench.study.sensitivity`` makes the table and the plot.
 Eight Gaussians in the plane, configuration ``mixture`` with the paper's five fake turns (its appendix D.1 calls fewer
 than three unstable); every run takes as many updates as UID's. A run has arrived at the first evaluation from which two
 in a row are at or below UID's end. UID's end is the mean of its last five evaluations over all seeds, since two
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 
 from realuid_fast import data, teachers
+from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.jobs import train
-from realuid_fast.train.measure import Measure, evaluation_noise, generate
 
-from . import machine
+from .. import machine
 
 ALPHAS = (0.88, 0.90, 0.92, 0.94, 0.96, 0.98)
 RATIOS = (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06)
@@ -146,7 +147,7 @@ def plot(content: dict[str, Any], file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.sensitivity", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.study.sensitivity", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/sensitivity"), help="the runs (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results", help="what is written")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         curves = {cell: [futures[cell, seed].result() for seed in options.seeds] for cell in cells}
     content = {
-        "command": "python -m bench.sensitivity",
+        "command": "python -m bench.study.sensitivity",
         "machine": machine.describe(),
         "fake_turns": FAKE_TURNS,
         "updates": options.updates,

@@ -13,8 +13,8 @@ from typing import Any
 
 from .. import data, networks
 from ..extras import extra
-from . import config as configs
-from .settings import Config
+from ..train import config as configs
+from ..train.settings import Config
 
 with extra():
     import yaml

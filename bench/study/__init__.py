@@ -1,0 +1,1 @@
+"""Experiments: several runs whose ends are compared, each written to bench/results."""

@@ -1,0 +1,301 @@
+"""Distances between sample sets: Fréchet, kernel, sliced Wasserstein, precision and recall; the digits' features."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import data
+from ..checksums import CHECKSUM, matches, with_checksum
+from ..errors import UserError
+
+CLASSIFIER_FILE = Path(__file__).parent.parent / "assets" / "digits_classifier.safetensors"
+FEATURES = 64
+
+
+class DigitClassifier(nn.Module):
+    """Three convolutions and two linear layers for ``(N, 1, 8, 8)`` digits in ``[-1, 1]``; its features are
+    the metric's.
+
+    The features are the 64 SiLU activations before the last layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+        self.project = nn.Linear(64 * 4, FEATURES)
+        self.classify = nn.Linear(FEATURES, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features ``(N, 64)`` of images ``(N, 1, 8, 8)``."""
+        h = F.silu(self.conv1(x))
+        h = F.avg_pool2d(F.silu(self.conv2(h)), 2)
+        h = F.avg_pool2d(F.silu(self.conv3(h)), 2)
+        return F.silu(self.project(h.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, 10)``."""
+        return self.classify(self.features(x))
+
+
+def train_classifier(
+    epochs: int = 30, batch: int = 64, lr: float = 1e-3, seed: int = 0
+) -> tuple[DigitClassifier, float]:
+    """Train the classifier on the training digits alone; returns it with its accuracy on the held-out digits.
+
+    AdamW (weight decay 0.01), cosine decay to zero, cross entropy, no augmentation.
+    """
+    digits = data.digits()
+    assert digits.train_labels is not None
+    assert digits.heldout_labels is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        net = DigitClassifier()
+    order = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(digits) // batch)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    stream = digits.batches(batch, order)
+    for _ in range(steps):
+        images, labels = next(stream)
+        assert labels is not None
+        loss = F.cross_entropy(net(images), labels)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    net.eval().requires_grad_(False)
+    accuracy = (net(digits.pixels("heldout")).argmax(1) == digits.heldout_labels).double().mean().item()
+    return net, accuracy
+
+
+@lru_cache(maxsize=1)
+def digit_classifier() -> DigitClassifier:
+    """The shipped classifier, frozen, in evaluation mode."""
+    from safetensors import SafetensorError, safe_open
+
+    net, repair = DigitClassifier(), "reinstall, or run its training command"
+    try:
+        with safe_open(str(CLASSIFIER_FILE), framework="pt") as opened:
+            checksum = json.loads(opened.metadata()["realuid_fast"]).get(CHECKSUM)
+            if not matches(CLASSIFIER_FILE, checksum):
+                raise ValueError
+            net.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"the digit classifier is missing at {CLASSIFIER_FILE}; {repair}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"the digit classifier at {CLASSIFIER_FILE} is damaged; {repair}") from None
+    return net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def digit_features(images: Tensor, batch: int = 1000) -> Tensor:
+    """The metric's features ``(N, 64)`` float32 of digits ``(N, 1, 8, 8)``, clipped to ``[-1, 1]`` first."""
+    if images.dim() != 4 or images.shape[1:] != (1, 8, 8):
+        raise UserError(f"images must have shape (N, 1, 8, 8) for the digit classifier, got {tuple(images.shape)}")
+    net = digit_classifier()
+    parts = images.detach().float().cpu().clamp(-1, 1).split(batch)
+    return torch.cat([net.features(part) for part in parts])
+
+
+def features_of(dataset: data.Dataset, samples: Tensor) -> Tensor:
+    """The features that distances of a data set are measured on: the classifier's for digits, else the flattened
+    samples.
+    """
+    return digit_features(samples) if dataset.name == "digits" else samples.detach().float().cpu().flatten(1)
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``(D,)`` and unbiased covariance ``(D, D)`` of features ``(N, D)``, in float64.  Needs ``N >=
+    2``.
+    """
+    if features.dim() != 2 or len(features) < 2:
+        raise UserError(f"features must have shape (N, D) with N >= 2, got {tuple(features.shape)}")
+    values = features.double()
+    mean = values.mean(0)
+    centred = values - mean
+    return mean, centred.T @ centred / (len(values) - 1)
+
+
+class Moments:
+    """Mean and covariance of features that come in parts and need not be kept, in float64.
+
+    Parts are merged as ``M <- M + M_p + d d^T n m / (n + m)`` with ``d`` the difference of their means, so that no
+    digits are lost when the mean is large (Chan, Golub and LeVeque, 1979). ``count`` is the number of features so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self._sum = torch.zeros(0)
+
+    def add(self, features: Tensor) -> None:
+        """Add ``features (N, D)`` to the moments."""
+        values = features.double()
+        mean = values.mean(0)
+        centred = values - mean
+        if not self.count:
+            self.mean, self._sum = torch.zeros_like(mean), torch.zeros_like(centred.T @ centred)
+        n, m = self.count, len(values)
+        apart = mean - self.mean
+        self.count = n + m
+        self.mean = self.mean + apart * (m / self.count)
+        self._sum = self._sum + centred.T @ centred + apart.outer(apart) * (n * m / self.count)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The unbiased covariance ``(D, D)``; raises for fewer than two features."""
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 features, there are {self.count}")
+        return self._sum / (self.count - 1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """``mean (D,)`` and ``covariance (D, D)`` in float64 of ``count`` features, with some of them, ``(n, D)``."""
+
+    mean: Tensor
+    covariance: Tensor
+    features: Tensor
+    count: int
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Fréchet distance of the Gaussians fitted to features ``a`` (N, D) and ``b`` (M, D), in float64.
+
+    See :func:`frechet_of_moments`.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return frechet_of_moments(*moments(a), *moments(b))
+
+
+def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared Fréchet distance of two Gaussians of means ``(D,)`` and covariances ``(D, D)``.
+
+    ``||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a^(1/2) C_b C_a^(1/2))^(1/2))``, in squared units of the features
+    (Dowson and Landau, 1982; Heusel et al., 2017, arXiv:1706.08500).  Symmetric matrices are decomposed, so
+    that no complex square root appears.
+    """
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Kernel distance of features ``a`` (N, D) and ``b`` (M, D), and its standard error, in float64.
+
+    The unbiased squared maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``, averaged over ``subsets`` pairs
+    of random subsets of ``size`` (or all, if there are fewer). Its expectation is 0 for samples of one law, so single
+    values may be negative (Bińkowski et al., 2018, arXiv:1801.01401).  The standard error is the subsets' standard
+    deviation over the root of their number; it is a little too small if subsets overlap much.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
+    size = min(size, len(a), len(b))
+    if subsets < 1 or size < 2:
+        raise UserError(f"subsets must be at least 1 and size at least 2, got {subsets} and {size}")
+    generator = torch.Generator().manual_seed(seed)
+    a, b = a.detach().double(), b.detach().double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / a.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (size * (size - 1))
+
+    found = []
+    for _ in range(subsets):
+        x, y = (each[torch.randperm(len(each), generator=generator)[:size].to(each.device)] for each in (a, b))
+        found.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+    values = torch.stack(found)
+    error = values.std().item() / subsets**0.5 if subsets > 1 else float("nan")
+    return values.mean().item(), error
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance of point sets ``a`` (N, ...) and ``b`` (M, ...), in units of the samples.
+
+    ``sqrt(mean_u W_2^2(u.a, u.b))`` over ``projections`` random unit directions ``u`` (Bonneel et al.,
+    2015); sets of different size are compared on the quantiles of the larger one.
+    """
+    a, b = a.detach().double().flatten(1), b.detach().double().flatten(1)
+    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 1:
+        raise UserError(f"a and b must hold samples of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    directions = F.normalize(torch.randn(a.shape[1], projections, generator=generator, dtype=torch.float64), dim=0)
+    levels = (torch.arange(max(len(a), len(b)), dtype=torch.float64) + 0.5) / max(len(a), len(b))
+    gap = _quantiles(a @ directions, levels) - _quantiles(b @ directions, levels)
+    return gap.square().mean().sqrt().item()
+
+
+def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
+    """Empirical quantiles of each column of ``values`` (N, P) at ``levels`` (Q,): the step function's
+    inverse.
+    """
+    index = (levels * len(values)).long().clamp(max=len(values) - 1)
+    return values.sort(dim=0).values[index]
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall of features ``generated`` (M, D) against ``real`` (N, D).
+
+    Precision is the share of generated points inside a real point's ball, whose radius reaches that point's ``k``-th
+    neighbour in its own set. Recall is the same with the sets exchanged (Kynkäänniemi et al., 1904.06991).
+    """
+    if real.dim() != 2 or generated.dim() != 2 or real.shape[1] != generated.shape[1]:
+        raise UserError(
+            f"real and generated must be (N, D) and (M, D), got {tuple(real.shape)}, {tuple(generated.shape)}"
+        )
+    if k < 1 or k >= min(len(real), len(generated)):
+        raise UserError(f"k must be at least 1 and below the number of samples, got {k}")
+    real, generated = real.detach().double(), generated.detach().double()
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def _covered(points: Tensor, support: Tensor, k: int) -> float:
+    # Every point is its own nearest neighbour in its set, hence k + 1.
+    radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)])
+    inside = torch.cat([(torch.cdist(part, support) <= radii).any(dim=1) for part in points.split(1024)])
+    return inside.double().mean().item()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``python -m realuid_fast.metrics train-classifier [--out FILE]``: reproduce the shipped classifier."""
+    parser = argparse.ArgumentParser(prog="python -m realuid_fast.metrics", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train-classifier", help="train the digit classifier whose features the metric uses")
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=Path("digits_classifier.safetensors"),
+        help="file to write (must not exist)",
+    )
+    out: Path = parser.parse_args(argv).out
+    if out.exists():
+        parser.error(f"--out {out} exists already; choose another name")
+    if not out.parent.is_dir():
+        parser.error(f"--out: there is no folder {out.parent}")
+    net, accuracy = train_classifier()
+    description = {
+        "format": 1,
+        "kind": "digit_classifier",
+        "data": "digits",
+        "heldout_accuracy": round(accuracy, 4),
+    }
+    out.write_bytes(with_checksum(net.state_dict(), "realuid_fast", description))
+    digits = data.digits()
+    floor = frechet_distance(net.features(digits.pixels()), net.features(digits.pixels("heldout")))
+    print(f"held-out accuracy {accuracy:.4f}, training digits at distance {floor:.4f}, written to {out}")
+    return 0
