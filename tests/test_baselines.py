@@ -21,10 +21,13 @@ from realuid_fast.sampling import integrate
 from realuid_fast.train import config as configs
 from realuid_fast.train.discriminator import Head, Judged, softplus_term
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import distiller, train
+from realuid_fast.train.jobs import train
 from realuid_fast.train.loop import Interrupted
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
+
+from . import helpers
+from .helpers import random_network
 
 MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 2}
 LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 2, "num_classes": 10, "null_label": True}
@@ -36,35 +39,10 @@ GAN = {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.3}
 REGRESSION = {"objective": {"name": "regression"}, "regression": {"steps": 3}}
 
 
-def random_network(network):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(network)
-        for p in net.parameters():
-            # Fresh networks return zero: give every parameter something to say.
-            torch.nn.init.normal_(p, std=0.3)
-    return net
-
-
 def trainer_of(network, held, teacher=None, path=None, run=None, **settings):
-    dataset = data.load(held)
-    content = {
-        "data": dataset.config,
-        "path": path or {},
-        "distill": {
-            "teacher": "x",
-            "batch": 8,
-            "updates": 12,
-            "fake_turns": 2,
-            "ema": [0.9],
-            "export": 0.9,
-            **settings,
-        },
-        "run": {"tensorboard": False, "progress": False, **(run or {})},
-    }
-    config = configs.from_mapping(content)
-    model = teacher or teachers.Model(random_network(network), teachers.Description(network, data=dataset.config))
-    return distiller(config)(config, dataset, model)
+    distill = {"teacher": "x", "batch": 8, "updates": 12, "fake_turns": 2, "ema": [0.9], "export": 0.9, **settings}
+    run = {"tensorboard": False, "progress": False, **(run or {})}
+    return helpers.trainer_of(network, held, teacher, path=path or {}, distill=distill, run=run)
 
 
 @pytest.fixture(scope="module")

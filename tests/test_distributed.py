@@ -33,11 +33,12 @@ from realuid_fast.train.loop import Interrupted
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 
-NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
-UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
-UNET |= {"time_scale": 100.0, "attention_resolutions": [4]}
+from . import helpers
+from .helpers import MLP, POINTS, save_teacher
+
+NETWORK = MLP
+UNET = helpers.UNET | {"time_scale": 100.0, "attention_resolutions": [4]}
 SHARD = {"shard": True}
-POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
 DIGITS = {"name": "digits"}
 # The network and the data of a test, by the name of the folder that it works in.
 KINDS = {
@@ -79,12 +80,7 @@ def place(tmp_path, request):
     place = tmp_path / getattr(request, "param", "points")
     place.mkdir()
     network, points = KINDS[place.name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(network)
-        for p in net.parameters():
-            nn.init.normal_(p, std=0.3)
-    teachers.save(place / "teacher.safetensors", net.state_dict(), teachers.Description(network, data=points))
+    save_teacher(place / "teacher.safetensors", network, points)
     # Here too, so that forked ranks find imported what these import: seconds for each rank otherwise.
     data.load(points)
     teachers.load(place / "teacher.safetensors")

@@ -39,20 +39,15 @@ from realuid_fast.train.jobs import train
 from realuid_fast.train.lock import LOCK, Lock, held
 from realuid_fast.train.logging import CsvLog, read_csv
 
+from .helpers import MLP, POINTS, save_teacher
+
 ROOT = Path(__file__).resolve().parent.parent
-NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
-POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
 
 
 @pytest.fixture
 def run(tmp_path):
     """Distils in a folder by name; keywords are settings of ``run``. The folder."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(NETWORK)
-        for p in net.parameters():
-            nn.init.normal_(p, std=0.3)
-    teachers.save(tmp_path / "teacher.safetensors", net.state_dict(), teachers.Description(NETWORK, data=POINTS))
+    save_teacher(tmp_path / "teacher.safetensors")
 
     def start(name, resume=False, data=POINTS, teacher="teacher.safetensors", **settings):
         config = {
@@ -980,7 +975,7 @@ def test_memory_that_does_not_suffice_says_what_would_fit(run, after):
     ],
 )
 def test_what_would_fit_is_what_is_free_over_what_a_sample_takes(monkeypatch, batch, rows, free, said):
-    net = build(NETWORK)
+    net = build(MLP)
     size = memory.bytes_per_sample(net, (2,), torch.device("cpu"))
     assert size > 0
     monkeypatch.setattr(memory, "free_bytes", lambda device: None if free is None else int(free * size))
@@ -997,9 +992,7 @@ def test_memory_that_one_sample_exhausts_is_said(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(memory, "bytes_per_sample", exhausted)
-    assert memory.advice(build(NETWORK), 8, 1, 1, (2,), torch.device("cpu")).endswith(
-        "a batch of 8, nor for a batch of 1"
-    )
+    assert memory.advice(build(MLP), 8, 1, 1, (2,), torch.device("cpu")).endswith("a batch of 8, nor for a batch of 1")
 
 
 def test_memory_that_does_not_suffice_for_an_evaluation_says_so(run, monkeypatch):
@@ -1128,7 +1121,7 @@ def test_every_fault_on_the_page_names_tests_that_exist():
     rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10
     for row in rows:
-        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row.split("|")[-2])
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.split("|")[-2])
         assert named, row
         for file, name in named:
             assert f"def {name}(" in (ROOT / file).read_text(), (file, name)

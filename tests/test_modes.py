@@ -13,20 +13,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from realuid_fast import data, paths, teachers
+from realuid_fast import paths
 from realuid_fast.errors import UserError
 from realuid_fast.generator import Generator
-from realuid_fast.networks import build
-from realuid_fast.train import config as configs
 from realuid_fast.train import distill as distill_module
 from realuid_fast.train import modes
-from realuid_fast.train.distill import Distiller
 from realuid_fast.train.modes import WARM_UP, Captured
 
-POINTS = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
-LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
-IMAGES = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
-SETS = {"points": ("eight_gaussians", POINTS), "labelled": ("digits", LABELLED), "images": ("digits", IMAGES)}
+from .helpers import LABELLED, MLP, UNET, random_network, trainer_of
+
+SETS = {"points": ("eight_gaussians", MLP), "labelled": ("digits", LABELLED), "images": ("digits", UNET)}
 GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}
 
 
@@ -75,17 +71,10 @@ class TapeRecorder:
 
 def distiller(kind="points", mode="eager", **settings):
     name, network = SETS[kind]
-    dataset = data.load(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(network)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.3)
     # Rates and averages that change from step to step: a graph that froze them would show.
     rates = {"warmup": 4, "decay": "cosine"}
     distill = {"batch": 8, "updates": 20, "fake_turns": 2, "ema": [0.9], "export": 0.9, "generator": rates, **settings}
-    config = configs.from_mapping({"data": dataset.config, "distill": distill, "run": {"mode": mode}})
-    return Distiller(config, dataset, teachers.Model(net, teachers.Description(network, data=dataset.config)))
+    return trainer_of(network, name, distill=distill, run={"mode": mode})
 
 
 def captured(kind="points", **settings):
@@ -274,10 +263,7 @@ def test_many_compiled_networks_of_one_class():
 
 def test_a_generator_of_several_steps_compiles_on_a_path_that_is_a_table():
     """Its rows are made once: making the table takes what torch.compile cannot follow."""
-    net = build(IMAGES)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    several = Generator(net, None, paths.build("vp-discrete"), "noise", (0.2,))
+    several = Generator(random_network(UNET, 0.1), None, paths.build("vp-discrete"), "noise", (0.2,))
     z, step = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     run = modes.compiled(several, "eager")
     torch.testing.assert_close(run(z, None, None, step), several(z, None, None, step))

@@ -10,11 +10,12 @@ import torch
 import realuid_fast as rf
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
-from realuid_fast.networks import build
 from realuid_fast.optim import Optimiser
 from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.teacher import TeacherTrainer
+
+from .helpers import random_network, trainer_of
 
 NETWORK = {
     "kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4, "dropout": 0.1,
@@ -36,16 +37,12 @@ def configured(*changes, **sections):
 
 
 def teacher(network):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(network)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.1)
-    return teachers.Model(net.eval(), teachers.Description(network))
+    return teachers.Model(random_network(network, 0.1).eval(), teachers.Description(network))
 
 
 def distiller(*changes, network=LABELLED):
-    return Distiller(configured(*changes), data.digits(), teacher(network))
+    content = configs.merge(CONTENT, configs.nested(changes))
+    return trainer_of(network, "digits", teacher(network), **content)
 
 
 def states(trainer):

@@ -18,6 +18,8 @@ from realuid_fast.train.jobs import train
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 
+from .helpers import random_network
+
 CPU = torch.device("cpu")
 UNET = {
     "kind": "unet", "dim": [1, 8, 8], "num_channels": 16, "channel_mult": [1, 2], "norm_groups": 4,
@@ -32,12 +34,7 @@ NETWORKS = {
 
 
 def network(config):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(config)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.1)
-    return net.to(memory_format=torch.channels_last)
+    return random_network(config, 0.1).to(memory_format=torch.channels_last)
 
 
 def configured(*changes):

@@ -1,19 +1,16 @@
 """Turns on a GPU: graphs, compiled and eager networks follow one trajectory; nothing waits for the host; launches."""
 
-import copy
 import functools
 
 import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast import data, teachers
-from realuid_fast.networks import build
-from realuid_fast.train import config as configs
 from realuid_fast.train import loop
 from realuid_fast.train.checkpoint import Checkpoints
-from realuid_fast.train.distill import Distiller
 from realuid_fast.train.modes import WARM_UP, Captured, CudaRecorder
+
+from ..helpers import trainer_of
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 
@@ -22,17 +19,9 @@ NETWORK = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 16, "channel_mult":
 
 
 def distiller(mode="eager", device="cuda", **distill):
-    dataset = data.load("digits")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(NETWORK)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.1)
     rates = {"warmup": 4, "decay": "cosine"}
     settings = {"batch": 32, "updates": 50, "fake_turns": 2, "ema": [0.9], "export": 0.9, "generator": rates, **distill}
-    content = {"data": dataset.config, "distill": settings, "run": {"mode": mode, "device": device}}
-    model = teachers.Model(net, teachers.Description(NETWORK, data=dataset.config))
-    return Distiller(configs.from_mapping(content), dataset, copy.deepcopy(model))
+    return trainer_of(NETWORK, "digits", std=0.1, distill=settings, run={"mode": mode, "device": device})
 
 
 def graphs(**distill):

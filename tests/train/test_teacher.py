@@ -1,0 +1,104 @@
+"""A teacher's training: coupled batches, its own law of times, label dropout and guidance."""
+
+import math
+
+import pytest
+import torch
+
+import realuid_fast as rf
+from realuid_fast import data, functional, paths, sampling
+from realuid_fast.couplings import couple
+from realuid_fast.errors import UserError
+from realuid_fast.noise import normal
+from realuid_fast.train import config as configs
+from realuid_fast.train.batches import Batches
+from realuid_fast.train.teacher import TeacherTrainer
+
+from ..helpers import LABELLED, MLP, NULL, POINTS, random_network, settings
+
+
+@pytest.mark.parametrize("case", ["noise", "noise inside classes", "endpoints"])
+def test_a_teacher_on_coupled_batches(case, monkeypatch):
+    """The pairs of a run without coupling, and the same noise or endpoints in the order of least distance."""
+    held = data.load({"noise": POINTS, "endpoints": {"name": "transport", "n": 200}}.get(case, "digits"))
+    path = {"name": "stochastic-interpolant"} if case == "endpoints" else {}
+    network = {"kind": "mlp", "width": 8, "depth": 1} | ({"num_classes": 10} if "classes" in case else {})
+    seen = []
+
+    def recorded(x, coef, noise, endpoint=None):
+        other = endpoint if case == "endpoints" else noise if noise.is_floating_point() else normal(noise, x)
+        seen.append((x, other))
+        return interpolate(x, coef, noise, endpoint)
+
+    interpolate = rf.interpolate
+    monkeypatch.setattr(functional, "interpolate", recorded)
+    for coupling in (False, True):
+        own = {"coupling": coupling, "batch": 32}
+        content = settings("x", data=held.config, path=path, network=network, teacher=own)
+        trainer = TeacherTrainer(configs.from_mapping(content), held)
+        labels = trainer.batches.next()[1] if "classes" in case else None
+        trainer.batches = Batches(held, 32, 0, torch.device("cpu"), trainer.draws)
+        trainer.update()
+        assert all(math.isfinite(value) for value in trainer.meters.read().values())
+    (x, apart), (same, coupled) = seen
+    assert torch.equal(x, same)
+    torch.testing.assert_close(coupled, apart[couple(x, apart, labels)], rtol=0, atol=0)
+    assert float((x - coupled).square().sum()) < float((x - apart).square().sum())
+    if labels is not None:
+        rows = {tuple(row.flatten().tolist()): int(label) for row, label in zip(apart, labels, strict=True)}
+        assert [rows[tuple(row.flatten().tolist())] for row in coupled] == labels.tolist()
+
+
+def test_couplings_of_what_is_paired_already_are_refused():
+    content = settings("x", path={"name": "brownian-bridge"}, network=MLP, teacher={"coupling": True})
+    held = data.load("digit_pairs")
+    with pytest.raises(UserError, match="data set 'digit_pairs' is one of pairs"):
+        TeacherTrainer(configs.from_mapping(content | {"network": {"kind": "mlp", "width": 8, "depth": 1}}), held)
+
+
+def test_the_teachers_own_times_and_distance():
+    path = {"name": "ve", "predict": "edm", "match": "x0", "sampler": "karras"}
+    own = {"sampler": "log-normal", "sampler_settings": {"mean": -0.4}, "weight": "edm"}
+    content = settings("x", path=path, teacher=own, network=MLP)
+    trainer = TeacherTrainer(configs.from_mapping(content), data.load(POINTS))
+    assert trainer.path.sampler == paths.samplers.LogNormal(-0.4, 1.2)
+    t = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(trainer.interpolant.coefficients(t)[:, 8], (t**2 + 0.25) / (t * 0.5) ** 2)
+    assert configs.from_mapping(content).path.build().path.sampler == paths.samplers.Karras()
+
+
+def test_label_dropout_trains_the_null_label():
+    held = data.load("digits")
+    content = settings("x", data=held.config, network={"kind": "mlp", "width": 8, "depth": 1, "num_classes": 10})
+    content["teacher"] |= {"label_dropout": 0.5}
+    trainer = TeacherTrainer(configs.from_mapping(content), held)
+    assert trainer.net.null_label == 10
+    labels = torch.zeros(1000, dtype=torch.int64)
+    dropped = trainer._dropped(labels)
+    assert set(dropped.tolist()) == {0, 10}
+    assert 0.4 < float((dropped == 10).float().mean()) < 0.6
+    before = trainer.net.label_embed.weight[10].clone()
+    trainer.net.last.weight.data.normal_()  # a fresh network's last layer is zero and lets no gradient through
+    for _ in range(3):
+        trainer.update()
+    assert not torch.equal(trainer.net.label_embed.weight[10], before)
+
+    content["network"] |= {"null_label": False}
+    with pytest.raises(UserError, match=r"teacher.label_dropout needs a class-conditional network with null_label"):
+        TeacherTrainer(configs.from_mapping(content), held)
+    with pytest.raises(UserError, match=r"label_dropout must lie in \[0, 1\), got 1"):
+        configs.load("digits", ["teacher.label_dropout=1"])
+
+
+def test_guided_sampling_follows_the_guided_velocity():
+    net = random_network(NULL)
+    z, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    t = torch.full((6,), 0.3)
+    c, u = net(t, z, labels), net(t, z, torch.full((6,), 10))
+    guided = sampling.call(net, t, z, labels, guidance=2.5)
+    torch.testing.assert_close(guided, u + 2.5 * (c - u), rtol=1e-4, atol=1e-4)
+    step = sampling.integrate(net, z, 1, labels=labels, guidance=2.5)
+    at_start = sampling.call(net, torch.zeros(6), z, labels, guidance=2.5)
+    torch.testing.assert_close(step, z + at_start)
+    with pytest.raises(UserError, match="guidance needs a class-conditional network with a null label"):
+        sampling.integrate(random_network(LABELLED), z, 1, labels=labels, guidance=2.0)
