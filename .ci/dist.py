@@ -26,7 +26,7 @@ from pathlib import Path
 # In either archive; the wheel has the compiled library beside them and the source archive what it is built from.
 PACKAGE = (
     "realuid_fast/py.typed",
-    "realuid_fast/ops.py",
+    "realuid_fast/ops/registry.py",
     "realuid_fast/train/config.py",
     "realuid_fast/assets/digits_teacher.safetensors",
     "realuid_fast/assets/digits_classifier.safetensors",
@@ -38,7 +38,8 @@ SOURCES = ("setup.py", "csrc/ops.cpp", "csrc/cpu/fused_impl.h", "examples/distil
 
 RUNS = """
 import sys, warnings, torch, realuid_fast as rf
-from realuid_fast import extension, teachers
+from realuid_fast import teachers
+from realuid_fast.ops import extension
 from realuid_fast.train import config
 import realuid_fast.kernels
 

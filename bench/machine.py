@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from realuid_fast import extension
+from realuid_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 

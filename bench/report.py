@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from realuid_fast import extension
 from realuid_fast.errors import UserError
+from realuid_fast.ops import extension
 
 from . import machine, timing
 

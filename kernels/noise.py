@@ -1,6 +1,6 @@
 """The counter-based noise on the device: Philox4x32-10, one call for four elements, and Box and Muller's transform.
 
-``realuid_fast/philox.py`` defines the numbers. On NVIDIA sine, cosine, logarithm and square root are the hardware's
+``realuid_fast/ops/philox.py`` defines the numbers. On NVIDIA sine, cosine, logarithm and square root are the hardware's
 approximate instructions, whose argument needs no range reduction here. Angles skip the truncation to 24 bits, which
 moves them by less than ``2 pi 2^-24``. Near ``u1 = 1`` the approximate logarithm has an absolute error of 2^-22, too
 much for the small radius there; since ``-2 ln u >= 2 (1 - u)``, with equality in the limit, the larger of that bound

@@ -18,30 +18,19 @@ do not give. Gradients are computed in the forward pass; there is no second deri
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import noise as noises
 from . import ops
 from .contracts import check_tensor, check_whole, type_name
 from .errors import UserError
 from .objectives import Objective
+from .sample_weights import mean_of, weighed
+from .tensors import check, guidance_inputs, refuse_gradients
 
 Reduction = Literal["mean", "none"]
-
-_LEAST_ERROR = 1e-5
-_LEAST_NORM = 1e-5
-# The types that tensors may have; for each, the type of its arithmetic and of its coefficients.
-_REAL = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}
 
 
 class MatchingGrads(NamedTuple):
@@ -96,7 +85,7 @@ def interpolate(
     Raises:
         UserError: shapes, dtypes, devices or layouts that do not agree, or a gradient wanted in ``coef`` or ``noise``.
     """
-    noise_rows = _check(x, coef, noise, noise_rows, endpoint=endpoint)
+    noise_rows = check(x, coef, noise, noise_rows, endpoint=endpoint)
     return ops.run("interpolate", x.device, x, coef, noise, endpoint, noise_rows)
 
 
@@ -127,8 +116,8 @@ def matching_loss(
     Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
     """
     check_tensor("out", out)
-    noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
-    _refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
+    noise_rows = check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
+    refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
     mean = _is_mean(reduction)
     return ops.run("matching_loss", x.device, out, x, x_t, coef, noise, endpoint, noise_rows, mean)
 
@@ -138,7 +127,7 @@ def matching_grads(
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
     check_tensor("out", out)
-    noise_rows = _check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
+    noise_rows = check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     op = ops.current(x.device).matching.default
     return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
 
@@ -184,7 +173,7 @@ def fake_loss(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
     others = {"x": x, "x_t": x_t, "endpoint": endpoint, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
-    _refuse_gradients("fake_loss", **others)
+    refuse_gradients("fake_loss", **others)
     return ops.run(f"{op}_loss", x.device, *arguments, _is_mean(reduction))
 
 
@@ -255,8 +244,8 @@ def generator_loss(
     fake_out, guided = _generator_arguments(
         teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
     )
-    _refuse_gradients("generator_loss", endpoint=endpoint)
-    coef, extra, own_rows = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
+    refuse_gradients("generator_loss", endpoint=endpoint)
+    coef, extra, own_rows = weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
         extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
@@ -266,7 +255,7 @@ def generator_loss(
     if own_rows is None:
         return loss
     # The kernel's gradients are those of the objective's loss; its value is not. Replace the value only.
-    return loss + ((_mean(own_rows) if mean else own_rows) - loss).detach()
+    return loss + ((mean_of(own_rows) if mean else own_rows) - loss).detach()
 
 
 def generator_grads(
@@ -286,7 +275,7 @@ def generator_grads(
     fake_out, guided = _generator_arguments(
         teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
     )
-    coef, extra, own_rows = _weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
+    coef, extra, own_rows = weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
     networks = objective.flows == "all"
     want_x_t = networks and x_t is not None
     namespace, g_uncond = ops.current(x.device), None
@@ -299,7 +288,7 @@ def generator_grads(
         found = namespace.generator.default(*inputs, True, networks, networks, True, want_x_t)
         loss, rows, g_teacher, g_fake, g_x, g_x_t = found
     if own_rows is not None:
-        loss, rows = _mean(own_rows), own_rows
+        loss, rows = mean_of(own_rows), own_rows
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
     return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond if guided else None)
@@ -351,7 +340,7 @@ def _generator_arguments(
         if objective.needs_fake:
             raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
         fake_out = sample_output(x, x_t, coef)
-    _check(
+    check(
         x,
         coef,
         noise,
@@ -362,81 +351,7 @@ def _generator_arguments(
         x_t=x_t,
         teacher_uncond=teacher_uncond,
     )
-    return fake_out, _guided(teacher_uncond, guidance, coef)
-
-
-def _guided(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
-    """The further arguments of the guided operators, the unconditional output and the scale; none without guidance."""
-    if not isinstance(guidance, Tensor):
-        if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
-            raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")
-        if teacher_uncond is None:
-            if guidance != 1.0:
-                raise UserError(f"teacher_uncond must be given with a guidance of {guidance:g}")
-            return ()
-        if not math.isfinite(guidance):
-            raise UserError(f"guidance must be finite, got {guidance}")
-        return teacher_uncond, coef.new_full((coef.shape[0],), float(guidance))
-    if teacher_uncond is None:
-        raise UserError("teacher_uncond must be given with a guidance")
-    if guidance.shape != coef.shape[:1] or guidance.dtype != coef.dtype or guidance.device != coef.device:
-        raise UserError(
-            f"guidance must be a number or have shape ({coef.shape[0]},), dtype {coef.dtype} and device {coef.device}, "
-            f"not {tuple(guidance.shape)}, {guidance.dtype} and {guidance.device}"
-        )
-    _refuse_gradients("a fused call", guidance=guidance)
-    return teacher_uncond, guidance.contiguous()
-
-
-def _weighed(
-    objective: Objective,
-    teacher_out: Tensor,
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    endpoint: Tensor | None,
-    guided: tuple[Tensor, ...],
-) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]:
-    """The weights that an objective gives to the samples of a generator call.
-
-    Only :func:`~realuid_fast.objectives.SiD` and its like (``sample_scale``) and normalised objectives weigh samples.
-    The weight and ``Q`` of a normalised objective take two passes that write no gradients: one for ``<D, r>``, and one
-    over the two outputs alone for ``||D||^2``.
-
-    Returns:
-        Coefficient rows with the weight in ``w``. The further arguments of the guided operator, none to use the plain
-        one. The rows' losses if the operator returns the values of another loss with the same gradients, else None.
-    """
-    extra = (*guided, None) if guided else ()
-    if not (objective.sample_scale or objective.normalised):
-        return coef, extra, None
-    namespace, (uncond, scales) = ops.current(x.device), guided or (None, None)
-    with torch.no_grad():
-        if objective.sample_scale:
-            other = None if uncond is None else uncond.to(x.dtype)
-            error = namespace.mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, other, scales)
-            scale = torch.ones_like(coef)
-            # If the teacher predicts a sample exactly, its error is 0 and its weight would be infinite.
-            scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
-            return coef * scale, extra, None
-        loss, last = namespace.guided_generator_loss, (uncond, scales, None)
-        one, apart, weights = coef.clone(), torch.zeros_like(coef), coef.clone()
-        one[:, 8] = apart[:, 8] = 1.0
-        apart[:, 6] = coef[:, 6]
-        inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *last)
-        dots = loss(*inputs, *objective.generator_scalars, False)
-        squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
-        norms = squares.sqrt().clamp(min=_LEAST_NORM)
-        weights[:, 8] /= norms
-        # A norm that is clamped is a constant, so its derivative, and with it Q, is 0.
-        q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
-        return weights, (uncond, scales, q_rows), weights[:, 8] * dots
-
-
-def _mean(rows: Tensor) -> Tensor:
-    return rows.sum() / max(len(rows), 1)
+    return fake_out, guidance_inputs(teacher_uncond, guidance, coef)
 
 
 def _fake_arguments(
@@ -457,7 +372,7 @@ def _fake_arguments(
     _check_objective(objective)
     check_tensor("fake_out", fake_out)
     check_whole("n_real", n_real)
-    noise_rows = _check(
+    noise_rows = check(
         x,
         coef,
         noise,
@@ -468,7 +383,7 @@ def _fake_arguments(
         teacher_out=teacher_out,
         teacher_uncond=teacher_uncond,
     )
-    guided = _guided(teacher_uncond, guidance, coef)
+    guided = guidance_inputs(teacher_uncond, guidance, coef)
     if not objective.needs_fake:
         raise UserError(f"{objective.name} has no fake model, and so no loss for one")
     rows = x.shape[0]
@@ -503,117 +418,3 @@ def _is_mean(reduction: str) -> bool:
     if reduction not in ("mean", "none"):
         raise UserError(f"reduction must be 'mean' or 'none', not {reduction!r}")
     return reduction == "mean"
-
-
-def _refuse_gradients(call: str, **tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
-                raise UserError(f"{call} gives no gradient in {name}: pass {name}.detach()")
-
-
-def _check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
-    """Refuse tensors that one pass cannot run over; returns ``noise_rows``, or its default. Reads metadata only."""
-    check_tensor("x", x)
-    check_tensor("coef", coef)
-    if not isinstance(noise, Tensor):
-        raise UserError(
-            f"noise must be a key from NoiseStream.next_key() or a tensor of noise like x, not {type_name(noise)}"
-        )
-    if noise_rows is not None:
-        check_whole("noise_rows", noise_rows)
-    if _fits(x, coef, noise, noise_rows, others):
-        return x.shape[0] if noise_rows is None else noise_rows
-    if x.dim() == 0:
-        raise UserError("x must have a batch dimension, got a scalar")
-    # Under autocast the losses' inputs are cast to float32 on their way into the operator.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if x.dtype not in _REAL:
-        raise UserError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
-    rows = x.shape[0]
-    noise_rows = rows if noise_rows is None else noise_rows
-    if not (0 < noise_rows <= rows or rows == noise_rows == 0):
-        raise UserError(f"noise_rows must lie between 1 and the number of rows {rows}, got {noise_rows}")
-    _check_layout("x", x)
-
-    for name, tensor in others.items():
-        if tensor is not None:
-            check_tensor(name, tensor)
-            _check_like(name, tensor, x, x.shape, autocast)
-    if noises.is_key(noise):
-        noises.check_key(noise, x.device, "noise")
-    else:
-        _check_like("noise", noise, x, torch.Size((noise_rows, *x.shape[1:])), autocast)
-        _refuse_gradients("a fused call", noise=noise)
-
-    wanted = _REAL[x.dtype]
-    if coef.shape != (rows, 9):
-        raise UserError(f"coef must have shape ({rows}, 9), one row a sample of x, not {tuple(coef.shape)}")
-    if coef.dtype != wanted or coef.device != x.device or not coef.is_contiguous():
-        raise UserError(
-            f"coef must be contiguous {wanted} on {x.device} for {x.dtype} samples, not {coef.dtype} on {coef.device}"
-        )
-    _refuse_gradients("a fused call", coef=coef)
-    return noise_rows
-
-
-def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others: Mapping[str, Tensor | None]) -> bool:
-    """Whether this is the common call: all tensors contiguous and of one type, noise for every row or a key.
-
-    On a few samples :func:`_check` takes as long as the kernel, so calls that pass this shorter check skip it. A call
-    that does not pass may still be right; :func:`_check` decides, and names the tensor that is wrong.
-    """
-    shape, dtype, device = x.shape, x.dtype, x.device
-    for tensor in others.values():
-        if tensor is not None and not (
-            isinstance(tensor, Tensor)
-            and tensor.shape == shape
-            and tensor.dtype == dtype
-            and tensor.device == device
-            and tensor.is_contiguous()
-        ):
-            return False
-    return (
-        len(shape) > 0
-        and (noise_rows is None or 0 < noise_rows <= shape[0])
-        and x.is_contiguous()
-        and coef.shape == (shape[0], 9)
-        and coef.dtype == _REAL.get(dtype)
-        and coef.device == device
-        and coef.is_contiguous()
-        and not coef.requires_grad
-        and noise.device == device
-        and (
-            noise.shape == (2,)
-            if noise.dtype == torch.int64
-            else noise.shape == shape
-            and noise_rows in (None, shape[0])
-            and noise.dtype == dtype
-            and noise.is_contiguous()
-            and not noise.requires_grad
-        )
-    )
-
-
-def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocast: bool) -> None:
-    if tensor.shape != shape:
-        raise UserError(f"{name} must have shape {tuple(shape)} to go with x, not {tuple(tensor.shape)}")
-    if tensor.dtype != x.dtype and not (autocast and tensor.is_floating_point()):
-        raise UserError(f"{name} must have x's dtype {x.dtype}, not {tensor.dtype}")
-    if tensor.device != x.device:
-        raise UserError(f"{name} must be on x's device {x.device}, not {tensor.device}")
-    if tensor.is_contiguous() and x.is_contiguous():
-        return
-    if not (ops.is_channels_last(tensor) and ops.is_channels_last(x)):
-        _check_layout(name, tensor)
-        raise UserError(
-            f"{name} and x must share one memory layout, contiguous or channels_last: strides are "
-            f"{tensor.stride()} and {x.stride()}"
-        )
-
-
-def _check_layout(name: str, tensor: Tensor) -> None:
-    if not (tensor.is_contiguous() or ops.is_channels_last(tensor)):
-        raise UserError(
-            f"{name} must be contiguous or channels_last, its strides are {tensor.stride()}: call .contiguous() first"
-        )

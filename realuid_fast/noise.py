@@ -1,6 +1,6 @@
 """A counter-based stream of normals that every backend can regenerate, so that noise need not be stored.
 
-``philox.py`` has the arithmetic and its source.
+``ops/philox.py`` has the arithmetic and its source.
 
 A key or a tensor? Pass the key. A turn needs its noise twice, for the interpolant and for the loss. Drawing it in both
 calls costs instructions; writing it once and reading it twice costs bytes. By the counts of ``bench.kernels_report``

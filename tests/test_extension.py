@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast import extension
+from realuid_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
 
@@ -654,7 +654,7 @@ def test_every_instruction_set(isa):
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
-    held = python("from realuid_fast import extension; print(extension.isa())", REALUID_FAST_CPU_ISA=isa)
+    held = python("from realuid_fast.ops import extension; print(extension.isa())", REALUID_FAST_CPU_ISA=isa)
     assert held.stdout.strip() == isa
 
 
@@ -679,7 +679,7 @@ def test_importing_the_package_builds_nothing():
 def test_kept_memory_is_not_faulted_in_again():
     code = """
 import resource, torch
-from realuid_fast import extension
+from realuid_fast.ops import extension
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

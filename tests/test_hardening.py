@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 import realuid_fast as rf
-from realuid_fast import extension, philox
 from realuid_fast import ops as operators
 from realuid_fast.errors import UserError
+from realuid_fast.ops import extension, philox
 
 needs_extension = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
 ops, reference = torch.ops.realuid_fast, torch.ops.realuid_fast_reference
@@ -47,12 +47,12 @@ OPTIMISER = ("begin_step_", "adam_")
 FUSED = [
     op
     for op in (
-        *(schema[: schema.index("(")] for schema in operators.KERNELS),
+        *(operator.name for operator in operators.KERNELS),
         *(f"{x.kernel}_loss" for x in operators.LOSSES),
     )
     if op not in (*OPTIMISER, "scale_grads_")
 ]
-LAYERS = [schema[: schema.index("(")] for schema in operators.LAYERS]
+LAYERS = [operator.name for operator in operators.LAYERS]
 # Below, at and beyond a vector and a panel.
 CHANNELS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 33)
 

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import realuid_fast as rf
-from realuid_fast import extension, reference
 from realuid_fast.networks import UNet
 from realuid_fast.networks.layers import Conv1x1, Conv3x3, GroupNorm, norm_silu_conv, serves
 from realuid_fast.networks.unet import ResBlock
-from realuid_fast.ops import NormSiluConv3x3
+from realuid_fast.ops import NormSiluConv3x3, extension, reference
 
 needs_extension = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
 pytestmark = needs_extension

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 import realuid_fast as rf
-from realuid_fast.philox import normals, philox4x32
+from realuid_fast.ops.philox import normals, philox4x32
 
 # Random123's published vectors for philox4x32-10: counter, key, words.
 KNOWN_ANSWERS = [

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import realuid_fast as rf
-from realuid_fast import extension
 from realuid_fast.cli.parser import parser
+from realuid_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +65,7 @@ except AttributeError as error:
 assert "torch" not in sys.modules
 rf.paths.Linear()
 import torch
-assert torch.ops.realuid_fast.interpolate and rf.extension._loaded == (rf.extension.why_missing() is None)
+assert torch.ops.realuid_fast.interpolate and rf.ops.extension._loaded == (rf.ops.extension.why_missing() is None)
 from realuid_fast import *
 assert interpolate is rf.interpolate is rf.functional.interpolate and NoiseStream is rf.noise.NoiseStream
 assert backend is rf.backends.backend and teachers is rf.teachers and data.digits

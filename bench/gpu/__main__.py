@@ -40,7 +40,7 @@ from unittest import mock
 
 import torch
 
-from realuid_fast import extension
+from realuid_fast.ops import extension
 from realuid_fast.train import modes
 
 from .. import machine, report

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from .. import extension
 from ..errors import UserError
+from ..ops import extension
 from ..train import distributed
 from ..train.loop import Interrupted
 from ..train.memory import is_exhausted

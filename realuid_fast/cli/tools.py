@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, backends, choices, extension, precision
+from .. import __version__, backends, choices, precision
 from .. import pack as packing
 from ..errors import UserError
+from ..ops import extension
 from ..packed import verify
 from ..train import config as configs
 from ..train import modes

@@ -34,8 +34,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from realuid_fast import extension, pack, teachers
+from realuid_fast import pack, teachers
 from realuid_fast.networks import build
+from realuid_fast.ops import extension
 from realuid_fast.train import checkpoint, jobs
 from realuid_fast.train import config as configs
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast import reference
 from realuid_fast.noise import normal
+from realuid_fast.ops import reference
 
 pytest.importorskip("triton", reason="the triton package is not installed")
 

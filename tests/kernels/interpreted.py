@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from realuid_fast import ops, reference, triton_backend
+from realuid_fast import ops
 from realuid_fast.kernels import tiles
 from realuid_fast.kernels.noise import _philox
+from realuid_fast.ops import reference, triton_backend
 from realuid_fast.optim import FusedAdam
 
 _patch_tensor = interpreter._patch_lang_tensor

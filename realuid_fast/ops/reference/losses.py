@@ -1,7 +1,6 @@
-"""The fused calls in plain torch: the readable reference, which also runs on devices without a faster backend.
+"""Interpolant, losses and their gradients in plain torch: the formulas, each written as it is read.
 
-There is one function for each operator, with the arguments of its schema in ``ops.py``. Arithmetic is in float32, and
-in float64 for float64 storage.
+Arithmetic is in float32, and in float64 for float64 storage.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .contracts import host_checks_allowed
-from .errors import UserError
-from .philox import normals
+from ...contracts import host_checks_allowed
+from ...errors import UserError
+from ..philox import normals
 
 
 def normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
@@ -228,97 +226,6 @@ def scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
             grad.mul_(scale if scale.numel() == 1 else scale.view(-1, *[1] * (grad.dim() - 1)))
 
 
-def begin_step_(grads: list[Tensor], steps: list[Tensor], counts: Tensor) -> Tensor:
-    """The global norm of ``grads``. Counts the update in ``counts`` and, if the norm is finite, in each of ``steps``.
-
-    ``counts`` is int64 ``(2,)``: updates begun, and those among them whose norm was not finite.
-    """
-    norm = torch.nn.utils.get_total_norm(grads)
-    finite = torch.isfinite(norm)
-    for step in steps:
-        step += finite
-    counts += torch.stack((torch.ones_like(finite), ~finite))
-    return norm
-
-
-def adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[Tensor],
-    norm: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    counts: Tensor,
-    ema_decays: Tensor,
-    clip: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    ema_warmup: bool,
-) -> None:
-    """Adam on ``params`` after :func:`begin_step_`, then the averages; nothing changes if ``norm`` is not finite.
-
-    ``lr`` holds the rates of updates 0, 1, ...; all later updates use its last entry. If ``beta1`` is 0, ``exp_avgs``
-    may be empty.
-    Each of ``emas`` is ``(E, ...)``, a row for each of ``ema_decays`` ``(E,)``.
-    """
-    finite, dtype = torch.isfinite(norm), params[0].dtype
-
-    def number(value: Tensor) -> Tensor:
-        return value.to(dtype)
-
-    def kept(decay: float) -> Tensor:
-        return number(1 - (1 - decay) * finite.double())
-
-    factor = torch.where(norm > clip, clip / norm.double(), 1.0) if clip else torch.ones_like(norm)
-    scaled = list(torch._foreach_mul(grads, number(-factor if maximize else factor)))
-    if weight_decay:
-        torch._foreach_add_(scaled, params, alpha=weight_decay)
-    # A skipped step is carried out with gradient, rates and weights of 0, so that the host need not know of it. The
-    # gradient is replaced, not multiplied by 0, because 0 times NaN is NaN.
-    for grad in scaled:
-        grad.masked_fill_(~finite, 0.0)
-    torch._foreach_mul_(exp_avg_sqs, kept(beta2))
-    torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, value=1 - beta2)
-    moments: list[Tensor] = scaled
-    if exp_avgs:
-        torch._foreach_mul_(exp_avgs, kept(beta1))
-        torch._foreach_add_(exp_avgs, scaled, alpha=1 - beta1)
-        moments = exp_avgs
-
-    # If the very first step is skipped, no step has been taken yet, and the corrections below would divide by 0.
-    taken = step.double().clamp(min=1.0)
-    rate = torch.take(lr, (counts[0] - 1).clamp(0, lr.numel() - 1)).double() / (1 - beta1**taken)
-    divisors = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(divisors, number((1 - beta2**taken).sqrt()))
-    torch._foreach_add_(divisors, eps)
-    changes = torch._foreach_div(moments, divisors)
-    torch._foreach_mul_(changes, number(torch.where(finite, -rate, 0.0)))
-    torch._foreach_add_(params, changes)
-    if ema_decays.numel():
-        average_(params, emas, norm, counts, ema_decays, ema_warmup)
-
-
-def average_(
-    params: list[Tensor], emas: list[Tensor], norm: Tensor, counts: Tensor, ema_decays: Tensor, ema_warmup: bool
-) -> None:
-    """Move every row of ``emas[i]`` by one minus its decay towards ``params[i]``, unless ``norm`` is not finite."""
-    decays = ema_decays.double()
-    if ema_warmup:
-        updates = counts[0].double()
-        decays = torch.minimum(decays, updates / (updates + 9.0))
-    weights = torch.where(torch.isfinite(norm), 1 - decays, 0.0).to(params[0].dtype)
-    for k, weight in enumerate(weights):
-        rows = [ema[k] for ema in emas]
-        gaps = torch._foreach_sub(params, rows)
-        torch._foreach_mul_(gaps, weight)
-        torch._foreach_add_(rows, gaps)
-
-
 class _Columns:
     """The nine coefficients, each shaped ``(R, 1, ...)`` to broadcast over a batch like ``x``."""
 
@@ -395,80 +302,3 @@ def _mean(rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def _scale(mean: bool, count: int) -> float:
     return 1.0 / max(count, 1) if mean else 1.0
-
-
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.numel() == 0 or weight.numel() == 0:
-        # torch refuses a convolution without pixels or channels. The result is then zeros.
-        y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:], dtype=weight.dtype)
-        y = y if bias is None else y + _of_channels(bias)
-    else:
-        y = F.conv2d(x.to(weight.dtype), weight, bias, padding=1)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def conv3x3_grads(grad: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
-    wanted = [want_x, want_weight, False]
-    if x.numel() == 0 or weight.numel() == 0:
-        g_x, g_weight = torch.zeros_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        return g_x if want_x else x.new_empty(0), g_weight if want_weight else weight.new_empty(0)
-    around = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)  # stride, padding, dilation, not transposed, one group
-    # torch's function needs its filters contiguous.
-    up = [tensor.to(weight.dtype) for tensor in (grad, x)]
-    g_x, g_weight, _ = torch.ops.aten.convolution_backward(*up, weight.contiguous(), None, *around, wanted)
-    return (
-        g_x.to(x.dtype).contiguous(memory_format=torch.channels_last) if want_x else x.new_empty(0),
-        torch.empty_like(weight).copy_(g_weight) if want_weight else weight.new_empty(0),
-    )
-
-
-def norm_silu(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    if x.numel() == 0:
-        return torch.empty_like(x), weight.new_zeros(x.shape[0], groups, 2)
-    h = _shifted(x, shift, weight)
-    grouped = h.unflatten(1, (groups, -1)).flatten(2)
-    mean = grouped.mean(2)
-    rstd = (grouped.var(2, unbiased=False) + eps).rsqrt()
-    y = F.silu(_normalised(h, torch.stack([mean, rstd], 2)) * _of_channels(weight) + _of_channels(bias))
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last), torch.stack([mean, rstd], 2)
-
-
-def norm_silu_grads(
-    grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With ``n`` the normalised value and ``g_n = g_z weight``: ``g_x = rstd (g_n - mean(g_n) - n mean(g_n n))``."""
-    n = _normalised(_shifted(x, shift, weight), statistics)
-    z = n * _of_channels(weight) + _of_channels(bias)
-    gate = torch.sigmoid(z)
-    g_z = grad.to(weight.dtype) * gate * (1 + z * (1 - gate))
-    g_n = g_z * _of_channels(weight)
-    groups = statistics.shape[1]
-
-    def group_mean(values: Tensor) -> Tensor:
-        mean = values.unflatten(1, (groups, -1)).flatten(2).mean(2)
-        return _of_channels(mean.repeat_interleave(x.shape[1] // groups, 1))
-
-    rstd = _of_channels(statistics[..., 1].repeat_interleave(x.shape[1] // groups, 1))
-    g_x = rstd * (g_n - group_mean(g_n) - n * group_mean(g_n * n))
-    return (
-        g_x.to(x.dtype).contiguous(memory_format=torch.channels_last),
-        weight.new_empty(0) if shift is None else g_x.sum((2, 3)),
-        (g_z * n).sum((0, 2, 3)),
-        g_z.sum((0, 2, 3)),
-    )
-
-
-def _of_channels(values: Tensor) -> Tensor:
-    return values[..., None, None]
-
-
-def _shifted(x: Tensor, shift: Tensor | None, weight: Tensor) -> Tensor:
-    h = x.to(weight.dtype)
-    return h if shift is None else h + _of_channels(shift)
-
-
-def _normalised(h: Tensor, statistics: Tensor) -> Tensor:
-    mean, rstd = statistics.repeat_interleave(h.shape[1] // statistics.shape[1], 1).unbind(2)
-    return (h - _of_channels(mean)) * _of_channels(rstd)

@@ -36,7 +36,7 @@ _libraries: list[torch.library.Library] = []
 
 @functools.cache
 def _kernels(module: str) -> ModuleType:
-    return importlib.import_module(f".kernels.{module}", __package__)
+    return importlib.import_module(f"realuid_fast.kernels.{module}")
 
 
 def launcher(op: str) -> Callable[..., Any]:

@@ -17,11 +17,11 @@ _loaded = False
 _reason: str | None = "the C++ extension has not been loaded"
 
 native: ModuleType | None = None
-"""The library's plain functions, :mod:`realuid_fast.native`, or None where it was not built or does not load."""
+"""The library's plain functions, :mod:`realuid_fast.ops.native`, or None where it was not built or does not load."""
 
 
 def _library() -> Path | None:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     suffixes = [suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES if "abi3" in suffix]
     candidates = [folder / f"_C{suffix}" for suffix in suffixes + importlib.machinery.EXTENSION_SUFFIXES]
     return next((path for path in candidates if path.exists()), None)

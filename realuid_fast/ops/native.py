@@ -1,7 +1,7 @@
 """Plain functions of the compiled library: processor report, bandwidth, Philox and the noise stream for NumPy.
 
-:data:`realuid_fast.extension.native` is this module where the library was built, and None elsewhere. The functions are
-called through ctypes, which knows no version of Python: one wheel serves all.
+:data:`realuid_fast.ops.extension.native` is this module where the library was built, and None elsewhere. The functions
+are called through ctypes, which knows no version of Python: one wheel serves all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 _LEVELS = ("baseline", "avx2", "avx512")  # as csrc/cpu/isa.h numbers them
 _TYPES = {"float32": c_float, "float64": c_double}

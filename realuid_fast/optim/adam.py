@@ -7,105 +7,17 @@ there, so a replayed CUDA graph of a step goes on where the last one ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import ops, reference
-from .errors import UserError
-
-DECAYS = ("constant", "cosine", "linear")
-# Tensors begin at multiples of this many elements: vectors of every width are aligned, on every device.
-ALIGN = 64
-
-
-class FlatParameters:
-    """Moves parameters into one buffer. Each parameter becomes a view of it, with the shape and the strides it had.
-
-    One kernel launch can then update all of them. Views of the parameters' old memory (a ``frozen_view``, a state dict)
-    do not follow, so make them afterwards. ``net.to(...)`` and ``copy.deepcopy`` take parameters out of the buffer
-    again.
-
-    Gradients stay in autograd's own buffers at first: autograd hands those over without a copy as long as ``p.grad`` is
-    None, and :meth:`gather` copies them together with a few launches. Accumulating into views from the start would cost
-    a launch for every parameter and twice the memory traffic. If gradients are accumulated anyhow, :meth:`attach` makes
-    the views.
-
-    Args:
-        params: parameters of one dtype and device, each without gaps in memory.
-
-    Attributes:
-        data: ``(N,)``, the parameters in order, each padded with zeros to a multiple of 64 elements.
-        grad: ``(N,)``, the gradients likewise.
-
-    Raises:
-        UserError: a parameter of another dtype or device, or one with gaps in memory.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter]) -> None:
-        self.params = list(params)
-        _check(self.params)
-        self._offsets, self._size = [], 0
-        for p in self.params:
-            self._offsets.append(self._size)
-            self._size += _padded(p.numel())
-        self.data, self.grad = self.buffer(), self.buffer()
-        self._views, self._grads = self.views(self.data), self.views(self.grad)
-        for p, view in zip(self.params, self._views, strict=True):
-            p.data = view.copy_(p.detach())
-
-    def buffer(self, rows: int | None = None) -> Tensor:
-        """Zeros ``(N,)``, or ``(rows, N)``, with a place for every parameter, for instance for its moments."""
-        first = self.params[0]
-        shape = (self._size,) if rows is None else (rows, self._size)
-        return torch.zeros(shape, dtype=first.dtype, device=first.device)
-
-    def views(self, buffer: Tensor) -> list[Tensor]:
-        """Every parameter's view of a :meth:`buffer`, laid out like the parameter; ``(rows, ...)`` of one with rows."""
-        lead, strides = buffer.shape[:-1], buffer.stride()[:-1]
-        return [
-            buffer.as_strided((*lead, *p.shape), (*strides, *p.stride()), offset)
-            for p, offset in zip(self.params, self._offsets, strict=True)
-        ]
-
-    def attach(self, part: slice = slice(None)) -> None:
-        """Make every ``p.grad`` a view of :attr:`grad`, for backward to add to; clear it with ``set_to_none=False``.
-
-        ``part`` is a slice of the list of parameters.
-        """
-        for p, view in zip(self.params[part], self._grads[part], strict=True):
-            p.grad = view
-
-    def gradients(self, part: slice) -> Tensor:
-        """The stretch of :attr:`grad` that belongs to the parameters of ``part``, a slice of their list."""
-        first, end, _ = part.indices(len(self.params))
-        return self.grad[self._offsets[first] : self._offsets[end] if end < len(self.params) else self._size]
-
-    def gather(self, part: slice = slice(None)) -> bool:
-        """Copy all gradients into :attr:`grad`. Returns False, and copies nothing, if a parameter has no gradient.
-
-        ``part`` is a slice of the list of parameters, as for :meth:`attach`.
-
-        Raises:
-            UserError: a parameter has left the buffer.
-        """
-        strays: list[Tensor] = []
-        homes: list[Tensor] = []
-        for p, view, home in zip(self.params[part], self._views[part], self._grads[part], strict=True):
-            if p.data_ptr() != view.data_ptr():
-                raise UserError("a parameter has left its flat buffer: it was moved or cast after it was laid there")
-            if p.grad is None:
-                return False
-            _check_dense(p.grad)
-            if p.grad.data_ptr() != home.data_ptr():
-                strays.append(p.grad)
-                homes.append(home)
-        if strays:
-            torch._foreach_copy_(homes, strays)
-        return True
+from .. import ops
+from ..errors import UserError
+from ..ops.reference import average_
+from .flat import FlatParameters, check_parameters, is_sharded, like_parameter, local, padded, spread
 
 
 class _Update(NamedTuple):
@@ -261,7 +173,7 @@ class FusedAdam(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_group(group)
-            _check(self._parameters())
+            check_parameters(self._parameters())
             if self._lay_flat and is_sharded(group["params"][0]):
                 raise UserError("flat storage is for parameters that a process holds whole, these are sharded")
         except UserError:
@@ -275,7 +187,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._make_moments(len(self.param_groups) - 1)
         if self.ema_decays:
             for p, average in zip(params, self._room("ema", -1, len(self.ema_decays)), strict=True):
-                self.state[p]["ema"] = average.copy_(_local(p).detach().expand_as(average))
+                self.state[p]["ema"] = average.copy_(local(p).detach().expand_as(average))
 
     def _lay_out(self, params: list[nn.Parameter]) -> None:
         """Give a new group its flat storage, if it gets one, and the memory of its learning rate."""
@@ -297,7 +209,7 @@ class FusedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # `reduce` may replace gradients, so collect the tensors to update afterwards.
-        if self.reduce and (present := [_local(p.grad) for p in self._parameters() if p.grad is not None]):
+        if self.reduce and (present := [local(p.grad) for p in self._parameters() if p.grad is not None]):
             self.reduce(present)
         updates = [(i, update) for i in range(len(self.param_groups)) for update in self._updates(i)]
         if not updates:
@@ -336,7 +248,7 @@ class FusedAdam(torch.optim.Optimizer):
         idle: list[Tensor] = [p for p in self._parameters() if p.grad is None]
         if idle and self.ema_decays:
             averages = [self.state[p]["ema"] for p in idle]
-            reference.average_([*map(_local, idle)], averages, self.norm, self.counts, self._decays, self.ema_warmup)
+            average_([*map(local, idle)], averages, self.norm, self.counts, self._decays, self.ema_warmup)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -406,7 +318,7 @@ class FusedAdam(torch.optim.Optimizer):
                     if name in saved and name != "step":
                         if is_sharded(p) and not is_sharded(saved[name]):
                             raise UserError(f"state_dict holds a whole {name}, the parameters are sharded")
-                        value.copy_(_local(saved[name]))
+                        value.copy_(local(saved[name]))
                     elif name.startswith("exp_avg"):
                         value.zero_()
                 taken = float(saved.get("step", 0.0))
@@ -427,10 +339,10 @@ class FusedAdam(torch.optim.Optimizer):
             self._buffers[index][name] = flat.buffer(rows)
             return flat.views(self._buffers[index][name])
         if rows is None:
-            return [torch.zeros_like(_local(p)) for p in params]
+            return [torch.zeros_like(local(p)) for p in params]
         room = []
-        for p in map(_local, params):
-            size = _padded(p.numel())
+        for p in map(local, params):
+            size = padded(p.numel())
             memory = torch.zeros(rows * size, dtype=p.dtype, device=p.device)
             room.append(memory.as_strided((rows, *p.shape), (size, *p.stride())))
         return room
@@ -491,255 +403,9 @@ class FusedAdam(torch.optim.Optimizer):
             lists = [
                 [s[name] for _, s in members] if name in first else [] for name in ("exp_avg", "exp_avg_sq", "ema")
             ]
-            yield _Update(first["step"], [_local(p) for p, _ in members], [_like(p) for p, _ in members], *lists)
-
-
-class Optimiser:
-    """:class:`FusedAdam` on the parameters of ``net`` with a learning-rate schedule and averages by name.
-
-    One :meth:`step` does, with ``g`` all gradients as one vector and ``n`` the number of steps so far::
-
-        g <- g min(1, clip / ||g||)                     clip to a global norm; clip = 0 leaves g alone
-        lr_n = lr min(1, (n + 1) / warmup) fall(n / total)      warmup_from_zero: n in place of n + 1
-        parameters <- Adam(lr_n, betas, eps)            Kingma and Ba, 2015 (1412.6980), algorithm 1
-        ema_d <- ema_d + (1 - d_n) (parameters - ema_d),  d_n = min(d, (1 + n) / (10 + n))
-
-    ``fall(u)`` is ``floor + (1 - floor) h(u)`` with ``h`` 1 (constant), ``1 - u`` (linear) or ``(1 + cos(pi u)) / 2``
-    (cosine). The averages' decay starts low so that a short run's average is not dominated by its starting point. A
-    gradient with a norm that is not finite changes neither parameters nor averages: the step is skipped, counted in
-    :attr:`skipped`, and the schedule goes on. Parameters without a gradient stay as they are.
-
-    The schedule is a table on the device, one float64 for each of its steps, and the step count is there too: no rate
-    is computed or sent while training, and a replayed CUDA graph of :meth:`step` advances through it.
-
-    On a GPU the parameters are laid into one buffer (:class:`FlatParameters`): make frozen views of ``net`` afterwards.
-
-    Args:
-        net: the network. Its parameters that require gradients are trained and averaged; its other parameters and its
-            buffers are copied into every average.
-        lr: peak learning rate, positive.
-        betas: Adam's decay rates, in [0, 1).
-        clip: largest global gradient norm, 0 for none.
-        ema_decays: decays ``d`` in (0, 1), each once.
-        warmup: steps of linear warm-up, 0 for none.
-        total: steps until the learning rate has fallen to its floor; needed unless ``decay="constant"``.
-        decay: ``"constant"``, ``"linear"`` or ``"cosine"``.
-        floor: share of ``lr`` that is left at the end, in [0, 1].
-        eps: Adam's epsilon.
-        ema_warmup: ``False`` keeps ``d_n = d`` from the first step on, for a network that does not start untrained.
-        warmup_from_zero: the first step has rate zero, also where ``warmup`` is 0; it only begins Adam's moments.
-
-    Attributes:
-        adam: the :class:`FusedAdam`.
-        ema: for every decay, a state dict of ``net`` with the averaged parameters; of sharded ones, this rank's shares.
-
-    Raises:
-        UserError: a setting outside its range.
-    """
-
-    def __init__(
-        self,
-        net: nn.Module,
-        lr: float,
-        betas: tuple[float, float] = (0.0, 0.999),
-        clip: float = 1.0,
-        ema_decays: Sequence[float] = (),
-        warmup: int = 0,
-        total: int = 0,
-        decay: str = "constant",
-        floor: float = 0.0,
-        eps: float = 1e-8,
-        ema_warmup: bool = True,
-        warmup_from_zero: bool = False,
-    ) -> None:
-        if not lr > 0:
-            raise UserError(f"lr must be positive, got {lr:g}")
-        if warmup < 0 or total < 0:
-            raise UserError(f"warmup and total must not be negative, got {warmup} and {total}")
-        if not 0 <= floor <= 1:
-            raise UserError(f"floor must lie in [0, 1], got {floor:g}")
-        if decay not in DECAYS:
-            raise UserError(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}")
-        if decay != "constant" and total < 1:
-            raise UserError(f"total must be positive for a {decay} decay of the learning rate")
-        params = [p for p in net.parameters() if p.requires_grad]
-        if not params:
-            raise UserError("net has no parameters that require gradients")
-        self._rates = _schedule(float(lr), warmup, total, decay, floor, warmup_from_zero)
-        device = params[0].device
-        self.adam = FusedAdam(
-            params,
-            self._rates.to(device, copy=True),
-            betas,
-            eps,
-            clip=clip,
-            ema_decays=ema_decays,
-            ema_warmup=ema_warmup,
-            flat=device.type == "cuda" and not is_sharded(params[0]),
-        )
-        # Read the state dict only now: Adam may have moved the parameters to their final place.
-        tensors = net.state_dict(keep_vars=True)
-        trained = set(params)
-        self._trained = {name: tensor for name, tensor in tensors.items() if tensor in trained}
-        self._copied = [(name, tensor) for name, tensor in tensors.items() if tensor not in trained]
-        self.ema: dict[float, dict[str, Tensor]] = {}
-        for d in self.adam.ema_decays:
-            averages = self.adam.averages(d)
-            self.ema[d] = {
-                name: averages[tensor] if tensor in trained else tensor.detach().clone()
-                for name, tensor in tensors.items()
-            }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, by ``copy.deepcopy`` or pickle: its averages are those that its own Adam moves."""
-        self.__dict__.update(state)
-        for decay, average in self.ema.items():
-            moved = self.adam.averages(decay)
-            average.update({name: moved[p] for name, p in self._trained.items()})
-
-    @property
-    def steps(self) -> int:
-        """Steps so far, skipped ones too; reading it waits for the device."""
-        return int(self.adam.counts[0])
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self.adam.counts[0] = value
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next step; reading it waits for the device."""
-        return float(self._rates[min(self.steps, len(self._rates) - 1)])
-
-    @property
-    def norm(self) -> Tensor:
-        """The last gradient norm before clipping, a tensor ``()``."""
-        return self.adam.norm
-
-    @property
-    def skipped(self) -> Tensor:
-        """Steps skipped so far, an int64 tensor ``()``."""
-        return self.adam.skipped
-
-    @property
-    def progress(self) -> Tensor:
-        """Float64 ``(3,)``, made on the device: steps so far, skipped steps among them, and the next step's rate."""
-        rates = self.adam.param_groups[0]["lr"]
-        following = self.adam.counts[:1].clamp(max=len(rates) - 1)
-        return torch.cat([self.adam.counts.double(), rates.index_select(0, following).double()])
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters from their gradients, then the averages. Leaves the gradients as they are."""
-        self.adam.step()
-        if self._copied:
-            sources = [source for _, source in self._copied]
-            for average in self.ema.values():
-                torch._foreach_copy_([average[name] for name, _ in self._copied], sources)
-
-    @torch.no_grad()
-    def scale_grads(self, factor: float) -> None:
-        """Multiply all gradients by a number."""
-        if self.adam.settle is not None:
-            self.adam.settle()
-        grads = [_local(p.grad) for group in self.adam.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(grads, factor)
-
-    def zero_grad(self) -> None:
-        """Drop all gradients, so that the next backward writes instead of adding."""
-        self.adam.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Adam's own state dict, step count and averages: tensors and plain values only."""
-        adam = self.adam.state_dict()
-        # Leave the averages out of Adam's state: they are saved under "ema", by name.
-        adam["state"] = {k: {n: v for n, v in s.items() if n != "ema"} for k, s in adam["state"].items()}
-        ema = {
-            d: {name: spread(value, self._trained.get(name, value)) for name, value in average.items()}
-            for d, average in self.ema.items()
-        }
-        return {"adam": adam, "steps": self.steps, "skipped": self.skipped, "ema": ema}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; raises :class:`UserError` when the averages' decays differ."""
-        if set(state["ema"]) != set(self.ema):
-            raise UserError(f"ema_decays are {sorted(self.ema)}, the saved state has {sorted(state['ema'])}")
-        self.adam.load_state_dict(state["adam"])
-        # Keep this run's schedule, even if it is a single rate, which loading has replaced.
-        self.adam.param_groups[0]["lr"].copy_(self._rates)
-        self.adam.counts.copy_(torch.tensor([int(state["steps"]), int(state["skipped"])]))
-        for d, average in self.ema.items():
-            for name, tensor in average.items():
-                tensor.copy_(_local(state["ema"][d][name]))
-
-
-def _schedule(lr: float, warmup: int, total: int, decay: str, floor: float, from_zero: bool = False) -> Tensor:
-    """Learning rates of steps 0, 1, ... up to the first one that stays the same ever after, float64."""
-    falls, warmup = decay != "constant", max(warmup, 1)
-    n = torch.arange(max(warmup + from_zero, total + 1 if falls else 1), dtype=torch.float64)
-    rate = lr * ((n + (not from_zero)) / warmup).clamp(max=1.0)
-    if falls:
-        done = (n / total).clamp(max=1.0)
-        left = 1.0 - done if decay == "linear" else 0.5 * (1.0 + torch.cos(torch.pi * done))
-        rate = rate * (floor + (1.0 - floor) * left)
-    return rate
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this process may hold only a share."""
-    return hasattr(tensor, "to_local")
-
-
-def spread(local: Tensor, p: Tensor) -> Tensor:
-    """``local``, this rank's share of a moment or average of ``p``, as a DTensor on the same memory if ``p`` is one.
-
-    It is sharded as ``p`` is; any dimensions beyond those of ``p`` come first.
-    """
-    if not is_sharded(p):
-        return local
-    # Imported here, because this module takes longer to import than all of this package.
-    from torch.distributed.tensor import DTensor, Shard
-
-    assert isinstance(p, DTensor)
-    rows = local.dim() - p.dim()
-    shape = torch.Size((*local.shape[:rows], *p.shape))
-    stride = torch.empty(shape, device="meta").stride()
-    placements = [Shard(rows + each.dim) if isinstance(each, Shard) else each for each in p.placements]
-    return DTensor.from_local(local, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The tensor's memory on this rank, without gradient: of a sharded tensor this rank's share."""
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
-
-
-def _check(params: Sequence[Tensor]) -> None:
-    if not params:
-        raise UserError("params must have at least one parameter")
-    first = params[0]
-    if first.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"params must be float32 or float64, got {first.dtype}: keep the parameters in float32 and run the network "
-            "under torch.autocast"
-        )
-    for p in params:
-        if (p.dtype, p.device) != (first.dtype, first.device):
-            raise UserError(f"params must be alike, got {first.dtype} on {first.device} and {p.dtype} on {p.device}")
-        if is_sharded(p) != is_sharded(first):
-            raise UserError("params must be alike, got sharded and whole ones")
-        if is_sharded(p):
-            if p.device_mesh.ndim != 1 or not p.placements[0].is_shard():  # type: ignore[attr-defined]
-                raise UserError("params that are sharded must be so over all ranks of a mesh of one dimension")
-            p = _local(p)
-        if torch.empty_like(p, device="meta").stride() != p.stride():
-            raise UserError(f"params must have no gaps in memory, got one of shape {tuple(p.shape)} with {p.stride()}")
+            yield _Update(
+                first["step"], [local(p) for p, _ in members], [like_parameter(p) for p, _ in members], *lists
+            )
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -758,20 +424,3 @@ def _check_group(group: dict[str, Any]) -> None:
         raise UserError(f"eps must be positive, got {group['eps']:g}")
     if not group["weight_decay"] >= 0:
         raise UserError(f"weight_decay must not be negative, got {group['weight_decay']:g}")
-
-
-def _check_dense(grad: Tensor) -> None:
-    if grad.layout is not torch.strided:
-        raise UserError("a gradient is sparse, and FusedAdam takes dense ones only: build embeddings with sparse=False")
-
-
-def _like(p: nn.Parameter) -> Tensor:
-    """The gradient of ``p`` with its elements in the order that ``p`` has them in memory."""
-    assert p.grad is not None
-    _check_dense(p.grad)
-    own, grad = _local(p), _local(p.grad)
-    if (here := grad.stride()) == (there := own.stride()):
-        return grad
-    # The stride of a dimension of size 1 has no meaning, so it is not compared.
-    same = all(a == b or size < 2 for a, b, size in zip(here, there, own.shape, strict=True))
-    return grad if same else torch.empty_like(own).copy_(grad)

@@ -1,0 +1,79 @@
+"""What the operators' gradients share: refusals, the scaling by the incoming gradient, and the node of a loss."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import UserError
+
+
+def refuse_second_derivative(grad: Tensor, call: str) -> None:
+    # A traced backward runs in grad mode too, so only plain tensors tell that create_graph was asked for.
+    if type(grad) is Tensor and torch.is_grad_enabled():
+        raise RuntimeError(f"{call} has no second derivative: call backward without create_graph=True")
+
+
+def refuse_forward_mode(call: str, inputs: Sequence[Any]) -> None:
+    """Refuse inputs with a forward-mode tangent: autograd would take a kernel's missing derivative for zero."""
+    # Outside torch.func.jvp and forward_ad.dual_level no tensor has a tangent, so the check ends here.
+    if forward_ad._current_level < 0:
+        return
+    for tensor in inputs:
+        while isinstance(tensor, Tensor):
+            # Nested transforms wrap a tensor once each, and any of the layers may carry the tangent.
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            batched = wrapped and torch._C._functorch.is_batchedtensor(tensor)
+            if not batched and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise UserError(
+                    f"{call} has no forward-mode derivative: take its gradient with backward or torch.autograd"
+                )
+            tensor = torch._C._functorch.get_unwrapped(tensor) if wrapped else None
+
+
+def _scaled(kernel: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """The kernel's gradients times the incoming gradient, in the kernel's own buffers. The host reads no value."""
+    if type(scale) is not Tensor:
+        # The call is being traced: use plain arithmetic, which the compiler can fuse with later operations.
+        return [(grad * _per_row(scale, grad)).to(grad.dtype) for grad in grads]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        # A second backward will come for the same gradients, so this one must not scale them in place.
+        grads = [grad.clone() for grad in grads]
+    getattr(torch.ops, kernel.namespace).scale_grads_(grads, scale.contiguous())
+    return list(grads)
+
+
+def _per_row(scale: Tensor, grad: Tensor) -> Tensor:
+    return scale if scale.dim() == 0 else scale.view(-1, *[1] * (grad.dim() - 1))
+
+
+class LossFunction(torch.autograd.Function):
+    """Runs a loss kernel in the forward pass, keeps the gradients it computed, and hands them on in the backward pass.
+
+    Only the tensors that want a gradient (``leaves``) are arguments that autograd sees. It spends time on every
+    argument, in both directions, and a kernel has up to twenty.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, wants: list[bool], inputs: tuple[Any, ...], *leaves: Tensor) -> Tensor:
+        mean, rows, *grads = kernel(*inputs, *wants)
+        ctx.kernel = kernel
+        ctx.save_for_backward(*itertools.compress(grads, wants))
+        return mean if inputs[-1] else rows
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative(scale, f"{ctx.kernel._opname}_loss")
+        return None, None, None, *_scaled(ctx.kernel, ctx.saved_tensors, scale)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a batch of images or volumes is stored channels_last."""
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)

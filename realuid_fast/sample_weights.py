@@ -1,0 +1,64 @@
+"""The weights that an objective gives to the samples of a generator call: SiD's and the normalised objectives'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .objectives import Objective
+
+_LEAST_ERROR = 1e-5
+_LEAST_NORM = 1e-5
+
+
+def weighed(
+    objective: Objective,
+    teacher_out: Tensor,
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None,
+    guided: tuple[Tensor, ...],
+) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]:
+    """The weights that an objective gives to the samples of a generator call.
+
+    Only :func:`~realuid_fast.objectives.SiD` and its like (``sample_scale``) and normalised objectives weigh samples.
+    The weight and ``Q`` of a normalised objective take two passes that write no gradients: one for ``<D, r>``, and one
+    over the two outputs alone for ``||D||^2``.
+
+    Returns:
+        Coefficient rows with the weight in ``w``. The further arguments of the guided operator, none to use the plain
+        one. The rows' losses if the operator returns the values of another loss with the same gradients, else None.
+    """
+    extra = (*guided, None) if guided else ()
+    if not (objective.sample_scale or objective.normalised):
+        return coef, extra, None
+    namespace, (uncond, scales) = ops.current(x.device), guided or (None, None)
+    with torch.no_grad():
+        if objective.sample_scale:
+            other = None if uncond is None else uncond.to(x.dtype)
+            error = namespace.mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, other, scales)
+            scale = torch.ones_like(coef)
+            # If the teacher predicts a sample exactly, its error is 0 and its weight would be infinite.
+            scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
+            return coef * scale, extra, None
+        loss, last = namespace.guided_generator_loss, (uncond, scales, None)
+        one, apart, weights = coef.clone(), torch.zeros_like(coef), coef.clone()
+        one[:, 8] = apart[:, 8] = 1.0
+        apart[:, 6] = coef[:, 6]
+        inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *last)
+        dots = loss(*inputs, *objective.generator_scalars, False)
+        squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
+        norms = squares.sqrt().clamp(min=_LEAST_NORM)
+        weights[:, 8] /= norms
+        # A norm that is clamped is a constant, so its derivative, and with it Q, is 0.
+        q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
+        return weights, (uncond, scales, q_rows), weights[:, 8] * dots
+
+
+def mean_of(rows: Tensor) -> Tensor:
+    """The mean of the rows' losses, 0 of no rows."""
+    return rows.sum() / max(len(rows), 1)

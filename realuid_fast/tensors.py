@@ -1,0 +1,162 @@
+"""What the fused calls ask of their tensors: one shape, type, device and layout; refusals name the tensor.
+
+Only metadata is read, so no check waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import noise as noises
+from . import ops
+from .contracts import check_tensor, check_whole, type_name
+from .errors import UserError
+
+# The types that tensors may have; for each, the type of its arithmetic and of its coefficients.
+_REAL = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+def refuse_gradients(call: str, **tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise UserError(f"{call} gives no gradient in {name}: pass {name}.detach()")
+
+
+def check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
+    """Refuse tensors that one pass cannot run over; returns ``noise_rows``, or its default. Reads metadata only."""
+    check_tensor("x", x)
+    check_tensor("coef", coef)
+    if not isinstance(noise, Tensor):
+        raise UserError(
+            f"noise must be a key from NoiseStream.next_key() or a tensor of noise like x, not {type_name(noise)}"
+        )
+    if noise_rows is not None:
+        check_whole("noise_rows", noise_rows)
+    if _fits(x, coef, noise, noise_rows, others):
+        return x.shape[0] if noise_rows is None else noise_rows
+    if x.dim() == 0:
+        raise UserError("x must have a batch dimension, got a scalar")
+    # Under autocast the losses' inputs are cast to float32 on their way into the operator.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.dtype not in _REAL:
+        raise UserError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    rows = x.shape[0]
+    noise_rows = rows if noise_rows is None else noise_rows
+    if not (0 < noise_rows <= rows or rows == noise_rows == 0):
+        raise UserError(f"noise_rows must lie between 1 and the number of rows {rows}, got {noise_rows}")
+    _check_layout("x", x)
+
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_tensor(name, tensor)
+            _check_like(name, tensor, x, x.shape, autocast)
+    if noises.is_key(noise):
+        noises.check_key(noise, x.device, "noise")
+    else:
+        _check_like("noise", noise, x, torch.Size((noise_rows, *x.shape[1:])), autocast)
+        refuse_gradients("a fused call", noise=noise)
+
+    wanted = _REAL[x.dtype]
+    if coef.shape != (rows, 9):
+        raise UserError(f"coef must have shape ({rows}, 9), one row a sample of x, not {tuple(coef.shape)}")
+    if coef.dtype != wanted or coef.device != x.device or not coef.is_contiguous():
+        raise UserError(
+            f"coef must be contiguous {wanted} on {x.device} for {x.dtype} samples, not {coef.dtype} on {coef.device}"
+        )
+    refuse_gradients("a fused call", coef=coef)
+    return noise_rows
+
+
+def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others: Mapping[str, Tensor | None]) -> bool:
+    """Whether this is the common call: all tensors contiguous and of one type, noise for every row or a key.
+
+    On a few samples :func:`_check` takes as long as the kernel, so calls that pass this shorter check skip it. A call
+    that does not pass may still be right; :func:`_check` decides, and names the tensor that is wrong.
+    """
+    shape, dtype, device = x.shape, x.dtype, x.device
+    for tensor in others.values():
+        if tensor is not None and not (
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype == dtype
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):
+            return False
+    return (
+        len(shape) > 0
+        and (noise_rows is None or 0 < noise_rows <= shape[0])
+        and x.is_contiguous()
+        and coef.shape == (shape[0], 9)
+        and coef.dtype == _REAL.get(dtype)
+        and coef.device == device
+        and coef.is_contiguous()
+        and not coef.requires_grad
+        and noise.device == device
+        and (
+            noise.shape == (2,)
+            if noise.dtype == torch.int64
+            else noise.shape == shape
+            and noise_rows in (None, shape[0])
+            and noise.dtype == dtype
+            and noise.is_contiguous()
+            and not noise.requires_grad
+        )
+    )
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocast: bool) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"{name} must have shape {tuple(shape)} to go with x, not {tuple(tensor.shape)}")
+    if tensor.dtype != x.dtype and not (autocast and tensor.is_floating_point()):
+        raise UserError(f"{name} must have x's dtype {x.dtype}, not {tensor.dtype}")
+    if tensor.device != x.device:
+        raise UserError(f"{name} must be on x's device {x.device}, not {tensor.device}")
+    if tensor.is_contiguous() and x.is_contiguous():
+        return
+    if not (ops.is_channels_last(tensor) and ops.is_channels_last(x)):
+        _check_layout(name, tensor)
+        raise UserError(
+            f"{name} and x must share one memory layout, contiguous or channels_last: strides are "
+            f"{tensor.stride()} and {x.stride()}"
+        )
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if not (tensor.is_contiguous() or ops.is_channels_last(tensor)):
+        raise UserError(
+            f"{name} must be contiguous or channels_last, its strides are {tensor.stride()}: call .contiguous() first"
+        )
+
+
+def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
+    """The further arguments of the guided operators, the unconditional output and the scale; none without guidance."""
+    if not isinstance(guidance, Tensor):
+        if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
+            raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")
+        if teacher_uncond is None:
+            if guidance != 1.0:
+                raise UserError(f"teacher_uncond must be given with a guidance of {guidance:g}")
+            return ()
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance must be finite, got {guidance}")
+        return teacher_uncond, coef.new_full((coef.shape[0],), float(guidance))
+    if teacher_uncond is None:
+        raise UserError("teacher_uncond must be given with a guidance")
+    if guidance.shape != coef.shape[:1] or guidance.dtype != coef.dtype or guidance.device != coef.device:
+        raise UserError(
+            f"guidance must be a number or have shape ({coef.shape[0]},), dtype {coef.dtype} and device {coef.device}, "
+            f"not {tuple(guidance.shape)}, {guidance.dtype} and {guidance.device}"
+        )
+    refuse_gradients("a fused call", guidance=guidance)
+    return teacher_uncond, guidance.contiguous()
