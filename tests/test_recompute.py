@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from realuid_fast import backends, data, teachers
+from realuid_fast import data, teachers
 from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
 from realuid_fast.networks.recompute import parts, recompute
 from realuid_fast.networks.unet import Blocks, ResBlock
+from realuid_fast.ops import backends
 from realuid_fast.train import config as configs
 from realuid_fast.train import memory, modes
 from realuid_fast.train.distill import Distiller
