@@ -31,7 +31,7 @@ bench: $(VENV)/.installed
 # Random calls and damaged files in the tens of thousands: hours. FUZZ is the number for each operator and reader.
 FUZZ ?= 10000
 fuzz: $(VENV)/.installed
-	REALUID_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest -v tests/test_hardening.py tests/test_fuzz.py
+	REALUID_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest -v tests/ops/test_random_*.py tests/ops/test_threads.py tests/test_fuzz.py
 
 # The operators' tests on code that checks itself. Python brings no AddressSanitizer along, so it is loaded ahead; leaks are
 # not looked for, since the interpreter keeps what it allocates. Run from the sanitized copy, which imports find first.
@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		REALUID_FAST_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED) $(abspath $(BIN))/python -m pytest -q \
-		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,test_extension.py test_hardening.py test_layers.py)
+		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,ops test_layers.py)
 
 # Source archive and wheel, installed in every way in fresh environments: the extension runs, or the build has stopped.
 # Isolated builds fetch setuptools and ninja: this needs the network.

@@ -58,7 +58,7 @@ SECTIONS: dict[str, Callable[[Device, Deadline, Write], None]] = {
 }
 # Seconds of a full run; what is left over moves on.
 SHARES = {"build": 70, "tests": 110, "kernels": 110, "optimiser": 30, "cycle-256": 130, "cycle-8": 80}
-TESTS, SANITIZED = ("tests/gpu", "tests/test_optim.py"), "tests/gpu/test_kernels.py"
+TESTS, SANITIZED = ("tests/gpu", "tests/optim"), "tests/gpu/test_kernels.py"
 
 
 def describe(device: Device, revision: str | None) -> dict[str, Any]:

@@ -1,28 +1,22 @@
 """The compiled operators against a float64 evaluation of the formulas, written out here once more in plain torch."""
 
 import itertools
-import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 
 import realuid_fast as rf
 from realuid_fast.ops import extension
 
+from .philox64 import OFFSET, SEED, stream64
+
 pytestmark = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
-
 ops = torch.ops.realuid_fast
-SEED, OFFSET = 0x0123_4567_89AB_CDEF, 41
-
 # Relative L2 error of a whole tensor against float64 on the same (already rounded) inputs. float32: a few
 # roundings of 6e-8, in sums of random signs up to a hundred times that. bfloat16 and float16 add one rounding of
 # the output, which is at most half the distance between neighbours: 2^-8 and 2^-11 of the value.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8 + 2e-5, torch.float16: 2**-11 + 2e-5, torch.float64: 1e-12}
 DTYPES = list(TOLERANCE)
-
 # Contiguous, channels_last, 5-D, D not a multiple of 4 or of any vector, several blocks in a row, rows shorter
 # than a vector.
 SHAPES = [
@@ -35,31 +29,6 @@ SHAPES = [
     ((1, 33), torch.contiguous_format),
 ]
 EMPTY = [(0, 4), (3, 0)]
-
-
-def philox_words(seed: int, offset: int, groups: np.ndarray) -> list[np.ndarray]:
-    low = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    c = [groups & low, groups >> shift, np.full_like(groups, offset & 0xFFFFFFFF), np.full_like(groups, offset >> 32)]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [(p1 >> shift) ^ c[1] ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c[3] ^ np.uint64(k1), p0 & low]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c
-
-
-def stream64(count: int, start: int = 0, seed: int = SEED, offset: int = OFFSET) -> torch.Tensor:
-    """Elements start, start + 1, ... of the stream, evaluated in float64."""
-    first, last = start // 4, (start + count + 3) // 4
-    w = philox_words(seed, offset, np.arange(first, last, dtype=np.uint64))
-    out = np.empty((last - first, 4))
-    for pair in (0, 2):
-        u = ((w[pair] >> np.uint64(8)).astype(np.float64) + 1) * 2.0**-24
-        theta = 2 * np.pi * (w[pair + 1] >> np.uint64(8)).astype(np.float64) * 2.0**-24
-        r = np.sqrt(-2 * np.log(u))
-        out[:, pair], out[:, pair + 1] = r * np.cos(theta), r * np.sin(theta)
-    return torch.from_numpy(out.reshape(-1)[start - 4 * first :][:count].copy())
 
 
 def in_memory_order(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -258,82 +227,6 @@ def test_normals_agree(shape, layout, dtype):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6 if dtype is torch.float32 else 1e-14)
     else:
         check(got, wanted, dtype)
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 4 * (2**32 - 5) + 3, 2**34 - 128, 2**34 - 160, 2**62 + 1])
-@pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 65, 300])
-def test_normals_at_any_position(start, count):
-    # Past element 2^34 the group number needs the counter's second word: from the first vector on, between two vectors,
-    # and within one that is not the first.
-    wanted = stream64(count, start).numpy()
-    for dtype, atol in (("float32", 1e-6), ("float64", 1e-14)):
-        got = extension.native.normals(SEED, OFFSET, start, (count,), dtype)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=atol)
-
-
-def test_every_mantissa_near_one_keeps_its_radius():
-    """u1 = 1 gives radius 0 and the smallest radii are as accurate as the large ones."""
-    x = extension.native.normals(7, 0, 0, (1 << 22,))
-    wanted = stream64(1 << 22, seed=7, offset=0).numpy()
-    assert np.isfinite(x).all()
-    small = np.abs(wanted) < 1e-3
-    assert small.sum() > 1000
-    # The angle is a multiple of 2 pi 2^-24, so a value near an axis is small by cancellation: absolute error there.
-    np.testing.assert_allclose(x[small], wanted[small], rtol=1e-5, atol=4e-7)
-
-
-# Known answers of Random123 for philox4x32-10 (kat_vectors): counter, key, result.
-KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
-
-
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_philox_known_answers(counter, key, answer):
-    assert tuple(extension.native.philox(counter, key)) == answer
-
-
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS[:1] + KNOWN_ANSWERS[2:])
-def test_vectorised_philox_known_answers(counter, key, answer):
-    """The normals of the known counters are those of the known words."""
-    group = counter[0] | counter[1] << 32
-    seed, offset = key[0] | key[1] << 32, counter[2] | counter[3] << 32
-    if group >= 2**62:
-        # The element number 4 * group does not fit; the same words come from the stream's own evaluation.
-        words = philox_words(seed, offset, np.array([group], dtype=np.uint64))
-        assert tuple(int(w[0]) for w in words) == answer
-        return
-    got = extension.native.normals(seed, offset, 4 * group, (4,))
-    w = [np.uint64(v) for v in answer]
-    for pair in (0, 2):
-        r = np.sqrt(-2 * np.log((float(w[pair] >> np.uint64(8)) + 1) * 2.0**-24))
-        theta = 2 * np.pi * float(w[pair + 1] >> np.uint64(8)) * 2.0**-24
-        np.testing.assert_allclose(got[pair : pair + 2], [r * np.cos(theta), r * np.sin(theta)], rtol=0, atol=1e-6)
-
-
-def test_moments_and_independence_of_the_normals():
-    x = extension.native.normals(3, 0, 0, (4_000_000,)).astype(np.float64)
-    assert abs(x.mean()) < 5 / np.sqrt(x.size)
-    assert abs((x**2).mean() - 1) < 5 * np.sqrt(2 / x.size)
-    assert abs((x**4).mean() - 3) < 5 * np.sqrt(96 / x.size)
-    for lag in (1, 2, 3, 4, 64):
-        assert abs((x[lag:] * x[:-lag]).mean()) < 5 / np.sqrt(x.size)
-    other = extension.native.normals(3, 1, 0, (4_000_000,))
-    assert abs((x * other).mean()) < 5 / np.sqrt(x.size)
-
-
-def test_numpy_stream_draws_what_the_tensor_stream_draws():
-    ours, theirs = extension.native.NoiseStream(11), rf.NoiseStream(11)
-    for shape in ((3, 5), (70,)):
-        wanted = rf.noise.normal(theirs.next_key(), torch.empty(shape))
-        np.testing.assert_array_equal(ours.normal(shape), wanted.numpy())
-    assert (ours.seed, ours.offset) == (11, 2)
 
 
 @pytest.mark.parametrize("shape", EMPTY)
@@ -540,168 +433,3 @@ def test_optimiser_step_agrees(sizes, beta1, rows, warmup, dtype):
         for mine, theirs in zip(emas[i] if rows else [], average, strict=True):
             check(mine, theirs, dtype)
     assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
-
-
-def test_optimiser_arguments_get_a_sentence_with_their_name():
-    one, step, counts, rate = torch.ones(4, 3), torch.tensor(1.0), torch.tensor([1, 0]), torch.tensor([0.1])
-    none = torch.zeros(0, dtype=torch.float64)
-
-    def adam(
-        params=one, grad=one, avgs=(), square=one, emas=(), norm=step, lr=rate, counts=counts, decays=none, beta=0.0
-    ):
-        lists = [params.clone()], [grad], list(avgs), [square.clone()], list(emas)
-        ops.adam_(*lists, norm, step, lr, counts, decays, 1.0, beta, 0.9, 1e-8, 0.0, False, False)
-
-    bad("grads must have at least one tensor", lambda: ops.begin_step_([], [step], counts))
-    bad("grads must be float32 or float64", lambda: ops.begin_step_([one.half()], [step], counts))
-    bad("grads must have no gaps", lambda: ops.begin_step_([one[:, ::2]], [step], counts))
-    bad("grads must all be on the CPU and of one dtype", lambda: ops.begin_step_([one, one.double()], [step], counts))
-    bad("steps must be float32", lambda: ops.begin_step_([one], [counts[0]], counts))
-    bad("counts must be a contiguous int64", lambda: ops.begin_step_([one], [step], step))
-    bad(r"grads\[0\] must have .*the shape", lambda: adam(grad=torch.ones(4)))
-    bad(r"grads\[0\] must have the shape and the memory layout", lambda: adam(grad=torch.ones(3, 4).T))
-    bad("exp_avg_sqs must be on the CPU with the dtype", lambda: adam(square=one.double()))
-    bad("exp_avgs are needed unless beta1 is 0", lambda: adam(beta=0.5))
-    bad("exp_avgs must have 1 tensors like params, got 2", lambda: adam(avgs=[one, one], beta=0.5))
-    bad("emas must have 1 tensors like params, got 0", lambda: adam(decays=torch.tensor([0.9])))
-    bad(r"emas\[0\] must have a row for each average", lambda: adam(emas=[one], decays=torch.tensor([0.9])))
-    bad("lr must be a contiguous CPU tensor with 1 or more", lambda: adam(lr=torch.zeros(0)))
-    bad("lr must be float32 or float64", lambda: adam(lr=torch.tensor([1])))
-
-
-def bad(sentence, call):
-    with pytest.raises(RuntimeError, match=sentence):
-        call()
-
-
-def test_wrong_arguments_get_a_sentence_with_their_name():
-    x, key = torch.randn(4, 6), torch.tensor([1, 2])
-    coef = torch.zeros(4, 9)
-    ones = (1.0, 1.0, 1.0, 1.0)
-    half = (1.0, 1.0, 0.0, 1.0)
-
-    def generator(teacher=x, fake=x, x=x, x_t=None, coef=coef, noise=key, y=None, want_x_t=False):
-        return ops.generator(teacher, fake, x, x_t, coef, noise, y, *ones, True, True, True, True, want_x_t)
-
-    def fake(teacher=None, noise_rows=4, n_real=0, d=0.0):
-        return ops.fake(x, x, None, coef, key, teacher, None, noise_rows, n_real, 1.0, 1.0, d, 1.0, *half, True, True)
-
-    wide = torch.randn(4, 12)[:, ::2]
-    shifted = coef.clone()
-    shifted[2, 7] = 0.5
-    bad("teacher_out must have size 6 in dimension 1", lambda: generator(teacher=torch.randn(4, 5)))
-    bad("teacher_out must have as many dimensions as x", lambda: generator(teacher=torch.randn(4, 6, 1)))
-    bad("fake_out must have the dtype of x", lambda: generator(fake=x.double()))
-    bad("x must be dense in memory", lambda: generator(x=wide))
-    images = torch.randn(4, 3, 2, 2)
-    bad(
-        "endpoint must have the memory layout of x",
-        lambda: ops.interpolate(images, coef, key, images.to(memory_format=torch.channels_last), 4),
-    )
-    bad("x must be float32, bfloat16, float16 or float64", lambda: generator(x=torch.zeros(4, 6, dtype=torch.int32)))
-    bad(r"coef must be a contiguous CPU tensor of shape \(4, 9\)", lambda: generator(coef=torch.zeros(4, 8)))
-    bad("coef must be float32", lambda: generator(coef=coef.double()))
-    bad("noise as a key must be an int64 CPU tensor of shape", lambda: generator(noise=torch.tensor([1, 2, 3])))
-    bad("noise must have size 4 in dimension 0", lambda: generator(noise=torch.randn(3, 6)))
-    bad("endpoint must have size 6 in dimension 1", lambda: generator(y=torch.randn(4, 7)))
-    bad("x_t is needed: row 2 of coef has k_x", lambda: generator(coef=shifted))
-    with_endpoint = coef.clone()
-    with_endpoint[1, 4] = 0.5
-    bad("endpoint is needed: row 1 of coef has q", lambda: generator(coef=with_endpoint))
-    bad("x_t is needed where its gradient is asked for", lambda: generator(want_x_t=True))
-    bad("teacher_out is needed", lambda: fake(d=0.5))
-    bad("n_real must be between 0 and the 4 rows, got 5", lambda: fake(n_real=5))
-    bad("noise_rows must be positive, got 0", lambda: fake(noise_rows=0))
-    bad("key must be an int64 tensor", lambda: ops.normal_like(torch.zeros(2), x, 4))
-    bad("scale must have 1 or 4 elements, got 3", lambda: ops.scale_grads_([x.clone()], torch.ones(3)))
-    bad("scale must be a float32 or float64", lambda: ops.scale_grads_([x.clone()], torch.ones(4, dtype=torch.int64)))
-
-
-def test_channels_last_samples_must_be_outermost():
-    transposed, key = torch.randn(6, 4).T, torch.tensor([1, 2])
-    bad("like must be dense in memory with samples outermost", lambda: ops.normal_like(key, transposed, 4))
-
-
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def runnable():
-    return [name for name, runs in extension.native.cpu().items() if runs] if extension.native else []
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The tests above, once more in a process that is held to one instruction set."""
-    if isa not in runnable():
-        pytest.skip(f"this processor does not run {isa}")
-    if extension.isa() == isa:
-        pytest.skip(f"{isa} is what the rest of this file runs on")
-    shapes = "9001 or 67 or 16 or values or mantissa or position"
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"(agree or normals) and ({shapes})"]
-    result = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "REALUID_FAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout
-    held = python("from realuid_fast.ops import extension; print(extension.isa())", REALUID_FAST_CPU_ISA=isa)
-    assert held.stdout.strip() == isa
-
-
-def test_an_unknown_instruction_set_is_an_error():
-    code = """
-import torch, realuid_fast
-print(realuid_fast.backends.report()[1].why_not)
-torch.ops.realuid_fast.normal_like(torch.tensor([1, 2]), torch.empty(2, 2), 2)
-"""
-    result = python(code, REALUID_FAST_CPU_ISA="sse9")
-    assert "REALUID_FAST_CPU_ISA must be avx512, avx2 or baseline, got sse9" in result.stdout
-    assert result.returncode != 0
-    assert "REALUID_FAST_CPU_ISA must be avx512, avx2 or baseline, got sse9" in result.stderr
-
-
-def test_importing_the_package_builds_nothing():
-    code = "import sys, realuid_fast; print('setuptools' in sys.modules, 'torch.utils.cpp_extension' in sys.modules)"
-    assert python(code).stdout.split() == ["False", "False"]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
-def test_kept_memory_is_not_faulted_in_again():
-    code = """
-import resource, torch
-from realuid_fast.ops import extension
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.full((40 << 20,), 1, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-given_back, kept = faults(), extension.keep_freed_memory()
-faults()
-print(kept, given_back, faults())
-"""
-    kept, given_back, after = python(code).stdout.split()
-    if kept == "False":
-        pytest.skip("the C library is not glibc")
-    # 40 MB are 10,240 pages of 4 KiB, or 20 huge ones.
-    assert int(given_back) >= 10 * 20
-    assert int(after) < int(given_back) / 10
-
-
-def test_the_bandwidth_probe_measures_something():
-    measured = extension.native.bandwidth(megabytes=8, repeats=2)
-    assert measured["copy"] > 0.1
-    assert measured["fill"] > 0.1
-    with pytest.raises(ValueError, match="must be positive"):
-        extension.native.bandwidth(megabytes=0)
