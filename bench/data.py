@@ -27,8 +27,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from realuid_fast import data
 from realuid_fast.data import Dataset
-from realuid_fast.pack import ArrayWriter
-from realuid_fast.packed import MANIFEST, Manifest, Split
+from realuid_fast.data.packing import ArrayWriter
+from realuid_fast.data.stored import MANIFEST, Manifest, Split
 from realuid_fast.train.batches import Batches
 
 from . import machine, report, timing

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from realuid_fast import data
+from realuid_fast.data.stored import Stored
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import measure
-from realuid_fast.packed import Stored
 from realuid_fast.train import batches as batches_module
 from realuid_fast.train import config as configs
 from realuid_fast.train import distributed, tripwires

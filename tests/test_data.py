@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from realuid_fast import data, folders, pack, packed
+from realuid_fast import data
+from realuid_fast.data import folders, packing, stored
 from realuid_fast.errors import UserError
 
 
@@ -301,7 +302,7 @@ def test_images_of_every_mode_keep_their_colours(tmp_path, name, save, colour):
     save(tmp_path / name)
     found = data.folder(tmp_path, size=4).train
     assert found[0].flatten(1).unique(dim=1).tolist() == [[value] for value in colour]
-    pack.pack(tmp_path, tmp_path.parent / f"{tmp_path.name}-packed", size=4)
+    packing.pack(tmp_path, tmp_path.parent / f"{tmp_path.name}-packed", size=4)
     again = data.packed(tmp_path.parent / f"{tmp_path.name}-packed")
     assert torch.equal(again.train[torch.tensor([0])], found)
 
@@ -311,7 +312,7 @@ def test_images_of_every_mode_keep_their_colours(tmp_path, name, save, colour):
 )
 def test_images_without_a_range_are_refused_by_name(tmp_path, mode, sentence):
     save_mode(mode, 7)(tmp_path / "a.tif")
-    for read in (data.folder, lambda path: pack.pack(path, tmp_path / "packed")):
+    for read in (data.folder, lambda path: packing.pack(path, tmp_path / "packed")):
         with pytest.raises(UserError, match=rf"a\.tif cannot be read as an image \(its {sentence}"):
             read(tmp_path)
 
@@ -333,12 +334,12 @@ def test_damaged_images_are_counted_and_left_out_where_asked(tmp_path):
     assert found.train[:, 0, 0, 0].tolist() == whole
     assert found.heldout[:, 0, 0, 0].tolist() == [190]
     with pytest.raises(UserError, match=r"03\.png cannot be read as an image .*--skip-damaged leaves"):
-        pack.pack(images, tmp_path / "packed", size=8)
+        packing.pack(images, tmp_path / "packed", size=8)
     with pytest.warns(UserWarning, match="2 of 20 images were left out"):
-        manifest = pack.pack(images, tmp_path / "packed", size=8, skip_damaged=True)
+        manifest = packing.pack(images, tmp_path / "packed", size=8, skip_damaged=True)
     assert (manifest.train.count, manifest.heldout.count) == (17, 1)
     assert manifest.source == "20 images of images, 2 of them left out"
-    packed.verify(tmp_path / "packed")
+    stored.verify(tmp_path / "packed")
     assert np.array_equal(np.load(tmp_path / "packed" / "train_images.npy"), found.train.numpy())
 
 
@@ -361,7 +362,7 @@ def test_the_split_of_the_folders_is_the_split(tmp_path, packs):
     }
     values = write_split(tmp_path / "images", **names)
     if packs:
-        manifest = pack.pack(tmp_path / "images", tmp_path / "packed", size=8)
+        manifest = packing.pack(tmp_path / "images", tmp_path / "packed", size=8)
         assert manifest.classes == ("cats", "dogs")
         found = data.packed(tmp_path / "packed")
     else:
@@ -374,7 +375,7 @@ def test_the_split_of_the_folders_is_the_split(tmp_path, packs):
     with pytest.raises(UserError, match="heldout_every cannot be given: the folders of the images make the split"):
         data.folder(tmp_path / "images", size=8, **refused)
     with pytest.raises(UserError, match="heldout_every cannot be given"):
-        pack.pack(tmp_path / "images", tmp_path / "other", size=8, **refused)
+        packing.pack(tmp_path / "images", tmp_path / "other", size=8, **refused)
 
 
 @pytest.mark.parametrize(
@@ -444,9 +445,9 @@ def test_mnists_files_are_read_and_packed(tmp_path, place, end, point):
     assert np.array_equal(found.heldout[:, 0].numpy(), heldout)
     assert found.train_labels.tolist() == train_labels.tolist()
     assert found.heldout_labels.tolist() == heldout_labels.tolist()
-    manifest = pack.pack(tmp_path / "set", tmp_path / "packed")
+    manifest = packing.pack(tmp_path / "set", tmp_path / "packed")
     assert manifest.classes == tuple("0123456789")
-    packed.verify(tmp_path / "packed")
+    stored.verify(tmp_path / "packed")
     again = data.packed(tmp_path / "packed")
     assert torch.equal(again.train[torch.arange(12)], found.train)
     assert again.heldout_labels.tolist() == heldout_labels.tolist()
@@ -461,7 +462,7 @@ def test_mnists_images_are_padded_or_scaled(tmp_path):
     small = data.idx(tmp_path / "set", size=14)
     Image.fromarray(train[3]).save(tmp_path / "3.png")
     assert np.array_equal(small.train[3].numpy(), data.square(tmp_path / "3.png", 14, 1))
-    manifest = pack.pack(tmp_path / "set", tmp_path / "packed", kind="idx", size=32)
+    manifest = packing.pack(tmp_path / "set", tmp_path / "packed", kind="idx", size=32)
     assert manifest.shape == (1, 32, 32)
     assert manifest.preprocessing == "1x32x32, padded with black or scaled down (lanczos)"
 
@@ -507,7 +508,7 @@ def test_idx_files_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(UserError, match=r"holds several sets of IDX files \(FashionMNIST/raw, MNIST/raw\)"):
         data.idx(tmp_path / "both")
     with pytest.raises(UserError, match="IDX files are packed whole: leave crop"):
-        pack.pack(tmp_path / "both" / "MNIST", tmp_path / "packed", limit=3)
+        packing.pack(tmp_path / "both" / "MNIST", tmp_path / "packed", limit=3)
 
 
 @pytest.mark.skipif(

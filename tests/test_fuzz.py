@@ -28,9 +28,10 @@ import torch
 from safetensors.torch import save_file
 
 import realuid_fast as rf
-from realuid_fast import networks, packed, teachers
+from realuid_fast import networks, teachers
 from realuid_fast.checksums import CHECKSUM
 from realuid_fast.convert import convert, diffusers_folder, edm_pickle
+from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.train import config, loop
 from realuid_fast.train.checkpoint import ELSEWHERE, MARK, SHARDED, TRAILER, Checkpoints, rows_of
@@ -262,8 +263,8 @@ READERS = {
     "edm pickle": (edm_pickles, "net.pkl", lambda file: edm_pickle.read(file)[1].interpolant()),
     "scheduler": (schedulers, "scheduler/scheduler_config.json", read_scheduler),
     "published": (published, "net.pt", lambda file: teachers.load_teacher(file, NETWORK)),
-    "manifest": (manifest, "manifest.json", packed.read_manifest),
-    "array": (array, "train_images.npy", lambda file: packed.Stored(file, (3, 3, 8, 8))[torch.tensor([0, 2])]),
+    "manifest": (manifest, "manifest.json", stored.read_manifest),
+    "array": (array, "train_images.npy", lambda file: stored.Stored(file, (3, 3, 8, 8))[torch.tensor([0, 2])]),
 }
 
 # Values that damaged text and numbers tend to turn into.
@@ -517,7 +518,7 @@ def fuzz(name, arguments):
         readers = (config.load, config.from_mapping, config._fill, config._value, Checkpoints.load, networks.build)
         inner = (teachers.load, teachers._description, teachers.published_state, teachers.load_exactly)
         others = (edm_pickle.read, edm_pickle._understood, diffusers_folder.read, diffusers_folder._path)
-        others += (packed.read_manifest, packed._header)
+        others += (stored.read_manifest, stored._header)
         for function in (*readers, *inner, *others):
             atheris.instrument_func(function)
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realuid_fast import checksums, data, packed, pickles, teachers
+from realuid_fast import checksums, data, pickles, teachers
 from realuid_fast.convert import convert, edm_pickle
+from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import distances, fidelity, inception
 from realuid_fast.networks import build
@@ -154,7 +155,7 @@ def test_a_checksum_is_found_whatever_the_content_says(tmp_path):
 
 
 def read_labels(file):
-    packed.labels(file, 3, 2, "0" * 64)
+    stored.labels(file, 3, 2, "0" * 64)
 
 
 READERS = {
@@ -165,8 +166,8 @@ READERS = {
     "configuration": ("c.yaml", config.load),
     "weights": ("w.pth", inception._read),
     "weights, safetensors": ("w.safetensors", inception._read),
-    "manifest": ("manifest.json", packed.read_manifest),
-    "array": ("train_images.npy", lambda file: packed.Stored(file, (3, 1, 2, 2))),
+    "manifest": ("manifest.json", stored.read_manifest),
+    "array": ("train_images.npy", lambda file: stored.Stored(file, (3, 1, 2, 2))),
     "labels": ("train_labels.npy", read_labels),
 }
 
@@ -430,9 +431,9 @@ def test_a_terabyte_without_a_byte_on_disk_is_not_read(tmp_path):
         with pytest.raises(UserError, match=r"and at most 1,048,576 are read"):
             config.load(long("run.yaml"))
         with pytest.raises(UserError, match="is no manifest"):
-            packed.read_manifest(long("m.json"))
-        split = packed.Split(3, packed.File("train_images.npy", 704, "0" * 64), None)
-        (tmp_path / packed.MANIFEST).write_text(packed.Manifest((3, 8, 8), (), "as it is", "x", split, split).text())
+            stored.read_manifest(long("m.json"))
+        split = stored.Split(3, stored.File("train_images.npy", 704, "0" * 64), None)
+        (tmp_path / stored.MANIFEST).write_text(stored.Manifest((3, 8, 8), (), "as it is", "x", split, split).text())
         long("train_images.npy")
         with pytest.raises(UserError, match="has 1099511627776 bytes, the manifest says 704"):
-            packed.verify(tmp_path)
+            stored.verify(tmp_path)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from realuid_fast import cli, data, folders, pack, packed, staging
+from realuid_fast import cli, data
+from realuid_fast.data import folders, images, packing, staging, stored
 from realuid_fast.errors import UserError
 
 
@@ -60,7 +61,7 @@ def everything(rows):
 
 
 def test_a_folder_is_packed_as_the_loader_reads_it(folder, tmp_path):
-    manifest = pack.pack(folder, tmp_path / "packed", size=16, heldout_every=4, threads=2)
+    manifest = packing.pack(folder, tmp_path / "packed", size=16, heldout_every=4, threads=2)
     found, expected = data.load({"name": "packed", "path": str(tmp_path / "packed")}), data.folder(folder, 16)
     assert manifest.classes == ("cats", "dogs")
     assert found.shape == (3, 16, 16)
@@ -76,7 +77,7 @@ def test_a_folder_is_packed_as_the_loader_reads_it(folder, tmp_path):
     # Plain arrays, which anything can map.
     mapped = np.load(tmp_path / "packed" / "train_images.npy", mmap_mode="r")
     assert np.array_equal(mapped, again.train.numpy())
-    assert packed.verify(tmp_path / "packed") == manifest
+    assert stored.verify(tmp_path / "packed") == manifest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "packed"]
 
 
@@ -84,19 +85,19 @@ def test_cifar10_is_packed_as_it_is(tmp_path):
     inner = tmp_path / "cifar-10-batches-bin"
     inner.mkdir()
     write_cifar(inner)
-    pack.pack(tmp_path, tmp_path / "packed")
+    packing.pack(tmp_path, tmp_path / "packed")
     found, expected = data.packed(tmp_path / "packed"), data.cifar10(tmp_path)
     for split in ("train", "heldout"):
         assert torch.equal(everything(getattr(found, split)), getattr(expected, split))
         assert torch.equal(getattr(found, f"{split}_labels"), getattr(expected, f"{split}_labels"))
-    assert packed.read_manifest(tmp_path / "packed" / "manifest.json").classes[3] == "cat"
+    assert stored.read_manifest(tmp_path / "packed" / "manifest.json").classes[3] == "cat"
     for settings in ({"size": 64}, {"limit": 3}, {"crop": 30}):
         with pytest.raises(UserError, match="CIFAR-10 is packed as it is"):
-            pack.pack(tmp_path, tmp_path / "other", **settings)
+            packing.pack(tmp_path, tmp_path / "other", **settings)
 
 
 def test_celeba_keeps_the_faces(celeba, tmp_path):
-    manifest = pack.pack(celeba, tmp_path / "packed", heldout_every=3, filter="bilinear")
+    manifest = packing.pack(celeba, tmp_path / "packed", heldout_every=3, filter="bilinear")
     assert manifest.shape == (3, 64, 64)
     assert manifest.classes == ()
     assert "central 140x140 pixels, to 64x64 (bilinear)" in manifest.preprocessing
@@ -106,17 +107,17 @@ def test_celeba_keeps_the_faces(celeba, tmp_path):
     found = data.packed(tmp_path / "packed")
     assert found.train_labels is None
     assert torch.equal(everything(found.train)[0], torch.from_numpy(np.array(face)).permute(2, 0, 1))
-    wide = pack.pack(celeba, tmp_path / "wide", crop=178, size=32)
+    wide = packing.pack(celeba, tmp_path / "wide", crop=178, size=32)
     assert wide.shape == (3, 32, 32)
     with pytest.raises(UserError, match=r"000001\.jpg cannot be read as an image \(178 x 218 pixels are less than"):
-        pack.pack(celeba, tmp_path / "none", crop=200)
+        packing.pack(celeba, tmp_path / "none", crop=200)
 
 
 def test_the_published_partition_of_celeba(celeba, tmp_path):
     lines = tmp_path / "list_eval_partition.txt"
     lines.write_text("".join(f"{i:06}.jpg {number}\n" for i, number in enumerate((0, 0, 1, 0, 2, 2), 1)))
-    pack.pack(celeba, tmp_path / "all", heldout_every=0, size=8)
-    manifest = pack.pack(celeba, tmp_path / "packed", partition=lines, size=8)
+    packing.pack(celeba, tmp_path / "all", heldout_every=0, size=8)
+    manifest = packing.pack(celeba, tmp_path / "packed", partition=lines, size=8)
     assert (manifest.train.count, manifest.heldout.count) == (3, 2)
     rows = everything(data.packed(tmp_path / "all").train)
     found = data.packed(tmp_path / "packed")
@@ -127,10 +128,10 @@ def test_the_published_partition_of_celeba(celeba, tmp_path):
     assert len(list((tmp_path / "all").glob("*.npy"))) == 1
     lines.write_text("000001.jpg 0\n")
     with pytest.raises(UserError, match=r"does not name img_align_celeba/000002\.jpg"):
-        pack.pack(celeba, tmp_path / "none", partition=lines)
+        packing.pack(celeba, tmp_path / "none", partition=lines)
     lines.write_text("000001.jpg\n")
     with pytest.raises(UserError, match="is no file of lines NAME NUMBER"):
-        pack.pack(celeba, tmp_path / "none", partition=lines)
+        packing.pack(celeba, tmp_path / "none", partition=lines)
 
 
 def test_a_partition_that_is_no_regular_file_is_not_opened(tmp_path):
@@ -139,7 +140,7 @@ def test_a_partition_that_is_no_regular_file_is_not_opened(tmp_path):
     (tmp_path / "images" / "1.png").write_bytes(picture(8, 8, 0))
     os.mkfifo(tmp_path / "lines.txt")
     with pytest.raises(UserError, match=r"partition: .*it is a FIFO and not a regular file"):
-        pack.pack(tmp_path / "images", tmp_path / "packed", partition=tmp_path / "lines.txt")
+        packing.pack(tmp_path / "images", tmp_path / "packed", partition=tmp_path / "lines.txt")
 
 
 def test_a_partition_names_paths_where_names_repeat(tmp_path):
@@ -149,16 +150,16 @@ def test_a_partition_names_paths_where_names_repeat(tmp_path):
         (tmp_path / "images" / name).write_bytes(picture(8, 8, i))
     lines = tmp_path / "lines.txt"
     lines.write_text("cats/1.png 0\ncats/2.png 2\ndogs/1.png 2\nlone one.png 0\n")
-    manifest = pack.pack(tmp_path / "images", tmp_path / "packed", size=8, partition=lines)
+    manifest = packing.pack(tmp_path / "images", tmp_path / "packed", size=8, partition=lines)
     assert (manifest.train.count, manifest.heldout.count) == (2, 2)
     assert data.packed(tmp_path / "packed").train_labels.tolist() == [0, 1]
     assert data.packed(tmp_path / "packed").heldout_labels.tolist() == [0, 1]
     lines.write_text("1.png 0\n2.png 2\nlone one.png 0\n")
     with pytest.raises(UserError, match=r"names 1\.png, which 2 images are called: give their paths inside .*cats/1"):
-        pack.pack(tmp_path / "images", tmp_path / "none", partition=lines)
+        packing.pack(tmp_path / "images", tmp_path / "none", partition=lines)
     lines.write_text("cats/1.png 0\ncats/1.png 2\n")
     with pytest.raises(UserError, match=r"gives cats/1\.png two numbers"):
-        pack.pack(tmp_path / "images", tmp_path / "none", partition=lines)
+        packing.pack(tmp_path / "images", tmp_path / "none", partition=lines)
 
 
 @pytest.mark.parametrize(
@@ -178,45 +179,44 @@ def test_folders_that_are_classes(names, classes):
 
 def test_what_is_there_is_not_touched_unasked(folder, tmp_path):
     out = tmp_path / "packed"
-    pack.pack(folder, out, size=8)
+    packing.pack(folder, out, size=8)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     with pytest.raises(UserError, match="is not empty: give --overwrite"):
-        pack.pack(folder, out, size=16)
+        packing.pack(folder, out, size=16)
     (folder / "cats" / "99.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cats/99\.png cannot be read as an image"):
-        pack.pack(folder, out, size=16, overwrite=True)
+        packing.pack(folder, out, size=16, overwrite=True)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     (folder / "cats" / "99.png").unlink()
-    pack.pack(folder, out, size=16, overwrite=True)
+    packing.pack(folder, out, size=16, overwrite=True)
     assert data.packed(out).shape == (3, 16, 16)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "packed"]
     with pytest.raises(UserError, match="is not empty: give another folder"):
-        pack.pack(folder, folder, overwrite=True)
+        packing.pack(folder, folder, overwrite=True)
 
 
 def test_a_packing_that_was_killed_starts_afresh(folder, tmp_path):
     """Killed while it writes, it leaves no data set; one that runs keeps others out."""
     code = f"""
 import time
-from realuid_fast import data, pack
-square = data.square
+from realuid_fast.data import images, packing
 def slow(*given):
     print("decoding", flush=True)
     time.sleep(60)
-data.square = slow
-pack.pack({str(folder)!r}, {str(tmp_path / "packed")!r}, size=8)
+images.square = slow
+packing.pack({str(folder)!r}, {str(tmp_path / "packed")!r}, size=8)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"decoding\n"
         with pytest.raises(UserError, match="is being written by another process"):
-            pack.pack(folder, tmp_path / "packed", size=8)
+            packing.pack(folder, tmp_path / "packed", size=8)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "packed").exists()
     [left] = tmp_path.glob(f"{staging.PREFIX}*")
     assert (left / "new" / "train_images.npy").exists()
-    pack.pack(folder, tmp_path / "packed", size=8)
-    packed.verify(tmp_path / "packed")
+    packing.pack(folder, tmp_path / "packed", size=8)
+    stored.verify(tmp_path / "packed")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "packed"]
 
 
@@ -235,21 +235,21 @@ def test_what_a_user_has_beside_the_set_stays(folder, tmp_path):
         (tmp_path / name / "train_images.npy").write_text("mine")
     (tmp_path / f"{staging.PREFIX}link").symlink_to(keep)
     for _ in range(2):
-        pack.pack(folder, out, size=8, overwrite=True)
+        packing.pack(folder, out, size=8, overwrite=True)
     for place in (*(tmp_path / name for name in USERS), keep):
         assert (place / "train_images.npy").read_text() == "mine"
     assert (tmp_path / f"{staging.PREFIX}link").is_symlink()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes\.txt, which is no part of a packed set: move it elsewhere"):
-        pack.pack(folder, out, size=8, overwrite=True)
-    packed.verify(out)
+        packing.pack(folder, out, size=8, overwrite=True)
+    stored.verify(out)
     (tmp_path / "manifest").mkdir()
     (tmp_path / "manifest" / "manifest.json").write_text('{"name": "my web page"}')
     with pytest.raises(UserError, match="is not empty: give another folder, it holds no packed set"):
-        pack.pack(folder, tmp_path / "manifest", size=8, overwrite=True)
+        packing.pack(folder, tmp_path / "manifest", size=8, overwrite=True)
     (tmp_path / "link").symlink_to(keep)
     with pytest.raises(UserError, match="is a link: give the folder that it leads to"):
-        pack.pack(folder, tmp_path / "link", size=8, overwrite=True)
+        packing.pack(folder, tmp_path / "link", size=8, overwrite=True)
     assert (keep / "train_images.npy").read_text() == "mine"
 
 
@@ -264,7 +264,7 @@ def test_working_folders_of_killed_packings_are_known_by_their_marker(folder, tm
     other.mkdir()
     (other / staging.MARKER).write_text("other")
     with pytest.warns(UserWarning, match="holds files that are not this program's"):
-        pack.pack(folder, tmp_path / "packed", size=8)
+        packing.pack(folder, tmp_path / "packed", size=8)
     assert not (left / "new" / "train_images.npy").exists()
     assert (left / "new" / "notes.txt").read_text() == "mine"
     assert (other / staging.MARKER).exists()
@@ -273,7 +273,7 @@ def test_working_folders_of_killed_packings_are_known_by_their_marker(folder, tm
 KILLED_AT_EVERY_STEP = """
 import os, signal, sys
 from pathlib import Path
-from realuid_fast import pack, packed, staging
+from realuid_fast.data import packing, staging, stored
 source, out, exchange = sys.argv[1:]
 if exchange == "no":
     staging._exchange = lambda one, other: False
@@ -286,26 +286,26 @@ def watch(event, given):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(watch)
-pack.pack(source, out, size=8)
+packing.pack(source, out, size=8)
 seen, step, ended = set(), 0, False
 while not ended:
-    before = packed.verify(Path(out)).shape[1]
+    before = stored.verify(Path(out)).shape[1]
     child = os.fork()
     if not child:
         left = step
-        pack.pack(source, out, size=24 - before, overwrite=True)
+        packing.pack(source, out, size=24 - before, overwrite=True)
         os._exit(0)
     ended = os.waitpid(child, 0)[1] == 0
     step += 1
     if not Path(out).exists():
         seen.add("aside")
         try:
-            packed.verify(Path(out))
+            stored.verify(Path(out))
         except Exception as error:
             assert "the next pack to" in str(error), error
-        staging.recover(Path(out), pack.FILES)
-    seen.add("old" if packed.verify(Path(out)).shape[1] == before else "new")
-staging.recover(Path(out), pack.FILES)
+        staging.recover(Path(out), packing.FILES)
+    seen.add("old" if stored.verify(Path(out)).shape[1] == before else "new")
+staging.recover(Path(out), packing.FILES)
 # A folder whose marker was not written yet, or is gone already, is left: it is empty.
 left = [f for f in Path(out).parent.iterdir() if any(each.is_file() and each.stat().st_size for each in f.rglob("*"))]
 print(step, *sorted(seen), *sorted(f.name for f in left))
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
         Path, "open", lambda self, mode="r", *given: Full(self, "x") if mode == "xb" else opened(self, mode, *given)
     )
     with pytest.raises(UserError, match=r"train_images\.npy cannot be written: No space left"):
-        pack.pack(folder, tmp_path / "packed", size=8)
+        packing.pack(folder, tmp_path / "packed", size=8)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images"]
 
 
@@ -354,40 +354,40 @@ def archive(tmp_path, name, content, **attributes):
 @pytest.mark.parametrize("name", ["../../etc/a.png", "/etc/a.png", "x/../../a.png", "C:\\a.png", "x\\..\\a.png"])
 def test_archives_that_point_out_of_themselves(name, tmp_path):
     with pytest.raises(UserError, match="points out of the archive"):
-        pack.pack(archive(tmp_path, name, picture(8, 8, 1)), tmp_path / "packed", size=8)
+        packing.pack(archive(tmp_path, name, picture(8, 8, 1)), tmp_path / "packed", size=8)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_archives_that_are_traps(tmp_path, monkeypatch):
-    bomb = archive(tmp_path, "bomb.png", b"\0" * (pack.MEMBER_BYTES + 1))
+    bomb = archive(tmp_path, "bomb.png", b"\0" * (packing.MEMBER_BYTES + 1))
     assert bomb.stat().st_size < 200_000
     with pytest.raises(UserError, match=r"images\.zip: bomb\.png unpacks to more than 64 MiB"):
-        pack.pack(bomb, tmp_path / "packed", size=8)
+        packing.pack(bomb, tmp_path / "packed", size=8)
     # A header that lies about the size: what comes out is counted.
-    members = pack._members
+    members = packing._members
 
     def lied(source, opened):
         for member in opened.infolist():
             member.file_size = min(member.file_size, 100)
         found = members(source, opened)
         for member in found.values():
-            member.file_size = pack.MEMBER_BYTES + 1
+            member.file_size = packing.MEMBER_BYTES + 1
         return found
 
-    monkeypatch.setattr(pack, "_members", lied)
+    monkeypatch.setattr(packing, "_members", lied)
     with pytest.raises(UserError, match=r"bomb\.png unpacks to more than 64 MiB"):
-        pack.pack(bomb, tmp_path / "packed", size=8)
+        packing.pack(bomb, tmp_path / "packed", size=8)
     monkeypatch.undo()
     link = archive(tmp_path, "a.png", b"/etc/passwd", external_attr=(stat.S_IFLNK | 0o777) << 16)
     with pytest.raises(UserError, match=r"a\.png is a link"):
-        pack.pack(link, tmp_path / "packed", size=8)
+        packing.pack(link, tmp_path / "packed", size=8)
     wide = io.BytesIO()
     Image.new("1", (2**14, 2**13)).save(wide, "PNG")
     with pytest.raises(UserError, match=r"wide\.png cannot be read as an image \(16384 x 8192 pixels are more"):
-        pack.pack(archive(tmp_path, "wide.png", wide.getvalue()), tmp_path / "packed", size=8)
+        packing.pack(archive(tmp_path, "wide.png", wide.getvalue()), tmp_path / "packed", size=8)
     script = archive(tmp_path, "a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
-        pack.pack(script, tmp_path / "packed", size=8)
+        packing.pack(script, tmp_path / "packed", size=8)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.zip"]
 
 
@@ -397,20 +397,20 @@ def test_damaged_archives(tmp_path):
     raw[200] ^= 1
     whole.write_bytes(raw)
     with pytest.raises(UserError, match=r"a\.png cannot be unpacked"):
-        pack.pack(whole, tmp_path / "packed", size=8)
+        packing.pack(whole, tmp_path / "packed", size=8)
     whole.write_bytes(raw[: len(raw) // 2])
     with pytest.raises(UserError, match="cannot be read as a zip archive"):
-        pack.pack(whole, tmp_path / "packed", size=8)
+        packing.pack(whole, tmp_path / "packed", size=8)
     with zipfile.ZipFile(whole, "w") as made:
         made.writestr("notes.txt", "nothing")
     with pytest.raises(UserError, match="holds no images"):
-        pack.pack(whole, tmp_path / "packed")
+        packing.pack(whole, tmp_path / "packed")
     raw = bytearray(archive(tmp_path, "a.png", picture(8, 8, 0)).read_bytes())
     at = raw.index(b"PK\x01\x02")
     raw[at + 8] |= 1
     whole.write_bytes(raw)
     with pytest.raises(UserError, match=r"a\.png is encrypted"):
-        pack.pack(whole, tmp_path / "packed")
+        packing.pack(whole, tmp_path / "packed")
 
 
 def test_errors_name_the_argument(folder, tmp_path):
@@ -424,12 +424,12 @@ def test_errors_name_the_argument(folder, tmp_path):
         ({"limit": 0}, "threads and limit must be at least 1"),
     ):
         with pytest.raises(UserError, match=sentence):
-            pack.pack(folder, tmp_path / "packed", **settings)
+            packing.pack(folder, tmp_path / "packed", **settings)
     with pytest.raises(UserError, match="there is no folder or archive"):
-        pack.pack(tmp_path / "none", tmp_path / "packed")
+        packing.pack(tmp_path / "none", tmp_path / "packed")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file: give the name of a folder"):
-        pack.pack(folder, tmp_path / "file")
+        packing.pack(folder, tmp_path / "file")
 
 
 def test_the_bar_fills_no_log_file(folder, tmp_path, monkeypatch, capsys):
@@ -439,7 +439,7 @@ def test_the_bar_fills_no_log_file(folder, tmp_path, monkeypatch, capsys):
         time.sleep(0.15)
         return square(*given)
 
-    monkeypatch.setattr(data, "square", slow)
+    monkeypatch.setattr(images, "square", slow)
     assert cli.main(["pack", str(folder), "--out", str(tmp_path / "packed"), "--size", "8"]) == 0
     said = capsys.readouterr().err
     assert "12/12" in said

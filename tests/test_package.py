@@ -146,7 +146,7 @@ for call, package in (
     (data.digits, "scikit-learn"),
     (lambda: rf.couplings.couple(torch.randn(3, 2), torch.randn(3, 2)), "scipy"),
     (lambda: runpy.run_module("realuid_fast.train.config"), "pyyaml"),
-    (lambda: rf.pack, "tqdm"),
+    (lambda: runpy.run_module("realuid_fast.data.packing"), "tqdm"),
 ):
     assert sentence(call) == f"{package} is not installed: run pip install 'realuid-fast[train]'", sentence(call)
 assert cli.main(["info"]) == 2

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from realuid_fast import data, packed
+from realuid_fast import data
+from realuid_fast.data import stored
+from realuid_fast.data.stored import File, Manifest, Split, Stored
 from realuid_fast.errors import UserError
-from realuid_fast.packed import File, Manifest, Split, Stored
 
 
 def write(folder, train=12, heldout=4, shape=(3, 8, 8), classes=("a", "b", "c"), seed=0):
@@ -181,10 +182,10 @@ def test_what_is_no_manifest(tmp_path, content):
 
 def test_a_manifest_is_what_was_written(tmp_path):
     write(tmp_path)
-    manifest = packed.read_manifest(tmp_path / "manifest.json")
-    assert packed.verify(tmp_path) == manifest
+    manifest = stored.read_manifest(tmp_path / "manifest.json")
+    assert stored.verify(tmp_path) == manifest
     (tmp_path / "again.json").write_text(manifest.text())
-    assert asdict(packed.read_manifest(tmp_path / "again.json")) == asdict(manifest)
+    assert asdict(stored.read_manifest(tmp_path / "again.json")) == asdict(manifest)
 
 
 def test_an_array_of_objects_is_not_unpickled(tmp_path):

@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import backends, choices, data, folders, networks, teachers
-from ..data import Dataset
+from .. import backends, choices, data, networks, teachers
+from ..data import Dataset, folders
 from ..errors import UserError
 from ..networks.recompute import recompute
 from ..precision import Precision

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backends, choices, precision
-from .. import pack as packing
+from ..data import packing
+from ..data.stored import verify
 from ..errors import UserError
 from ..ops import extension
-from ..packed import verify
 from ..train import config as configs
 from ..train import modes
 from ..train.jobs import free_cores

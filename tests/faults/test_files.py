@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from realuid_fast import teachers
+from realuid_fast.data.packing import pack
 from realuid_fast.errors import UserError
 from realuid_fast.files import part_of, replacing
 from realuid_fast.networks import build
-from realuid_fast.pack import pack
 from realuid_fast.train import checkpoint, loop
 from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.lock import held

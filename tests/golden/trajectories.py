@@ -34,7 +34,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from realuid_fast import pack, teachers
+from realuid_fast import teachers
+from realuid_fast.data import packing
 from realuid_fast.networks import build
 from realuid_fast.ops import extension
 from realuid_fast.train import checkpoint, jobs
@@ -170,7 +171,7 @@ def packed(folder: Path) -> Record:
         records[:, 0] %= 10
         records.tofile(source / f"{name}.bin")
     data = {"name": "packed", "path": str(folder / "packed"), "flip": True}
-    pack.pack(source, data["path"])
+    packing.pack(source, data["path"])
     network = {**UNET, "dim": [3, 32, 32], "attention_resolutions": [16], "num_heads": 2}
     start = {"teacher": made_teacher(folder, network, data), "batch": 4, "labels": "batch", "fake_start": "fresh"}
     return distilled(folder, "digits", data=data, distill=start)

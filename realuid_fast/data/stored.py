@@ -1,7 +1,7 @@
 """Image sets on disk, larger than memory if need be: arrays of bytes, read row by row, beside a manifest in JSON.
 
 A folder holds ``manifest.json`` and, for the splits ``train`` and ``heldout``, plain ``.npy`` files: images
-``(N, C, H, W)`` uint8 and, where there are labels, ``(N,)`` int32. :mod:`realuid_fast.pack` writes them.
+``(N, C, H, W)`` uint8 and, where there are labels, ``(N,)`` int32. :mod:`realuid_fast.data.packing` writes them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+from ..files import check_regular, read_regular
 from . import staging
-from .errors import UserError
-from .files import check_regular, read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"

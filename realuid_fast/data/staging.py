@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .errors import UserError
-from .files import sync
+from ..errors import UserError
+from ..files import sync
 
 # A working folder ``PREFIX + random`` holds three things: the marker, a file whose text is the name of the folder to
 # write; ``new``, the folder being written; and ``old``, the folder that had the name before. ``old`` exists only where

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 SPLITS = ("train", "t10k")
 _KINDS = {"images": 3, "labels": 1}  # and the number of their dimensions

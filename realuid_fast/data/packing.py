@@ -1,4 +1,4 @@
-"""Packs images for :mod:`realuid_fast.packed`: folders, zip archives such as CelebA's, MNIST's and CIFAR-10's files."""
+"""Packs images for :mod:`.stored`: folders, zip archives such as CelebA's, MNIST's and CIFAR-10's files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import choices, data, folders, idx_files, staging
-from .errors import UserError
-from .files import read_regular, sync
-from .packed import MANIFEST, SPLITS, File, Manifest, Split, read_manifest
-from .progress import bar
+from .. import choices
+from ..errors import UserError
+from ..files import read_regular, sync
+from ..progress import bar
+from . import folders, idx_files, images, staging
+from .stored import MANIFEST, SPLITS, File, Manifest, Split, read_manifest
 
 KINDS = choices.SOURCES
 # The files of a packed set: nothing else is ever removed.
@@ -51,8 +52,8 @@ class Images:
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3) or (self.crop is not None and self.crop < 1):
             raise UserError("size and crop must be positive and channels 1 or 3")
-        if self.filter not in data.FILTERS:
-            raise UserError(f"filter must be one of {', '.join(data.FILTERS)}; got {self.filter!r}")
+        if self.filter not in images.FILTERS:
+            raise UserError(f"filter must be one of {', '.join(images.FILTERS)}; got {self.filter!r}")
 
     def __str__(self) -> str:
         square = "largest central square" if self.crop is None else f"central {self.crop}x{self.crop} pixels"
@@ -79,7 +80,7 @@ def pack(
     """Write the images of ``source`` into the folder ``out``, which :func:`realuid_fast.data.packed` reads.
 
     ``out`` appears when everything in it is complete and on disk. Until then it lies in a folder of another name beside
-    ``out`` (:mod:`realuid_fast.staging`), which a call that is interrupted removes or, where it was killed, the next
+    ``out`` (:mod:`.staging`), which a call that is interrupted removes or, where it was killed, the next
     one does. Nothing of an archive is unpacked to disk, and images are held in memory 256 at a time.
 
     Args:
@@ -95,7 +96,7 @@ def pack(
         filter: one of :data:`realuid_fast.data.FILTERS`.
         heldout_every: in the order of their paths every so many-th image is held out, by default the 10th; 0 to hold
             out the training images themselves. Folders ``train`` and ``test`` (or ``val``) are the split, and then this
-            cannot be given (:func:`realuid_fast.folders.layout`).
+            cannot be given (:func:`realuid_fast.data.folders.layout`).
         partition: in its place a file of lines ``NAME NUMBER`` as CelebA comes with: images of number 0 are the
             training images, those of 2 held out, those of 1 left out. A name is an image's path inside ``source``, or
             its last part where no other image has the same.
@@ -146,7 +147,7 @@ def pack(
 
         def decode(name: str) -> np.ndarray[Any, Any] | UserError:
             try:
-                return data.square(io.BytesIO(opened(name)), size, channels, how_made.crop, filter)
+                return images.square(io.BytesIO(opened(name)), size, channels, how_made.crop, filter)
             except UserError as error:
                 return error
             except MemoryError:
@@ -166,7 +167,7 @@ def pack(
                 continue
             kept = []
             shape = (len(rows), channels, size, size)
-            with ArrayWriter(part / f"{split}_images.npy", shape, np.dtype(np.uint8)) as images:
+            with ArrayWriter(part / f"{split}_images.npy", shape, np.dtype(np.uint8)) as writer:
                 for first in range(0, len(rows), _CHUNK):
                     chunk = rows[first : first + _CHUNK]
                     for row, pixels in zip(chunk, pool.map(decode, [names[row] for row in chunk]), strict=True):
@@ -176,13 +177,13 @@ def pack(
                                 raise UserError(f"{pixels}; --skip-damaged leaves such files out")
                             damaged.append(str(pixels))
                             continue
-                        images.add(pixels)
+                        writer.add(pixels)
                         kept.append(row)
             if not kept:
                 raise UserError(f"{source} holds no readable images for the split {split}")
             named = _labels(part, split, np.array([found.numbers[row] for row in kept])) if found.classes else None
-            splits.append(Split(len(kept), images.entry, named))
-        data.warn_damaged(damaged, len({*train, *heldout}))
+            splits.append(Split(len(kept), writer.entry, named))
+        images.warn_damaged(damaged, len({*train, *heldout}))
         said = f"{len(names)} images of {source.name}" + (f", {len(damaged)} of them left out" if damaged else "")
         if parts and partition is None:
             said += ", split by its folders"
@@ -224,33 +225,33 @@ def _kind(source: Path) -> str:
 def _idx(source: Path, part: Path, size: int | None, channels: int) -> Manifest:
     splits = []
     for split, (raw, numbers) in zip(SPLITS, idx_files.read(source), strict=True):
-        rows = data.idx_images(raw, size, channels)
-        with ArrayWriter(part / f"{split}_images.npy", rows.shape, np.dtype(np.uint8)) as images:
-            images.add(rows)
-        splits.append((Split(len(rows), images.entry, _labels(part, split, numbers)), rows.shape, numbers.max()))
+        rows = images.idx_images(raw, size, channels)
+        with ArrayWriter(part / f"{split}_images.npy", rows.shape, np.dtype(np.uint8)) as writer:
+            writer.add(rows)
+        splits.append((Split(len(rows), writer.entry, _labels(part, split, numbers)), rows.shape, numbers.max()))
     shape = splits[0][1]
     classes = tuple(str(number) for number in range(1 + max(int(most) for _, _, most in splits)))
-    done = data.idx_preprocessing(shape, size)
+    done = images.idx_preprocessing(shape, size)
     manifest = Manifest(shape[1:], classes, done, f"IDX files of {source.name}", splits[0][0], splits[1][0])
     _finish(part, manifest)
     return manifest
 
 
 def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
-    files, heldout = data.cifar10_files(source)
+    files, heldout = images.cifar10_files(source)
     splits = []
     with bar(len(files) + 1, "file", progress) as shown:
         for split, parts in (("train", files), ("heldout", [heldout])):
-            count = sum(file.stat().st_size // data.CIFAR_RECORD for file in parts)
+            count = sum(file.stat().st_size // images.CIFAR_RECORD for file in parts)
             numbers = []
-            with ArrayWriter(part / f"{split}_images.npy", (count, 3, 32, 32), np.dtype(np.uint8)) as images:
+            with ArrayWriter(part / f"{split}_images.npy", (count, 3, 32, 32), np.dtype(np.uint8)) as writer:
                 for file in parts:
-                    pixels, labels = data.cifar10_records(file)
-                    images.add(pixels.numpy())
+                    pixels, labels = images.cifar10_records(file)
+                    writer.add(pixels.numpy())
                     numbers.append(labels.numpy())
                     shown.update(1)
-            splits.append(Split(count, images.entry, _labels(part, split, np.concatenate(numbers))))
-    manifest = Manifest((3, 32, 32), data.CIFAR_CLASSES, "3x32x32 as published", "CIFAR-10, binary files", *splits)
+            splits.append(Split(count, writer.entry, _labels(part, split, np.concatenate(numbers))))
+    manifest = Manifest((3, 32, 32), images.CIFAR_CLASSES, "3x32x32 as published", "CIFAR-10, binary files", *splits)
     _finish(part, manifest)
     return manifest
 
