@@ -1,6 +1,7 @@
 """The package imports exactly the packages that it declares as its requirements."""
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions, version
@@ -53,6 +54,22 @@ def test_every_import_is_a_requirement():
     for name in found:
         assert PACKAGES[name] in {each.lower() for each in provides.get(name, [PACKAGES[name]])}
     assert set(PACKAGES.values()) == names(extras["train"])
+
+
+def oldest_torch(text):
+    """Versions that ``text`` gives for the oldest torch, whether as a requirement or in a sentence."""
+    pattern = (
+        r"torch>=([\d.]+)|torch\s+([\d.]+)\s+or\s+newer|torch\s+([\d.]+)\s+with\s+triton\s+[\d.]+\s+is\s+the\s+oldest"
+    )
+    return {next(filter(None, found.groups())) for found in re.finditer(pattern, text)}
+
+
+def test_documents_and_metadata_name_one_oldest_torch():
+    (bound,) = oldest_torch(PROJECT.read_text())
+    documents = {file: oldest_torch(file.read_text()) for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    assert documents[ROOT / "README.md"]
+    assert documents[ROOT / "docs" / "install.md"]
+    assert {version for found in documents.values() for version in found} == {bound}
 
 
 def test_make_has_installed_the_peers():
