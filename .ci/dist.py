@@ -27,7 +27,7 @@ from pathlib import Path
 PACKAGE = (
     "realuid_fast/py.typed",
     "realuid_fast/ops/registry.py",
-    "realuid_fast/train/config.py",
+    "realuid_fast/jobs/config.py",
     "realuid_fast/assets/digits_teacher.safetensors",
     "realuid_fast/assets/digits_classifier.safetensors",
     "realuid_fast/configs/digits.yaml",
@@ -40,7 +40,7 @@ RUNS = """
 import sys, warnings, torch, realuid_fast as rf
 from realuid_fast import teachers
 from realuid_fast.ops import extension
-from realuid_fast.train import config
+from realuid_fast.jobs import config
 import realuid_fast.kernels
 
 assert rf.__file__.startswith(sys.argv[2]), rf.__file__

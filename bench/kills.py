@@ -37,9 +37,9 @@ from typing import Any
 
 from realuid_fast.errors import UserError
 from realuid_fast.files import part_of
-from realuid_fast.train import config as configs
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import train
 from realuid_fast.train.checkpoint import files, read
-from realuid_fast.train.jobs import train
 from realuid_fast.train.logging import read_csv
 
 from . import machine

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from realuid_fast import data
 from realuid_fast.data import Dataset, to_bytes
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
 from realuid_fast.noise import NoiseStream, normal
+from realuid_fast.settings import Config
 from realuid_fast.teachers import Model
-from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.settings import Config
-from realuid_fast.train.teacher import TeacherTrainer
 
 from . import machine, plots, report
 from .published import Published
@@ -85,7 +85,9 @@ def images() -> Dataset:
 
 def teacher(dataset: Dataset, updates: int) -> Model:
     """A teacher trained on the images for so many updates."""
-    trainer = TeacherTrainer(configs.from_mapping(configs.merge(SETTINGS, {"teacher": {"updates": updates}})), dataset)
+    trainer = trainers.teacher_trainer(
+        configs.from_mapping(configs.merge(SETTINGS, {"teacher": {"updates": updates}})), dataset
+    )
     for _ in range(updates):
         trainer.update()
     state, description = trainer.exported()
@@ -101,7 +103,7 @@ class Draws:
         state = ours.state_dict()
         self._noise, self._times = NoiseStream(0, ours.device), torch.Generator(ours.device)
         self._noise.load_state_dict(state["noise"])
-        self._times.set_state(state["draws"])
+        self._times.set_state(state["ranks"][0]["draws"])
         plain.batches.load_state_dict(state["batches"])
         # Both start from the same fake model. If it is untrained, it is the trainer's.
         plain.fake.load_state_dict(ours.fake.state_dict())
@@ -129,7 +131,7 @@ class Draws:
 
 def run(way: str, dataset: Dataset, model: Model, updates: int) -> tuple[Curves, dict[str, Tensor], float]:
     """The curves of one way, the generator's parameters at its end, and its seconds."""
-    ours = Distiller(_config(WAYS[way], updates), dataset, _copy(model))
+    ours = trainers.distiller(_config(WAYS[way], updates), dataset, _copy(model))
     net, update = ours.generator.net, _ours(ours)
     if way in (PUBLISHED, ROUNDED):
         plain = Published(_config([], updates), dataset, _copy(model))

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from realuid_fast.jobs import trainers
 from realuid_fast.train import distributed
-from realuid_fast.train.distill import Distiller
 
 from . import report
 from .scaling import PAGE, write
@@ -86,7 +86,7 @@ def _rank(rank: int, count: int, meeting: str, sizes: Sequence[int], seconds: fl
     with joined if count > 1 else contextlib.nullcontext():
         base = PROBLEMS["digits"]
         problem = replace(base, distill={"batch": 64 * count})
-        trainer = Distiller(*problem.make())
+        trainer = trainers.distiller(*problem.make())
         updates = _times(trainer.update, seconds)
         reduced = []
         for size in sizes if count > 1 else ():

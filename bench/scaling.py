@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from realuid_fast import backends, networks
-from realuid_fast.train.distributed import PIECE
+from realuid_fast.optim.mean import PIECE
 
 from .machine import ROOT
 from .step import PROBLEMS

@@ -24,10 +24,11 @@ import torch
 
 from realuid_fast import networks
 from realuid_fast.data import Dataset
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.settings import Config, DistillConfig
 from realuid_fast.teachers import Description, Model
-from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.settings import Config, DistillConfig
 
 from . import machine, plots, report, timing
 from .published import Published
@@ -91,7 +92,7 @@ def trainer(problem: Problem, way: str) -> Distiller | Published:
         return Published(config, dataset, teacher)
     if way == HALF:
         config = configs.from_mapping(configs.merge(configs.to_mapping(config), {"distill": HALF_SETTING}))
-    distiller = Distiller(config, dataset, teacher)
+    distiller = trainers.distiller(config, dataset, teacher)
     distiller.phases = Stopwatch()  # type: ignore[assignment]
     return distiller
 

@@ -13,6 +13,8 @@ FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # filters that scale images
 SOURCES = ("images", "celeba", "idx", "cifar10")  # kinds of sources that `pack` reads
 LABELS = ("empirical", "balanced")  # ways to choose a generator's labels for Inception distances
 TEACHER_STEPS = (1, 20, 100)  # numbers of steps of the teacher in the rows of `evaluate`
+MODES = ("eager", "compiled", "graphs", "graphs-eager")  # ways to run the turns of a training
+PRECISIONS = ("float32", "tf32", "bf16", "fp16")  # arithmetics of the networks in a turn
 PLAN_STEPS = 20  # updates that --dry-run times
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realuid_fast"
 

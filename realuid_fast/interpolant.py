@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,14 @@ class Interpolant:
     def read_x_t(self) -> Tensor | None:
         """``x_t`` if the losses read it (``k_x != 0``), else None."""
         return self.x_t if self.path.reads_x_t(self.match, self.predict) else None
+
+    def generated(self) -> Interpolant:
+        """The same batch without its real rows."""
+        rows = slice(self.x.shape[0] - self.n_real)
+        end = None if self.endpoint is None else self.endpoint[rows]
+        return replace(
+            self, x=self.x[rows], x_t=self.x_t[rows], t=self.t[rows], coef=self.coef[rows], endpoint=end, n_real=0
+        )
 
 
 def draw(

@@ -1,8 +1,9 @@
-"""Samples as pictures: grids of images, scatter plots of points, PNG files."""
+"""Pictures as PNG files: grids of images, scatter plots of points, distances over updates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,3 +75,42 @@ def save_png(pixels: np.ndarray, file: Path | BinaryIO) -> None:
     if isinstance(file, Path):
         file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(file, format="PNG")
+
+
+def convergence_plot(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, float],
+    metric: str,
+    file: Path | BinaryIO,
+    spread: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> None:
+    """Distance over updates on a logarithmic axis.
+
+    Args:
+        curves: name to ``(update, distance)`` pairs.
+        lines: name to a horizontal line, such as the teacher and the floor.
+        metric: what the distance is, with the samples it was measured on.
+        file: the PNG to write.
+        spread: name to ``(lowest, highest)`` at each point of that curve.
+    """
+    with extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(curves.items()):
+        shown = [(x, y) for x, y in points if math.isfinite(y)]
+        axes.plot([x for x, _ in shown], [y for _, y in shown], marker=".", color=f"C{index}", label=name)
+        if spread and name in spread:
+            lowest, highest = zip(*spread[name], strict=True)
+            axes.fill_between([x for x, _ in points], lowest, highest, color=f"C{index}", alpha=0.2, linewidth=0)
+    for index, (name, value) in enumerate(lines.items()):
+        axes.axhline(value, linestyle=("--", ":", "-.")[index % 3], color="0.3", label=f"{name}: {value:.3g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("updates")
+    axes.set_ylabel(metric)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(file, format="png")

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .choices import PRECISIONS as PRECISIONS
+
 # The type that autocast uses, None for float32 storage; the unit roundoff of a product's inputs.
 _DTYPES = {"float32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ROUNDOFF = {"float32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11}
-PRECISIONS = tuple(_DTYPES)
 # A gradient that is off by more than this share is reported.
 TOO_COARSE = 0.1
 

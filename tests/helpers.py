@@ -4,9 +4,10 @@ import torch
 from safetensors.torch import load_file
 
 from realuid_fast import data, teachers
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import train as jobs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train import jobs
 from realuid_fast.train.logging import read_csv
 
 MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
@@ -39,7 +40,7 @@ def trainer_of(network, dataset, model=None, std=0.3, **sections):
     held = data.load(dataset)
     model = model or teachers.Model(random_network(network, std), teachers.Description(network, data=held.config))
     config = configs.from_mapping({"data": held.config, **sections})
-    return jobs.distiller(config)(config, held, model)
+    return trainers.trainer("distill", config, held, model)
 
 
 def settings(teacher_file, /, **sections):

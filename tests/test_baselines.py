@@ -15,16 +15,16 @@ from realuid_fast import data, teachers
 from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.jobs.train import train
 from realuid_fast.networks import build
+from realuid_fast.networks.discriminator import Head, Judged, softplus_term
 from realuid_fast.noise import normal
 from realuid_fast.sampling import integrate
-from realuid_fast.train import config as configs
-from realuid_fast.train.discriminator import Head, Judged, softplus_term
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
-from realuid_fast.train.loop import Interrupted
+from realuid_fast.train.hooks import Interrupted
 from realuid_fast.train.regression import RegressionTrainer
-from realuid_fast.train.teacher import TeacherTrainer
 
 from . import helpers
 from .helpers import random_network
@@ -54,7 +54,7 @@ def points_teacher():
         "teacher": {"batch": 128, "updates": 300, "optimiser": {"lr": 3e-3}, "ema": [0.9], "export": 0.9},
     }
     held = data.load(POINTS)
-    trainer = TeacherTrainer(configs.from_mapping({"data": held.config, **content}), held)
+    trainer = trainers.teacher_trainer(configs.from_mapping({"data": held.config, **content}), held)
     for _ in range(300):
         trainer.update()
     state, description = trainer.exported()
@@ -139,7 +139,7 @@ def test_fake_turn_with_a_discriminator_equals_plain_autograd(objective):
     )
     trainer.fake_turn(generated, labels)
 
-    trainer.draws.set_state(state["draws"])
+    trainer.draws.set_state(state["ranks"][0]["draws"])
     trainer.noise.load_state_dict(state["noise"])
     trainer.batches.load_state_dict(state["batches"])
     real, real_labels = trainer.batches.next()

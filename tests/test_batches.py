@@ -11,11 +11,11 @@ from realuid_fast import data
 from realuid_fast.data.stored import Stored
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import measure
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import train
 from realuid_fast.train import batches as batches_module
-from realuid_fast.train import config as configs
 from realuid_fast.train import distributed, tripwires
 from realuid_fast.train.batches import AHEAD, Batches, labels_to_draw
-from realuid_fast.train.jobs import train
 
 from .test_packed import write
 

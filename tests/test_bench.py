@@ -27,8 +27,8 @@ from bench import (
 from realuid_fast import cli
 from realuid_fast.cli import tools
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
 from realuid_fast.noise import normal
-from realuid_fast.train import config as configs
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LOSSES = [call for call in micro.CALLS if "loss" in call]

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from realuid_fast import choices, cli, paths, sampling, teachers
 from realuid_fast.evaluate import table as evaluation
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import train as jobs
 from realuid_fast.networks import build
 from realuid_fast.noise import NoiseStream, normal
-from realuid_fast.train import config as configs
-from realuid_fast.train import jobs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import read_csv
 

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from realuid_fast import cli, data, paths, sampling, teachers
 from realuid_fast.convert import convert, edm_pickle
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
 
 SONG = {"kind": "song-unet", "dim": [1, 8, 8], "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
 SONG |= {"attn_resolutions": [4], "dropout": 0.0}
@@ -46,7 +46,7 @@ def distilled(file, **sections):
         "run": {"tensorboard": False},
     }
     content = configs.merge(content, sections)
-    trainer = Distiller(configs.from_mapping(content), held, teachers.load_teacher(file))
+    trainer = trainers.distiller(configs.from_mapping(content), held, teachers.load_teacher(file))
     trainer.update()
     found = trainer.meters.read()
     # The gaps by distance to the data are empty where a batch of four has no row.

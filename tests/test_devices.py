@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from realuid_fast import backends, data, paths, sampling, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
 from realuid_fast.paths import samplers
-from realuid_fast.train import config as configs
-from realuid_fast.train import jobs, loop
-from realuid_fast.train.teacher import TeacherTrainer
+from realuid_fast.train import hooks
 
 UNET = {"kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4}
 LABELLED = {**UNET, "num_classes": 10, "class_cond": True}
@@ -110,12 +110,12 @@ def test_a_students_update_stays_on_its_device(case):
     with pretended():
         config = content(dataset, distill=distill)
         model = teachers.Model(build(network), teachers.Description(network, data=dataset.config))
-        trainer = jobs.distiller(config)(config, dataset, model)
+        trainer = trainers.trainer("distill", config, dataset, model)
         assert {p.device.type for p in trainer.network.parameters()} == {"meta"}
         with FakeTensorMode(allow_non_fake_inputs=True):
             trainer.update()
             trainer.update()
-            loop._Row(trainer, {})
+            hooks.Row(trainer, {})
             if case == "regression":
                 return  # its pairs come from the teacher, and it is never captured
             with nothing_from_the_host():
@@ -130,11 +130,11 @@ def test_a_teachers_update_stays_on_its_device(network):
     dataset = data.load("digits")
     with pretended():
         config = content(dataset, network=network, teacher={"batch": 4, "updates": 20, "ema": [0.9], "export": 0.9})
-        trainer = TeacherTrainer(config, dataset)
+        trainer = trainers.teacher_trainer(config, dataset)
         with FakeTensorMode(allow_non_fake_inputs=True):
             trainer.update()
             trainer.update()
-            loop._Row(trainer, {})
+            hooks.Row(trainer, {})
 
 
 @pytest.mark.parametrize("name", paths.PATHS)

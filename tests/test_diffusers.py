@@ -9,9 +9,9 @@ import torch
 from realuid_fast import data, networks, paths, sampling, teachers
 from realuid_fast.convert import convert, diffusers_folder
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import diffusers as adapter
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -206,7 +206,9 @@ def test_a_student_is_distilled_from_a_converted_model(name, flow, tmp_path):
     file = tmp_path / "teacher.safetensors"
     convert(tmp_path, file, data={"name": "digits"})
     content = {"distill": {"teacher": str(file), "batch": 4, "updates": 1, "fake_turns": 1}}
-    trainer = Distiller(configs.from_mapping(content), data.load({"name": "digits"}), teachers.load_teacher(file))
+    trainer = trainers.distiller(
+        configs.from_mapping(content), data.load({"name": "digits"}), teachers.load_teacher(file)
+    )
     trainer.update()
     found = trainer.meters.read()
     assert all(np.isfinite(value) for key, value in found.items() if "%" not in key), found

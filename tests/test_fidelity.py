@@ -13,11 +13,11 @@ from realuid_fast.evaluate import fidelity
 from realuid_fast.evaluate.fidelity import Fidelity
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.evaluate.table import sampler
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import train as jobs
+from realuid_fast.jobs import trainers
+from realuid_fast.jobs.train import train
 from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train import jobs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
 from realuid_fast.train.logging import read_csv
 
 from .test_inception import installed, random_weights
@@ -165,7 +165,7 @@ def test_a_run_is_judged_by_its_average_without_a_copy(dataset, tmp_path):
     teachers.save(tmp_path / "teacher.safetensors", build(NETWORK).state_dict(), teachers.Description(NETWORK))
     settings = {"teacher": str(tmp_path / "teacher.safetensors"), "batch": 4, "ema": [0.5], "export": 0.5}
     config = configs.from_mapping({"distill": settings})
-    trainer = Distiller(config, dataset, teachers.load(tmp_path / "teacher.safetensors"))
+    trainer = trainers.distiller(config, dataset, teachers.load(tmp_path / "teacher.safetensors"))
     judge = Fidelity(dataset, Means(), cache=None)
     averages, seen = trainer.generator_optimiser.ema[0.5], []
 

@@ -33,7 +33,8 @@ from realuid_fast.checksums import CHECKSUM
 from realuid_fast.convert import convert, diffusers_folder, edm_pickle
 from realuid_fast.data import stored
 from realuid_fast.errors import UserError
-from realuid_fast.train import config, loop
+from realuid_fast.jobs import config
+from realuid_fast.train import loop
 from realuid_fast.train.checkpoint import ELSEWHERE, MARK, SHARDED, TRAILER, Checkpoints, rows_of
 from realuid_fast.train.meters import Meters
 

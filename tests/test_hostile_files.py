@@ -20,9 +20,8 @@ from realuid_fast.convert import convert, edm_pickle
 from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import distances, fidelity, inception
+from realuid_fast.jobs import config, trainers
 from realuid_fast.networks import build
-from realuid_fast.train import config
-from realuid_fast.train.distill import Distiller
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}
 DAMAGED = "is damaged: its bytes do not have the checksum that was written with them"
@@ -51,7 +50,9 @@ def within(seconds):
 def student(tmp_path_factory):
     """The U-Net that a run of the shipped digits exports."""
     content = {"data": {"name": "digits"}, "distill": {"batch": 4, "fake_turns": 1, "updates": 1}}
-    trainer = Distiller(config.from_mapping(content), data.load(content["data"]), teachers.load_teacher("digits"))
+    trainer = trainers.distiller(
+        config.from_mapping(content), data.load(content["data"]), teachers.load_teacher("digits")
+    )
     trainer.update()
     file = tmp_path_factory.mktemp("run") / "student.safetensors"
     teachers.save(file, *trainer.exported())

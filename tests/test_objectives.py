@@ -26,7 +26,7 @@ from realuid_fast.objectives import (
     divergence_weight,
 )
 from realuid_fast.paths import DDBMVP, VE, VP, BrownianBridge, Linear
-from realuid_fast.train.settings import ObjectiveConfig
+from realuid_fast.settings import ObjectiveConfig
 
 
 def test_uid_has_no_real_half_and_needs_no_teacher_in_the_fake_turn():

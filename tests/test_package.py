@@ -145,7 +145,7 @@ def sentence(call):
 for call, package in (
     (data.digits, "scikit-learn"),
     (lambda: rf.couplings.couple(torch.randn(3, 2), torch.randn(3, 2)), "scipy"),
-    (lambda: runpy.run_module("realuid_fast.train.config"), "pyyaml"),
+    (lambda: runpy.run_module("realuid_fast.jobs.config"), "pyyaml"),
     (lambda: runpy.run_module("realuid_fast.data.packing"), "tqdm"),
 ):
     assert sentence(call) == f"{package} is not installed: run pip install 'realuid-fast[train]'", sentence(call)

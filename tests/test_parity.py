@@ -10,10 +10,9 @@ import torch
 import realuid_fast as rf
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.optim import Optimiser
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.teacher import TeacherTrainer
 
 from .helpers import random_network, trainer_of
 
@@ -91,7 +90,7 @@ def test_what_it_replaces_is_said_and_what_it_cannot_follow_is_refused():
         configured("distill.objective.name=sid")
     described = teachers.Description(NETWORK, path="trigonometric")
     with pytest.raises(UserError, match=r"trained on the path 'trigonometric', not on path\.name 'linear'"):
-        Distiller(configured(), data.digits(), teachers.Model(teacher(NETWORK).net, described))
+        trainers.distiller(configured(), data.digits(), teachers.Model(teacher(NETWORK).net, described))
     with pytest.raises(UserError, match="labels must be one of drawn, batch"):
         configured("distill.labels=none", "run.parity=false")
 
@@ -147,19 +146,19 @@ def test_the_fake_model_starts_untrained_and_students_without_dropout():
     for net, share in ((trainer.fake, 0.0), (trainer.generator, 0.0), (other.fake, 0.1), (trainer.teacher, 0.1)):
         assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == {share}
     with pytest.raises(UserError, match="needs a teacher that says which network it is"):
-        Distiller(configured(), data.digits(), teachers.Model(teacher(NETWORK).net, teachers.Description({})))
+        trainers.distiller(configured(), data.digits(), teachers.Model(teacher(NETWORK).net, teachers.Description({})))
 
 
 def test_the_teachers_loss_is_the_mean():
-    trainers = [
-        TeacherTrainer(
+    both = [
+        trainers.teacher_trainer(
             configs.from_mapping({"network": NETWORK, "teacher": {"batch": 4, "reduction": way}}), data.digits()
         )
         for way in ("sum", "mean")
     ]
-    for trainer in trainers:
+    for trainer in both:
         trainer.update()
-    sums, means = (trainer.meters.read() for trainer in trainers)
+    sums, means = (trainer.meters.read() for trainer in both)
     for name in ("loss", "gradient"):
         assert means[name] == pytest.approx(sums[name] / 64, rel=1e-5)
 

@@ -9,14 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from realuid_fast import backends, cli, data, teachers
-from realuid_fast.cli import plan
+from realuid_fast.cli import plan, timing
 from realuid_fast.errors import UserError
-from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train import memory, sharding
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.networks import build, memory
+from realuid_fast.train import sharding
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.regression import RegressionTrainer
-from realuid_fast.train.teacher import TeacherTrainer
 
 NETWORK = {
     "kind": "unet", "dim": [3, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4,
@@ -71,7 +70,7 @@ def size(tensors):
 def test_a_distillation_is_counted_as_it_runs(objective):
     config = configured(f"distill.objective.name={objective}")
     found = plan.make("distill", config, steps=0)
-    trainer = Distiller(config, images(), teacher())
+    trainer = trainers.distiller(config, images(), teacher())
     assert found.images_per_update == trainer.images_per_update
     trainer.update()
     # The plan's generator turn goes back to the noise too, in no layer but the first.
@@ -97,13 +96,13 @@ def test_operations_do_not_depend_on_the_layout():
     config = configured(network={"num_channels": 32})
     found = plan.make("train-teacher", config, steps=0).operations["forward and backward"]
     for channels_last in ("true", "false"):
-        trainer = TeacherTrainer(configured(f"run.channels_last={channels_last}", network=wide), images())
+        trainer = trainers.teacher_trainer(configured(f"run.channels_last={channels_last}", network=wide), images())
         assert found == pytest.approx(counted(trainer.update), rel=0.01)
 
 
 def test_a_discriminator_takes_real_rows_and_a_head():
     config = configured("distill.objective.name=uid", "distill.gan.weight_fake=1.0")
-    found, trainer = plan.make("distill", config, steps=0), Distiller(config, images(), teacher())
+    found, trainer = plan.make("distill", config, steps=0), trainers.distiller(config, images(), teacher())
     assert found.images_per_update == trainer.images_per_update == 8 * 7
     assert found.parameters["fake model"] == sum(p.numel() for p in trainer.judged.parameters())
     trainer.update()
@@ -113,7 +112,7 @@ def test_a_discriminator_takes_real_rows_and_a_head():
 def test_a_teacher_is_counted_as_it_trains():
     config = configured()
     found = plan.make("train-teacher", config, steps=0)
-    trainer = TeacherTrainer(config, images())
+    trainer = trainers.teacher_trainer(config, images())
     trainer.update()
     assert found.operations == {"forward and backward": pytest.approx(counted(trainer.update), rel=0.01)}
     assert (found.images_per_update, found.batch, found.updates) == (8, 8, 10)
@@ -146,7 +145,7 @@ def test_a_teacher_that_is_rounded_or_in_host_memory_takes_less():
         plan.make("distill", configured(*words), steps=0)
         for words in ([], ["distill.teacher_precision=bf16"], there, ["run.offload_teacher=true", *there])
     )
-    trainer = Distiller(configured("distill.teacher_precision=bf16"), images(), teacher())
+    trainer = trainers.distiller(configured("distill.teacher_precision=bf16"), images(), teacher())
     assert rounded.memory["teacher"] == size(trainer.teacher.parameters()) < 0.6 * plain.memory["teacher"]
     assert "teacher" not in away.memory
     assert away.memory["parts of networks, brought together"] < 2 * plain.memory["teacher"]
@@ -162,7 +161,7 @@ def test_a_teacher_that_is_rounded_or_in_host_memory_takes_less():
 def test_a_regression_is_counted_as_it_runs(words):
     config = configured("distill.objective.name=regression", *(f"distill.regression.{word}" for word in words))
     found = plan.make("distill", config, steps=0)
-    trainer = RegressionTrainer(config, images(), teacher())
+    trainer = trainers.regression(config, images(), teacher())
     trainer.update()
     assert sum(found.operations.values()) == pytest.approx(counted(trainer.update), rel=0.01)
     assert found.images_per_update == trainer.images_per_update
@@ -192,7 +191,7 @@ def test_activations_are_what_a_turn_keeps(precision):
     # In both turns, so that the generator's is the larger one.
     config = configured(f"distill.generator_precision={precision}", f"distill.fake_precision={precision}")
     found = plan.make("distill", config, steps=0)
-    trainer = Distiller(config, images(), teacher())
+    trainer = trainers.distiller(config, images(), teacher())
     (activations,) = (value for name, value in found.memory.items() if name.startswith("activations of the generator"))
     # The turn keeps a little beside its networks, and may use an address again for what comes after a backward pass.
     assert activations == pytest.approx(kept(trainer, trainer.generator_turn), rel=0.1)
@@ -233,7 +232,7 @@ def test_what_does_not_fit_is_not_measured(monkeypatch):
 
 
 def test_a_slow_machine_measures_less_and_says_so(monkeypatch):
-    monkeypatch.setattr(plan, "_timed", lambda trainer, device: float(trainer.batch))
+    monkeypatch.setattr(timing, "_timed", lambda trainer, device: float(trainer.batch))
     found = plan.make("distill", configured("distill.updates=3600"), steps=20, bound=41.0)
     # Twenty updates of one sample take 20 s, of two 40 s, of four more than 41.
     assert (found.measured.updates, found.measured.batch, found.measured.seconds) == (20, 2, 2.0)
@@ -264,16 +263,16 @@ def test_on_a_gpu_the_largest_batch_that_should_fit_is_the_one_that_is_warmed(mo
     config = configured("run.mode=graphs", "run.device=cuda")
     what = plan.make("distill", configured(), steps=0)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
-    monkeypatch.setattr(plan, "_timed", lambda trainer, device: 0.5)
-    found = plan._measure(what, Updates, config, 20, 120.0)
+    monkeypatch.setattr(timing, "_timed", lambda trainer, device: 0.5)
+    found = timing.measure(what, Updates, config, 20, 120.0)
     assert made == tried
     assert (found.batch, found.updates, found.seconds) == (measured, 20, 0.5)
     # A batch that does not fit by the plan itself is not tried.
     made.clear()
     monkeypatch.setattr(memory, "free_bytes", lambda device: sum(what.memory.values()) - 1)
-    assert plan._measure(what, Updates, config, 20, 120.0).batch == made[0] == 4
+    assert timing.measure(what, Updates, config, 20, 120.0).batch == made[0] == 4
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    assert plan._measure(what, Updates, config, 20, 120.0).batch == 1
+    assert timing.measure(what, Updates, config, 20, 120.0).batch == 1
 
 
 def test_what_the_device_does_not_have_is_not_guessed():

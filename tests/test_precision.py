@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from realuid_fast import data, precision, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
 from realuid_fast.precision import Precision
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def digits(**distill):
     """The shipped digits problem at batch 32."""
     config = configs.from_mapping(configs.merge(configs.to_mapping(configs.load("digits")), {"distill": distill}))
-    return Distiller(config, data.load("digits"), copy.deepcopy(teachers.load_teacher("digits")))
+    return trainers.distiller(config, data.load("digits"), copy.deepcopy(teachers.load_teacher("digits")))
 
 
 def gradients(trainer):

@@ -41,9 +41,12 @@ MODULES = [
             "paths.samplers",
             "sampling",
             "teachers",
-            "train.config",
+            "jobs.config",
+            "jobs.trainers",
+            "matching",
+            "settings",
             "train.distill",
-            "train.settings",
+            "train.trainer",
         )
     ),
 ]

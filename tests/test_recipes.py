@@ -10,10 +10,10 @@ import yaml
 from PIL import Image
 
 from realuid_fast import cli, data, teachers
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train.discriminator import softplus_term
-from realuid_fast.train.distill import Distiller
+from realuid_fast.networks.discriminator import softplus_term
 
 # The paper's alpha, beta, rate and batch; those of celeba64_gan are run.sh's.
 PUBLISHED = {
@@ -200,7 +200,7 @@ def test_the_fake_model_starts_untrained_in_the_first_stage_and_at_the_teacher_i
         torch.nn.init.normal_(p)
     held = data.load("digits")
     described = teachers.Description({**asked.network, "dim": [1, 8, 8]}, data=held.config)
-    trainer = Distiller(asked, held, teachers.Model(net, described))
+    trainer = trainers.distiller(asked, held, teachers.Model(net, described))
     same = [torch.equal(p, q) for p, q in zip(trainer.fake.parameters(), net.parameters(), strict=True)]
     if "tune" in name:
         assert all(same)

@@ -8,16 +8,16 @@ import torch
 from realuid_fast import data, teachers
 from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
-from realuid_fast.networks import build
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.jobs.train import train
+from realuid_fast.networks import build, memory
 from realuid_fast.networks.recompute import parts, recompute
 from realuid_fast.networks.unet import Blocks, ResBlock
 from realuid_fast.ops import backends
-from realuid_fast.train import config as configs
-from realuid_fast.train import memory, modes
+from realuid_fast.train import modes
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
 from realuid_fast.train.regression import RegressionTrainer
-from realuid_fast.train.teacher import TeacherTrainer
 
 from .helpers import random_network
 
@@ -107,7 +107,7 @@ def test_training_is_the_same_to_the_bit(changes):
         words = [word for word in changes if "=" in word]
         config = configured(*words, f"run.checkpoint_activations={wanted}")
         if changes == ["teacher"]:
-            trainer = TeacherTrainer(config, dataset)
+            trainer = trainers.teacher_trainer(config, dataset)
         else:
             cls = RegressionTrainer if config.distill.objective.name == "regression" else Distiller
             trainer = cls(config, dataset, teachers.Model(network(UNET), teachers.Description(UNET)))

@@ -15,10 +15,10 @@ from realuid_fast import choices, cli, data, networks
 from realuid_fast.bounds import Range
 from realuid_fast.cli import listing
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import train as jobs
 from realuid_fast.objectives import PRESETS, SiD
-from realuid_fast.train import config as configs
-from realuid_fast.train import jobs
-from realuid_fast.train.settings import Config, ObjectiveConfig
+from realuid_fast.settings import Config, ObjectiveConfig
 
 SHIPPED = [
     *choices.configs(),

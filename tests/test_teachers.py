@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from realuid_fast import data, paths, sampling, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import distiller
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 8, "depth": 1}
 POINTS = {"name": "eight_gaussians", "n": 200, "n_heldout": 50}
@@ -197,7 +196,7 @@ def test_any_module_is_a_teacher_and_its_student_is_read_again(tmp_path):
     content = {"data": {"name": "moons"}, "path": {"match": "x0", "sampler": "log-normal"}}
     content["distill"] = {"batch": 8, "updates": 2, "fake_turns": 1}
     held = data.load(content["data"])
-    trainer = Distiller(configs.from_mapping(content), held, model)
+    trainer = trainers.distiller(configs.from_mapping(content), held, model)
     for _ in range(2):
         trainer.update()
     file, z = tmp_path / "student.safetensors", torch.randn(3, 2)
@@ -235,7 +234,7 @@ def test_any_function_is_a_teacher(objective):
     rates = {"lr": 3e-3, "warmup": 10}
     content = {"data": POINTS, "distill": {"objective": {"name": objective}, "batch": 64, "updates": 400}}
     content["distill"] |= {"fake_turns": 2, "generator": rates, "fake": rates, "ema": [0.98], "export": 0.98}
-    trainer = distiller(configs.from_mapping(content))(configs.from_mapping(content), data.load(POINTS), model)
+    trainer = trainers.trainer("distill", configs.from_mapping(content), data.load(POINTS), model)
     assert trainer.teacher is model.function
     for _ in range(400):
         trainer.update()
@@ -249,9 +248,9 @@ def test_a_function_without_a_gradient_is_a_sentence():
     model = teachers.wrap(net, (2,), teacher=lambda t, x, y: function_of(t, x.detach(), y))
     content = {"data": POINTS, "distill": {"batch": 8, "fake_turns": 1, "objective": {"name": "uid"}}}
     with pytest.raises(UserError, match="the teacher gives no gradient in x_t, which UID needs"):
-        Distiller(configs.from_mapping(content), data.load(POINTS), model).update()
+        trainers.distiller(configs.from_mapping(content), data.load(POINTS), model).update()
     content["distill"]["objective"] = {"name": "dmd"}
-    Distiller(configs.from_mapping(content), data.load(POINTS), model).update()
+    trainers.distiller(configs.from_mapping(content), data.load(POINTS), model).update()
 
 
 def test_a_module_with_labels_is_wrapped_with_their_number():

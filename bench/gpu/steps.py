@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.optim import Optimiser
-from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.modes import WARM_UP, captures, compiles
 
@@ -150,7 +151,7 @@ def _trainer(
         rounded = torch.autocast(kind, torch.bfloat16, cache_enabled=False)
         return published, rounded if way.autocast else contextlib.nullcontext()
     changed = configs.merge(configs.to_mapping(replace(config, run=run)), {"distill": way.distill})
-    distiller = Distiller(configs.from_mapping(changed), dataset, teacher)
+    distiller = trainers.distiller(configs.from_mapping(changed), dataset, teacher)
     if dry:
         distiller.capture(device.recorder())
     return distiller, contextlib.nullcontext()

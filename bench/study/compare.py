@@ -27,14 +27,15 @@ from realuid_fast.cli.run import run
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.evaluate.table import sampler
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import free_cores
+from realuid_fast.pictures import convergence_plot
+from realuid_fast.settings import Config
 from realuid_fast.streams import guarded
 from realuid_fast.teachers import Model
-from realuid_fast.train import config as configs
 from realuid_fast.train.checkpoint import files as checkpoints_in
-from realuid_fast.train.jobs import free_cores
-from realuid_fast.train.logging import convergence_plot, read_csv
-from realuid_fast.train.loop import Interrupted, stopping
-from realuid_fast.train.settings import Config
+from realuid_fast.train.hooks import Interrupted, stopping
+from realuid_fast.train.logging import read_csv
 
 METHODS = {"UID": "uid", "RealUID": "realuid"}
 DISTANCES = ("distance", "distance_to_train", "distance_to_teacher")  # to the held-out data, the first

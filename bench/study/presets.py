@@ -21,11 +21,11 @@ from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.evaluate.table import sampler
-from realuid_fast.train import config as configs
-from realuid_fast.train.jobs import free_cores
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import free_cores
+from realuid_fast.settings import Config
+from realuid_fast.train.hooks import Interrupted
 from realuid_fast.train.logging import read_csv
-from realuid_fast.train.loop import Interrupted
-from realuid_fast.train.settings import Config
 
 from .. import machine
 from .compare import run_all

@@ -24,9 +24,9 @@ import torch
 
 from realuid_fast import data, teachers
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.jobs.train import train
 
 from .. import machine
 
@@ -50,7 +50,7 @@ def run(folder: Path, alpha: float, ratio: float, seed: int, updates: int, every
     changes += [f"distill.teacher={teacher}", f"distill.updates={updates}", f"run.seed={seed}"]
     config = configs.load("mixture", [*SETTINGS, *changes])
     dataset = data.load(config.data)
-    trainer = Distiller(config, dataset, teachers.load_teacher(teacher))
+    trainer = trainers.distiller(config, dataset, teachers.load_teacher(teacher))
     measure, noise = Measure(dataset), evaluation_noise(dataset.shape, samples)
     curve: Curve = []
     for update in range(1, updates + 1):

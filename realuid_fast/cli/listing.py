@@ -13,8 +13,8 @@ from typing import Any
 
 from .. import data, networks
 from ..extras import extra
-from ..train import config as configs
-from ..train.settings import Config
+from ..jobs import config as configs
+from ..settings import Config
 
 with extra():
     import yaml

@@ -19,13 +19,13 @@ from ..evaluate import fidelity
 from ..evaluate import table as evaluation
 from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import WARMING, Measure, class_by_class, generate
+from ..jobs import config as configs
+from ..jobs.train import usable_device
 from ..noise import NoiseStream, normal
 from ..pictures import picture, save_png
 from ..progress import bar, counting
 from ..sampling import evaluations, needs_endpoint
 from ..teachers import SHIPPED, Model
-from ..train import config as configs
-from ..train.jobs import usable_device
 from . import common
 
 # Defaults of ``evaluate``, plainly and with ``--published``: src/eval.py and train_distil.py of the

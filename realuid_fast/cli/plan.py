@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,35 +24,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import backends, choices, data, networks, teachers
 from ..data import Dataset, folders
 from ..errors import UserError
+from ..jobs import trainers
+from ..jobs.train import usable_device
+from ..jobs.trainers import network_for
+from ..networks import memory
 from ..networks.recompute import recompute
 from ..precision import Precision
 from ..sampling import arguments, evaluations, needs_endpoint, takes_endpoint
+from ..settings import REGRESSION, Config, OptimiserConfig
 from ..teachers import SHIPPED, Description, Model
-from ..train import distributed, memory, sharding
-from ..train.distill import Distiller
-from ..train.jobs import usable_device
-from ..train.regression import RegressionTrainer
-from ..train.settings import REGRESSION, Config, OptimiserConfig
-from ..train.teacher import TeacherTrainer, network_for
+from ..train import distributed, sharding
+from ..train.trainer import Trainer
+from . import timing
+from .timing import BOUND, Measured
 
 STEPS = choices.PLAN_STEPS
-BOUND = 120.0  # seconds that a measurement may take; a longer one is cut down
-LEAST = 3  # updates that a measurement times at least
 CPU = torch.device("cpu")
-Trainer = Distiller | TeacherTrainer | RegressionTrainer
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Updates that were timed: their number, batch and median seconds.
-
-    ``remark`` says how and why their number or batch differs from what was asked for.
-    """
-
-    updates: int
-    batch: int
-    seconds: float
-    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,7 +208,7 @@ def _endpoints_needed(config: Config, dataset: Dataset) -> bool:
 
 def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
     settings = config.teacher
-    counted = TeacherTrainer(_to_count(config, settings.batch), dataset)
+    counted = trainers.teacher_trainer(_to_count(config, settings.batch), dataset)
     pixels, batch, net = 4 * math.prod(dataset.shape), settings.batch, counted.net
     rows = batch // (ranks * config.run.accumulate)
     size = _count(net)
@@ -248,7 +232,7 @@ def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
 
 def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
     settings = config.distill
-    counted = Distiller(_to_count(config, settings.batch), dataset, model)
+    counted = trainers.distiller(_to_count(config, settings.batch), dataset, model)
     objective, turns, steps = counted.objective, counted.turns, counted.generator.steps
     size = _count(model.net)
     parameters = {"teacher": size, "generator": _count(counted.generator.net)}
@@ -314,7 +298,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
 
 def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
     settings = config.distill
-    counted = RegressionTrainer(_to_count(config, settings.batch), dataset, model)
+    counted = trainers.regression(_to_count(config, settings.batch), dataset, model)
     batch, part, net = settings.batch, settings.batch // (ranks * config.run.accumulate), counted.generator.net
     size = _count(net)
     with Precision(settings.generator_precision, CPU).networks():
@@ -451,99 +435,16 @@ def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | Non
     def trainer(batch: int) -> Trainer:
         sized = _with_batch(config, batch)
         if model is None:
-            return TeacherTrainer(sized, dataset)
+            return trainers.teacher_trainer(sized, dataset)
         # A trainer moves and changes the network that it is given, so each one gets its own.
         net = networks.build(model.description.network)
         net.load_state_dict(model.net.state_dict())
-        cls = RegressionTrainer if config.distill.objective.name == REGRESSION else Distiller
-        return cls(sized, dataset, Model(net.eval(), model.description))
+        return trainers.trainer("distill", sized, dataset, Model(net.eval(), model.description))
 
     try:
         with distributed.joined(device, alone=config.run.offload_teacher):
-            measured = _measure(plan, trainer, config, steps, bound)
+            measured = timing.measure(plan, trainer, config, steps, bound)
     except UserError as error:
         return replace(plan, unmeasured=str(error))
     hours = measured.seconds * plan.batch / measured.batch * plan.updates / 3600
-    return replace(plan, measured=measured, unmeasured="", hours=hours, device=_name(torch.device(device)))
-
-
-def _measure(plan: Plan, trainer: Callable[[int], Trainer], config: Config, steps: int, bound: float) -> Measured:
-    device, parts = torch.device(config.run.device), config.run.accumulate
-
-    def warmed(batch: int) -> Trainer:
-        made = trainer(batch)
-        for _ in range(1 if config.run.mode == "eager" else 4):
-            made.update()
-        return made
-
-    sizes = [plan.batch]
-    while sizes[-1] % (2 * parts) == 0:
-        sizes.append(sizes[-1] // 2)
-    free = memory.free_bytes(device)
-    growing = sum(size for name, size in plan.memory.items() if name.startswith(("activations", "batch")))
-    fixed = sum(plan.memory.values()) - growing
-    made: Trainer | None = None
-    batch, taken, why = 0, 0.0, "the batch does not fit into the free memory"
-
-    def fits(size: int) -> bool:
-        return free is None or fixed + growing * size / plan.batch <= free
-
-    def tried(size: int) -> Trainer | None:
-        # A trainer is part of reference cycles. Its memory is not free before the garbage collector has run.
-        gc.collect()
-        try:
-            return warmed(size)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_exhausted(error):
-                raise
-            return None
-
-    if device.type == "cuda":
-        # On a GPU every batch size is compiled and captured again, which takes minutes. So try the largest that should
-        # fit first.
-        for size in [size for size in sizes if fits(size)] or sizes[-1:]:
-            made = tried(size)
-            if made is not None:
-                batch, taken = size, _timed(made, device)
-                break
-    else:
-        # On a CPU go from the smallest batch up, as long as the next one's updates should end in time.
-        for size in reversed(sizes):
-            if batch and not fits(size):
-                break
-            if batch and 2 * taken * steps > bound:
-                why = f"{steps} updates of a larger batch would take longer than {bound:g} s"
-                break
-            made = None
-            made = tried(size)
-            if made is None:
-                if batch:
-                    made = warmed(batch)
-                break
-            batch, taken = size, _timed(made, device)
-    if made is None:
-        raise UserError(f"updates of batch {sizes[-1]} do not fit into the memory of {device}")
-    done = max(min(steps, int(bound / taken)), min(steps, LEAST))
-    seconds = median(_timed(made, device) for _ in range(done))
-    remarks = [f"in place of {plan.batch}: {why}; its time is taken to be {plan.batch / batch:g} times as long"]
-    remarks = remarks if batch < plan.batch else []
-    if done < steps:
-        remarks.append(f"{done} updates in place of {steps}: more would take longer than {bound:g} s")
-    return Measured(done, batch, seconds, "; ".join(remarks))
-
-
-def _timed(trainer: Trainer, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    trainer.update()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    return replace(plan, measured=measured, unmeasured="", hours=hours, device=timing.name(torch.device(device)))

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError
+from ..networks.memory import is_exhausted
 from ..ops import extension
 from ..train import distributed
-from ..train.loop import Interrupted
-from ..train.memory import is_exhausted
+from ..train.hooks import Interrupted
 from .parser import WHOLE
 
 Command = Callable[[argparse.Namespace], None]

@@ -15,10 +15,10 @@ from .. import __version__, backends, choices, precision
 from ..data import packing
 from ..data.stored import verify
 from ..errors import UserError
+from ..jobs import config as configs
+from ..jobs.train import free_cores
 from ..ops import extension
-from ..train import config as configs
 from ..train import modes
-from ..train.jobs import free_cores
 from . import common, listing
 from .parser import BENCHMARKS
 

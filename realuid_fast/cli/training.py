@@ -13,13 +13,13 @@ from ..errors import UserError
 from ..evaluate import table as evaluation
 from ..evaluate.measure import evaluation_noise, generate
 from ..files import replacing
+from ..jobs import config as configs
+from ..jobs import train as jobs
+from ..jobs.train import free_cores, resolve
 from ..pictures import picture, save_png
 from ..teachers import Model
-from ..train import config as configs
-from ..train import distributed, jobs
-from ..train.jobs import free_cores, resolve
-from ..train.logging import read_csv
-from ..train.loop import plot_distances
+from ..train import distributed
+from ..train.logging import plot_distances, read_csv
 from ..train.teacher import SAMPLING_STEPS
 from . import common, plan
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from ..errors import NotWritten, UserError
 from ..files import is_own, remove, replacing, sync
 from ..optim import is_sharded
 from . import distributed
+from .sharding import Damaged, OwnRows, Shards, joined, split
 
 FORMAT = 3
 SHARDED = 4  # a checkpoint whose sharded tensors are in files beside it
@@ -74,7 +75,7 @@ class Checkpoints:
         return not self.files() and bool(_named(self.folder, _DAMAGED))
 
     def save(self, step: int, state: dict[str, Any], first: Callable[[], object] | None = None) -> Path:
-        """Write ``state`` (tensors and plain values) and torch's own generator states as the checkpoint of ``step``.
+        """Write ``state`` (tensors and plain values) as the checkpoint of ``step``.
 
         ``first`` is called before anything is written, to bring to disk what the checkpoint relies on, such as logs.
 
@@ -94,8 +95,7 @@ class Checkpoints:
             UserError: an earlier checkpoint could not be written.
         """
         self.wait()
-        content = {"format": FORMAT, "run": self.identity, "torch_rng": _generator_states(), **state}
-        content, ready = _snapshot(content)
+        content, ready = _snapshot({"format": FORMAT, "run": self.identity, **state})
         self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._pending = self._thread.submit(self._write, step, content, ready, first)
 
@@ -119,7 +119,7 @@ class Checkpoints:
             self._thread = None
 
     def load(self, verify: bool = True) -> dict[str, Any]:
-        """The newest sound checkpoint; also restores torch's own generator states. No code in a file is executed.
+        """The newest sound checkpoint. No code in a file is executed.
 
         A damaged checkpoint is renamed to ``*.damaged`` with a warning, and the one before it is taken. Sharded tensors
         come as :class:`Rows`. Without ``verify`` the checksums of their files are not computed: rank 0 has done it.
@@ -136,7 +136,6 @@ class Checkpoints:
                         f"{file} is a checkpoint of another run ({run!s:.32}; this run is {self.identity}): move it "
                         "out of the folder"
                     )
-                _set_generator_states(content.pop("torch_rng", {}))
             except Damaged as damage:
                 aside = _set_aside(file)
                 warnings.warn(f"{file} is damaged ({damage}): set aside as {aside.name}", stacklevel=2)
@@ -195,7 +194,7 @@ class Checkpoints:
         A shard's name is its checksum. So a step that is saved a second time overwrites no shard that the first
         checkpoint needs.
         """
-        rest, rows = _split(content)
+        rest, rows = split(content)
         said: tuple[str, str]
         try:
             with _sentences(f"the checkpoint {file}"):
@@ -241,68 +240,6 @@ def _named(folder: Path, *patterns: re.Pattern[str]) -> list[Path]:
     return [file for file in folder.iterdir() if any(pattern.fullmatch(file.name) for pattern in patterns)]
 
 
-class Damaged(Exception):
-    """A checkpoint whose content is not what was written."""
-
-
-class Rows:
-    """A saved tensor whose rows are spread over several files. Indexing it with a slice reads those rows.
-
-    Attributes:
-        shape: the shape of the whole tensor.
-    """
-
-    def __init__(self, shape: tuple[int, ...], files: _Shards, keys: tuple[Any, ...]) -> None:
-        self.shape, self._files, self._keys = shape, files, keys
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        first, end, _ = rows.indices(self.shape[0])
-        parts: list[Tensor] = []
-        for i in range(len(self._files)):
-            there = rows_of(self.shape[0], i, len(self._files))
-            if not parts or max(first, there.start) < min(end, there.stop):
-                part = self._files.tensor(i, self._keys)
-                if tuple(part.shape) != (there.stop - there.start, *self.shape[1:]):
-                    raise UserError(f"{self._files.names[i]} has rows of another shape than its checkpoint says")
-                parts.append(part[max(first - there.start, 0) : max(end - there.start, 0)])
-        return torch.cat(parts)
-
-
-class _Shards:
-    """The files of a sharded checkpoint. A file is opened with its first tensor, and only the pages used are read."""
-
-    def __init__(self, folder: Path, names: list[str]) -> None:
-        self.names, self._folder = names, folder
-        self._opened: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def tensor(self, i: int, keys: tuple[Any, ...]) -> Tensor:
-        if i not in self._opened:
-            file = self._folder / self.names[i]
-            try:
-                self._opened[i] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except MemoryError:
-                raise
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-            except Exception as error:
-                raise UserError(f"{file} cannot be read: {type(error).__name__}") from None
-        found = self._opened[i]
-        for key in keys:
-            found = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(found, Tensor):
-            raise UserError(f"{self.names[i]} has no rows of {'.'.join(map(str, keys))}")
-        return found
-
-
-def rows_of(length: int, rank: int, size: int) -> slice:
-    """The rows that ``rank`` of ``size`` ranks holds of ``length``: FSDP2 cuts tensors as ``torch.chunk`` does."""
-    most = -(-length // size)
-    return slice(min(rank * most, length), min((rank + 1) * most, length))
-
-
 def read(file: Path, verify: bool = True) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, once its checksum has been verified. No code in it is executed.
 
@@ -334,7 +271,7 @@ def read(file: Path, verify: bool = True) -> dict[str, Any]:
             raise Damaged(f"{name}: {damage}") from None
         except OSError as error:
             raise UserError(f"{file.parent / name} cannot be read: {error.strerror or error}") from None
-    return _joined(content, _Shards(file.parent, names))
+    return joined(content, Shards(file.parent, names))
 
 
 def _read_verified(file: Path) -> Any:
@@ -359,43 +296,6 @@ def _opened(file: Path) -> BinaryIO:
     if file.exists() and not file.is_file():
         raise Damaged("it is not a regular file")
     return file.open("rb")
-
-
-# The key of the entry that stands for a sharded tensor in a checkpoint; the entry's value is the tensor's shape.
-ELSEWHERE = "rows in the shards, of a tensor of shape"
-
-
-def _split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """A state without its sharded tensors, and this rank's rows of them under the same keys."""
-    rest: dict[Any, Any] = {}
-    rows: dict[Any, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, _OwnRows):
-            rest[key], rows[key] = {ELSEWHERE: list(value.shape)}, value.rows
-        elif isinstance(value, dict):
-            rest[key], inner = _split(value)
-            if inner:
-                rows[key] = inner
-        else:
-            rest[key] = value
-    return rest, rows
-
-
-def _joined(tree: dict[Any, Any], files: _Shards, keys: tuple[Any, ...] = ()) -> dict[Any, Any]:
-    """The inverse of :func:`_split`, for the rows of all ranks. None of the rows are read yet."""
-    joined: dict[Any, Any] = {}
-    for key, value in tree.items():
-        inside = (*keys, key)
-        if not isinstance(value, dict):
-            joined[key] = value
-        elif ELSEWHERE in value:
-            shape = value[ELSEWHERE]
-            if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
-                raise Damaged("it does not say how large a tensor is")
-            joined[key] = Rows(tuple(shape), files, inside)
-        else:
-            joined[key] = _joined(value, files, inside)
-    return joined
 
 
 def _verify(stream: BinaryIO) -> bytes:
@@ -487,13 +387,6 @@ def _renamed(file: Path) -> Path:
     return aside
 
 
-class _OwnRows(NamedTuple):
-    """This rank's rows of a sharded tensor, and the shape of the whole tensor."""
-
-    shape: tuple[int, ...]
-    rows: Tensor
-
-
 def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
     """A copy of the state in host memory, and the CUDA event after which it is complete; None if it is complete now.
 
@@ -507,7 +400,7 @@ def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event |
         if isinstance(value, Tensor):
             value = value.detach()
             if is_sharded(value):
-                return _OwnRows(tuple(value.shape), copy(value.to_local()))
+                return OwnRows(tuple(value.shape), copy(value.to_local()))
             if value.device.type != "cuda":
                 return value.to("cpu", copy=True)
             on_device = True
@@ -522,20 +415,3 @@ def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event |
     ready = torch.cuda.Event()
     ready.record()
     return copied, ready
-
-
-def _generator_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_generator_states(states: dict[str, Tensor]) -> None:
-    try:
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-    except Exception:
-        # Something else in the place of the states can make torch raise any kind of exception.
-        raise Damaged("it lacks torch's generator states") from None

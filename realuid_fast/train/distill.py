@@ -3,225 +3,171 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
-from .. import precision
+from .. import losses, precision
 from ..data import Dataset
 from ..errors import UserError
+from ..functional import GeneratorGrads
 from ..generator import Generator, frozen_view
-from ..networks import build
-from ..networks.recompute import recompute
-from ..noise import NoiseStream, normal
-from ..objectives import divergence_weight
+from ..interpolant import Interpolant
+from ..matching import Matching
+from ..networks.discriminator import Gan, Judged, softplus_term
+from ..noise import normal
+from ..objectives import Objective, divergence_weight
 from ..optim import Optimiser
-from ..paths import COLUMNS, OneSidedPath
+from ..paths import COLUMNS
 from ..precision import Precision
-from ..sampling import arguments, both, null_labels
-from ..teachers import Description, Model
-from . import distributed, modes, sharding
-from .batches import Batches, endpoints_to_draw, labels_to_draw, picked
-from .discriminator import Judged, softplus_term
-from .meters import Meters
+from ..sampling import arguments, both
+from ..teachers import Description
+from . import modes, sharding
+from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .modes import Captured, CudaRecorder, Recorder, Turn
-from .phases import Phases
-from .settings import Config
-from .start import student_of
+from .trainer import Setup, Stateful, Trainer
 from .tripwires import Tripwires
 
-WEIGHT = COLUMNS.index("w")
+A, WEIGHT = COLUMNS.index("a"), COLUMNS.index("w")
+TURNS = ("fake", "generator", "teacher")  # where networks may compute in a precision of their own
 
 
-class Distiller:
+class Distiller(Trainer):
     """Trains the fake model and the generator against a frozen teacher, update by update.
 
     An update is ``fake_turns`` steps of the fake model and one of the generator. The generator does not change before
-    its own step, so its samples for all fake turns come from one forward without gradient. Nothing here reads a tensor
-    on the host: losses stay on the device until :attr:`meters` are read.
+    its own step, so its samples for all fake turns come from one forward without gradient.
 
     An update is three turns in the sense of :mod:`.modes`: making samples, one fake turn ``fake_turns`` times, and the
-    generator's. Every turn reads and writes tensors at fixed addresses, so ``run.mode`` can run it call by call or
+    generator's. Every turn reads and writes tensors at fixed addresses, so ``setup.mode`` can run it call by call or
     replay it as a graph. The mode changes no number beyond rounding, with one exception: torch.compile draws dropout
     masks its own way. Real samples come from the host and are copied to the device between turns.
 
+    Args:
+        teacher: the frozen teacher, called as ``teacher(t, x, labels)`` as the path and its prediction say.
+        fake: the fake model, or a :class:`~realuid_fast.networks.discriminator.Judged` one; trained in place.
+        generator: the generator, trained in place.
+        matching: the path, the networks' prediction, the match space and the weight.
+        objective: the loss of both turns, one of :data:`realuid_fast.objectives.PRESETS`.
+        dataset: the real samples, their labels and endpoints.
+        fake_optimiser, generator_optimiser: the optimisers of ``fake`` and of ``generator.net``.
+        setup: batch, updates, seed and mode.
+        fake_turns: steps of the fake model in an update.
+        guidance: the scale of the teacher's classifier-free guidance; 1 for none.
+        labels: ``"drawn"`` from the training set, or those of the real ``"batch"`` in the same row.
+        gan: the weights of a discriminator's terms, for a judged fake model.
+        divergence: the f-divergence that is descended, one of :data:`realuid_fast.objectives.DIVERGENCES`.
+        precisions: the networks' arithmetic in the turns ``"fake"`` and ``"generator"``, one of
+            :data:`realuid_fast.precision.PRECISIONS`, float32 by default; ``"teacher"``: ``"bf16"`` for a teacher whose
+            weights are stored so.
+        export: the decay of the generator's average that is sampled and saved, 0 for the last weights.
+        description: the description of the exported student.
+
     Raises:
-        UserError: the teacher does not fit the path or the data, or the device lacks the mode or a precision.
+        UserError: arguments that do not go together.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, teacher: Model, command: str = "") -> None:
-        settings, seed = config.distill, config.run.seed
-        described = teacher.description
-        self.interpolant = config.path.build(described)
-        self.path, self._predict = self.interpolant.path, self.interpolant.predict
-        sample = described.network.get("dim", described.network.get("shape"))
-        if sample is not None and tuple(sample) != dataset.shape:
-            raise UserError(
-                f"the teacher makes samples of shape {tuple(sample)}, data set '{dataset.name}' has {dataset.shape}"
-            )
-        self.objective = settings.objective.build()
-        self.device = torch.device(config.run.device)
-        self.mode = config.run.mode
-        self._fake_precision = Precision(settings.fake_precision, self.device)
-        self._generator_precision = Precision(settings.generator_precision, self.device)
-        self._teacher_precision = Precision(settings.teacher_precision, self.device)
-        self._precisions = {
-            "fake": self._fake_precision,
-            "generator": self._generator_precision,
-            "teacher": self._teacher_precision,
-        }
-        self._check_device()
-        # Rows in one forward pass. An update of a network uses `parts` such passes on each rank.
-        self.parts = config.run.accumulate
-        self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
-        self.turns, self.updates = settings.fake_turns * self.objective.needs_fake, settings.updates
-        self.step, self._whole = 0, True
-        self._reads_x_t = self.path.reads_x_t(self.interpolant.match, self._predict)
-        images = len(dataset.shape) == 3
-        self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
-
-        net = teacher.net
-        self.sharded = config.run.shard and distributed.size() > 1
-        if not self.sharded:
-            net = net.to(self.device)
-            if images:
-                net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self.guidance = settings.guidance
-        if self.guidance != 1.0:
-            null_labels(net, torch.zeros(0, dtype=torch.int64))
-        if config.run.checkpoint_activations:
-            recompute(net)
-        trained = copy.deepcopy(net).train().requires_grad_(True)
-        if settings.dropout is not None:
-            for module in trained.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = settings.dropout
-        self.fake = copy.deepcopy(trained)
-        if settings.fake_start == "fresh":
-            self.fake.load_state_dict(_untrained(described, seed))
-        self.gan = settings.gan if settings.gan.weight_fake else None
-        if self.gan is not None and not self.objective.needs_fake:
-            raise UserError(f"distill.gan judges by the fake model, and {self.objective.name} has none")
-        self._divergence = None if settings.divergence == "reverse-kl" else settings.divergence
-        if self._divergence is not None and self.objective.flows != "x":
-            raise UserError(
-                f"distill.divergence {self._divergence} needs an objective whose gradient flows through the samples "
-                f"alone, such as dmd, not {self.objective.name}"
-            )
+    def __init__(
+        self,
+        teacher: nn.Module,
+        fake: nn.Module,
+        generator: Generator,
+        matching: Matching,
+        objective: Objective,
+        dataset: Dataset,
+        fake_optimiser: Optimiser,
+        generator_optimiser: Optimiser,
+        setup: Setup,
+        *,
+        fake_turns: int = 5,
+        guidance: float = 1.0,
+        labels: str = "drawn",
+        gan: Gan | None = None,
+        divergence: str = "reverse-kl",
+        precisions: Mapping[str, str] = MappingProxyType({}),
+        export: float = 0.0,
+        description: Description | None = None,
+    ) -> None:
+        self.turns = fake_turns * objective.needs_fake
+        names = ["generator loss", "generator gradient", "gap", *Tripwires.names]
+        if self.turns:
+            names = ["fake loss", names[0], "fake gradient", *names[1:]]
+        if gan is not None:
+            names += ["discriminator loss", "adversarial loss"]
+        description = description or Description({}, "student", predict=matching.predict, t_start=generator.t_start)
+        optimisers = {"fake": fake_optimiser, "generator": generator_optimiser}
+        super().__init__(
+            generator.net, matching, dataset, setup, optimisers, names, export, generator_optimiser, description
+        )  # fmt: skip
+        self.teacher, self.generator, self.objective = teacher, generator, objective
         # The fake model with the discriminator's head, where there is one.
-        self.judged = self.fake if self.gan is None else Judged(self.fake, dataset.shape, seed)
-        sampling = (settings.t_start, self.path, self._predict, settings.times)
-        self.generator = Generator(trained, *sampling)
-        if settings.start:
-            student = student_of(settings.start, settings.start_decay, described, self.generator.t_start)
-            self.generator.net.load_state_dict(student.state_dict())
-        if self.sharded:
-            sharding.shard(self.fake, self.device)
-            # A generator keeps its own tables on the device that its network was on when the generator was built.
-            self.generator = Generator(sharding.shard(self.generator.net, self.device), *sampling)
-        self.teacher = self._frozen_teacher(net, config) if teacher.function is None else teacher.function
-        generator, fake = settings.generator, settings.fake
-        self.generator_optimiser = Optimiser(
-            self.generator.net,
-            **vars(generator),
-            ema_decays=settings.ema,
-            total=self.updates,
-            ema_warmup=not settings.start if settings.ema_warmup is None else settings.ema_warmup,
-        )
-        self.fake_optimiser = Optimiser(self.judged, **vars(fake), total=self.updates * max(self.turns, 1))
-        for optimiser in self.optimisers.values():
-            distributed.average(optimiser, self.parts, self.sharded)
+        self.judged, self.fake = fake, fake.net if isinstance(fake, Judged) else fake
+        self.generator_optimiser, self.fake_optimiser = generator_optimiser, fake_optimiser
+        self.guidance, self.gan = guidance, gan
+        _check(objective, fake, gan, divergence)
+        self._divergence = None if divergence == "reverse-kl" else divergence
+        self.precisions = {turn: Precision(precisions.get(turn, "float32"), self.device) for turn in TURNS}
+        fp16 = self.precisions["generator"].name == "fp16"
+        self._seed_scale = precision.seed_scale(self.batch) if fp16 else 1.0
         # Views come after the optimisers, which may move the parameters into one buffer.
         self.frozen_fake: Any = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
-        average = self.generator_optimiser.ema.get(settings.export)
-        exported, self._exporting = sharding.exported(self.generator.net, average, self.sharded)
-        self.student = Generator(exported, *sampling)
-
-        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
-        self.takes_real = self.objective.needs_real or self.gan is not None
-        self._labels_of_batch = settings.labels == "batch"
-        needs_batches = self.takes_real or self._labels_of_batch
-        self.batches = Batches(dataset, self.batch, 2 * seed, self.device, self.draws) if needs_batches else None
+        self.student = Generator(self._exported, generator.t_start, self.path, matching.predict, generator.times)
+        self.takes_real = objective.needs_real or gan is not None
+        self._labels_of_batch = labels == "batch"
+        self.batches: Batches | None = None
+        if self.takes_real or self._labels_of_batch:
+            self.batches = Batches(dataset, self.batch, 2 * setup.seed, self.device, self.draws)
         self._ahead: deque[tuple[Tensor, Tensor | None, Tensor | None]] = deque()
-        self.labels = labels_to_draw(net, dataset, self.device)
-        self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
+        self.labels = labels_to_draw(self.fake, dataset, self.device)
+        self.endpoints = endpoints_to_draw(self.fake, self.path, dataset, self.device)
         if self._labels_of_batch and self.labels is not None and self.endpoints is not None:
-            raise UserError("distill.labels batch is for generators without an endpoint, which goes with the label")
-        self._on_path = not isinstance(self.path, OneSidedPath)
-        self.noise = NoiseStream(distributed.seed(seed), self.device)
-        self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
+            raise UserError("labels batch is for generators without an endpoint, which goes with the label")
+        self.tripwires = Tripwires(dataset, self.batch, self.device)
+        owners: dict[str, Stateful | None] = {"generator": generator.net, "fake": self.fake, "batches": self.batches}
+        owners |= {"generator_optimiser": generator_optimiser, "fake_optimiser": fake_optimiser}
+        owners["head"] = fake.head if isinstance(fake, Judged) else None
+        self.kept = {name: owner for name, owner in owners.items() if owner is not None}
+        self._make_buffers(dataset.shape)
+        self._run_generator, self._run_fake = self._compiled(generator), self._compiled(self.judged)
+        self._run_teacher, self._run_frozen_fake = self._compiled(teacher), self._compiled(self.frozen_fake)
+        self._whole = True
+        self._generate: Turn = self._generate_rows
+        self._fake_step: Turn = self._fake_step_plain
+        self._generator_step: Turn = self._generator_step_plain
+        if modes.captures(self.mode):
+            self.capture()
+
+    def _make_buffers(self, shape: tuple[int, ...]) -> None:
+        """Tensors at fixed addresses, through which the turns are given their samples and labels."""
         self._rows_made = self.turns * self.parts * self.batch
-        self._like_cycle = self._laid_out(torch.empty(self._rows_made, *dataset.shape, device=self.device))
+        self._like_cycle = self._laid_out(torch.empty(self._rows_made, *shape, device=self.device))
         # The input of a fake turn: generated rows and, below them, real ones, with their labels and endpoints.
         self._n_real = self.batch if self.takes_real else 0
         rows = self.batch + self._n_real
-        self._rows = self._laid_out(torch.empty(rows, *dataset.shape, device=self.device))
+        self._rows = self._laid_out(torch.empty(rows, *shape, device=self.device))
         self._row_labels = None if self.labels is None else self.labels.new_zeros(rows)
         self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
-        # Rows that enter the fake loss. Real rows that serve the discriminator alone do not.
-        self._own_rows = rows if self.objective.needs_real else self.batch
         self._signs = torch.ones(rows, device=self.device)
         self._signs[self.batch :] = -1
         # Labels from the batches read ahead, for the samples of all fake turns and of the generator turn.
         given = self.labels if self._labels_of_batch else None
         self._given_cycle = None if given is None else given.new_zeros(self._rows_made)
         self._given_turn = None if given is None else given.new_zeros(self.batch)
-        self._seed_scale = precision.seed_scale(self.batch) if settings.generator_precision == "fp16" else 1.0
-        self.tripwires = Tripwires(dataset, self.batch, self.device)
-        names = ["generator loss", "generator gradient", "gap", *Tripwires.names]
-        if self.turns:
-            names = ["fake loss", names[0], "fake gradient", *names[1:]]
-        if self.gan is not None:
-            names += ["discriminator loss", "adversarial loss"]
-        self.meters = Meters(names, self.device)
-        self.phases = Phases(config.run.timings, self.device)
-        compiled: Callable[[Any], Callable[..., Any]] = modes.compiled if modes.compiles(self.mode) else lambda net: net
-        self._run_generator, self._run_fake = compiled(self.generator), compiled(self.judged)
-        self._run_teacher, self._run_frozen_fake = compiled(self.teacher), compiled(self.frozen_fake)
-        self._generate: Turn = self._generate_rows
-        self._fake_step: Turn = self._fake_step_plain
-        self._generator_step: Turn = self._generator_step_plain
-        if modes.captures(self.mode):
-            self.capture()
-        self.description = Description(
-            network=described.network,
-            role="student",
-            path=described.path,
-            path_settings=described.path_settings,
-            predict=described.predict,
-            data=dataset.config,
-            preprocessing=dataset.preprocessing,
-            command=command,
-            t_start=self.generator.t_start,
-            times=self.generator.times,
-            teacher=settings.teacher,
-            decay=settings.export,
-        )
-
-    @property
-    def network(self) -> nn.Module:
-        """The network in training, for its shape and classes."""
-        return self.generator.net
 
     @property
     def images_per_update(self) -> int:
-        """Training samples, generated or real, that one update's losses are evaluated on."""
         rows = 2 if self.takes_real else 1
         return self.parts * self.batch * (self.turns * rows + 1)
 
     @property
-    def rows(self) -> int:
-        """Most forward passes per sample of the batch whose activations one turn holds at once."""
+    def passes(self) -> int:
         return max(2 if self.takes_real else 1, 3 if self.objective.flows == "all" else 1)
-
-    @property
-    def optimisers(self) -> dict[str, Optimiser]:
-        return {"fake": self.fake_optimiser, "generator": self.generator_optimiser}
 
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
@@ -276,44 +222,40 @@ class Distiller:
 
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
-        with self.phases("generate"), torch.no_grad(), self._fake_precision.turn():
-            y, ends = self._draw_conditions(self._rows_made, self._given_cycle)
+        with self.phases("generate"), torch.no_grad(), self.precisions["fake"].turn():
+            y, ends = self._given_or_drawn(self._rows_made, self._given_cycle)
             z = normal(self.noise.next_key(), self._like_cycle)
-            with self._fake_precision.networks():
+            with self.precisions["fake"].networks():
                 x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
             made = {"x": self._float(x), "labels": y, "endpoint": ends}
             return {name: rows for name, rows in made.items() if rows is not None}
 
     def _fake_step_plain(self) -> dict[str, Tensor]:
         """The fake turn on :attr:`_rows`."""
-        x, y, ends = self._rows, self._row_labels, self._row_ends
-        on_path = ends if self._on_path else None
-        with self._fake_precision.turn():
+        y, ends, networks = self._row_labels, self._row_ends, self.precisions["fake"].networks
+        with self.precisions["fake"].turn():
             with self.phases("interpolate"):
-                t, coef = self._draw_times()
+                t, coef = self._times()
                 if self._n_real:
                     t, coef = t.repeat(2), coef.repeat(2, 1)
-                key = self.noise.next_key()
-                x_t = rf.interpolate(x, coef, key, on_path, noise_rows=self.batch)
-                seen = self._seen(t, x_t, y, ends)
-            with self.phases("fake forward"), self._fake_precision.networks():
+                draw = self._interpolant(self._rows, self.noise.next_key(), t, coef, ends, self._n_real)
+                seen = self._seen(draw, y, ends)
+            with self.phases("fake forward"), networks():
                 out, logits = self._ask_fake(self._run_fake, seen)
-            own = slice(self._own_rows)
+            # Real rows that serve the discriminator alone do not enter the fake model's own loss.
+            rows = slice(None) if self.objective.needs_real else slice(self.batch)
+            own = draw if self.objective.needs_real else draw.generated()
             teacher_out = uncond = None
             if self.objective.needs_teacher:
-                with self.phases("teacher forward"), torch.no_grad(), self._fake_precision.networks():
-                    teacher_out, uncond = self._ask_teacher(_rows_of(own, *seen))
+                asked = tuple(None if tensor is None else tensor[rows] for tensor in seen)
+                with self.phases("teacher forward"), torch.no_grad(), networks():
+                    teacher_out, uncond = self._ask_teacher(asked)
             with self.phases("fake loss"):
-                at = x_t if self._reads_x_t else None
-                out_own, x, at, coef_own, on_path = _rows_of(own, out.detach(), x, at, coef, on_path)
-                n_real = self._own_rows - self.batch
-                grads = rf.fake_grads(
-                    self.objective, fake_out=out_own, x=x, x_t=at, coef=coef_own, noise=key, n_real=n_real,
-                    teacher_out=teacher_out, endpoint=on_path, noise_rows=self.batch, teacher_uncond=uncond,
+                grads = losses.fake_grads(
+                    self.objective, own, out.detach()[rows], teacher_out=teacher_out, teacher_uncond=uncond,
                     guidance=self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
-                watched, seeds = {"fake loss": grads.loss}, [grads.fake_out]
-                outs = [out if self._own_rows == len(out) else out[own]]
+                watched, outs, seeds = {"fake loss": grads.loss}, [out[rows]], [grads.fake_out]
                 if self.gan is not None and logits is not None:
                     loss, seed = softplus_term(logits, self._signs, coef, self.gan.least_share, self.batch)
                     watched["discriminator loss"] = loss
@@ -328,12 +270,7 @@ class Distiller:
 
     def _advance(self, name: str) -> dict[str, Tensor]:
         """Step the optimiser once the last part of a batch has added its gradients; the gradient's norm then."""
-        if not self._whole:
-            return {}
-        with self.phases(f"{name} optimiser"):
-            self.optimisers[name].step()
-            self.optimisers[name].zero_grad()
-        return {f"{name} gradient": self.optimisers[name].norm}
+        return {f"{name} gradient": self._optimise(name, f"{name} optimiser")} if self._whole else {}
 
     def generator_backward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the generator loss' gradient to the generator's parameters; the loss ``()``, the gap and the tripwires.
@@ -343,70 +280,38 @@ class Distiller:
         two, which enters as the loss' weight and is divided out in float32. The gap is ``||F - F*|| / ||F*||`` of the
         networks' outputs over the batch; one over the gap is the factor by which their rounding is amplified.
         """
-        with self._generator_precision.turn():
+        with self.precisions["generator"].turn():
             with self.phases("generator forward"):
-                y, ends = self._draw_conditions(self.batch, self._given_turn)
-                on_path = ends if self._on_path else None
+                y, ends = self._given_or_drawn(self.batch, self._given_turn)
                 z = normal(self.noise.next_key(), self._like)
-                with self._generator_precision.networks():
+                with self.precisions["generator"].networks():
                     x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
                 x = self._float(x)
             with self.phases("interpolate"):
-                t, coef = self._draw_times()
+                t, coef = self._times()
                 if self._seed_scale != 1.0:
                     coef[:, WEIGHT] *= self._seed_scale
-                key = self.noise.next_key()
-                x_t = rf.interpolate(x.detach(), coef, key, on_path).requires_grad_()
-            # If the gradient flows through x alone, neither teacher nor fake model needs a backward pass.
-            backward = self.objective.flows == "all"
-            adversarial = self.gan is not None and self.gan.weight_generator > 0
-            with self.phases("frozen forward"), self._generator_precision.networks():
-                logits = None
-                with torch.set_grad_enabled(backward or adversarial):
-                    seen = self._seen(t, x_t, y, ends)
-                    at = x_t.detach() if self._reads_x_t else None
-                    if self.turns:
-                        fake_out, logits = self._ask_fake(self._run_frozen_fake, seen)
-                    else:
-                        fake_out = rf.sample_output(x, at, coef)
-                with torch.set_grad_enabled(backward):
-                    teacher_out, uncond = self._ask_teacher(seen)
-                if backward and not teacher_out.requires_grad:
-                    raise UserError(
-                        f"the teacher gives no gradient in x_t, which {self.objective.name} needs: use an objective "
-                        "that flows through the samples alone, such as dmd, or a teacher that autograd goes through"
-                    )
+                draw = self._interpolant(x.detach(), self.noise.next_key(), t, coef, ends)
+                x_t = draw.x_t.requires_grad_()
+            fake_out, logits, teacher_out, uncond = self._ask_frozen(draw, x, y, ends)
             with self.phases("generator loss"), torch.no_grad():
-                weighed = coef
-                if self._divergence is not None and logits is not None:
-                    weighed = coef.clone()
-                    weighed[:, WEIGHT] *= divergence_weight(self._divergence, logits.mean(1))
-                grads = rf.generator_grads(
-                    self.objective, teacher_out=teacher_out.detach(), fake_out=fake_out.detach(), x=x.detach(), x_t=at,
-                    coef=weighed, noise=key, endpoint=on_path, guidance=self.guidance,
-                    teacher_uncond=None if uncond is None else uncond.detach(),
+                draw = replace(draw, x_t=x_t.detach())
+                grads = losses.generator_grads(
+                    self.objective, self._weighed(draw, logits), teacher_out.detach(), fake_out.detach(),
+                    teacher_uncond=None if uncond is None else uncond.detach(), guidance=self.guidance,
                 )  # fmt: skip
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
                 gap = torch.linalg.vector_norm(fake_out - asked) / torch.linalg.vector_norm(asked)
-                wires = self.tripwires(asked.detach(), fake_out.detach(), x.detach(), at, coef, key, on_path)
+                wires = self.tripwires(asked.detach(), fake_out.detach(), draw)
                 watched = {"gap": gap, Tripwires.names[0]: wires}
-            g_x, outs, seeds = grads.x, [], []
-            if grads.teacher_out is not None:
-                outs, seeds = [teacher_out, fake_out], [grads.teacher_out, grads.fake_out]
-                if uncond is not None:
-                    outs, seeds = [*outs, uncond], [*seeds, grads.teacher_uncond]
+            judged = None
             if self.gan is not None and logits is not None:
                 # The signs of real rows: the generator wants its rows to be judged real.
                 loss, seed = softplus_term(logits, self._signs[-self.batch :], coef, self.gan.least_share, self.batch)
                 watched["adversarial loss"] = loss
-                if adversarial:
-                    outs, seeds = [*outs, logits], [*seeds, self.gan.weight_generator * self._seed_scale * seed]
-            if outs:
-                with self.phases("frozen backward"):
-                    (g_x_t,) = torch.autograd.grad(outs, x_t, seeds)
-                    if grads.x_t is not None:
-                        g_x_t = g_x_t + grads.x_t
-                    g_x = torch.addcmul(g_x, coef[:, 0].view(-1, *[1] * (x.dim() - 1)), g_x_t)
+                if self.gan.weight_generator > 0:
+                    judged = self.gan.weight_generator * self._seed_scale * seed
+            g_x = self._through_networks(grads, draw, x_t, (teacher_out, fake_out, uncond, logits), judged)
             with self.phases("generator backward"):
                 x.backward(g_x)
                 if self._seed_scale == 1.0:
@@ -415,14 +320,68 @@ class Distiller:
                     self.generator_optimiser.scale_grads(1 / self._seed_scale)
                 return grads.loss / self._seed_scale, watched
 
+    def _ask_frozen(
+        self, draw: Interpolant, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The frozen networks at ``x_t``: the fake model's output and logits, the teacher's output and unguided one."""
+        # If the gradient flows through x alone, neither teacher nor fake model needs a backward pass.
+        backward = self.objective.flows == "all"
+        adversarial = self.gan is not None and self.gan.weight_generator > 0
+        with self.phases("frozen forward"), self.precisions["generator"].networks():
+            logits = None
+            with torch.set_grad_enabled(backward or adversarial):
+                seen = self._seen(draw, labels, endpoint)
+                if self.turns:
+                    fake_out, logits = self._ask_fake(self._run_frozen_fake, seen)
+                else:
+                    fake_out = rf.sample_output(x, replace(draw, x_t=draw.x_t.detach()).read_x_t, draw.coef)
+            with torch.set_grad_enabled(backward):
+                teacher_out, uncond = self._ask_teacher(seen)
+            if backward and not teacher_out.requires_grad:
+                raise UserError(
+                    f"the teacher gives no gradient in x_t, which {self.objective.name} needs: use an objective "
+                    "that flows through the samples alone, such as dmd, or a teacher that autograd goes through"
+                )
+        return fake_out, logits, teacher_out, uncond
+
+    def _through_networks(
+        self,
+        grads: GeneratorGrads,
+        draw: Interpolant,
+        x_t: Tensor,
+        outs: Sequence[Tensor | None],
+        judged: Tensor | None,
+    ) -> Tensor:
+        """The loss' whole gradient in ``x``: the direct one, and ``a`` times the one in ``x_t`` through the networks.
+
+        ``outs`` are the teacher's, the fake model's and the unguided output and the discriminator's logits, whose
+        gradient is ``judged``.
+        """
+        seeds = (grads.teacher_out, grads.fake_out, grads.teacher_uncond, judged)
+        pairs = [(out, seed) for out, seed in zip(outs, seeds, strict=True) if out is not None and seed is not None]
+        if not pairs:
+            return grads.x
+        with self.phases("frozen backward"):
+            (g_x_t,) = torch.autograd.grad([out for out, _ in pairs], x_t, [seed for _, seed in pairs])
+            if grads.x_t is not None:
+                g_x_t = g_x_t + grads.x_t
+            return torch.addcmul(grads.x, draw.coef[:, A].view(-1, *[1] * (x_t.dim() - 1)), g_x_t)
+
+    def _weighed(self, draw: Interpolant, logits: Tensor | None) -> Interpolant:
+        """``draw`` with the rows' weights of the divergence, whose density ratio the discriminator gives."""
+        if self._divergence is None or logits is None:
+            return draw
+        coef = draw.coef.clone()
+        coef[:, WEIGHT] *= divergence_weight(self._divergence, logits.mean(1))
+        return replace(draw, coef=coef)
+
     def concern(self, row: Mapping[str, float]) -> str | None:
-        """A sentence about a setting that a row of the log shows to be wrong; None if it shows none."""
-        coarsest = max(("generator", "teacher"), key=lambda turn: self._precisions[turn].gradient_error(row["gap"]))
-        error = self._precisions[coarsest].gradient_error(row["gap"])
+        coarsest = max(("generator", "teacher"), key=lambda turn: self.precisions[turn].gradient_error(row["gap"]))
+        error = self.precisions[coarsest].gradient_error(row["gap"])
         if not error > precision.TOO_COARSE:
             return None
         return (
-            f"distill.{coarsest}_precision {self._precisions[coarsest].name} is too coarse: fake model and teacher "
+            f"distill.{coarsest}_precision {self.precisions[coarsest].name} is too coarse: fake model and teacher "
             f"differ by {row['gap']:.2%}, so that rounding puts the generator's gradient about {min(error, 1.0):.0%} "
             "off; use a finer one"
         )
@@ -443,54 +402,12 @@ class Distiller:
                 turn.reset()
 
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        """Samples of the student that would be exported now, from noise ``z`` and, if it takes them, endpoints."""
         with torch.no_grad(), self._exporting(), Precision("float32", self.device).turn():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
-    def exported(self) -> tuple[dict[str, Tensor], Description]:
-        """The student's weights, which the run saves at its end, and their description."""
-        with self._exporting():
-            return sharding.whole(self.student.net.state_dict()), self.description
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on."""
-        return {
-            "step": self.step,
-            "generator": self.generator.net.state_dict(),
-            "fake": self.fake.state_dict(),
-            "generator_optimiser": self.generator_optimiser.state_dict(),
-            "fake_optimiser": self.fake_optimiser.state_dict(),
-            "noise": self.noise.state_dict(),
-            "draws": self.draws.get_state(),
-            "batches": None if self.batches is None else self.batches.state_dict(),
-            "head": self.judged.head.state_dict() if isinstance(self.judged, Judged) else None,
-            "meters": self.meters.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, in place: the frozen views stay on the same memory."""
-        self.step = int(state["step"])
-        self.generator.net.load_state_dict(state["generator"])
-        self.fake.load_state_dict(state["fake"])
-        if isinstance(self.judged, Judged):
-            self.judged.head.load_state_dict(state["head"])
-        self.generator_optimiser.load_state_dict(state["generator_optimiser"])
-        self.fake_optimiser.load_state_dict(state["fake_optimiser"])
-        self.noise.load_state_dict(state["noise"])
-        self.draws.set_state(state["draws"])
-        if self.batches is not None:
-            self.batches.load_state_dict(state["batches"])
-        self.forget_graphs()
-        self.meters.load_state_dict(state["meters"])
-
-    def _draw_conditions(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions.
-
-        Labels that are ``given`` are taken as they are.
-        """
-        if given is not None:
-            return given, None
-        return picked(self.labels, self.endpoints, count, self.draws, self._layout)
+    def _given_or_drawn(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and endpoints of ``count`` rows; labels that are ``given`` are taken as they are."""
+        return self._conditions(count) if given is None else (given, None)
 
     def _draw_steps(self, count: int) -> Tensor | None:
         """The step of the generator that each of ``count`` rows comes from; None for a one-step generator."""
@@ -498,17 +415,9 @@ class Distiller:
             return None
         return torch.randint(self.generator.steps, (count,), generator=self.draws, device=self.device)
 
-    def _draw_times(self) -> tuple[Tensor, Tensor]:
-        """Path times ``(B,)`` and coefficient rows ``(B, 9)``."""
-        t = self.path.sample_time(self.batch, self.draws, self.device)
-        return t, self.interpolant.coefficients(t)
-
-    def _seen(
-        self, t: Tensor, x_t: Tensor, labels: Tensor | None, endpoint: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def _seen(self, draw: Interpolant, labels: Tensor | None, endpoint: Tensor | None) -> tuple[Tensor | None, ...]:
         """The arguments that teacher and fake model are called with at ``x_t``."""
-        time, x = self.path.network_time(t, self._predict), self.path.network_input(x_t, t, self._predict)
-        return arguments(self.fake, time, x, labels, endpoint)
+        return arguments(self.fake, draw.network_time, draw.network_input, labels, endpoint)
 
     def _ask_fake(self, run: Callable[..., Any], seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """The fake model's output, and the logits ``(R, n)`` of its discriminator's head; None without a head."""
@@ -521,36 +430,13 @@ class Distiller:
         """The teacher's output and, with guidance, the one without labels, from one forward."""
         guided = self.guidance != 1.0
         # A teacher stored in float32 computes in the precision of the turn.
-        rounded = self._teacher_precision.name != "float32"
-        with self._teacher_precision.networks() if rounded else contextlib.nullcontext():
+        own = self.precisions["teacher"]
+        with contextlib.nullcontext() if own.name == "float32" else own.networks():
             out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
         if not guided:
             return out, None
         conditional, unconditional = out.chunk(2)
         return conditional, unconditional
-
-    def _frozen_teacher(self, net: nn.Module, config: Config) -> nn.Module:
-        """The frozen teacher. It shares the memory of ``net``, unless it is rounded, sharded or offloaded."""
-        offload = config.run.offload_teacher
-        if self._teacher_precision.name == "float32" and not (self.sharded or offload):
-            return frozen_view(net).eval()
-        net = copy.deepcopy(net).requires_grad_(False).eval()
-        if self._teacher_precision.name == "bf16":
-            precision.round_weights(net)
-        return sharding.shard(net, self.device, offload) if self.sharded or offload else net
-
-    def _check_device(self) -> None:
-        """Refuse a mode or a precision that does not run on the device."""
-        asked = (
-            ("run.mode", self.mode, modes.why_not(self.mode, self.device)),
-            *(
-                (f"distill.{turn}_precision", chosen.name, precision.why_not(chosen.name, self.device))
-                for turn, chosen in self._precisions.items()
-            ),
-        )
-        for key, value, reason in asked:
-            if reason is not None:
-                raise UserError(f"{key} {value} does not run on {self.device}: {reason}")
 
     def _run(self, name: str, turn: Turn) -> dict[str, Tensor]:
         if isinstance(turn, Captured) and turn.captured:
@@ -563,24 +449,15 @@ class Distiller:
         for name, value in results.items():
             self.meters.add(name, value)
 
-    def _float(self, tensor: Tensor) -> Tensor:
-        # Losses are computed in float32. Under autocast a network returns a shorter type.
-        return self._laid_out(tensor.float())
 
-    def _laid_out(self, tensor: Tensor) -> Tensor:
-        # The fused calls want one layout; a tensor that has it already is passed on as it is.
-        return tensor.contiguous(memory_format=self._layout)
-
-
-def _rows_of(own: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The rows ``own`` of each tensor; None stays None."""
-    return tuple(None if tensor is None else tensor[own] for tensor in tensors)
-
-
-def _untrained(described: Description, seed: int) -> dict[str, Tensor]:
-    """The parameters of a network like the teacher's before training."""
-    if not described.network:
-        raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return build(described.network).state_dict()
+def _check(objective: Objective, fake: nn.Module, gan: Gan | None, divergence: str) -> None:
+    """Refuse arguments that do not go together."""
+    if (gan is not None) != isinstance(fake, Judged):
+        raise UserError("gan must be given for a fake model with a discriminator's head, and for no other")
+    if gan is not None and not objective.needs_fake:
+        raise UserError(f"gan judges by the fake model, and {objective.name} has none")
+    if divergence != "reverse-kl" and objective.flows != "x":
+        raise UserError(
+            f"divergence {divergence} needs an objective whose gradient flows through the samples alone, such as dmd, "
+            f"not {objective.name}"
+        )

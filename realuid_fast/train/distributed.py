@@ -9,32 +9,25 @@ state is spread over the ranks. Either way a run can be resumed on any number of
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map_only
 
-import realuid_fast
-
 from ..errors import UserError
-from ..optim import FusedAdam, Optimiser
 
 # Rank 0 evaluates and draws pictures while the others wait. A rank that dies is noticed by torchrun at once.
 PATIENCE = timedelta(hours=2)
-# Bytes of gradients in one message: so many that the message's time is set by bandwidth and not by latency.
-PIECE = 2**25
 # The distance between the seeds of two ranks: 2^63 over the golden ratio, made odd so that its multiples modulo 2^63
 # are all different.
 _STRIDE = 0x4F1BBCDCBFA53E0B
@@ -149,114 +142,21 @@ def _place() -> dict[str, Any]:
     return {"store": store, "rank": rank, "world_size": size}
 
 
-def share(batch: int, parts: int, name: str) -> int:
+def share(batch: int, parts: int) -> int:
     """Rows of one forward pass on this rank, for a batch that all ranks together make in ``parts`` passes each.
 
     Raises:
-        UserError: ``batch``, the setting ``name``, does not divide by ranks times ``parts``.
+        UserError: ``batch`` does not divide by ranks times ``parts``.
     """
     if batch % (size() * parts):
         ranks = f"{size()} ranks" if size() > 1 else "1 rank"
-        raise UserError(f"{name} {batch} does not divide by {ranks} times run.accumulate {parts}")
+        raise UserError(f"batch {batch} does not divide by {ranks} times run.accumulate {parts}")
     return batch // (size() * parts)
 
 
 def seed(common: int) -> int:
     """This rank's own seed, made from one that all ranks have in common. Rank 0 keeps the common one."""
     return (common + rank() * _STRIDE) % 2**63
-
-
-def average(optimiser: Optimiser, parts: int = 1, sharded: bool = False) -> None:
-    """Let the optimiser step along the mean over all ranks of gradients that were summed over ``parts`` passes.
-
-    The gradients of a ``sharded`` network are means over the ranks already: FSDP2 averages them during the backward
-    pass.
-    """
-    ranks = 1 if sharded else size()
-    if ranks > 1:
-        mean = Mean(optimiser.adam, ranks, parts)
-        optimiser.adam.reduce, optimiser.adam.settle = mean, mean.settle
-    elif parts > 1:
-        optimiser.adam.reduce = lambda gradients: torch._foreach_mul_(list(gradients), 1 / parts)
-
-
-class Mean:
-    """Averages an optimiser's gradients, summed over ``parts`` backward passes, over all ranks.
-
-    The flat gradient is reduced in pieces of :data:`PIECE` bytes or more, from its end to its beginning. A piece is
-    sent as soon as the last backward pass has made all of its gradients, while earlier layers are still to come. The
-    pieces follow from the parameters' sizes alone and are sent in a fixed order, so every run on as many ranks adds in
-    the same order. DDP does not promise that: it lays out its buckets again after its first backward pass, and once
-    more when a run is resumed.
-
-    :meth:`FusedAdam.step` calls the object. The call sends the pieces that were not sent yet, such as one with a
-    parameter without a gradient, and waits for all of them.
-    """
-
-    def __init__(self, adam: FusedAdam, ranks: int, parts: int) -> None:
-        self._params: list[nn.Parameter] = [p for group in adam.param_groups for p in group["params"]]
-        self._flat = adam.flat_storage[0] if len(adam.flat_storage) == 1 else None
-        self._factor, self._parts = 1 / (ranks * parts), parts
-        self._pieces = pieces([p.numel() * p.element_size() for p in self._params], PIECE)
-        self._sent, self._running = 0, list[tuple[Tensor, list[Tensor], Any]]()
-        self._missing = self._all()
-        for i, piece in enumerate(self._pieces):
-            for p in self._params[piece]:
-                p.register_post_accumulate_grad_hook(partial(self._arrived, i))
-
-    def __call__(self, gradients: Sequence[Tensor]) -> None:
-        while self._sent < len(self._pieces):
-            self._send()
-        self.settle()
-        self._sent, self._missing = 0, self._all()
-
-    def settle(self) -> None:
-        """Wait for the pieces that were sent; their gradients are means afterwards.
-
-        On a GPU the stream waits and the host does not. With gloo the host waits.
-        """
-        for buffer, homes, work in self._running:
-            work.wait()
-            buffer.mul_(self._factor)
-            if homes:
-                torch._foreach_copy_(homes, torch._utils._unflatten_dense_tensors(buffer, homes))
-        self._running.clear()
-
-    def _all(self) -> list[int]:
-        return [self._parts * len(self._params[piece]) for piece in self._pieces]
-
-    def _arrived(self, i: int, _: Tensor) -> None:
-        """A backward pass has added to the gradient of a parameter of piece ``i``."""
-        self._missing[i] -= 1
-        if self._missing[i] < 0:
-            raise RuntimeError(f"a gradient was added to after it had gone to the other ranks: {self._parts} a step")
-        while self._sent < len(self._pieces) and self._missing[self._sent] == 0:
-            self._send()
-
-    def _send(self) -> None:
-        piece = self._pieces[self._sent]
-        self._sent += 1
-        homes = [p.grad for p in self._params[piece] if p.grad is not None]
-        if self._flat is not None and self._flat.gather(piece):
-            # Point the gradients at the flat buffer. Otherwise the step would copy this rank's own there once more.
-            self._flat.attach(piece)
-            buffer, homes = self._flat.gradients(piece), []
-        elif homes:
-            buffer = torch._utils._flatten_dense_tensors(homes)
-        else:
-            return
-        self._running.append((buffer, homes, dist.all_reduce(buffer, async_op=True)))
-
-
-def pieces(sizes: Sequence[int], least: int) -> list[slice]:
-    """Runs of neighbours with at least ``least`` in sum, from the last to the first; the first may have less."""
-    found, end, held = [], len(sizes), 0
-    for first in reversed(range(len(sizes))):
-        held += sizes[first]
-        if held >= least or first == 0:
-            found.append(slice(first, end))
-            end, held = first, 0
-    return found
 
 
 def averaged(sums: Tensor) -> Tensor:
@@ -290,53 +190,6 @@ def gathered(own: dict[str, Any]) -> list[dict[str, Any]]:
     # A tensor on a GPU would arrive on the sender's GPU, so send copies in host memory.
     dist.all_gather_object(everyone, tree_map_only(Tensor, Tensor.cpu, own))
     return everyone
-
-
-class RanksDiffer(UserError):
-    """The ranks of a run were started with different settings; every rank raises it."""
-
-    of_all_ranks = True
-
-
-def check_alike(settings: Mapping[str, Any]) -> None:
-    """Compare ``settings``, nested by name, and the package's and torch's code over all ranks; all ranks must call.
-
-    Of ``run.device`` only the kind is compared: ranks have different GPUs.
-
-    Raises:
-        RanksDiffer: on every rank, with the first key that differs and both values.
-    """
-    if size() == 1:
-        return
-    own = {"realuid_fast": _code(), "torch": str(torch.__version__), **_flat(settings)}
-    if "run.device" in own:
-        own["run.device"] = own["run.device"].partition(":")[0]
-    # Values are compared by their repr, so that NaN equals NaN.
-    first, *others = gathered({key: repr(value) for key, value in own.items()})
-    for other, found in enumerate(others, 1):
-        for key in {**first, **found}:
-            one, two = (each.get(key, "not there") for each in (first, found))
-            if one != two:
-                raise RanksDiffer(
-                    f"the ranks of a run must have the same settings and the same code: {key} is {one} on rank 0 and "
-                    f"{two} on rank {other}"
-                )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def _code() -> str:
-    """The package's version and a hash of its Python files."""
-    content, root = hashlib.sha256(), Path(realuid_fast.__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        content.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return f"{realuid_fast.__version__} ({content.hexdigest()[:12]})"
 
 
 def _died(error: BaseException) -> bool:

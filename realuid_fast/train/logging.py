@@ -1,4 +1,4 @@
-"""The logs of a run: CSV files, TensorBoard events and the convergence plot."""
+"""The logs of a run: CSV files, TensorBoard events and the plot of its distances."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from ..extras import extra
-from ..files import in_place, sync
+from ..files import in_place, replacing, sync
+from ..pictures import convergence_plot
 
 
 class CsvLog:
@@ -101,40 +102,11 @@ class Events:
             self._writer.close()
 
 
-def convergence_plot(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    lines: Mapping[str, float],
-    metric: str,
-    file: Path | BinaryIO,
-    spread: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> None:
-    """Distance over updates on a logarithmic axis.
-
-    Args:
-        curves: name to ``(update, distance)`` pairs.
-        lines: name to a horizontal line, such as the teacher and the floor.
-        metric: what the distance is, with the samples it was measured on.
-        file: the PNG to write.
-        spread: name to ``(lowest, highest)`` at each point of that curve.
-    """
-    with extra():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, (name, points) in enumerate(curves.items()):
-        shown = [(x, y) for x, y in points if math.isfinite(y)]
-        axes.plot([x for x, _ in shown], [y for _, y in shown], marker=".", color=f"C{index}", label=name)
-        if spread and name in spread:
-            lowest, highest = zip(*spread[name], strict=True)
-            axes.fill_between([x for x, _ in points], lowest, highest, color=f"C{index}", alpha=0.2, linewidth=0)
-    for index, (name, value) in enumerate(lines.items()):
-        axes.axhline(value, linestyle=("--", ":", "-.")[index % 3], color="0.3", label=f"{name}: {value:.3g}")
-    axes.set_yscale("log")
-    axes.set_xlabel("updates")
-    axes.set_ylabel(metric)
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(file, format="png")
+def plot_distances(folder: Path, lines: dict[str, float], metric: str, name: str = "student") -> Path | None:
+    """Draw ``convergence.png`` of a run from its ``distances.csv``; None if nothing was evaluated."""
+    points = [(row["update"], row["distance"]) for row in read_csv(folder / "distances.csv")]
+    if not points:
+        return None
+    with replacing(folder / "convergence.png") as stream:
+        convergence_plot({name: points}, lines, metric, stream)
+    return folder / "convergence.png"

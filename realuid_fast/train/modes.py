@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-MODES = ("eager", "compiled", "graphs", "graphs-eager")
+from ..choices import MODES as MODES
+
 # Plain calls before a capture: they compile kernels, choose algorithms and settle the optimiser's state.
 WARM_UP = 3
 

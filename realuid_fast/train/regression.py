@@ -11,209 +11,115 @@ that DMD adds (Yin et al., 2311.18828, section 3.2) has a perceptual distance in
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .. import functional as rf
-from .. import precision
 from ..data import Dataset
 from ..errors import UserError
-from ..generator import Generator, frozen_view
-from ..networks.recompute import recompute
-from ..noise import NoiseStream, normal
+from ..generator import Generator
+from ..matching import Matching
+from ..noise import normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
 from ..precision import Precision
-from ..sampling import check_solver, follows_flow, integrate, null_labels
-from ..teachers import Description, Model
-from . import distributed, modes
-from .batches import endpoints_to_draw, labels_to_draw, picked
-from .meters import Meters
-from .phases import Phases
-from .settings import Config
+from ..sampling import check_solver, follows_flow, integrate
+from ..teachers import Description
+from .batches import endpoints_to_draw, labels_to_draw
+from .trainer import Setup, Trainer
 
 
-class RegressionTrainer:
+class RegressionTrainer(Trainer):
     """Trains a one-step generator on its teacher's samples; no real data, no fake model, one turn an update.
 
+    Args:
+        teacher: the frozen teacher, called as ``teacher(t, x, labels)``.
+        generator: the generator, trained in place.
+        matching: the path and the networks' prediction.
+        dataset: gives the samples' shape, labels and endpoints.
+        optimiser: the optimiser of ``generator.net``.
+        setup: batch, updates, seed and mode.
+        steps, solver: the teacher's trajectories, as :func:`realuid_fast.sampling.integrate` takes them.
+        guidance: the scale of the teacher's classifier-free guidance; 1 for none.
+        precision: the networks' arithmetic, one of :data:`realuid_fast.precision.PRECISIONS` but fp16.
+        export: the decay of the generator's average that is sampled and saved, 0 for the last weights.
+        description: the description of the exported student.
+
     Raises:
-        UserError: the teacher does not fit the path or the data, its samples do not follow from the noise alone, or a
-            setting of the distillation has no meaning here.
+        UserError: the teacher's samples do not follow from the noise alone, or arguments that do not go together.
     """
 
-    sharded = False
-
-    def __init__(self, config: Config, dataset: Dataset, teacher: Model, command: str = "") -> None:
-        settings, seed = config.distill, config.run.seed
-        described = teacher.description
-        self.device = torch.device(config.run.device)
-        self._check(config, dataset, described)
-        interpolant = config.path.build(described)
-        self.path, self._predict = interpolant.path, interpolant.predict
-        if not follows_flow(self.path, self._predict):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        generator: Generator,
+        matching: Matching,
+        dataset: Dataset,
+        optimiser: Optimiser,
+        setup: Setup,
+        *,
+        steps: int = 20,
+        solver: str = "euler",
+        guidance: float = 1.0,
+        precision: str = "float32",
+        export: float = 0.0,
+        description: Description | None = None,
+    ) -> None:
+        path, predict = matching.path, matching.predict
+        if not follows_flow(path, predict):
             raise UserError(
-                f"regression needs a teacher whose samples follow from the noise: from {self._predict} on "
-                f"{type(self.path).__name__} they are random"
+                f"regression needs a teacher whose samples follow from the noise: from {predict} on "
+                f"{type(path).__name__} they are random"
             )
-        check_solver(settings.regression.solver, self.path, self._predict)
-        self.parts = config.run.accumulate
-        self.batch = distributed.share(settings.batch, self.parts, "distill.batch")
-        self.updates, self.step = settings.updates, 0
-        images = len(dataset.shape) == 3
-        self._layout = torch.channels_last if images and config.run.channels_last else torch.contiguous_format
-        self._precision = Precision(settings.generator_precision, self.device)
-        self._steps, self._solver, self._guidance = *vars(settings.regression).values(), settings.guidance
-
-        net = teacher.net.to(self.device)
-        if images:
-            net = net.to(memory_format=self._layout)  # type: ignore[call-overload]
-        if self._guidance != 1.0:
-            null_labels(net, torch.zeros(0, dtype=torch.int64))
-        if config.run.checkpoint_activations:
-            recompute(net)
-        self.teacher = frozen_view(net).eval() if teacher.function is None else teacher.function
-        sampling = (settings.t_start, self.path, self._predict)
-        self.generator = Generator(copy.deepcopy(net).train().requires_grad_(True), *sampling)
-        self.optimiser = Optimiser(
-            self.generator.net, **vars(settings.generator), ema_decays=settings.ema, total=self.updates
-        )
-        distributed.average(self.optimiser, self.parts)
-        average = self.optimiser.ema.get(settings.export)
-        self.student = Generator(frozen_view(self.generator.net, average).eval(), *sampling)
-
-        self.labels = labels_to_draw(net, dataset, self.device)
-        self.endpoints = endpoints_to_draw(net, self.path, dataset, self.device)
-        self.draws = torch.Generator(self.device).manual_seed(distributed.seed(2 * seed + 1))
-        self.noise = NoiseStream(distributed.seed(seed), self.device)
-        self._like = torch.empty(self.batch, *dataset.shape, device=self.device).contiguous(memory_format=self._layout)
+        check_solver(solver, path, predict)
+        description = description or Description({}, role="student", predict=predict, t_start=generator.t_start)
+        watched, optimisers = ("regression loss", "generator gradient"), {"generator": optimiser}
+        super().__init__(
+            generator.net, matching, dataset, setup, optimisers, watched, export, optimiser, description
+        )  # fmt: skip
+        self.teacher, self.generator, self.optimiser = teacher, generator, optimiser
+        self.student = Generator(self._exported, generator.t_start, path, predict)
+        self._steps, self._solver, self._guidance = steps, solver, guidance
+        self._precision = Precision(precision, self.device)
+        self.labels = labels_to_draw(generator.net, dataset, self.device)
+        self.endpoints = endpoints_to_draw(generator.net, path, dataset, self.device)
         self._plain = torch.zeros(self.batch, len(COLUMNS), device=self.device)
         for name in ("p", "k_out", "w"):
             # With these three at 1 and the rest at 0 the matching loss has f = F and tgt = x.
             self._plain[:, COLUMNS.index(name)] = 1.0
-        self.meters = Meters(("regression loss", "generator gradient"), self.device)
-        self.phases = Phases(config.run.timings, self.device)
-        compiled = modes.compiled if modes.compiles(config.run.mode) else lambda net: net
-        self._run_generator = compiled(self.generator)
-        self.description = Description(
-            network=described.network,
-            role="student",
-            path=described.path,
-            path_settings=described.path_settings,
-            predict=described.predict,
-            data=dataset.config,
-            preprocessing=dataset.preprocessing,
-            command=command,
-            t_start=self.generator.t_start,
-            teacher=settings.teacher,
-            decay=settings.export,
-        )
-
-    def _check(self, config: Config, dataset: Dataset, teacher: Description) -> None:
-        settings = config.distill
-        refused = {
-            "distill.times": bool(settings.times),
-            "distill.start": bool(settings.start),
-            "distill.gan": bool(settings.gan.weight_fake),
-            "distill.generator_precision fp16": settings.generator_precision == "fp16",
-            f"run.mode {config.run.mode}": modes.captures(config.run.mode),
-        }
-        for name, given in refused.items():
-            if given:
-                raise UserError(f"{name} is not for distill.objective regression")
-        sample = teacher.network.get("dim", teacher.network.get("shape"))
-        if sample is not None and tuple(sample) != dataset.shape:
-            raise UserError(
-                f"the teacher makes samples of shape {tuple(sample)}, data set '{dataset.name}' has {dataset.shape}"
-            )
-        reasons = {
-            f"run.mode {config.run.mode}": modes.why_not(config.run.mode, self.device),
-            f"distill.generator_precision {settings.generator_precision}": precision.why_not(
-                settings.generator_precision, self.device
-            ),
-        }
-        for name, reason in reasons.items():
-            if reason is not None:
-                raise UserError(f"{name} does not run on {self.device}: {reason}")
-
-    @property
-    def network(self) -> nn.Module:
-        """The network in training, for its shape and classes."""
-        return self.generator.net
+        self._run_generator = self._compiled(generator)
+        self.kept = {"generator": generator.net, "generator_optimiser": optimiser}
 
     @property
     def images_per_update(self) -> int:
         return self.parts * self.batch
-
-    @property
-    def rows(self) -> int:
-        return 1
-
-    @property
-    def optimisers(self) -> dict[str, Optimiser]:
-        return {"generator": self.optimiser}
 
     def update(self) -> None:
         """One step on one batch of noise."""
         for _ in range(self.parts):
             with self._precision.turn():
                 self._backward()
-        with self.phases("generator optimiser"):
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-        self.meters.add("generator gradient", self.optimiser.norm)
+        self.meters.add("generator gradient", self._optimise("generator", "generator optimiser"))
         self.step += 1
 
     def _backward(self) -> None:
         """Add the gradients of one part of a batch."""
-        labels, ends = picked(self.labels, self.endpoints, self.batch, self.draws, self._layout)
+        labels, ends = self._conditions(self.batch)
         z = normal(self.noise.next_key(), self._like)
         with self.phases("teacher forward"), self._precision.networks():
             target = integrate(
-                self.teacher, z, self._steps, self._solver, labels, None, self.path, self._predict, ends,
+                self.teacher, z, self._steps, self._solver, labels, None, self.path, self.matching.predict, ends,
                 guidance=self._guidance,
             )  # fmt: skip
         with self.phases("generator forward"), self._precision.networks():
             x = self._run_generator(z, labels, ends)
-        x, target = (t.float().contiguous(memory_format=self._layout) for t in (x, target))
+        x, target = self._float(x), self._float(target)
         with self.phases("loss"):
             grads = rf.matching_grads(out=x.detach(), x=target, x_t=None, coef=self._plain, noise=self.noise.state)
         with self.phases("generator backward"):
             x.backward(grads.out)
         self.meters.add("regression loss", grads.loss)
 
-    def concern(self, row: Mapping[str, float]) -> str | None:
-        """None: no number of this trainer's log shows that a setting is wrong."""
-        return None
-
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        """Samples of the student that would be exported now, from noise ``z`` and, if it takes them, endpoints."""
         with torch.no_grad(), Precision("float32", self.device).turn():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
-
-    def exported(self) -> tuple[dict[str, Tensor], Description]:
-        """The student's weights, which the run saves at its end, and their description."""
-        return self.student.net.state_dict(), self.description
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on."""
-        return {
-            "step": self.step,
-            "generator": self.generator.net.state_dict(),
-            "generator_optimiser": self.optimiser.state_dict(),
-            "noise": self.noise.state_dict(),
-            "draws": self.draws.get_state(),
-            "meters": self.meters.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, in place: the frozen view stays on the same memory."""
-        self.step = int(state["step"])
-        self.generator.net.load_state_dict(state["generator"])
-        self.optimiser.load_state_dict(state["generator_optimiser"])
-        self.noise.load_state_dict(state["noise"])
-        self.draws.set_state(state["draws"])
-        self.meters.load_state_dict(state["meters"])

@@ -2,6 +2,7 @@
 
 Every rank holds a share of the rows of each parameter, with their moments and averages. A block of the network is
 gathered on every rank when it is called, in the forward pass and again in the backward pass, and dropped afterwards.
+A checkpoint holds such tensors in files beside it, one for each rank; any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ from ..errors import UserError
 from ..generator import frozen_view
 from ..optim import is_sharded
 from . import distributed
-from .checkpoint import Rows, rows_of
 
 
 def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:
@@ -48,6 +49,11 @@ def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Mod
         # The outermost module too drops its gathered parameters after a pass: an optimiser may step before the next.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     return net
+
+
+def is_sharded_net(net: nn.Module) -> bool:
+    """Whether a network went through :func:`shard`."""
+    return any(map(is_sharded, net.parameters()))
 
 
 def parts(net: nn.Module) -> list[nn.Module]:
@@ -151,3 +157,109 @@ def taken(own: Any, saved: Any) -> Any:
     local = own.to_local()  # type: ignore[attr-defined]
     local.copy_(saved[rows_of(len(own), distributed.rank(), distributed.size())])
     return own
+
+
+class Damaged(Exception):
+    """A checkpoint whose content is not what was written."""
+
+
+class OwnRows(NamedTuple):
+    """This rank's rows of a sharded tensor, and the shape of the whole tensor."""
+
+    shape: tuple[int, ...]
+    rows: Tensor
+
+
+class Rows:
+    """A saved tensor whose rows are spread over several files. Indexing it with a slice reads those rows.
+
+    Attributes:
+        shape: the shape of the whole tensor.
+    """
+
+    def __init__(self, shape: tuple[int, ...], files: Shards, keys: tuple[Any, ...]) -> None:
+        self.shape, self._files, self._keys = shape, files, keys
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, end, _ = rows.indices(self.shape[0])
+        parts: list[Tensor] = []
+        for i in range(len(self._files)):
+            there = rows_of(self.shape[0], i, len(self._files))
+            if not parts or max(first, there.start) < min(end, there.stop):
+                part = self._files.tensor(i, self._keys)
+                if tuple(part.shape) != (there.stop - there.start, *self.shape[1:]):
+                    raise UserError(f"{self._files.names[i]} has rows of another shape than its checkpoint says")
+                parts.append(part[max(first - there.start, 0) : max(end - there.start, 0)])
+        return torch.cat(parts)
+
+
+class Shards:
+    """The files of a sharded checkpoint. A file is opened with its first tensor, and only the pages used are read."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.names, self._folder = names, folder
+        self._opened: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def tensor(self, i: int, keys: tuple[Any, ...]) -> Tensor:
+        if i not in self._opened:
+            file = self._folder / self.names[i]
+            try:
+                self._opened[i] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except MemoryError:
+                raise
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+            except Exception as error:
+                raise UserError(f"{file} cannot be read: {type(error).__name__}") from None
+        found = self._opened[i]
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, Tensor):
+            raise UserError(f"{self.names[i]} has no rows of {'.'.join(map(str, keys))}")
+        return found
+
+
+def rows_of(length: int, rank: int, size: int) -> slice:
+    """The rows that ``rank`` of ``size`` ranks holds of ``length``: FSDP2 cuts tensors as ``torch.chunk`` does."""
+    most = -(-length // size)
+    return slice(min(rank * most, length), min((rank + 1) * most, length))
+
+
+# The key of the entry that stands for a sharded tensor in a checkpoint; the entry's value is the tensor's shape.
+ELSEWHERE = "rows in the shards, of a tensor of shape"
+
+
+def split(tree: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """A state without its sharded tensors, and this rank's rows of them under the same keys."""
+    rest: dict[Any, Any] = {}
+    rows: dict[Any, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, OwnRows):
+            rest[key], rows[key] = {ELSEWHERE: list(value.shape)}, value.rows
+        elif isinstance(value, dict):
+            rest[key], inner = split(value)
+            if inner:
+                rows[key] = inner
+        else:
+            rest[key] = value
+    return rest, rows
+
+
+def joined(tree: dict[Any, Any], files: Shards, keys: tuple[Any, ...] = ()) -> dict[Any, Any]:
+    """The inverse of :func:`split`, for the rows of all ranks. None of the rows are read yet."""
+    together: dict[Any, Any] = {}
+    for key, value in tree.items():
+        inside = (*keys, key)
+        if not isinstance(value, dict):
+            together[key] = value
+        elif ELSEWHERE in value:
+            shape = value[ELSEWHERE]
+            if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
+                raise Damaged("it does not say how large a tensor is")
+            together[key] = Rows(tuple(shape), files, inside)
+        else:
+            together[key] = joined(value, files, inside)
+    return together

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import functional as rf
+from .. import losses
 from ..data import Dataset
+from ..interpolant import Interpolant
 from ..paths import COLUMNS
 
 SCALES = COLUMNS.index("c") + 1  # the first columns: a of data, b of the other endpoint, c of noise
@@ -56,26 +57,17 @@ class Tripwires:
         self,
         teacher_out: Tensor,
         fake_out: Tensor,
-        x: Tensor,
-        x_t: Tensor | None,
-        coef: Tensor,
-        key: Tensor,
-        endpoint: Tensor | None = None,
+        draw: Interpolant,
     ) -> Tensor:
         """Sums above and below the line, float32 ``(2, 6)``, of a turn's tensors as ``generator_grads`` takes them."""
-        own = tuple(range(1, x.dim()))
+        x, own = draw.x, tuple(range(1, draw.x.dim()))
         norms = torch.stack(
             [torch.linalg.vector_norm(fake_out - teacher_out, dim=own), torch.linalg.vector_norm(teacher_out, dim=own)]
         )
-        scales = coef[:, :SCALES].abs()
+        scales = draw.coef[:, :SCALES].abs()
         bucket = (scales[:, 0] / scales.sum(1) * BUCKETS).long().clamp(max=BUCKETS - 1)
         gaps = norms @ (bucket[:, None] == self._buckets).to(norms)
-        errors = torch.stack(
-            [
-                rf.matching_loss(out=out, x=x, x_t=x_t, coef=coef, noise=key, endpoint=endpoint)
-                for out in (fake_out, teacher_out)
-            ]
-        )
+        errors = torch.stack([losses.matching_loss(draw, out) for out in (fake_out, teacher_out)])
         apart = (x.flatten(1) @ self._directions).sort(dim=0).values - self._quantiles
         distance = apart.square().mean().sqrt()
         return torch.cat([gaps, errors[:, None], torch.stack([distance, torch.ones_like(distance)])[:, None]], dim=1)

@@ -5,9 +5,9 @@ import resource
 import pytest
 import torch
 
-from realuid_fast.train import config as configs
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import train
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
 
 from ..helpers import POINTS, save_teacher
 

@@ -11,7 +11,8 @@ import torch
 
 from realuid_fast.errors import UserError
 from realuid_fast.files import part_of
-from realuid_fast.train import checkpoint, loop
+from realuid_fast.train import checkpoint, hooks, loop
+from realuid_fast.train import folder as run_folder
 from realuid_fast.train.checkpoint import Checkpoints
 
 from .runs import end_of, make_other
@@ -137,7 +138,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(run, after):
 
 def test_a_checkpoint_that_does_not_fit_is_a_sentence(run, after):
     after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted) as stop:
+    with pytest.raises(hooks.Interrupted) as stop:
         run("run")
     Checkpoints(stop.value.folder / "checkpoints").save(7, {"trainer": {"step": 7}})
     with pytest.raises(UserError, match="the checkpoint does not fit the run"):
@@ -147,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit_is_a_sentence(run, after):
 def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_deleted(run, after, tmp_path):
     straight = run("straight")
     after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(hooks.Interrupted):
         run("run")
     folder = tmp_path / "run/checkpoints"
     mine = [folder / name for name in ("update-best.pt", "update-00000005-backup.pt", "update-5.pt", "update-00000001")]
@@ -157,7 +158,7 @@ def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_deleted(run, aft
     (folder / "update-00000002.pt").mkdir()
     (folder / "update-00000003.pt").symlink_to(tmp_path / "teacher.safetensors")
     assert end_of(run("run", resume=True)) == end_of(straight)
-    loop.open_folder(tmp_path / "run", overwrite=True)
+    run_folder.open_folder(tmp_path / "run", overwrite=True)
     assert all(file.read_text() == "mine" for file in mine)
     assert {file.name for file in folder.iterdir()} - {file.name for file in mine} == {
         "update-00000002.pt",
@@ -168,7 +169,7 @@ def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_deleted(run, aft
 def test_a_checkpoint_of_another_run_is_refused(run, after, tmp_path):
     straight = run("straight")
     after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(hooks.Interrupted):
         run("run")
     foreign = tmp_path / "run/checkpoints/update-00000010.pt"
     shutil.copy(straight / "checkpoints/update-00000010.pt", foreign)
@@ -182,7 +183,7 @@ def test_a_checkpoint_of_another_run_is_refused(run, after, tmp_path):
 
 def test_a_run_of_a_version_without_identities_goes_on(run, after, tmp_path):
     after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(hooks.Interrupted):
         run("run")
     file = Checkpoints(tmp_path / "run/checkpoints").files()[-1]
     content = torch.load(file, weights_only=True)
@@ -200,7 +201,7 @@ def test_a_run_of_a_version_without_identities_goes_on(run, after, tmp_path):
 def test_what_is_no_file_under_a_checkpoints_name_is_set_aside(run, after, tmp_path, kind):
     straight = run("straight")
     after(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(hooks.Interrupted):
         run("run")
     newest = tmp_path / "run/checkpoints/update-00000010.pt"
     make_other(newest, kind)

@@ -13,10 +13,11 @@ from realuid_fast import teachers
 from realuid_fast.data.packing import pack
 from realuid_fast.errors import UserError
 from realuid_fast.files import part_of, replacing
+from realuid_fast.lock import held
 from realuid_fast.networks import build
 from realuid_fast.train import checkpoint, loop
+from realuid_fast.train import folder as run_folder
 from realuid_fast.train.checkpoint import Checkpoints
-from realuid_fast.train.lock import held
 from realuid_fast.train.logging import CsvLog
 
 from .runs import end_of, make_other
@@ -33,8 +34,8 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_starts(run, names, 
         for name in names:
             (folder / name).write_text("half of")
         with pytest.raises(UserError, match=r"no run to resume in .*: it has no config.yaml; leave --resume out"):
-            loop.open_folder(folder, resume=True)
-        loop.open_folder(folder, overwrite=overwrite)
+            run_folder.open_folder(folder, resume=True)
+        run_folder.open_folder(folder, overwrite=overwrite)
     assert (run("run") / "student.safetensors").is_file()
     assert not list(folder.rglob(".*"))
 
@@ -46,12 +47,12 @@ def test_a_run_that_is_killed_while_it_replaces_another_leaves_a_run(run, monkey
     (folder / "samples").mkdir(exist_ok=True)
     (folder / "samples/mine.png").write_text("mine")
     (folder / "samples/.update-00000004.png.0123456789abcdef.part").write_text("half of")
-    loop.open_folder(folder, resume=True)
+    run_folder.open_folder(folder, resume=True)
     assert [file.name for file in (folder / "samples").iterdir()] == ["mine.png"]
-    loop.open_folder(folder, overwrite=True)
+    run_folder.open_folder(folder, overwrite=True)
     assert {file.name for file in folder.iterdir()} == {"notes.txt", "samples", "config.yaml"}
-    loop.open_folder(folder, overwrite=True)
-    loop.open_folder(folder, resume=True)
+    run_folder.open_folder(folder, overwrite=True)
+    run_folder.open_folder(folder, resume=True)
     assert end_of(run("run", resume=True)) == end_of(run("straight"))
     assert (folder / "samples/mine.png").exists()
 
@@ -83,7 +84,7 @@ def test_a_run_writes_to_nothing_but_files_and_folders_of_its_own(run, tmp_path,
         before = sorted(folder.rglob("*"))
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(UserError, match=rf"{name} is a link or not a f\w+, where a run would write: move it"):
-                loop.open_folder(folder, **how)
+                run_folder.open_folder(folder, **how)
             assert sorted(folder.rglob("*")) == before
 
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from realuid_fast import teachers
-from realuid_fast.train import loop
+from realuid_fast.train import hooks
 from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.logging import read_csv
 
@@ -64,7 +64,7 @@ def test_the_committed_kills_left_nothing_wrong():
 def test_a_signal_does_not_wait_for_an_evaluation(run, after):
     straight = run("straight")
     after(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(hooks.Interrupted):
         run("broken")
     broken = straight.parent / "broken"
     assert [row["update"] for row in read_csv(broken / "distances.csv")] == [0, 4]
@@ -74,7 +74,7 @@ def test_a_signal_does_not_wait_for_an_evaluation(run, after):
 
 def test_a_signal_in_the_last_update_leaves_the_evaluation_to_the_resumed_run(run, after):
     after(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(hooks.Interrupted):
         run("broken")
     assert end_of(run("broken", resume=True)) == end_of(run("straight"))
 
@@ -88,7 +88,7 @@ def test_a_terminal_that_closes_is_a_signal_to_save(run, after, tmp_path):
             os.kill(os.getpid(), signal.SIGHUP)
 
     after(8, close)
-    with pytest.raises(loop.Interrupted, match="stopped by SIGHUP") as stop:
+    with pytest.raises(hooks.Interrupted, match="stopped by SIGHUP") as stop:
         run("broken")
     assert stop.value.code == 129
     assert signal.getsignal(signal.SIGHUP) == before

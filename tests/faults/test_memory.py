@@ -13,8 +13,7 @@ from torch import nn
 from realuid_fast import backends, functional
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure
-from realuid_fast.networks import build
-from realuid_fast.train import memory
+from realuid_fast.networks import build, memory
 from realuid_fast.train.logging import read_csv
 
 from ..helpers import MLP
@@ -175,7 +174,7 @@ import resource
 from pathlib import Path
 import torch
 import realuid_fast.ops
-from realuid_fast.train import memory
+from realuid_fast.networks import memory
 
 x = torch.randn(64, 64, 64, 64).contiguous(memory_format=torch.channels_last)
 weight = torch.randn(64, 64, 3, 3)

@@ -11,9 +11,9 @@ import time
 import pytest
 
 from realuid_fast.errors import UserError
+from realuid_fast.lock import LOCK, Lock, held
 from realuid_fast.train import checkpoint
 from realuid_fast.train.checkpoint import Checkpoints
-from realuid_fast.train.lock import LOCK, Lock, held
 
 from .runs import end_of
 

@@ -36,10 +36,11 @@ import torch.distributed as dist
 
 from realuid_fast import teachers
 from realuid_fast.data import packing
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import train as jobs
 from realuid_fast.networks import build
 from realuid_fast.ops import extension
-from realuid_fast.train import checkpoint, jobs
-from realuid_fast.train import config as configs
+from realuid_fast.train import checkpoint
 
 HERE = Path(__file__).parent
 HASHES, LOGS = HERE / "hashes.json", HERE / "logs.json"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast.train import loop
+from realuid_fast.train import hooks
 from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.modes import WARM_UP, Captured, CudaRecorder
 
@@ -122,7 +122,7 @@ def test_a_row_of_the_log_and_a_checkpoint_wait_for_nothing(tmp_path):
     trainer, checkpoints = distiller(), Checkpoints(tmp_path)
     for _ in range(WARM_UP):
         trainer.update()
-    watch, values = loop._Watch(trainer), torch.ones(1000, device="cuda")
+    watch, values = hooks.Watch(trainer), torch.ones(1000, device="cuda")
     watch.start()
     watch.fetch()()
     trainer.update()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from realuid_fast.errors import UserError
-from realuid_fast.train import config as configs
-from realuid_fast.train.jobs import free_cores, resolve
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import free_cores, resolve
 
 from ..helpers import distiller, settings
 

@@ -10,11 +10,9 @@ import torch
 from realuid_fast import data, paths, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import distiller as distiller_of
-from realuid_fast.train.teacher import TeacherTrainer
 
 from ..helpers import (
     MLP,
@@ -48,7 +46,7 @@ def test_every_prediction_on_every_path_trains_and_samples(name):
     for predict, match in found.items():
         path = {"name": name, "predict": predict, "match": match, "sampler": "log-normal"}
         content = settings("x", path=path, network=MLP, distill={"objective": {"name": "realuid"}})
-        trainer = TeacherTrainer(configs.from_mapping(content), held)
+        trainer = trainers.teacher_trainer(configs.from_mapping(content), held)
         for _ in range(2):
             trainer.update()
         z = torch.randn(5, 2)
@@ -60,7 +58,7 @@ def test_every_prediction_on_every_path_trains_and_samples(name):
         content["path"] = {"match": match, "sampler": "log-normal"}
         net = build(description.network)
         net.load_state_dict(state)
-        student = Distiller(configs.from_mapping(content), held, teachers.Model(net, description))
+        student = trainers.distiller(configs.from_mapping(content), held, teachers.Model(net, description))
         for _ in range(2):
             student.update()
         row = student.meters.read()
@@ -89,7 +87,7 @@ def test_pairs_from_teacher_to_distances(name, predict, match, network):
         distill={"objective": {"name": "real-bridge"}},
         teacher={"batch": 4},
     )
-    teacher = TeacherTrainer(configs.from_mapping(content), held)
+    teacher = trainers.teacher_trainer(configs.from_mapping(content), held)
     measure, noise = Measure(held), evaluation_noise(held.shape, 12)
     conditions = measure.conditions(teacher.network, 12)
     assert torch.equal(conditions[1], held.heldout_endpoints[:12])
@@ -100,7 +98,7 @@ def test_pairs_from_teacher_to_distances(name, predict, match, network):
     state, description = teacher.exported()
     net = build(network)
     net.load_state_dict(state)
-    student = Distiller(configs.from_mapping(content), held, teachers.Model(net, description))
+    student = trainers.distiller(configs.from_mapping(content), held, teachers.Model(net, description))
     for _ in range(2):
         student.update()
     assert all(math.isfinite(value) for value in student.meters.read().values())
@@ -114,10 +112,10 @@ def test_pairs_from_teacher_to_distances(name, predict, match, network):
 def test_paths_with_an_endpoint_need_data_that_have_one():
     path = {"name": "i-cfm"}
     with pytest.raises(UserError, match="path ICFM has a second endpoint, data set 'eight_gaussians' has none"):
-        TeacherTrainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
+        trainers.teacher_trainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
     path = {"name": "brownian-bridge", "predict": "score", "match": "noise"}
     with pytest.raises(UserError, match="score gives neither velocity nor data"):
-        TeacherTrainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
+        trainers.teacher_trainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
 
 
 @pytest.mark.parametrize("name", sorted(configs.presets()))
@@ -131,13 +129,13 @@ def test_every_preset_builds_and_runs_two_updates(name):
         model = teachers.load_teacher(config.distill.teacher)
     else:
         maker = configs.preset(Path(config.distill.teacher).parent.name)
-        teacher = TeacherTrainer(configs.load(maker, few), held)
+        teacher = trainers.teacher_trainer(configs.load(maker, few), held)
         for _ in range(2):
             teacher.update()
         state, description = teacher.exported()
         model = teachers.Model(build(description.network), description)
         model.net.load_state_dict(state)
-    student = distiller_of(config)(config, held, model)
+    student = trainers.trainer("distill", config, held, model)
     for _ in range(2):
         student.update()
     assert all(math.isfinite(value) for value in student.meters.read().values())

@@ -1,5 +1,6 @@
 """Logs, meters, tripwires, phases and pictures of a run."""
 
+import dataclasses
 import math
 import time
 
@@ -8,10 +9,9 @@ import torch
 
 from realuid_fast import data, teachers
 from realuid_fast.noise import normal
-from realuid_fast.pictures import grid, picture
-from realuid_fast.train import loop
+from realuid_fast.pictures import convergence_plot, grid, picture
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.logging import CsvLog, Events, convergence_plot, read_csv
+from realuid_fast.train.logging import CsvLog, Events, plot_distances, read_csv
 from realuid_fast.train.meters import Fetched, Meters
 from realuid_fast.train.phases import Phases
 from realuid_fast.train.tripwires import Tripwires
@@ -42,7 +42,7 @@ def test_a_run_leaves_its_logs_and_pictures(tmp_path):
     assert all(math.isfinite(value) for row in log for value in row.values())
     assert log[-1]["images_per_second"] > 0
     assert "fake backward" in (tmp_path / "run/timings.json").read_text()
-    assert loop.plot_distances(tmp_path / "run", {"floor": 3.0}, "distance").stat().st_size > 1000
+    assert plot_distances(tmp_path / "run", {"floor": 3.0}, "distance").stat().st_size > 1000
     student = teachers.load(file, role="student")
     assert student.description.t_start == pytest.approx(2 / 7)  # noise level 2.5 on the linear path
     assert student.description.teacher == config["distill"]["teacher"]
@@ -81,8 +81,8 @@ def test_tripwires_equal_their_formulas(monkeypatch):
     monkeypatch.setattr(trainer, "tripwires", watched)
     trainer.update()
     row = trainer.meters.read()
-    teacher_out, fake_out, x, _, coef, key = seen["given"][:6]
-    t, tgt = coef[:, 0], x - normal(key, x)
+    teacher_out, fake_out, draw = seen["given"]
+    t, tgt = draw.t, draw.x - normal(draw.noise, draw.x)
     for i, name in enumerate(Tripwires.names[:4]):
         inside = (t >= i / 4) & (t < (i + 1) / 4)
         above = (fake_out - teacher_out)[inside].flatten(1).norm(dim=1).sum()
@@ -92,7 +92,8 @@ def test_tripwires_equal_their_formulas(monkeypatch):
     # As many held-out samples as the batch: the quantiles are the sorted samples themselves.
     held = data.load("digits")
     few = Tripwires(data.Dataset("few", held.train, held.heldout[:8]), 8, torch.device("cpu"))
-    distance = few(teacher_out, fake_out, held.pixels("heldout")[:8].flip(0) + 0.5, None, coef, key)[0, -1]
+    moved = dataclasses.replace(draw, x=held.pixels("heldout")[:8].flip(0) + 0.5)
+    distance = few(teacher_out, fake_out, moved)[0, -1]
     shift = 0.5 * few._directions.sum(0)
     assert float(distance) == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-4)
 

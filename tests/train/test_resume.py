@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from realuid_fast.errors import UserError
-from realuid_fast.train import config as configs
-from realuid_fast.train import loop
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import resolve
+from realuid_fast.train import folder as run_folder
+from realuid_fast.train import hooks
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import resolve
 from realuid_fast.train.logging import read_csv
 from realuid_fast.train.teacher import TeacherTrainer
 
@@ -59,7 +60,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop_after, job,
     config = settings(save_teacher(tmp_path / "t.safetensors", LABELLED), data={"name": "digits"}, network=LABELLED)
     run_in(tmp_path / "straight", config, job=job)
     undo = stop_after(Distiller if job == "distill" else TeacherTrainer, 7, signum)
-    with pytest.raises(loop.Interrupted) as stop:
+    with pytest.raises(hooks.Interrupted) as stop:
         run_in(tmp_path / "broken", config, job=job)
     undo()
     assert stop.value.code == 128 + signum
@@ -128,7 +129,7 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path):
 def test_a_second_signal_meets_the_default(capfd):
     # A shell that runs the tests in the background has SIGINT ignored.
     before = signal.getsignal(signal.SIGINT)
-    with loop._signals() as received:
+    with hooks.signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -147,16 +148,16 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         run_in(tmp_path / "run", config)
     assert (tmp_path / "run/log.csv").read_text() == before
     (tmp_path / "run/notes.txt").write_text("mine")
-    loop.open_folder(tmp_path / "run", overwrite=True)
+    run_folder.open_folder(tmp_path / "run", overwrite=True)
     # The configuration stays until the next run's takes its place: a kill in between must leave a run.
     assert {f.name for f in (tmp_path / "run").iterdir()} == {"notes.txt", "config.yaml"}
     (tmp_path / "run/config.yaml").unlink()
     with pytest.raises(UserError, match="no run, so --overwrite leaves it alone"):
-        loop.open_folder(tmp_path / "run", overwrite=True)
+        run_folder.open_folder(tmp_path / "run", overwrite=True)
     with pytest.raises(UserError, match="no run to resume"):
-        loop.open_folder(tmp_path / "new", resume=True)
+        run_folder.open_folder(tmp_path / "new", resume=True)
     with pytest.raises(UserError, match="cannot be written"):
-        loop.open_folder(teacher / "under-a-file")
+        run_folder.open_folder(teacher / "under-a-file")
 
 
 @pytest.mark.parametrize("job", ["train-teacher", "distill"])

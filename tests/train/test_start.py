@@ -7,11 +7,11 @@ import realuid_fast as rf
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.generator import Generator, frozen_view
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.jobs.train import train
 from realuid_fast.networks import build
 from realuid_fast.train import checkpoint
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
 
 from ..helpers import LABELLED, MLP, POINTS, UNET, distiller, random_network, save_teacher, settings
 
@@ -71,7 +71,7 @@ def test_teachers_that_do_not_fit_are_refused():
     ):
         config = configs.from_mapping(settings("x", data={"name": "digits"}, path=path))
         with pytest.raises(UserError, match=sentence):
-            Distiller(config, held, teachers.Model(net, description))
+            trainers.distiller(config, held, teachers.Model(net, description))
     labelled = {**LABELLED, "num_classes": 5}
     with pytest.raises(UserError, match="knows 5 classes, data set 'digits' has 10"):
         distiller(labelled)
@@ -117,7 +117,7 @@ def test_second_stage_from_another_average(tmp_path):
 
     def start(source, decay, **distill):
         distill = {**first["distill"], "start": str(source), "start_decay": decay, **distill}
-        return Distiller(
+        return trainers.distiller(
             configs.from_mapping({**first, "distill": distill}), data.load(POINTS), teachers.load_teacher(teacher)
         )
 

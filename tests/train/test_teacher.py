@@ -9,10 +9,10 @@ import realuid_fast as rf
 from realuid_fast import data, functional, paths, sampling
 from realuid_fast.couplings import couple
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.noise import normal
-from realuid_fast.train import config as configs
 from realuid_fast.train.batches import Batches
-from realuid_fast.train.teacher import TeacherTrainer
 
 from ..helpers import LABELLED, MLP, NULL, POINTS, random_network, settings
 
@@ -25,7 +25,7 @@ def test_a_teacher_on_coupled_batches(case, monkeypatch):
     network = {"kind": "mlp", "width": 8, "depth": 1} | ({"num_classes": 10} if "classes" in case else {})
     seen = []
 
-    def recorded(x, coef, noise, endpoint=None):
+    def recorded(x, coef, noise, endpoint=None, noise_rows=None):
         other = endpoint if case == "endpoints" else noise if noise.is_floating_point() else normal(noise, x)
         seen.append((x, other))
         return interpolate(x, coef, noise, endpoint)
@@ -35,7 +35,7 @@ def test_a_teacher_on_coupled_batches(case, monkeypatch):
     for coupling in (False, True):
         own = {"coupling": coupling, "batch": 32}
         content = settings("x", data=held.config, path=path, network=network, teacher=own)
-        trainer = TeacherTrainer(configs.from_mapping(content), held)
+        trainer = trainers.teacher_trainer(configs.from_mapping(content), held)
         labels = trainer.batches.next()[1] if "classes" in case else None
         trainer.batches = Batches(held, 32, 0, torch.device("cpu"), trainer.draws)
         trainer.update()
@@ -53,17 +53,19 @@ def test_couplings_of_what_is_paired_already_are_refused():
     content = settings("x", path={"name": "brownian-bridge"}, network=MLP, teacher={"coupling": True})
     held = data.load("digit_pairs")
     with pytest.raises(UserError, match="data set 'digit_pairs' is one of pairs"):
-        TeacherTrainer(configs.from_mapping(content | {"network": {"kind": "mlp", "width": 8, "depth": 1}}), held)
+        trainers.teacher_trainer(
+            configs.from_mapping(content | {"network": {"kind": "mlp", "width": 8, "depth": 1}}), held
+        )
 
 
 def test_the_teachers_own_times_and_distance():
     path = {"name": "ve", "predict": "edm", "match": "x0", "sampler": "karras"}
     own = {"sampler": "log-normal", "sampler_settings": {"mean": -0.4}, "weight": "edm"}
     content = settings("x", path=path, teacher=own, network=MLP)
-    trainer = TeacherTrainer(configs.from_mapping(content), data.load(POINTS))
+    trainer = trainers.teacher_trainer(configs.from_mapping(content), data.load(POINTS))
     assert trainer.path.sampler == paths.samplers.LogNormal(-0.4, 1.2)
     t = torch.tensor([0.5, 2.0])
-    torch.testing.assert_close(trainer.interpolant.coefficients(t)[:, 8], (t**2 + 0.25) / (t * 0.5) ** 2)
+    torch.testing.assert_close(trainer.matching.coefficients(t)[:, 8], (t**2 + 0.25) / (t * 0.5) ** 2)
     assert configs.from_mapping(content).path.build().path.sampler == paths.samplers.Karras()
 
 
@@ -71,7 +73,7 @@ def test_label_dropout_trains_the_null_label():
     held = data.load("digits")
     content = settings("x", data=held.config, network={"kind": "mlp", "width": 8, "depth": 1, "num_classes": 10})
     content["teacher"] |= {"label_dropout": 0.5}
-    trainer = TeacherTrainer(configs.from_mapping(content), held)
+    trainer = trainers.teacher_trainer(configs.from_mapping(content), held)
     assert trainer.net.null_label == 10
     labels = torch.zeros(1000, dtype=torch.int64)
     dropped = trainer._dropped(labels)
@@ -85,7 +87,7 @@ def test_label_dropout_trains_the_null_label():
 
     content["network"] |= {"null_label": False}
     with pytest.raises(UserError, match=r"teacher.label_dropout needs a class-conditional network with null_label"):
-        TeacherTrainer(configs.from_mapping(content), held)
+        trainers.teacher_trainer(configs.from_mapping(content), held)
     with pytest.raises(UserError, match=r"label_dropout must lie in \[0, 1\), got 1"):
         configs.load("digits", ["teacher.label_dropout=1"])
 

@@ -9,11 +9,10 @@ import realuid_fast as rf
 from realuid_fast import data, paths, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
 from realuid_fast.noise import normal
-from realuid_fast.train import config as configs
-from realuid_fast.train.distill import Distiller
-from realuid_fast.train.teacher import TeacherTrainer
 
 from ..helpers import (
     LABELLED,
@@ -82,7 +81,7 @@ def test_fake_turn_equals_plain_autograd(labelled):
     )
     trainer.fake_turn(generated, labels)
 
-    trainer.draws.set_state(state["draws"])
+    trainer.draws.set_state(state["ranks"][0]["draws"])
     trainer.noise.load_state_dict(state["noise"])
     trainer.batches.load_state_dict(state["batches"])
     real, real_labels = trainer.batches.next()
@@ -137,7 +136,9 @@ def test_generator_turn_equals_plain_autograd_on_other_paths(name, predict):
     held, objective = data.load(POINTS), {"name": "realsid", "alpha": 0.9, "beta": 0.95}
     model = teachers.Model(random_network(MLP), teachers.Description(MLP, path=name, predict=predict))
     path = {"match": "x0", "weight": "edm", "sampler": "log-normal"}
-    trainer = Distiller(configs.from_mapping(settings("x", path=path, distill={"objective": objective})), held, model)
+    trainer = trainers.distiller(
+        configs.from_mapping(settings("x", path=path, distill={"objective": objective})), held, model
+    )
     trainer.update()
     noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
     loss, _ = trainer.generator_backward()
@@ -167,7 +168,9 @@ def test_two_sided_fake_turn_equals_plain_autograd():
     description = teachers.Description(network, path="brownian-bridge", predict="residual")
     held, path = data.load(PAIRS), {"match": "x0"}
     content = settings("x", data=PAIRS, path=path, distill={"objective": {"name": "real-bridge"}})
-    trainer = Distiller(configs.from_mapping(content), held, teachers.Model(random_network(network), description))
+    trainer = trainers.distiller(
+        configs.from_mapping(content), held, teachers.Model(random_network(network), description)
+    )
     state = copy.deepcopy(trainer.state_dict())
     generated, ends = torch.randn(2, 8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     seen = {}
@@ -176,7 +179,7 @@ def test_two_sided_fake_turn_equals_plain_autograd():
     )
     trainer.fake_turn(generated, None, ends)
 
-    trainer.draws.set_state(state["draws"])
+    trainer.draws.set_state(state["ranks"][0]["draws"])
     trainer.noise.load_state_dict(state["noise"])
     trainer.batches.load_state_dict(state["batches"])
     real, _ = trainer.batches.next()
@@ -238,13 +241,13 @@ def test_distillation_moves_the_student_to_the_data():
             distill={"batch": 128, "updates": 300, "t_start": 0.0, "generator": {"warmup": 10}},
         )
     )
-    teacher = TeacherTrainer(config, held)
+    teacher = trainers.teacher_trainer(config, held)
     for _ in range(300):
         teacher.update()
     state, description = teacher.exported()
     net = build(network)
     net.load_state_dict(state)
-    trainer = Distiller(config, held, teachers.Model(net, description))
+    trainer = trainers.distiller(config, held, teachers.Model(net, description))
     measure, noise = Measure(held), evaluation_noise((2,), 1000)
     before = measure(generate(trainer.sample, noise)[0]).distance
     for _ in range(300):

@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.distributed.fsdp  # here, so that forked ranks need not
 
 from realuid_fast import data, teachers
-from realuid_fast.train import config as configs
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.jobs.train import train
 from realuid_fast.train import distributed
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.jobs import train
 from realuid_fast.train.logging import read_csv
 from realuid_fast.train.teacher import TeacherTrainer
 
@@ -86,8 +87,8 @@ def on_ranks(place, size, work):
 def trainer_in(place, cls, **sections):
     held = data.load(KINDS[place.name][1])
     if cls is TeacherTrainer:
-        return TeacherTrainer(config(place, **sections), held)
-    return Distiller(config(place, **sections), held, teachers.load(place / "teacher.safetensors"))
+        return trainers.teacher_trainer(config(place, **sections), held)
+    return trainers.distiller(config(place, **sections), held, teachers.load(place / "teacher.safetensors"))
 
 
 def whole(tensor):

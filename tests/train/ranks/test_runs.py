@@ -15,12 +15,13 @@ import torch.distributed.fsdp  # here, so that forked ranks need not
 import yaml
 
 from realuid_fast.errors import UserError
-from realuid_fast.train import config as configs
+from realuid_fast.jobs import alike
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs.train import train
 from realuid_fast.train import distributed
 from realuid_fast.train.checkpoint import Checkpoints, read
-from realuid_fast.train.jobs import train
+from realuid_fast.train.hooks import Interrupted
 from realuid_fast.train.logging import read_csv
-from realuid_fast.train.loop import Interrupted
 
 from .ranks import SHARD, config, end_of, on_ranks, run_on_ranks, stopping
 
@@ -112,7 +113,7 @@ def test_ranks_with_different_settings_do_not_begin(place, sections, words, monk
     def work(rank):
         asked, job = config(place, **(sections if rank and isinstance(sections, dict) else {})), "distill"
         if rank and sections == "code":
-            monkeypatch.setattr(distributed, "_code", lambda: "other")
+            monkeypatch.setattr(alike, "_code", lambda: "other")
         if rank and sections == "train-teacher":
             job = sections
         with pytest.raises(UserError, match=words) as error:
@@ -127,14 +128,14 @@ def test_ranks_with_different_settings_do_not_begin(place, sections, words, monk
 
 def test_ranks_may_name_their_own_gpu(place):
     def work(rank):
-        distributed.check_alike({"run": {"device": f"cuda:{rank}", "limit": float("nan"), "steps": [1, 2]}})
+        alike.check_alike({"run": {"device": f"cuda:{rank}", "limit": float("nan"), "steps": [1, 2]}})
         return True
 
     assert on_ranks(place, 2, work) == [True, True]
 
 
 def train_interrupted():
-    from realuid_fast.train.loop import Interrupted
+    from realuid_fast.train.hooks import Interrupted
 
     return Interrupted
 

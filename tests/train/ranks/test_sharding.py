@@ -11,10 +11,11 @@ from torch import nn
 
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
 from realuid_fast.optim import FusedAdam
 from realuid_fast.train import checkpoint, distributed, sharding
-from realuid_fast.train import config as configs
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import read_csv
 
@@ -249,7 +250,7 @@ def test_a_teacher_that_is_offloaded_is_the_same_teacher(place):
         asked = config(place)
         # The setting is for GPUs; what it does runs here.
         object.__setattr__(asked.run, "offload_teacher", True)
-        offloaded = Distiller(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
+        offloaded = trainers.distiller(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
         assert distributed.size() == 1
         assert not offloaded.sharded
         offloaded.update()

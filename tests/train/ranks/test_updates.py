@@ -10,8 +10,9 @@ from torch import nn
 
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
+from realuid_fast.jobs import trainers
 from realuid_fast.noise import normal
-from realuid_fast.optim import FusedAdam, Optimiser
+from realuid_fast.optim import FusedAdam, Optimiser, mean
 from realuid_fast.train import distill, distributed, regression
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.regression import RegressionTrainer
@@ -138,7 +139,7 @@ def test_every_objective_has_one_state_on_all_ranks(place, distill):
 def test_a_regression_on_ranks_equals_one_on_the_concatenated_batch(place, monkeypatch):
     def made():
         asked = config(place, distill={"objective": {"name": "regression"}, "regression": {"steps": 3}})
-        return RegressionTrainer(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
+        return trainers.regression(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
 
     def work(rank):
         trainer, drawn = made(), []
@@ -164,17 +165,17 @@ def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, m
     layers, reduce = 6, dist.all_reduce
 
     def gradients(rank, least, order):
-        monkeypatch.setattr(distributed, "PIECE", least)
+        monkeypatch.setattr(mean, "PIECE", least)
         torch.manual_seed(0)
         net = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(layers)))
         net.register_parameter("idle", nn.Parameter(torch.ones(3)))
         optimiser, found = Optimiser(net, 0.1), []
         optimiser.adam = FusedAdam(net.parameters(), 0.1, flat=flat)
-        distributed.average(optimiser, parts)
-        mean = optimiser.adam.reduce
+        mean.average(optimiser, distributed.size(), parts)
+        averaged = optimiser.adam.reduce
 
         def keep(given):
-            mean(given)
+            averaged(given)
             found.extend(p.grad.clone() for p in net.parameters() if p.grad is not None)
 
         optimiser.adam.reduce = keep
@@ -211,17 +212,17 @@ def test_gradients_set_out_while_the_backward_pass_goes_on(place, parts, flat, m
 
 
 def test_pieces_are_neighbours_from_the_end():
-    assert distributed.pieces([4, 4, 4, 4, 4], 8) == [slice(3, 5), slice(1, 3), slice(0, 1)]
-    assert distributed.pieces([1, 9], 8) == [slice(1, 2), slice(0, 1)]
-    assert distributed.pieces([9, 1], 100) == [slice(0, 2)]
-    assert distributed.pieces([], 8) == []
+    assert mean.pieces([4, 4, 4, 4, 4], 8) == [slice(3, 5), slice(1, 3), slice(0, 1)]
+    assert mean.pieces([1, 9], 8) == [slice(1, 2), slice(0, 1)]
+    assert mean.pieces([9, 1], 100) == [slice(0, 2)]
+    assert mean.pieces([], 8) == []
 
 
 def test_a_gradient_that_changes_after_it_has_set_out_is_noticed(place):
     def work(rank):
         net = nn.Linear(2, 1)
         optimiser = Optimiser(net, 0.1)
-        distributed.average(optimiser)
+        mean.average(optimiser, distributed.size())
         net(torch.ones(1, 2)).backward()
         with pytest.raises(RuntimeError, match="1 a step"):
             net(torch.ones(1, 2)).backward()

@@ -14,18 +14,34 @@ the ``x_t`` of the turn itself.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..networks.unet import GroupNorm
 from ..paths import COLUMNS
 from ..sampling import takes_endpoint
+from .unet import GroupNorm
 
 GROUP = 8  # channels normalised together, as 256 in 32 groups
 SCALES = COLUMNS.index("p")  # columns a, b, c before it
+
+
+@dataclass(frozen=True)
+class Gan:
+    """The weights of a discriminator's terms.
+
+    Attributes:
+        weight_fake: the weight of the head's loss in the fake turn.
+        weight_generator: the weight of the generator's term, 0 for a head that a divergence alone reads.
+        least_share: the least share of data in an interpolant that is judged.
+    """
+
+    weight_fake: float = 1.0
+    weight_generator: float = 0.0
+    least_share: float = 0.0
 
 
 class Head(nn.Module):

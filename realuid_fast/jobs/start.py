@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .. import teachers
 from ..errors import UserError
 from ..teachers import CHECKPOINTS, Description
-from .checkpoint import Damaged, read
-from .checkpoint import files as checkpoints_in
+from ..train.checkpoint import files as checkpoints_in
+from ..train.checkpoint import read
+from ..train.sharding import Damaged
 
 
 def student_of(source: str, decay: float | None, teacher: Description, t_start: float) -> nn.Module:

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import NotWritten, UserError
-from ..files import in_place, make_folder, sync
+from .errors import NotWritten, UserError
+from .files import in_place, make_folder, sync
 
 LOCK = ".lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks.recompute import parts as parts_of
-from ..networks.recompute import recompute
 from ..optim import is_sharded
 from ..sampling import arguments, takes_endpoint
+from .recompute import parts as parts_of
+from .recompute import recompute
 
 # Words in the messages of failed allocations that raise a plain RuntimeError.
 _EXHAUSTED = (

@@ -7,19 +7,17 @@ import math
 from collections import ChainMap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
-
-from .. import paths
-from ..bounds import ABOVE_ZERO, BELOW_ONE, BETWEEN, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, WHOLE, Range
-from ..errors import UserError
-from ..objectives import DIVERGENCES, PRESETS, Objective
-from ..optim import DECAYS
-from ..precision import PRECISIONS
-from ..sampling import SOLVERS
-from ..teachers import Description
-from .modes import MODES
+from . import paths
+from .bounds import ABOVE_ZERO, BELOW_ONE, BETWEEN, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, WHOLE, Range
+from .choices import MODES, PRECISIONS
+from .errors import UserError
+from .matching import Matching
+from .objectives import DIVERGENCES, PRESETS, Objective
+from .optim import DECAYS
+from .sampling import SOLVERS
+from .teachers import Description
 
 REGRESSION = "regression"  # the objective of realuid_fast.train.regression, which is none of the presets
 # Views, so that a sampler or a preset that somebody adds can be named too.
@@ -55,7 +53,7 @@ class PathConfig:
     match: str = setting("velocity", "the space in which distances are taken", choices=paths.MATCH_SPACES)
     weight: str = setting("one", "the weight of a time in the loss", choices=paths.WEIGHTS)
 
-    def build(self, teacher: Description | None = None) -> Interpolant:
+    def build(self, teacher: Description | None = None) -> Matching:
         """The path with its sampler, prediction and weight; ``teacher`` fills in what is not given.
 
         Raises:
@@ -82,29 +80,13 @@ class PathConfig:
             if predict != teacher.predict:
                 raise UserError(f"the teacher predicts {teacher.predict}, not path.predict {predict}")
         try:
-            path.time_range(self.match, predict)
-        except UserError as error:
-            raise UserError(f"path.match and path.predict: {error}") from None
-        try:
             weight = paths.weight(self.weight, path)
         except UserError as error:
             raise UserError(f"path.weight: {error}") from None
-        return Interpolant(path, name, dict(settings), predict, self.match, weight)
-
-
-class Interpolant(NamedTuple):
-    """A path as :class:`PathConfig` resolves it."""
-
-    path: paths.Path
-    name: str
-    settings: dict[str, Any]
-    predict: str
-    match: str
-    weight: paths.Weight | None
-
-    def coefficients(self, t: Tensor) -> Tensor:
-        """Rows ``(R, 9)`` of the losses."""
-        return self.path.coefficients(t, self.match, self.predict, self.weight)
+        try:
+            return Matching(path, predict, self.match, weight)
+        except UserError as error:
+            raise UserError(f"path.match and path.predict: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -213,7 +195,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class GanConfig:
-    """A discriminator's head on the fake model (:mod:`realuid_fast.train.discriminator`), none while weights are 0."""
+    """A discriminator's head on the fake model (:mod:`realuid_fast.networks.discriminator`), none while both are 0."""
 
     weight_fake: float = setting(0.0, "the weight of the head's loss in the fake turn", NOT_NEGATIVE)
     weight_generator: float = setting(

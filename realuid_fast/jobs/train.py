@@ -15,14 +15,14 @@ from ..errors import UserError
 from ..evaluate import fidelity
 from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import Measure
+from ..lock import held
+from ..settings import REGRESSION, Config
+from ..train import distributed
+from ..train.folder import open_folder, require_run
+from ..train.loop import run
 from . import config as configs
-from . import distributed
-from .distill import Distiller
-from .lock import held
-from .loop import Trainer, open_folder, require_run, run
-from .regression import RegressionTrainer
-from .settings import REGRESSION, Config
-from .teacher import TeacherTrainer
+from . import trainers
+from .alike import check_alike
 
 # A warm-up longer than a run divided by this number was more likely meant for a longer run.
 WARMUP_SHARE = 5
@@ -120,11 +120,11 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
 
     Raises:
         UserError: settings, data, teacher or folder cannot be used, or the ranks' settings differ.
-        realuid_fast.train.loop.Interrupted: after SIGINT, SIGTERM or SIGHUP, with everything saved.
+        realuid_fast.train.hooks.Interrupted: after SIGINT, SIGTERM or SIGHUP, with everything saved.
     """
     asked = evaluated(job, config)
     # The first thing that ranks wait for. With different settings they would later wait for different things.
-    distributed.check_alike({"command": job, "--resume": resume, **configs.to_mapping(asked)})
+    check_alike({"command": job, "--resume": resume, **configs.to_mapping(asked)})
     config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -132,20 +132,18 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     if device.type == "cuda" and device.index is not None:
         # Make it the default for events, streams and generators that are created without a device.
         torch.cuda.set_device(device)
-    dataset = data.load(config.data)
-    trainer: Trainer
-    if job == "distill":
-        settings = config.distill
-        # No local name keeps the teacher alive: the trainer may have its own copy (offloaded or in bf16), and two would
-        # not fit.
-        trainer = distiller(config)(
-            config,
-            dataset,
-            teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay, dataset.config),
-            command,
-        )
-    else:
-        trainer = TeacherTrainer(config, dataset, command)
+    dataset, settings = data.load(config.data), config.distill
+    # No local name keeps the teacher alive: the trainer may have its own copy (offloaded or in bf16), and two would
+    # not fit.
+    trainer = trainers.trainer(
+        job,
+        config,
+        dataset,
+        teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay, dataset.config)
+        if job == "distill"
+        else None,
+        command,
+    )
     measure = _measure(config, dataset)
     if distributed.rank() == 0:
         warn_of_warmup(job, config)
@@ -156,11 +154,11 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
             open_folder(folder, resume, overwrite)
         distributed.wait()
         try:
-            return run(asked, trainer, folder, measure, dataset.shape, resume, lock), measure
+            content = configs.to_mapping(asked)
+            return run(trainer, folder, measure, dataset.shape, asked.run, content, resume, lock), measure
         finally:
-            if isinstance(trainer, Distiller):
-                # NCCL cannot be shut down while a CUDA graph holds one of its reductions.
-                trainer.forget_graphs()
+            # NCCL cannot be shut down while a CUDA graph holds one of its reductions.
+            trainer.forget_graphs()
 
 
 def evaluated(job: str, config: Config) -> Config:
@@ -192,11 +190,6 @@ def _measure(config: Config, dataset: data.Dataset) -> Measure:
         return Measure(dataset, features)
     real = fidelity.Fidelity(dataset, features, cache=fidelity.CACHE, progress=config.run.progress).real
     return Measure(dataset, features, real)
-
-
-def distiller(config: Config) -> type[Distiller] | type[RegressionTrainer]:
-    """The class of the trainer that a distillation's configuration asks for."""
-    return RegressionTrainer if config.distill.objective.name == REGRESSION else Distiller
 
 
 def free_cores() -> int:

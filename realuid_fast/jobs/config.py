@@ -17,8 +17,8 @@ from ..bounds import Range, shown
 from ..errors import UserError
 from ..extras import extra
 from ..files import read_regular
-from .modes import captures
-from .settings import PARITY, PARITY_OBJECTIVES, REGRESSION, Config
+from ..settings import PARITY, PARITY_OBJECTIVES, REGRESSION, Config
+from ..train.modes import captures
 
 with extra():
     import yaml

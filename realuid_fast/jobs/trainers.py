@@ -1,0 +1,276 @@
+"""The one door from a configuration to objects: networks, optimisers and the trainer that takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import precision
+from ..data import Dataset
+from ..errors import UserError
+from ..generator import Generator, frozen_view
+from ..matching import Matching
+from ..networks import build
+from ..networks.discriminator import Gan, Judged
+from ..networks.recompute import recompute
+from ..optim import Optimiser
+from ..sampling import null_labels
+from ..settings import REGRESSION, Config, OptimiserConfig
+from ..teachers import Description, Model
+from ..train import distributed, modes, sharding
+from ..train.distill import TURNS, Distiller
+from ..train.regression import RegressionTrainer
+from ..train.teacher import TeacherTrainer
+from ..train.trainer import Setup, Trainer
+from .start import student_of
+
+
+def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = None, command: str = "") -> Trainer:
+    """The trainer of ``"train-teacher"`` or, with a ``teacher``, of ``"distill"``.
+
+    The teacher's network is moved to the device and otherwise left as it is, unless it is sharded.
+
+    Raises:
+        UserError: settings, data and teacher that do not go together; the error names the setting.
+    """
+    if job == "train-teacher" or teacher is None:
+        return teacher_trainer(config, dataset, command)
+    made = regression if config.distill.objective.name == REGRESSION else distiller
+    return made(config, dataset, teacher, command)
+
+
+def teacher_trainer(config: Config, dataset: Dataset, command: str = "") -> TeacherTrainer:
+    """The trainer of the section ``teacher``, with a fresh network."""
+    settings, matching = config.teacher, config.teachers_path().build()
+    network = network_for(config, dataset)
+    net = fresh(network, config.run.seed)
+    if config.run.checkpoint_activations:
+        recompute(net)
+    device = torch.device(config.run.device)
+    net = sharding.shard(net, device) if _sharded(config) else _placed(net, config, dataset)
+    optimiser = _optimiser(net.train(), settings.optimiser, settings.updates, settings.ema, settings.ema_warmup)
+    with _named("teacher", settings):
+        return TeacherTrainer(
+            net, matching, dataset, optimiser, _setup(config, settings.batch, settings.updates),
+            label_dropout=settings.label_dropout, reduction=settings.reduction, coupling=settings.coupling,
+            export=settings.export,
+            description=Description(
+                network=network,
+                path=config.path.name or "linear",
+                path_settings=dict(config.path.settings),
+                predict=matching.predict,
+                data=dataset.config,
+                preprocessing=dataset.preprocessing,
+                command=command,
+                decay=settings.export,
+            ),
+        )  # fmt: skip
+
+
+def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "") -> Distiller:
+    """The trainer of the section ``distill``, with student and fake model from copies of the teacher's network."""
+    settings, described, seed = config.distill, teacher.description, config.run.seed
+    matching, objective = config.path.build(described), settings.objective.build()
+    device, sharded = torch.device(config.run.device), _sharded(config)
+    _check(config, dataset, described)
+    net = _prepared(teacher.net, config, dataset)
+    trained = copy.deepcopy(net).train().requires_grad_(True)
+    if settings.dropout is not None:
+        for module in trained.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+    fake: nn.Module = copy.deepcopy(trained)
+    if settings.fake_start == "fresh":
+        if not described.network:
+            raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
+        fake.load_state_dict(fresh(described.network, seed).state_dict())
+    gan = Gan(**vars(settings.gan)) if settings.gan.weight_fake else None
+    if gan is not None:
+        fake = Judged(fake, dataset.shape, seed)
+    generator = _generator(trained, config, matching, settings.times)
+    if settings.start:
+        student = student_of(settings.start, settings.start_decay, described, generator.t_start)
+        generator.net.load_state_dict(student.state_dict())
+    if sharded:
+        sharding.shard(fake, device)
+        # A generator keeps its own tables on the device that its network was on when the generator was built.
+        generator = _generator(sharding.shard(generator.net, device), config, matching, settings.times)
+    teacher_net = _frozen(net, config) if teacher.function is None else teacher.function
+    warms_up = not settings.start if settings.ema_warmup is None else settings.ema_warmup
+    turns = max(settings.fake_turns * objective.needs_fake, 1)
+    with _named("distill", settings):
+        return Distiller(
+            teacher_net, fake, generator, matching, objective, dataset,
+            _optimiser(fake, settings.fake, settings.updates * turns),
+            _optimiser(generator.net, settings.generator, settings.updates, settings.ema, warms_up),
+            _setup(config, settings.batch, settings.updates),
+            fake_turns=settings.fake_turns, guidance=settings.guidance, labels=settings.labels, gan=gan,
+            divergence=settings.divergence, precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
+            export=settings.export, description=_of_student(config, dataset, described, generator, command),
+        )  # fmt: skip
+
+
+def regression(config: Config, dataset: Dataset, teacher: Model, command: str = "") -> RegressionTrainer:
+    """The trainer of the section ``distill`` for the objective ``regression``."""
+    settings, described = config.distill, teacher.description
+    refused = {
+        "distill.times": bool(settings.times),
+        "distill.start": bool(settings.start),
+        "distill.gan": bool(settings.gan.weight_fake),
+        "distill.generator_precision fp16": settings.generator_precision == "fp16",
+        f"run.mode {config.run.mode}": modes.captures(config.run.mode),
+    }
+    for name, given in refused.items():
+        if given:
+            raise UserError(f"{name} is not for distill.objective regression")
+    _check(config, dataset, described)
+    matching = config.path.build(described)
+    net = _prepared(teacher.net, config, dataset)
+    generator = _generator(copy.deepcopy(net).train().requires_grad_(True), config, matching)
+    with _named("distill", settings):
+        return RegressionTrainer(
+            frozen_view(net).eval() if teacher.function is None else teacher.function, generator, matching, dataset,
+            _optimiser(generator.net, settings.generator, settings.updates, settings.ema),
+            _setup(config, settings.batch, settings.updates),
+            steps=settings.regression.steps, solver=settings.regression.solver, guidance=settings.guidance,
+            precision=settings.generator_precision, export=settings.export,
+            description=_of_student(config, dataset, described, generator, command),
+        )  # fmt: skip
+
+
+def fresh(network: dict[str, Any], seed: int) -> nn.Module:
+    """An untrained network, whose weights follow from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build(network)
+
+
+def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """The configured network, with the samples' shape and classes filled in where they are not given.
+
+    Raises:
+        UserError: the network's shape is not the samples', it wants labels that the data do not have, or it is given a
+            number of classes without ``class_cond``.
+    """
+    network = dict(config.network)
+    network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
+    key = "shape" if network["kind"] == "mlp" else "dim"
+    network.setdefault(key, list(dataset.shape))
+    # A shape that is not a list is refused by the network itself, in its own words.
+    if isinstance(network[key], (list, tuple)) and tuple(network[key]) != dataset.shape:
+        raise UserError(f"network.{key} is {list(network[key])}, the data have samples of shape {list(dataset.shape)}")
+    if network.get("class_cond"):
+        if not dataset.classes:
+            hint = ": the images must all lie in folders of classes" if dataset.name == "folder" else ""
+            raise UserError(f"network.class_cond is true, but data set '{dataset.name}' has no labels{hint}")
+        network.setdefault("num_classes", dataset.classes)
+    elif network["kind"] == "unet" and "num_classes" in network:
+        raise UserError(
+            "network.num_classes is given without network.class_cond, so the network would see no labels: set "
+            "network.class_cond=true, where the number of classes follows from the data, or leave num_classes out"
+        )
+    if config.teacher.label_dropout:
+        network.setdefault("null_label", True)
+    return network
+
+
+@contextlib.contextmanager
+def _named(section: str, settings: Any) -> Iterator[None]:
+    """Put the section in front of an error that begins with one of its settings: trainers know no sections."""
+    try:
+        yield
+    except UserError as error:
+        first = str(error).partition(" ")[0]
+        if first in {field.name for field in fields(settings)}:
+            raise UserError(f"{section}.{error}") from None
+        raise
+
+
+def _setup(config: Config, batch: int, updates: int) -> Setup:
+    run = config.run
+    return Setup(batch, updates, run.accumulate, run.seed, run.mode, run.channels_last, run.timings)
+
+
+def _sharded(config: Config) -> bool:
+    return config.run.shard and distributed.size() > 1
+
+
+def _placed(net: nn.Module, config: Config, dataset: Dataset) -> nn.Module:
+    """``net`` on the device, in the memory layout of images."""
+    net = net.to(torch.device(config.run.device))
+    layout = _setup(config, 1, 1).layout(dataset.shape)
+    return net.to(memory_format=layout) if len(dataset.shape) == 3 else net  # type: ignore[call-overload]
+
+
+def _prepared(net: nn.Module, config: Config, dataset: Dataset) -> nn.Module:
+    """The teacher's network as student and fake model are copied from it."""
+    if not _sharded(config):
+        net = _placed(net, config, dataset)
+    if config.distill.guidance != 1.0:
+        null_labels(net, torch.zeros(0, dtype=torch.int64))
+    if config.run.checkpoint_activations:
+        recompute(net)
+    return net
+
+
+def _frozen(net: nn.Module, config: Config) -> nn.Module:
+    """The frozen teacher. It shares the memory of ``net``, unless it is rounded, sharded or offloaded."""
+    rounded, offload, sharded = config.distill.teacher_precision == "bf16", config.run.offload_teacher, _sharded(config)
+    if not (rounded or sharded or offload):
+        return frozen_view(net).eval()
+    net = copy.deepcopy(net).requires_grad_(False).eval()
+    if rounded:
+        precision.round_weights(net)
+    return sharding.shard(net, torch.device(config.run.device), offload) if sharded or offload else net
+
+
+def _generator(net: nn.Module, config: Config, matching: Matching, times: tuple[float, ...] = ()) -> Generator:
+    return Generator(net, config.distill.t_start, matching.path, matching.predict, times)
+
+
+def _optimiser(
+    net: nn.Module, settings: OptimiserConfig, total: int, ema: tuple[float, ...] = (), ema_warmup: bool = True
+) -> Optimiser:
+    return Optimiser(net, **vars(settings), ema_decays=ema, total=total, ema_warmup=ema_warmup)
+
+
+def _of_student(
+    config: Config, dataset: Dataset, teacher: Description, generator: Generator, command: str
+) -> Description:
+    return Description(
+        network=teacher.network,
+        role="student",
+        path=teacher.path,
+        path_settings=teacher.path_settings,
+        predict=teacher.predict,
+        data=dataset.config,
+        preprocessing=dataset.preprocessing,
+        command=command,
+        t_start=generator.t_start,
+        times=generator.times,
+        teacher=config.distill.teacher,
+        decay=config.distill.export,
+    )
+
+
+def _check(config: Config, dataset: Dataset, teacher: Description) -> None:
+    """Refuse a teacher of other samples than the data's, and a mode or a precision that does not run on the device."""
+    sample = teacher.network.get("dim", teacher.network.get("shape"))
+    if sample is not None and tuple(sample) != dataset.shape:
+        raise UserError(
+            f"the teacher makes samples of shape {tuple(sample)}, data set '{dataset.name}' has {dataset.shape}"
+        )
+    device, settings = torch.device(config.run.device), config.distill
+    asked = [("run.mode", config.run.mode, modes.why_not(config.run.mode, device))]
+    for turn in TURNS:
+        name = getattr(settings, f"{turn}_precision")
+        asked.append((f"distill.{turn}_precision", name, precision.why_not(name, device)))
+    for key, value, reason in asked:
+        if reason is not None:
+            raise UserError(f"{key} {value} does not run on {device}: {reason}")

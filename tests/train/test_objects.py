@@ -1,0 +1,94 @@
+"""Trainers built from objects in a program of one's own, without a configuration."""
+
+import copy
+
+import pytest
+import torch
+
+import realuid_fast as rf
+from realuid_fast.errors import UserError
+from realuid_fast.generator import Generator
+from realuid_fast.jobs import config as configs
+from realuid_fast.jobs import trainers
+from realuid_fast.matching import Matching
+from realuid_fast.optim import Optimiser
+from realuid_fast.train.trainer import Setup
+
+SETUP = Setup(batch=8, updates=4, seed=3)
+MATCHING = Matching(rf.paths.Linear(sampler=rf.paths.samplers.Uniform(stratified=True)))
+
+
+def by_hand():
+    model, digits = rf.teachers.load_teacher("digits"), rf.data.digits()
+    fake = copy.deepcopy(model.net).train().requires_grad_(True)
+    generator = Generator(copy.deepcopy(fake))
+    return trainers.distiller(
+        rf.frozen_view(model.net), fake, generator, MATCHING, rf.objectives.RealUID(alpha=0.92, beta=0.94), digits,
+        Optimiser(fake, 1e-3), Optimiser(generator.net, 1e-3, ema_decays=[0.9]), SETUP, fake_turns=2, export=0.9,
+    )  # fmt: skip
+
+
+def test_a_distiller_of_objects_is_that_of_a_configuration_to_the_bit():
+    content = {
+        "distill": {"batch": 8, "updates": 4, "fake_turns": 2, "ema": [0.9], "export": 0.9},
+        "run": {"seed": 3, "channels_last": False},
+    }
+    content["distill"] |= {"objective": {"name": "realuid", "alpha": 0.92, "beta": 0.94}}
+    config = configs.from_mapping(content)
+    configured = trainers.distiller(config, rf.data.digits(), rf.teachers.load_teacher("digits"))
+    own = by_hand()
+    for trainer in (own, configured):
+        for _ in range(2):
+            trainer.update()
+    assert own.meters.read() == pytest.approx(configured.meters.read(), rel=1e-3)
+    for mine, theirs in zip(own.exported()[0].values(), configured.exported()[0].values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def test_the_state_of_one_trainer_continues_in_another():
+    straight, before = by_hand(), by_hand()
+    for _ in range(2):
+        straight.update()
+        before.update()
+    state = copy.deepcopy(before.state_dict())
+    torch.manual_seed(99)  # another trainer is made elsewhere, with other random numbers
+    after = by_hand()
+    after.load_state_dict(state)
+    straight.update()
+    after.update()
+    assert after.step == 3
+    for mine, theirs in zip(after.exported()[0].values(), straight.exported()[0].values(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert after.meters.read() == straight.meters.read()
+    with pytest.raises(UserError, match="the checkpoint does not fit the run"):
+        after.load_state_dict({"step": 1, "ranks": [{}]})
+
+
+def test_the_other_trainers_of_objects_train():
+    points = rf.data.load("eight_gaussians")
+    net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 32, "depth": 2})
+    teacher = trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), Setup(batch=64, updates=300))
+    first = [teacher.update() or teacher.meters.read()["loss"] for _ in range(20)]
+    for _ in range(200):
+        teacher.update()
+    teacher.meters.read()
+    last = [teacher.update() or teacher.meters.read()["loss"] for _ in range(20)]
+    assert sum(last) < 0.9 * sum(first)
+    generator = Generator(copy.deepcopy(net))
+    student = trainers.regression(
+        rf.frozen_view(net), generator, MATCHING, points, Optimiser(generator.net, 1e-3), SETUP, steps=4
+    )  # fmt: skip
+    student.update()
+    assert student.step == 1
+    assert torch.isfinite(torch.tensor(student.meters.read()["regression loss"]))
+
+
+def test_arguments_that_do_not_fit_are_named():
+    points = rf.data.load("eight_gaussians")
+    net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1})
+    with pytest.raises(UserError, match=r"batch 7 does not divide by 1 rank times run\.accumulate 2"):
+        trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), Setup(batch=7, parts=2))
+    with pytest.raises(UserError, match="export must be 0 or a decay of the optimiser's averages"):
+        trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), SETUP, export=0.5)
+    with pytest.raises(UserError, match="label_dropout needs a class-conditional network"):
+        trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), SETUP, label_dropout=0.5)
