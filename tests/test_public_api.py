@@ -28,6 +28,7 @@ MODULES = [
             "data.packing",
             "errors",
             "functional",
+            "generator",
             "interpolant",
             "losses",
             "metrics",

@@ -223,30 +223,13 @@ class UNet(nn.Module):
         null_label: bool = False,
     ) -> None:
         super().__init__()
-        if len(dim) != 3:
-            raise UserError(f"dim must be (channels, height, width), got {tuple(dim)}")
-        in_channels, height, width = (int(v) for v in dim)
-        side = width
-        if channel_mult is None:
-            if side not in DEFAULT_MULT:
-                raise UserError(f"channel_mult must be given for images of side {side}")
-            channel_mult = DEFAULT_MULT[side]
-        mult = tuple(channel_mult)
-        shrink = 2 ** (len(mult) - 1)
-        if height % shrink or width % shrink:
-            raise UserError(f"dim {tuple(dim)} must be divisible by {shrink} for {len(mult)} levels in channel_mult")
-        widths = [int(m * num_channels) for m in mult]
-        for value in widths:
-            if value < 1 or value % norm_groups:
-                raise UserError(f"norm_groups {norm_groups} does not divide a level of {value} channels")
+        in_channels, height, width = _shape(dim)
+        widths = _widths(height, width, num_channels, channel_mult, norm_groups)
         if isinstance(attention_resolutions, str):
             attention_resolutions = [int(part) for part in attention_resolutions.split(",") if part.strip()]
-        attend_at = {side // int(r) for r in attention_resolutions}
-        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        attend_at = {width // int(r) for r in attention_resolutions}
 
-        self.dim = (in_channels, height, width)
-        self.endpoint = endpoint
-        self.num_channels = num_channels
+        self.dim, self.endpoint, self.num_channels = (in_channels, height, width), endpoint, num_channels
         self.num_classes = num_classes if class_cond else None
         self.null_label = check_null_label(null_label, self.num_classes or 0)
         self.time_scale = float(time_scale)
@@ -259,18 +242,12 @@ class UNet(nn.Module):
             return ResBlock(channels, embedding, out_channels, norm_groups, dropout, use_scale_shift_norm, resample)
 
         def attention(channels: int, heads: int) -> Attention:
-            if num_head_channels != -1:
-                if channels % num_head_channels:
-                    raise UserError(f"num_head_channels {num_head_channels} does not divide {channels} channels")
-                heads = channels // num_head_channels
-            if channels % heads:
-                raise UserError(f"num_heads {heads} does not divide {channels} channels")
+            heads = _heads(channels, heads, num_head_channels)
             return Attention(channels, heads, norm_groups, use_new_attention_order)
 
         channels = widths[0]
         self.input_blocks = nn.ModuleList([Blocks(Conv3x3((1 + endpoint) * in_channels, channels))])
-        skips = [channels]
-        shrink = 1
+        skips, shrink = [channels], 1
         for level, out_channels in enumerate(widths):
             for _ in range(num_res_blocks):
                 layers: list[nn.Module] = [res(channels, out_channels)]
@@ -295,18 +272,15 @@ class UNet(nn.Module):
                 layers = [res(channels + skips.pop(), out_channels)]
                 channels = out_channels
                 if shrink in attend_at:
-                    layers.append(attention(channels, heads_up))
+                    layers.append(attention(channels, num_heads if num_heads_upsample == -1 else num_heads_upsample))
                 if level and i == num_res_blocks:
                     layers.append(res(channels, channels, "up") if resblock_updown else Upsample(channels, True))
                     shrink //= 2
                 self.output_blocks.append(Blocks(*layers))
 
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.out = Output(
-            GroupNorm(norm_groups, channels),
-            nn.SiLU(),
-            _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
-        )
+        last = _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.out = Output(GroupNorm(norm_groups, channels), nn.SiLU(), last)
 
     def forward(
         self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None, with_features: bool = False
@@ -371,3 +345,41 @@ def _zeroed(layer: ConvT) -> ConvT:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def _shape(dim: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width of an image."""
+    if len(dim) != 3:
+        raise UserError(f"dim must be (channels, height, width), got {tuple(dim)}")
+    channels, height, width = (int(v) for v in dim)
+    return channels, height, width
+
+
+def _widths(
+    height: int, width: int, num_channels: int, channel_mult: Sequence[float] | None, norm_groups: int
+) -> list[int]:
+    """The channels of every level."""
+    if channel_mult is None:
+        if width not in DEFAULT_MULT:
+            raise UserError(f"channel_mult must be given for images of side {width}")
+        channel_mult = DEFAULT_MULT[width]
+    levels = len(channel_mult)
+    shrink = 2 ** (levels - 1)
+    if height % shrink or width % shrink:
+        raise UserError(f"dim has sides {height, width}, not divisible by {shrink} for {levels} levels in channel_mult")
+    widths = [int(m * num_channels) for m in channel_mult]
+    for value in widths:
+        if value < 1 or value % norm_groups:
+            raise UserError(f"norm_groups {norm_groups} does not divide a level of {value} channels")
+    return widths
+
+
+def _heads(channels: int, heads: int, head_channels: int) -> int:
+    """The heads of an attention, of ``head_channels`` each unless that is -1."""
+    if head_channels != -1:
+        if channels % head_channels:
+            raise UserError(f"num_head_channels {head_channels} does not divide {channels} channels")
+        heads = channels // head_channels
+    if channels % heads:
+        raise UserError(f"num_heads {heads} does not divide {channels} channels")
+    return heads
