@@ -1,12 +1,85 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, the order of the files, and the line that each prints when it is done."""
 
 import importlib
 import importlib.util
 import signal
 import sys
 import types
+from collections import Counter
+from pathlib import Path
 
 import pytest
+
+# The longest files are begun first: two processes share the files, and one begun last would run alone.
+LONGEST = [
+    "kernels/test_ahead_of_time.py",
+    "kernels/test_interpreter.py",
+    "test_modes.py",
+    "train/ranks/test_runs.py",
+    "faults/test_kills.py",
+    "ops/test_extension_build.py",
+    "train/ranks/test_updates.py",
+    "train/ranks/test_sharding.py",
+    "test_baselines.py",
+    "test_cli.py",
+    "train/test_resume.py",
+    "train/ranks/test_sharded_checkpoints.py",
+    "train/test_turns.py",
+    "test_parity.py",
+    "test_closed_forms.py",
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--by-file", action="store_true", help="print a line for every file that is done, in place of dots"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # the reporter is there then
+def pytest_configure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if config.getoption("--by-file") and reporter is not None:
+        config.pluginmanager.register(ByFile(reporter))
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    rank = {here / name: i for i, name in enumerate(LONGEST)}
+    if gone := [str(file) for file in rank if not file.exists()]:
+        raise pytest.UsageError(f"LONGEST in tests/conftest.py names {gone[0]}, which is not there")
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+class ByFile:
+    """Says which file is done, its tests and their seconds. Failures keep their letter and their report."""
+
+    def __init__(self, reporter):
+        self.reporter, self.left, self.seconds, self.results = reporter, Counter(), Counter(), {}
+
+    def pytest_collection_finish(self, session):
+        self.left = self.left or Counter(item.nodeid.partition("::")[0] for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.left = self.left or Counter(name.partition("::")[0] for name in ids)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report):
+        return (report.outcome, "", "") if report.outcome in ("passed", "skipped") and report.when == "call" else None
+
+    def pytest_runtest_logreport(self, report):
+        file = report.nodeid.partition("::")[0]
+        self.seconds[file] += report.duration
+        if report.when == "call" or report.outcome != "passed":
+            self.results.setdefault(file, Counter())[report.outcome] += 1
+        if report.when != "teardown":
+            return
+        self.left[file] -= 1
+        if not self.left[file]:
+            results = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.results[file].items()))
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"{file}: {results}, {self.seconds[file]:.1f} s")
 
 
 @pytest.fixture(scope="session", autouse=True)
