@@ -41,7 +41,7 @@ sanitize: $(VENV)/.installed
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		REALUID_FAST_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED) $(abspath $(BIN))/python -m pytest -q \
-		-p no:cacheprovider $(addprefix $(CURDIR)/tests/,ops test_layers.py)
+		-p no:cacheprovider $(CURDIR)/tests/ops
 
 # Source archive and wheel, installed in every way in fresh environments: the extension runs, or the build has stopped.
 # Isolated builds fetch setuptools and ninja: this needs the network.

@@ -14,18 +14,18 @@ import pytest
 LONGEST = [
     "kernels/test_ahead_of_time.py",
     "kernels/test_interpreter.py",
-    "test_modes.py",
+    "train/test_modes.py",
     "train/ranks/test_runs.py",
     "faults/test_kills.py",
     "ops/test_extension_build.py",
     "train/ranks/test_updates.py",
     "train/ranks/test_sharding.py",
-    "test_baselines.py",
-    "test_cli.py",
+    "train/test_baselines.py",
+    "cli/test_cli.py",
     "train/test_resume.py",
     "train/ranks/test_sharded_checkpoints.py",
     "train/test_turns.py",
-    "test_parity.py",
+    "train/test_parity.py",
     "test_closed_forms.py",
 ]
 

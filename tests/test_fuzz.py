@@ -35,8 +35,9 @@ from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config
 from realuid_fast.train import loop
-from realuid_fast.train.checkpoint import ELSEWHERE, MARK, SHARDED, TRAILER, Checkpoints, rows_of
+from realuid_fast.train.checkpoint import MARK, SHARDED, TRAILER, Checkpoints
 from realuid_fast.train.meters import Meters
+from realuid_fast.train.sharding import ELSEWHERE, rows_of
 
 EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "300"))
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}

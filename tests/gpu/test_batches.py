@@ -5,7 +5,7 @@ import torch
 from realuid_fast import data
 from realuid_fast.train.batches import Batches
 
-from ..test_packed import write
+from ..data.test_packed import write
 
 
 def test_images_on_disk_arrive_as_on_a_cpu(tmp_path):

@@ -20,8 +20,8 @@ from realuid_fast.jobs.train import train
 from realuid_fast.networks import build
 from realuid_fast.train.logging import read_csv
 
+from ..data.test_packed import write
 from .test_inception import installed, random_weights
-from .test_packed import write
 
 SHAPE = (3, 8, 8)
 NETWORK = {"kind": "mlp", "shape": list(SHAPE), "width": 8, "depth": 1, "num_classes": 3}

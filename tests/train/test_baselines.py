@@ -26,8 +26,8 @@ from realuid_fast.train.distill import Distiller
 from realuid_fast.train.hooks import Interrupted
 from realuid_fast.train.regression import RegressionTrainer
 
-from . import helpers
-from .helpers import random_network
+from .. import helpers
+from ..helpers import random_network
 
 MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 2}
 LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 2, "num_classes": 10, "null_label": True}

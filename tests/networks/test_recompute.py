@@ -19,7 +19,7 @@ from realuid_fast.train import modes
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.regression import RegressionTrainer
 
-from .helpers import random_network
+from ..helpers import random_network
 
 CPU = torch.device("cpu")
 UNET = {

@@ -20,7 +20,7 @@ from realuid_fast.train import distill as distill_module
 from realuid_fast.train import modes
 from realuid_fast.train.modes import WARM_UP, Captured
 
-from .helpers import LABELLED, MLP, UNET, random_network, trainer_of
+from ..helpers import LABELLED, MLP, UNET, random_network, trainer_of
 
 SETS = {"points": ("eight_gaussians", MLP), "labelled": ("digits", LABELLED), "images": ("digits", UNET)}
 GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}

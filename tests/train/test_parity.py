@@ -14,7 +14,7 @@ from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.optim import Optimiser
 
-from .helpers import random_network, trainer_of
+from ..helpers import random_network, trainer_of
 
 NETWORK = {
     "kind": "unet", "dim": [1, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4, "dropout": 0.1,

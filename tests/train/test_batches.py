@@ -17,7 +17,7 @@ from realuid_fast.train import batches as batches_module
 from realuid_fast.train import distributed, tripwires
 from realuid_fast.train.batches import AHEAD, Batches, labels_to_draw
 
-from .test_packed import write
+from ..data.test_packed import write
 
 CPU = torch.device("cpu")
 
