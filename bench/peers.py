@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from realuid_fast.paths import Coefficients
+
 ALPHA, BETA = 0.92, 0.94
 
 
@@ -36,11 +38,11 @@ def nothing(*inputs: Tensor) -> Tensor:
 
 def generator_table(teacher_out: Tensor, fake_out: Tensor, x: Tensor, noise: Tensor, coef: Tensor) -> Tensor:
     """RealUID's generator loss through D = f* - f for any one-sided path, for autograd."""
-    p, s, k_out, w = (_column(coef, i, x) for i in (3, 5, 6, 8))
-    teacher, fake = k_out * teacher_out.float(), k_out * fake_out.float()
+    c = Coefficients(coef, like=x)
+    teacher, fake = c.k_out * teacher_out.float(), c.k_out * fake_out.float()
     d = teacher - fake
-    r = ALPHA * teacher - BETA * (p * x.float() + s * noise.float())
-    return _mean_of_sums(w * (2 * r - ALPHA * d) * d)
+    r = ALPHA * teacher - BETA * (c.p * x.float() + c.s * noise.float())
+    return _mean_of_sums(c.w * (2 * r - ALPHA * d) * d)
 
 
 def generator_noise_inside(teacher_out: Tensor, fake_out: Tensor, x: Tensor, coef: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ def fake_by_hand(fake_out: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, ..
 
 def matching_table(out: Tensor, x: Tensor, noise: Tensor, coef: Tensor) -> Tensor:
     """The matching loss for any one-sided path."""
-    p, s, k_out, w = (_column(coef, i, x) for i in (3, 5, 6, 8))
-    return _mean_of_sums(w * (k_out * out.float() - p * x.float() - s * noise.float()) ** 2)
+    c = Coefficients(coef, like=x)
+    return _mean_of_sums(c.w * (c.k_out * out.float() - c.p * x.float() - c.s * noise.float()) ** 2)
 
 
 def matching_published(out: Tensor, x: Tensor, noise: Tensor) -> Tensor:
@@ -124,10 +126,6 @@ def interpolate(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 def interpolate_lerp(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """The same in one operation."""
     return torch.lerp(noise, x, t.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype))
-
-
-def _column(coef: Tensor, index: int, x: Tensor) -> Tensor:
-    return coef[:, index].reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _mean_of_sums(values: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ def check_path(path: rf.paths.OneSidedPath) -> None:
     x_t, velocity = a[:, None] * x + c[:, None] * n, rates[0][:, None] * x + rates[1][:, None] * n
     for predict, out in {"velocity": velocity, "x0": x, "noise": n, "score": -n / c[:, None]}.items():
         for match, expected in {"velocity": velocity, "x0": x, "noise": n}.items():
-            k_out, k_x = path.coefficients(t, match, predict)[:, 6:8].T[..., None]
-            torch.testing.assert_close(k_out * out + k_x * x_t, expected)
+            row = rf.paths.Coefficients(path.coefficients(t, match, predict), like=x)
+            torch.testing.assert_close(row.k_out * out + row.k_x * x_t, expected)
     for match in rf.paths.MATCH_SPACES:
         ends = torch.tensor(path.t_range)
         assert torch.isfinite(path.coefficients(ends, match, "velocity")).all()

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import K_OUT, K_X
 from .reduce import finish, loss_outputs
 from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, tiling, write_sum
 
@@ -30,14 +31,14 @@ def _error_kernel(
     EVEN: tl.constexpr,
 ):
     row, start, offsets, inside, fresh, _ = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
-    k_out = column(coef_ptr, row, n_rows, 6, ROWS, EVEN)
+    k_out = column(coef_ptr, row, n_rows, K_OUT, ROWS, EVEN)
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
     if GUIDED:
         scales = row_number(guidance_ptr, row, n_rows, ROWS, EVEN)
         teacher = guide(teacher, uncond_ptr, scales, start, offsets, inside, ROWS, EVEN)
     gap = read(x_ptr, start, offsets, inside, ROWS, EVEN) - k_out * teacher
     if HAS_X_T:
-        k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
+        k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
         gap -= k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
     write_sum(partial_ptr, row, n_rows, fresh, tl.abs(gap), inverse_dim, ROWS, EVEN)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import K_OUT, K_X, P, Q, S, W
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
 from .tiles import ROW_COUNTS, Call, column, place, read, read_where, row_number, tiling, write, write_sum
@@ -60,8 +61,8 @@ def _fake_kernel(
     row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     fake = read(fake_ptr, start, offsets, inside, ROWS, EVEN)
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
-    k_out = column(coef_ptr, row, n_rows, 6, ROWS, EVEN)
-    w = column(coef_ptr, row, n_rows, 8, ROWS, EVEN)
+    k_out = column(coef_ptr, row, n_rows, K_OUT, ROWS, EVEN)
+    w = column(coef_ptr, row, n_rows, W, ROWS, EVEN)
     n = noise_tile(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
@@ -70,14 +71,14 @@ def _fake_kernel(
     b = tl.where(generated, b_gen, b_real)
     c = tl.where(generated, c_gen, c_real)
 
-    tgt = column(coef_ptr, row, n_rows, 3, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, 5, ROWS, EVEN) * n
+    tgt = column(coef_ptr, row, n_rows, P, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, S, ROWS, EVEN) * n
     if HAS_ENDPOINT:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
-        tgt += column(coef_ptr, row, n_rows, 4, ROWS, EVEN) * y
+        tgt += column(coef_ptr, row, n_rows, Q, ROWS, EVEN) * y
     f = k_out * fake
     linear = b * tgt
     if HAS_X_T:
-        k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
+        k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
         shift = k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
         f += shift
     if HAS_TEACHER:

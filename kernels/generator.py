@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import K_OUT, K_X, P, Q, S, W
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
 from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, tiling, write, write_sum
@@ -64,10 +65,10 @@ def _generator_kernel(
         teacher = guide(teacher, uncond_ptr, scales, start, offsets, inside, ROWS, EVEN)
     fake = read(fake_ptr, start, offsets, inside, ROWS, EVEN)
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
-    p = column(coef_ptr, row, n_rows, 3, ROWS, EVEN)
-    s = column(coef_ptr, row, n_rows, 5, ROWS, EVEN)
-    k_out = column(coef_ptr, row, n_rows, 6, ROWS, EVEN)
-    w = column(coef_ptr, row, n_rows, 8, ROWS, EVEN)
+    p = column(coef_ptr, row, n_rows, P, ROWS, EVEN)
+    s = column(coef_ptr, row, n_rows, S, ROWS, EVEN)
+    k_out = column(coef_ptr, row, n_rows, K_OUT, ROWS, EVEN)
+    w = column(coef_ptr, row, n_rows, W, ROWS, EVEN)
     n = noise_tile(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
@@ -79,9 +80,9 @@ def _generator_kernel(
     r = two_kappa_alpha * k_out * teacher - two_kappa_beta * p * x - two_kappa_beta * s * n  # 2 kappa r
     if HAS_ENDPOINT:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
-        r -= two_kappa_beta * column(coef_ptr, row, n_rows, 4, ROWS, EVEN) * y
+        r -= two_kappa_beta * column(coef_ptr, row, n_rows, Q, ROWS, EVEN) * y
     if HAS_X_T or WANT_X_T:
-        k_x = column(coef_ptr, row, n_rows, 7, ROWS, EVEN)
+        k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
     if HAS_X_T:
         x_t = read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
         r += two_kappa_alpha * k_x * x_t

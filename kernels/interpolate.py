@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import A, B, C
 from .noise import noise_constants, noise_tile
 from .tiles import ROW_COUNTS, Call, column, place, read, tiling, write
 
@@ -35,10 +36,10 @@ def _interpolate_kernel(
     n = noise_tile(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
-    mixed = column(coef_ptr, row, n_rows, 0, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, 2, ROWS, EVEN) * n
+    mixed = column(coef_ptr, row, n_rows, A, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, C, ROWS, EVEN) * n
     if HAS_ENDPOINT:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
-        mixed += column(coef_ptr, row, n_rows, 1, ROWS, EVEN) * y
+        mixed += column(coef_ptr, row, n_rows, B, ROWS, EVEN) * y
     write(out_ptr, start, offsets, fresh, mixed, ROWS, EVEN)
 
 
@@ -60,10 +61,10 @@ def _interpolate_grads_kernel(
     row, start, offsets, inside, fresh, _begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     grad = read(grad_ptr, start, offsets, inside, ROWS, EVEN)
     if WANT_X:
-        g_x = column(coef_ptr, row, n_rows, 0, ROWS, EVEN) * grad
+        g_x = column(coef_ptr, row, n_rows, A, ROWS, EVEN) * grad
         write(g_x_ptr, start, offsets, fresh, g_x, ROWS, EVEN)
     if WANT_ENDPOINT:
-        g_endpoint = column(coef_ptr, row, n_rows, 1, ROWS, EVEN) * grad
+        g_endpoint = column(coef_ptr, row, n_rows, B, ROWS, EVEN) * grad
         write(g_endpoint_ptr, start, offsets, fresh, g_endpoint, ROWS, EVEN)
 
 

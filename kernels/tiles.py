@@ -28,9 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import WIDTH
+
 TILE = 2048
 PER_THREAD = 16
-COLUMNS = tl.constexpr(9)
 # The largest second axis of a grid. More rows are spread over the third axis too.
 GRID_ROWS = 65535
 # Arguments of the kernels that count rows: no launch is compiled for a value of theirs.
@@ -145,9 +146,9 @@ def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.co
 def column(coef_ptr, row, n_rows, J: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """Coefficient ``J`` of the program's row or rows."""
     if ROWS == 1:
-        value = tl.load(coef_ptr + row * COLUMNS + J)
+        value = tl.load(coef_ptr + row * WIDTH + J)
     else:
-        value = tl.load(coef_ptr + row * COLUMNS + J, mask=row < n_rows, other=0.0)
+        value = tl.load(coef_ptr + row * WIDTH + J, mask=row < n_rows, other=0.0)
     return value
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .coefficients import Coefficients
 from .contracts import check_tensor, check_whole, type_name
 from .errors import UserError
 from .objectives import Objective
@@ -311,9 +312,9 @@ def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
         check_tensor("x_t", x_t)
     if coef.dim() != 2 or coef.shape[1] != 9:
         raise UserError(f"coef must have shape (R, 9), one row a sample of x, not {tuple(coef.shape)}")
-    rows = torch.zeros_like(coef)
-    rows[:, 0] = 1 / coef[:, 6]
-    rows[:, 1] = -coef[:, 7] / coef[:, 6]
+    given, rows = Coefficients(coef), torch.zeros_like(coef)
+    Coefficients(rows).a.copy_(1 / given.k_out)
+    Coefficients(rows).b.copy_(-given.k_x / given.k_out)
     with torch.no_grad():
         # The fused call's a x + b y, with x_t in the place of y.
         return interpolate(

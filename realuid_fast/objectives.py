@@ -162,8 +162,8 @@ def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
     """The samples' weights with which distribution matching descends an f-divergence instead of reverse KL.
 
     ``h(r) = r^2 f''(r)`` for ``D_f = E_{p_g} f(r)``, ``r = p_d / p_g`` at ``x_t``: multiply it into the rows' weights,
-    ``coef[:, 8] *= divergence_weight(...)``, for :func:`DiffInstruct` or :func:`DMD`. Source: Xu et al., f-distill
-    (2502.15681), theorem 1 and table 1.
+    ``Coefficients(coef).w.mul_(divergence_weight(...))``, for :func:`DiffInstruct` or :func:`DMD`. Source: Xu et al.,
+    f-distill (2502.15681), theorem 1 and table 1.
 
     Args:
         divergence: ``"reverse-kl"`` (1: the plain objectives), ``"forward-kl"``, ``"jeffreys"``, ``"jensen-shannon"``,

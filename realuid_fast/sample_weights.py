@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .coefficients import Coefficients
 from .objectives import Objective
 
 _LEAST_ERROR = 1e-5
@@ -43,20 +44,21 @@ def weighed(
             error = namespace.mean_abs_error(teacher_out.to(x.dtype), x, x_t, coef, other, scales)
             scale = torch.ones_like(coef)
             # If the teacher predicts a sample exactly, its error is 0 and its weight would be infinite.
-            scale[:, 8] = objective.sample_scale / error.clamp(min=_LEAST_ERROR)
+            Coefficients(scale).w.copy_(objective.sample_scale / error.clamp(min=_LEAST_ERROR))
             return coef * scale, extra, None
         loss, last = namespace.guided_generator_loss, (uncond, scales, None)
         one, apart, weights = coef.clone(), torch.zeros_like(coef), coef.clone()
-        one[:, 8] = apart[:, 8] = 1.0
-        apart[:, 6] = coef[:, 6]
+        Coefficients(one).w.fill_(1.0)
+        Coefficients(apart).w.fill_(1.0)
+        Coefficients(apart).k_out.copy_(Coefficients(coef).k_out)
         inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *last)
         dots = loss(*inputs, *objective.generator_scalars, False)
         squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
         norms = squares.sqrt().clamp(min=_LEAST_NORM)
-        weights[:, 8] /= norms
+        w = Coefficients(weights).w.div_(norms)
         # A norm that is clamped is a constant, so its derivative, and with it Q, is 0.
         q_rows = torch.where(squares > _LEAST_NORM**2, 2 * dots / norms**2, torch.zeros_like(dots))
-        return weights, (uncond, scales, q_rows), weights[:, 8] * dots
+        return weights, (uncond, scales, q_rows), w * dots
 
 
 def mean_of(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import choices
+from .coefficients import Coefficients
 from .errors import UserError
 from .noise import NoiseStream, normal
 from .paths import DDBMVE, VE, Linear, OneSidedPath, Path
@@ -355,7 +356,8 @@ def starting(path: Path, predict: str, t_start: float) -> Start:
     a, b, c = _scales(path, t_start)
     t = torch.tensor([t_start], dtype=torch.float64)
     euler = not isinstance(path, OneSidedPath) and follows_flow(path, predict)
-    k_out, k_x = path.coefficients(t, "velocity" if euler else "x0", predict)[0, 6:8].tolist()
+    row = Coefficients(path.coefficients(t, "velocity" if euler else "x0", predict)[0])
+    k_out, k_x = row.k_out.item(), row.k_x.item()
     if euler:
         h = ends(path).data - t_start
         k_out, k_x = h * k_out, 1 + h * k_x
@@ -405,8 +407,8 @@ def follows_flow(path: Path, predict: str) -> bool:
 
 
 def _scales(path: Path, t: float) -> tuple[float, float, float]:
-    a, b, c = path.coefficients(torch.tensor([t], dtype=torch.float64), "x0", "x0")[0, :3].tolist()
-    return a, b, c
+    row = Coefficients(path.coefficients(torch.tensor([t], dtype=torch.float64), "x0", "x0")[0])
+    return row.a.item(), row.b.item(), row.c.item()
 
 
 def _check_start(path: Path, t_start: float) -> None:
@@ -464,9 +466,8 @@ def _inside(path: Path, t: float) -> float:
 
 def _converted(path: Path, match: str, predict: str, t: Tensor, out: Tensor, x_t: Tensor) -> Tensor:
     """The network's output in the match space: ``k_out F + k_x x_t``."""
-    coef = path.coefficients(t, match, predict).to(x_t.dtype)
-    k_out, k_x = (coef[:, i].view(-1, *[1] * (x_t.dim() - 1)) for i in (6, 7))
-    return torch.addcmul(k_out * out, k_x, x_t)
+    coef = Coefficients(path.coefficients(t, match, predict).to(x_t.dtype), x_t)
+    return torch.addcmul(coef.k_out * out, coef.k_x, x_t)
 
 
 def _walk(

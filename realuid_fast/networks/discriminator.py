@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..coefficients import Coefficients
 from ..errors import UserError
-from ..paths import COLUMNS
 from ..sampling import takes_endpoint
 from .unet import GroupNorm
 
 GROUP = 8  # channels normalised together, as 256 in 32 groups
-SCALES = COLUMNS.index("p")  # columns a, b, c before it
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,8 @@ def softplus_term(logits: Tensor, signs: Tensor, coef: Tensor, least_share: floa
         count: rows of one half, generated or real.
     """
     logits = logits.detach()
-    scales = coef[:, :SCALES].abs()
-    judged = (scales[:, 0] >= least_share * scales.sum(1)).to(logits) / (count * logits.shape[1])
+    row = Coefficients(coef)
+    judged = (row.a.abs() >= least_share * row.scales.abs().sum(1)).to(logits) / (count * logits.shape[1])
     signed = signs[:, None] * logits
     value = (judged[:, None] * F.softplus(signed)).sum()
     return value, (judged * signs)[:, None] * torch.sigmoid(signed)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from ..coefficients import COLUMNS, Coefficients
 from ..contracts import type_name
 from ..errors import UserError
 from . import samplers
-from .base import COLUMNS, MATCH_SPACES, PREDICTIONS, Path, Preconditioning, Weight
+from .base import MATCH_SPACES, PREDICTIONS, Path, Preconditioning, Weight
 from .custom import CustomOneSided, CustomTwoSided, custom
 from .discrete import DiscreteVP
 from .one_sided import VE, VP, FlowMatching, Linear, OneSidedPath, Trigonometric, VPCosine
@@ -90,6 +91,7 @@ __all__ = [
     "WEIGHTS",
     "Bridge",
     "BrownianBridge",
+    "Coefficients",
     "CustomOneSided",
     "CustomTwoSided",
     "DiscreteVP",

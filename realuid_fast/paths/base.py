@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import interpolant
+from ..coefficients import Coefficients
 from ..contracts import check_device, check_tensor, check_whole, type_name
 from ..errors import UserError
 from .checks import check_choice, check_number, check_times
 from .samplers import Sampler, named
 
-COLUMNS = ("a", "b", "c", "p", "q", "s", "k_out", "k_x", "w")
 MATCH_SPACES = ("velocity", "x0", "noise")
 PREDICTIONS = ("velocity", "x0", "noise", "score", "v", "edm", "vp", "ve", "residual")
 # Predictions whose networks see a scaled x_t, and a function of the noise level in place of the time.
@@ -134,6 +134,7 @@ class Path(ABC):
         Returns:
             ``(R, 9)`` float32 (float64 for float64 ``t``) on ``t``'s device, columns ``a b c p q s k_out k_x w`` of
             ``x_t = a x + b y + c n``, ``tgt = p x + q y + s n`` and ``f = k_out F + k_x x_t``.
+            :class:`Coefficients` reaches them by name.
 
         Raises:
             UserError: an unknown ``match`` or ``predict``, a pair that has no conversion on this path, a ``t`` of the
@@ -294,4 +295,4 @@ def _weights(weight: Weight, t: Tensor) -> Tensor:
 def _reads_x_t(path: Path, match: str, predict: str) -> bool:
     low, high = path.t_range
     inside = low + (high - low) * torch.linspace(0.1, 0.9, 65, dtype=torch.float64)
-    return bool((path.coefficients(inside, match, predict)[:, COLUMNS.index("k_x")] != 0).any())
+    return bool((Coefficients(path.coefficients(inside, match, predict)).k_x != 0).any())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from .. import losses, precision
+from ..coefficients import Coefficients
 from ..data import Dataset
 from ..errors import UserError
 from ..functional import GeneratorGrads
@@ -24,7 +25,6 @@ from ..networks.discriminator import Gan, Judged, softplus_term
 from ..noise import normal
 from ..objectives import Objective, divergence_weight
 from ..optim import Optimiser
-from ..paths import COLUMNS
 from ..precision import Precision
 from ..sampling import arguments, both
 from ..teachers import Description
@@ -34,7 +34,6 @@ from .modes import Captured, CudaRecorder, Recorder, Turn
 from .trainer import Setup, Stateful, Trainer
 from .tripwires import Tripwires
 
-A, WEIGHT = COLUMNS.index("a"), COLUMNS.index("w")
 TURNS = ("fake", "generator", "teacher")  # where networks may compute in a precision of their own
 
 
@@ -290,7 +289,7 @@ class Distiller(Trainer):
             with self.phases("interpolate"):
                 t, coef = self._times()
                 if self._seed_scale != 1.0:
-                    coef[:, WEIGHT] *= self._seed_scale
+                    Coefficients(coef).w.mul_(self._seed_scale)
                 draw = self._interpolant(x.detach(), self.noise.next_key(), t, coef, ends)
                 x_t = draw.x_t.requires_grad_()
             fake_out, logits, teacher_out, uncond = self._ask_frozen(draw, x, y, ends)
@@ -365,14 +364,14 @@ class Distiller(Trainer):
             (g_x_t,) = torch.autograd.grad([out for out, _ in pairs], x_t, [seed for _, seed in pairs])
             if grads.x_t is not None:
                 g_x_t = g_x_t + grads.x_t
-            return torch.addcmul(grads.x, draw.coef[:, A].view(-1, *[1] * (x_t.dim() - 1)), g_x_t)
+            return torch.addcmul(grads.x, Coefficients(draw.coef, like=x_t).a, g_x_t)
 
     def _weighed(self, draw: Interpolant, logits: Tensor | None) -> Interpolant:
         """``draw`` with the rows' weights of the divergence, whose density ratio the discriminator gives."""
         if self._divergence is None or logits is None:
             return draw
         coef = draw.coef.clone()
-        coef[:, WEIGHT] *= divergence_weight(self._divergence, logits.mean(1))
+        Coefficients(coef).w.mul_(divergence_weight(self._divergence, logits.mean(1)))
         return replace(draw, coef=coef)
 
     def concern(self, row: Mapping[str, float]) -> str | None:

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..coefficients import Coefficients
 from ..couplings import couple
 from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
 from ..noise import normal
 from ..optim import Optimiser
-from ..paths import COLUMNS
 from ..precision import Precision
 from ..sampling import call, follows_flow, integrate
 from ..teachers import Description
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .trainer import Setup, Trainer
 
-WEIGHT = COLUMNS.index("w")
 SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows while it trains
 
 
@@ -102,7 +101,7 @@ class TeacherTrainer(Trainer):
             ends = None if ends is None else self._laid_out(ends)
             t, coef = self._times()
             if self._scale != 1.0:
-                coef[:, WEIGHT] *= self._scale
+                Coefficients(coef).w.mul_(self._scale)
             noise = self.noise.next_key()
             if self._coupled:
                 classes = None if self.labels is None else labels

@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import losses
+from ..coefficients import Coefficients
 from ..data import Dataset
 from ..interpolant import Interpolant
-from ..paths import COLUMNS
 
-SCALES = COLUMNS.index("c") + 1  # the first columns: a of data, b of the other endpoint, c of noise
 BUCKETS = 4
 PROJECTIONS = 64
 MOST = 2048  # held-out samples that generated ones are compared with
@@ -64,8 +63,8 @@ class Tripwires:
         norms = torch.stack(
             [torch.linalg.vector_norm(fake_out - teacher_out, dim=own), torch.linalg.vector_norm(teacher_out, dim=own)]
         )
-        scales = draw.coef[:, :SCALES].abs()
-        bucket = (scales[:, 0] / scales.sum(1) * BUCKETS).long().clamp(max=BUCKETS - 1)
+        row = Coefficients(draw.coef)
+        bucket = (row.a.abs() / row.scales.abs().sum(1) * BUCKETS).long().clamp(max=BUCKETS - 1)
         gaps = norms @ (bucket[:, None] == self._buckets).to(norms)
         errors = torch.stack([losses.matching_loss(draw, out) for out in (fake_out, teacher_out)])
         apart = (x.flatten(1) @ self._directions).sort(dim=0).values - self._quantiles

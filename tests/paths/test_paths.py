@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -523,3 +525,38 @@ def test_every_named_path_builds_and_runs():
 def test_bad_input_gets_a_sentence(call, sentence):
     with pytest.raises(rf.errors.UserError, match=sentence):
         call()
+
+
+def test_coefficients_are_reached_by_name():
+    x = torch.randn(5, 2, 3)
+    rows = Linear().coefficients(torch.linspace(0.1, 0.9, 5), "velocity", "x0")
+    numbers = rf.paths.Coefficients(rows)
+    for name, column in columns(rows).items():
+        assert torch.equal(getattr(numbers, name), column)
+    assert torch.equal(numbers.scales, torch.stack([numbers.a, numbers.b, numbers.c], 1))
+    assert rf.paths.Coefficients(rows, like=x).k_x.shape == (5, 1, 1)
+    assert rf.paths.Coefficients(rows[2]).a == rows[2, COLUMNS.index("a")]
+    # Each is a view: writing into it writes into the row, and the row's numbers cannot be replaced by others.
+    numbers.w.mul_(3)
+    assert torch.equal(rows[:, COLUMNS.index("w")], torch.full((5,), 3.0))
+    with pytest.raises(AttributeError):
+        numbers.w = torch.zeros(5)
+    with pytest.raises(AttributeError, match="no number 'z', only a, b, c"):
+        _ = numbers.z
+
+
+def test_no_file_of_the_package_names_a_coefficient_by_its_place():
+    """Columns have names in Python (``Coefficients``), Triton (constants) and C++ (an enum)."""
+    root = Path(rf.__file__).resolve().parent.parent
+    files = [file for folder in ("realuid_fast", "bench", "examples", "csrc") for file in (root / folder).rglob("*.*")]
+    files = [file for file in (*files, *(root / "kernels").glob("*.py")) if file.suffix in (".py", ".h", ".cpp")]
+    assert len(files) > 100
+    bare = [
+        r"coef\w*(\([^()]*\))?\[[^\]]*,\s*\[?\d",  # coef[:, 8], path.coefficients(t)[0, 6:8]
+        r"coef\w*\[\d",  # coef[8] of a row in C++
+        r"column\((coef_ptr|coef), [^)]*\b\d\b",  # column(coef_ptr, row, n_rows, 8, ...)
+        r"coef_ptr \+ row \* \w+ \+ \d",
+    ]
+    for file in files:
+        found = re.search("|".join(bare), file.read_text())
+        assert found is None, f"{file.relative_to(root)}: {found and found.group()}"

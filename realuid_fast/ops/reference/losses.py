@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...coefficients import Coefficients
 from ...contracts import host_checks_allowed
 from ...errors import UserError
 from ..philox import normals
@@ -28,7 +29,7 @@ def normal_like(key: Tensor, like: Tensor, noise_rows: int) -> Tensor:
 
 
 def interpolate(x: Tensor, coef: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
-    c = _Columns(coef, x)
+    c = Coefficients(coef, x)
     mixed = c.a * _up(x) + c.c * _noise_for(x, noise, noise_rows)
     if endpoint is not None:
         mixed = mixed + c.b * _up(endpoint)
@@ -38,7 +39,7 @@ def interpolate(x: Tensor, coef: Tensor, noise: Tensor, endpoint: Tensor | None,
 
 
 def interpolate_grads(grad: Tensor, coef: Tensor, want_x: bool, want_endpoint: bool) -> tuple[Tensor, Tensor]:
-    c = _Columns(coef, grad)
+    c = Coefficients(coef, grad)
     return _if(want_x, lambda: c.a * _up(grad), grad), _if(want_endpoint, lambda: c.b * _up(grad), grad)
 
 
@@ -52,7 +53,7 @@ def mean_abs_error(
 ) -> Tensor:
     if teacher_uncond is not None and guidance is not None:
         teacher_out = _guided(teacher_out, teacher_uncond, guidance)
-    error = (_up(x) - _prediction(_Columns(coef, x), teacher_out, x_t)).abs()
+    error = (_up(x) - _prediction(Coefficients(coef, x), teacher_out, x_t)).abs()
     return (_row_sums(error) * (x.shape[0] / max(x.numel(), 1))).to(coef.dtype)
 
 
@@ -67,7 +68,7 @@ def matching(
     mean: bool,
     want_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c = _Columns(coef, x)
+    c = Coefficients(coef, x)
     tgt = _target(c, x, noise, endpoint, noise_rows)
     gap = _prediction(c, out, x_t) - tgt
     rows = _row_sums(c.w * gap * gap)
@@ -100,7 +101,7 @@ def fake(
     mean: bool,
     want_fake: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c = _Columns(coef, x)
+    c = Coefficients(coef, x)
     n_gen = x.shape[0] - n_real
     # Computed on the device, because a copy from the host would end the capture of a CUDA graph.
     generated = (torch.arange(x.shape[0], device=x.device) < n_gen).view(c.a.shape)
@@ -140,7 +141,7 @@ def generator(
     want_x: bool,
     want_x_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    c = _Columns(coef, x)
+    c = Coefficients(coef, x)
     tgt = _target(c, x, noise, endpoint, x.shape[0])
     teacher = _prediction(c, teacher_out, x_t)
     # Take the difference of the raw outputs first: x_t cancels exactly, so no digits are lost if fake is near teacher.
@@ -226,14 +227,6 @@ def scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
             grad.mul_(scale if scale.numel() == 1 else scale.view(-1, *[1] * (grad.dim() - 1)))
 
 
-class _Columns:
-    """The nine coefficients, each shaped ``(R, 1, ...)`` to broadcast over a batch like ``x``."""
-
-    def __init__(self, coef: Tensor, x: Tensor) -> None:
-        columns = (column.view(-1, *[1] * (x.dim() - 1)) for column in coef.unbind(1))
-        self.a, self.b, self.c, self.p, self.q, self.s, self.k_out, self.k_x, self.w = columns
-
-
 def _scales(rows: Tensor, like: Tensor) -> Tensor:
     """One number for each row, shaped to broadcast over a batch like ``like``."""
     return rows.view(-1, *[1] * (like.dim() - 1))
@@ -266,7 +259,7 @@ def _noise_for(x: Tensor, noise: Tensor, noise_rows: int) -> Tensor:
     return _up(noise[:noise_rows].repeat(repeats, *[1] * (x.dim() - 1))[:rows])
 
 
-def _target(c: _Columns, x: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
+def _target(c: Coefficients, x: Tensor, noise: Tensor, endpoint: Tensor | None, noise_rows: int) -> Tensor:
     tgt = c.p * _up(x) + c.s * _noise_for(x, noise, noise_rows)
     if endpoint is None:
         _check_left_out("endpoint", c.q, "q")
@@ -274,7 +267,7 @@ def _target(c: _Columns, x: Tensor, noise: Tensor, endpoint: Tensor | None, nois
     return tgt + c.q * _up(endpoint)
 
 
-def _prediction(c: _Columns, out: Tensor, x_t: Tensor | None) -> Tensor:
+def _prediction(c: Coefficients, out: Tensor, x_t: Tensor | None) -> Tensor:
     f = c.k_out * _up(out)
     if x_t is not None:
         return f + torch.where(c.k_x != 0, c.k_x * _up(x_t), torch.zeros_like(f))
