@@ -1,6 +1,4 @@
-"""The compiled operators against a float64 evaluation of the formulas, written out here once more in plain torch."""
-
-import itertools
+"""The compiled operators against a float64 evaluation of the formulas in ``tests/cases.py``, and their own corners."""
 
 import pytest
 import torch
@@ -8,210 +6,31 @@ import torch
 import realuid_fast as rf
 from realuid_fast.ops import extension
 
+from ..cases import (
+    CASES,
+    DTYPES,
+    EVERY_CALL,
+    EVERY_DTYPE,
+    HALVES,
+    SHAPES,
+    Case,
+    assert_agrees,
+    check,
+    in_memory_order,
+    row_sum,
+)
 from .philox64 import OFFSET, SEED, stream64
 
 pytestmark = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
 ops = torch.ops.realuid_fast
-# Relative L2 error of a whole tensor against float64 on the same (already rounded) inputs. float32: a few
-# roundings of 6e-8, in sums of random signs up to a hundred times that. bfloat16 and float16 add one rounding of
-# the output, which is at most half the distance between neighbours: 2^-8 and 2^-11 of the value.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8 + 2e-5, torch.float16: 2**-11 + 2e-5, torch.float64: 1e-12}
-DTYPES = list(TOLERANCE)
-# Contiguous, channels_last, 5-D, D not a multiple of 4 or of any vector, several blocks in a row, rows shorter
-# than a vector.
-SHAPES = [
-    ((5, 3, 7, 5), torch.contiguous_format),
-    ((4, 3, 16, 16), torch.channels_last),
-    ((2, 3, 4, 5, 6), torch.channels_last_3d),
-    ((3, 9001), torch.contiguous_format),
-    ((67, 2), torch.contiguous_format),
-    ((6, 1), torch.contiguous_format),
-    ((1, 33), torch.contiguous_format),
-]
 EMPTY = [(0, 4), (3, 0)]
 
 
-def in_memory_order(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(like, dtype=torch.float64)
-    torch.as_strided(out, (out.numel(),), (1,)).copy_(flat)
-    return out
-
-
-def poison(*like: torch.Tensor) -> None:
-    """Leave NaN in the memory that the next allocations of these sizes get."""
-    for tensor in like:
-        junk = [torch.full_like(tensor, float("nan")) for _ in range(6)]
-        del junk
-
-
-class Case:
-    """One random call: inputs as given to the operator, and in float64 for the formulas."""
-
-    def __init__(self, shape, layout, dtype, keyed, extra, noise_rows=None, seed=0):
-        g = torch.Generator().manual_seed(seed)
-
-        def draw(size=shape):
-            t = torch.randn(size, generator=g).to(dtype)
-            return t if layout is torch.contiguous_format else t.to(memory_format=layout)
-
-        self.rows, self.noise_rows = shape[0], noise_rows or max(shape[0], 1)
-        self.teacher, self.fake, self.x = draw(), draw(), draw()
-        self.x_t = draw() if extra else None
-        self.y = draw() if extra else None
-        real = torch.float64 if dtype is torch.float64 else torch.float32
-        self.coef = torch.randn((shape[0], 9), generator=g).to(real)
-        if not extra:
-            self.coef[:, [1, 4, 7]] = 0
-        self.noise = draw((self.noise_rows, *shape[1:])) if shape[0] else draw()
-        n = self.noise.double()
-        if keyed:
-            self.noise = torch.tensor([SEED, OFFSET])
-            n = in_memory_order(stream64(n.numel()), n)
-        self.n64 = n[torch.arange(self.rows) % self.noise_rows] if self.rows else n
-        poison(self.x)
-
-    def c64(self, i):
-        return self.coef[:, i].double().reshape(-1, *[1] * (self.x.dim() - 1))
-
-    def target(self):
-        y = 0 if self.y is None else self.c64(4) * self.y.double()
-        return self.c64(3) * self.x.double() + y + self.c64(5) * self.n64
-
-    def native(self, out):
-        shift = 0 if self.x_t is None else self.c64(7) * self.x_t.double()
-        return self.c64(6) * out.double() + shift
-
-
-def check(got, wanted, dtype, like=None):
-    if like is not None:
-        assert got.dtype == like.dtype
-        assert got.shape == like.shape
-        assert got.stride() == like.stride()
-    got, wanted = got.double(), wanted.double()
-    assert torch.isfinite(got).all()
-    error = (got - wanted).norm() / wanted.norm().clamp_min(1e-300)
-    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
-
-
-def row_sum(t):
-    return t.flatten(1).sum(1)
-
-
-CASES = pytest.mark.parametrize(
-    ("shape", "layout", "keyed", "extra"),
-    [(shape, layout, *switches) for shape, layout in SHAPES for switches in itertools.product((True, False), repeat=2)],
-)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
 @EVERY_DTYPE
 @CASES
-def test_interpolate_agrees(shape, layout, keyed, extra, dtype):
-    case = Case(shape, layout, dtype, keyed, extra)
-    out = ops.interpolate(case.x, case.coef, case.noise, case.y, case.noise_rows)
-    wanted = case.c64(0) * case.x.double() + case.c64(2) * case.n64
-    if extra:
-        wanted = wanted + case.c64(1) * case.y.double()
-    check(out, wanted, dtype, case.x)
-    g_x, g_y = ops.interpolate_grads(case.fake, case.coef, True, extra)
-    check(g_x, case.c64(0) * case.fake.double(), dtype, case.x)
-    if extra:
-        check(g_y, case.c64(1) * case.fake.double(), dtype, case.x)
-    else:
-        assert g_y.shape == (0,)
-
-
-@EVERY_DTYPE
-@CASES
-def test_mean_abs_error_agrees(shape, layout, keyed, extra, dtype):
-    case = Case(shape, layout, dtype, keyed, extra)
-    found = ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef, None, None)
-    wanted = row_sum((case.x.double() - case.native(case.teacher)).abs()) / (case.x.numel() / case.rows)
-    assert found.dtype == case.coef.dtype
-    check(found, wanted, torch.float32 if dtype is not torch.float64 else dtype)
-
-
-@EVERY_DTYPE
-@CASES
-@pytest.mark.parametrize("mean", [True, False])
-def test_matching_agrees(shape, layout, keyed, extra, dtype, mean):
-    case = Case(shape, layout, dtype, keyed, extra)
-    loss, rows, g = ops.matching(
-        case.fake, case.x, case.x_t, case.coef, case.noise, case.y, case.noise_rows, mean, True
-    )
-    e = case.native(case.fake) - case.target()
-    wanted = case.coef[:, 8].double() * row_sum(e * e)
-    check(rows, wanted, torch.float32 if dtype is not torch.float64 else dtype)
-    assert rows.dtype == loss.dtype == case.coef.dtype
-    torch.testing.assert_close(loss, rows.double().mean().to(loss.dtype), rtol=1e-5, atol=1e-6)
-    scale = 1 / case.rows if mean else 1.0
-    check(g, scale * 2 * case.c64(8) * case.c64(6) * e, dtype, case.x)
-
-
-# a b d c of the generated and of the real rows: the square completed, with a teacher, and with a = 0.
-HALVES = [
-    ((0.92, 0.94, 0.0, 0.94**2 / 0.92), (0.08, 0.06, 0.0, 0.06**2 / 0.08)),
-    ((0.9, 0.94, 0.1, 1.0), (0.1, 0.06, -0.2, 0.3)),
-    ((0.9, 0.94, 0.1, 1.0), (0.0, 0.06, 0.3, 0.3)),
-]
-
-
-@EVERY_DTYPE
-@CASES
-@pytest.mark.parametrize("halves", HALVES)
-def test_fake_agrees(shape, layout, keyed, extra, dtype, halves):
-    n_real = shape[0] // 2
-    generated = shape[0] - n_real
-    # The shared draw: the real half uses the generated half's noise.
-    case = Case(shape, layout, dtype, keyed, extra, noise_rows=generated)
-    (a, b, d, c), real = halves
-    teacher = case.teacher if d or real[2] else None
-    loss, rows, g = ops.fake(
-        case.fake, case.x, case.x_t, case.coef, case.noise, teacher, case.y, generated, n_real,
-        a, b, d, c, *real, True, True,
-    )  # fmt: skip
-
-    def per_row(i):
-        column = torch.tensor([halves[0][i]] * generated + [real[i]] * n_real, dtype=torch.float64)
-        return column.reshape(-1, *[1] * (case.x.dim() - 1))
-
-    a, b, d, c = (per_row(i) for i in range(4))
-    f, tgt = case.native(case.fake), case.target()
-    star = case.native(case.teacher) if teacher is not None else torch.zeros_like(f)
-    element = a * f * f - 2 * f * (b * tgt + d * star) + c * tgt * tgt
-    check(rows, case.coef[:, 8].double() * row_sum(element), torch.float64 if dtype is torch.float64 else torch.float32)
-    torch.testing.assert_close(loss, (rows.double().sum() / generated).to(loss.dtype), rtol=1e-5, atol=1e-5)
-    check(g, 2 / generated * case.c64(8) * case.c64(6) * (a * f - b * tgt - d * star), dtype, case.x)
-
-
-@EVERY_DTYPE
-@CASES
-@pytest.mark.parametrize("mean", [True, False])
-def test_generator_agrees(shape, layout, keyed, extra, dtype, mean):
-    case = Case(shape, layout, dtype, keyed, extra)
-    alpha, beta, q, kappa = 0.92, 0.94, 0.9, 1.1
-    loss, rows, *grads = ops.generator(
-        case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, alpha, beta, q, kappa, mean,
-        True, True, True, extra,
-    )  # fmt: skip
-    star, f, tgt = case.native(case.teacher), case.native(case.fake), case.target()
-    w, big_d, r = case.c64(8), star - f, alpha * star - beta * tgt
-    wanted = row_sum(w * (-q * kappa**2 * big_d**2 + 2 * kappa * big_d * r))
-    check(rows, wanted, torch.float64 if dtype is torch.float64 else torch.float32)
-    torch.testing.assert_close(loss, rows.double().mean().to(loss.dtype), rtol=1e-5, atol=1e-5)
-    scale = w / case.rows if mean else w
-    g_star = scale * (-2 * q * kappa**2 * big_d + 2 * kappa * r + 2 * alpha * kappa * big_d)
-    g_f = scale * (2 * q * kappa**2 * big_d - 2 * kappa * r)
-    wanted_grads = [
-        case.c64(6) * g_star,
-        case.c64(6) * g_f,
-        case.c64(3) * scale * (-2 * beta * kappa * big_d),
-        case.c64(7) * (g_star + g_f),
-    ]
-    for got, expected in zip(grads[: 4 if extra else 3], wanted_grads, strict=False):
-        check(got, expected, dtype, case.x)
-    if not extra:
-        assert grads[3].shape == (0,)
+@EVERY_CALL
+def test_operator_agrees(call, shape, layout, keyed, extra, dtype):
+    assert_agrees(ops, call, shape, layout, keyed, extra, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
