@@ -27,17 +27,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import realuid_fast as rf
-from realuid_fast import networks, teachers
+from realuid_fast import data, networks, paths, teachers
 from realuid_fast.checksums import CHECKSUM
 from realuid_fast.convert import convert, diffusers_folder, edm_pickle
 from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config
-from realuid_fast.train import loop
+from realuid_fast.matching import Matching
+from realuid_fast.optim import Optimiser
 from realuid_fast.train.checkpoint import MARK, SHARDED, TRAILER, Checkpoints
-from realuid_fast.train.meters import Meters
 from realuid_fast.train.sharding import ELSEWHERE, rows_of
+from realuid_fast.train.trainer import Setup, Trainer
 
 EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "300"))
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}
@@ -174,21 +174,25 @@ def seal(file):
     return digest.hex()[:16]
 
 
-class Run:
-    """A trainer of the network that a checkpoint is read into."""
+class Run(Trainer):
+    """A trainer of the network that a checkpoint is read into; it never trains."""
+
+    images_per_update = 1
 
     def __init__(self):
-        self.device = torch.device("cpu")
-        self.net, self.step, self.noise = small_network(), 0, rf.NoiseStream(0)
-        self.draws, self.meters = torch.Generator(), Meters(["loss"])
+        net = small_network()
+        optimiser, points = Optimiser(net, 1e-3), data.load({"name": "eight_gaussians", "n": 8, "n_heldout": 8})
+        described = teachers.Description({})
+        super().__init__(
+            net, Matching(paths.Linear()), points, Setup(batch=1), {}, ["loss"], 0.0, optimiser, described
+        )  # fmt: skip
+        self.kept = {"net": net}
 
-    def state_dict(self):
-        return {"step": self.step, "net": self.net.state_dict(), "noise": self.noise.state_dict()}
+    def update(self):
+        raise NotImplementedError
 
-    def load_state_dict(self, state):
-        self.step = int(state["step"])
-        self.net.load_state_dict(state["net"])
-        self.noise.load_state_dict(state["noise"])
+    def sample(self, z, labels=None, endpoint=None):
+        raise NotImplementedError
 
 
 def structure():
@@ -211,20 +215,20 @@ def read_structure(file):
     for old in folder.iterdir():
         old.unlink()
     run, names = Run(), []
-    whole = {name: p.shape for name, p in run.net.state_dict().items()}
+    whole = {name: p.shape for name, p in run.network.state_dict().items()}
     for rank in range(2):
         rows = {name: torch.ones(shape)[rows_of(shape[0], rank, 2)] for name, shape in whole.items()}
         (folder / "shard").write_bytes(saved(change({"trainer": {"net": rows}})))
         names.append(f"update-00000003.{seal(folder / 'shard')}.shard")
         (folder / "shard").rename(folder / names[-1])
     net = {name: {ELSEWHERE: list(shape)} for name, shape in whole.items()}
-    own = {"draws": run.draws.get_state(), "meters": run.meters.state_dict(), "torch_rng": torch.get_rng_state()}
-    content = {"format": SHARDED, "shards": names, "torch_rng": {"cpu": torch.get_rng_state()}, "ranks": [own, own]}
-    content |= {"trainer": {"step": 3, "net": net, "noise": run.noise.state_dict()}}
+    own = {**run.random.own(), "meters": run.meters.state_dict()}
+    content: dict = {"format": SHARDED, "shards": names}
+    content["trainer"] = {"step": 3, "net": net, "noise": run.random.common(), "ranks": [own, own]}
     content |= dict.fromkeys(("log", "distances", "best", "observed"))
     (folder / "update-00000003.pt").write_bytes(saved(change(content)))
     seal(folder / "update-00000003.pt")
-    loop._restore(run, Checkpoints(folder).load(), 0)
+    run.load_state_dict(Checkpoints(folder).load().get("trainer"))
 
 
 def altered(tree, rng):

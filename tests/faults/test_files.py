@@ -15,7 +15,7 @@ from realuid_fast.errors import UserError
 from realuid_fast.files import part_of, replacing
 from realuid_fast.lock import held
 from realuid_fast.networks import build
-from realuid_fast.train import checkpoint, loop
+from realuid_fast.train import checkpoint
 from realuid_fast.train import folder as run_folder
 from realuid_fast.train.checkpoint import Checkpoints
 from realuid_fast.train.logging import CsvLog
@@ -80,7 +80,7 @@ def test_a_run_writes_to_nothing_but_files_and_folders_of_its_own(run, tmp_path,
         shutil.copytree(whole, folder := tmp_path / name)
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
-        make_other(folder / name, str(tmp_path) if kind == "folder" and name in loop.RUN_FOLDERS else kind)
+        make_other(folder / name, str(tmp_path) if kind == "folder" and name in run_folder.RUN_FOLDERS else kind)
         before = sorted(folder.rglob("*"))
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(UserError, match=rf"{name} is a link or not a f\w+, where a run would write: move it"):

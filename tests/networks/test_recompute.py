@@ -17,7 +17,6 @@ from realuid_fast.networks.unet import Blocks, ResBlock
 from realuid_fast.ops import backends
 from realuid_fast.train import modes
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.regression import RegressionTrainer
 
 from ..helpers import random_network
 
@@ -109,8 +108,8 @@ def test_training_is_the_same_to_the_bit(changes):
         if changes == ["teacher"]:
             trainer = trainers.teacher_trainer(config, dataset)
         else:
-            cls = RegressionTrainer if config.distill.objective.name == "regression" else Distiller
-            trainer = cls(config, dataset, teachers.Model(network(UNET), teachers.Description(UNET)))
+            model = teachers.Model(network(UNET), teachers.Description(UNET))
+            trainer = trainers.trainer("distill", config, dataset, model)
         assert bool(parts(trainer.network)) == (wanted == "true")
         ends.append(trajectory(trainer))
     # As text, where a number that is missing is like another.

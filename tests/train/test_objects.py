@@ -50,10 +50,12 @@ def test_the_state_of_one_trainer_continues_in_another():
     for _ in range(2):
         straight.update()
         before.update()
-    state = copy.deepcopy(before.state_dict())
+    torch.manual_seed(5)
+    state, expected = copy.deepcopy(before.state_dict()), torch.randn(3)
     torch.manual_seed(99)  # another trainer is made elsewhere, with other random numbers
     after = by_hand()
     after.load_state_dict(state)
+    assert torch.equal(torch.randn(3), expected)  # dropout draws from torch's own generator
     straight.update()
     after.update()
     assert after.step == 3

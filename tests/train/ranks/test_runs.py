@@ -82,14 +82,14 @@ def test_a_run_on_ranks_stops_together_and_resumes_on_as_many_or_fewer(place, sh
     files = Checkpoints(broken / "checkpoints").files()
     # Asked after update 5, agreed at the next row of the log.
     assert [file.name for file in files] == ["update-00000003.pt", "update-00000006.pt"]
-    assert len(read(files[-1])["ranks"]) == ranks
+    assert len(read(files[-1])["trainer"]["ranks"]) == ranks
     for size in {ranks // 2, 1}:
         fewer = place / f"on{size}"
         subprocess.run(["cp", "-r", str(broken), str(fewer)], check=True)
         run_on_ranks(place, fewer.name, size, resume=True, run=run, distill=less)
         assert read(Checkpoints(fewer / "checkpoints").files()[-1])["trainer"]["step"] == 8
         assert [row["update"] for row in read_csv(fewer / "log.csv")] == [2, 4, 6, 8]
-        assert len(read(Checkpoints(fewer / "checkpoints").files()[-1])["ranks"]) == size
+        assert len(read(Checkpoints(fewer / "checkpoints").files()[-1])["trainer"]["ranks"]) == size
     run_on_ranks(place, "broken", ranks, resume=True, run=run, distill=less)
     assert end_of(straight) == end_of(broken)
 

@@ -15,7 +15,7 @@ from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
 from realuid_fast.optim import FusedAdam
-from realuid_fast.train import checkpoint, distributed, sharding
+from realuid_fast.train import distributed, sharding
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import read_csv
 
@@ -160,7 +160,7 @@ def test_a_network_stands_in_and_is_frozen_and_is_as_before(place):
         average = same.state_dict()
         sharding.shard(net, torch.device("cpu"))
         before = [p.to_local().clone() for p in net.parameters()]
-        parts = {name: average[name][checkpoint.rows_of(len(average[name]), rank, 2)].clone() for name in average}
+        parts = {name: average[name][sharding.rows_of(len(average[name]), rank, 2)].clone() for name in average}
         t, x = torch.full((3,), 0.5), torch.ones(3, 2, requires_grad=True)
         with sharding.standing_in(net, parts), torch.no_grad():
             assert not net.training
@@ -229,7 +229,7 @@ def test_rows_are_cut_as_torch_cuts_chunks():
     for length in range(1, 20):
         for size in range(1, 9):
             chunks = [len(part) for part in torch.arange(length).chunk(size)]
-            rows = [checkpoint.rows_of(length, rank, size) for rank in range(size)]
+            rows = [sharding.rows_of(length, rank, size) for rank in range(size)]
             assert [r.stop - r.start for r in rows] == chunks + [0] * (size - len(chunks))
 
 

@@ -15,7 +15,6 @@ from realuid_fast.noise import normal
 from realuid_fast.optim import FusedAdam, Optimiser, mean
 from realuid_fast.train import distill, distributed, regression
 from realuid_fast.train.distill import Distiller
-from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 
 from ...helpers import POINTS
@@ -109,8 +108,7 @@ def test_an_update_on_ranks_equals_one_on_the_concatenated_batch(place, size, sh
 def test_every_objective_has_one_state_on_all_ranks(place, distill):
     def made(**run):
         asked = config(place, distill=distill, run=run)
-        cls = RegressionTrainer if "regression" in distill else Distiller
-        return cls(asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
+        return trainers.trainer("distill", asked, data.load(POINTS), teachers.load(place / "teacher.safetensors"))
 
     def weights(trainer):
         nets = [trainer.network, *([trainer.judged] if "gan" in distill else [])]
