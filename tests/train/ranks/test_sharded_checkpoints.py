@@ -5,7 +5,6 @@ import torch
 import torch.distributed.fsdp  # here, so that forked ranks need not
 
 from realuid_fast.errors import UserError
-from realuid_fast.train import sharding
 from realuid_fast.train.checkpoint import Checkpoints, read
 from realuid_fast.train.distill import Distiller
 
@@ -48,8 +47,7 @@ def test_any_number_of_ranks_reads_a_checkpoint_sharded_or_whole(place, before, 
 
     def work(rank):
         trainer = trainer_in(place, Distiller, distill={"batch": 12}, run={"shard": shard})
-        saved = Checkpoints(folder).load()["trainer"]
-        trainer.load_state_dict(sharding.taken(trainer.state_dict(), saved))
+        trainer.load_state_dict(Checkpoints(folder).load()["trainer"])
         found = wholes(trainer)
         trainer.update()
         return found
