@@ -12,6 +12,9 @@ from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.matching import Matching
 from realuid_fast.optim import Optimiser
+from realuid_fast.train.distill import Distiller
+from realuid_fast.train.regression import RegressionTrainer
+from realuid_fast.train.teacher import TeacherTrainer
 from realuid_fast.train.trainer import Setup
 
 SETUP = Setup(batch=8, updates=4, seed=3)
@@ -22,7 +25,7 @@ def by_hand():
     model, digits = rf.teachers.load_teacher("digits"), rf.data.digits()
     fake = copy.deepcopy(model.net).train().requires_grad_(True)
     generator = Generator(copy.deepcopy(fake))
-    return trainers.distiller(
+    return Distiller(
         rf.frozen_view(model.net), fake, generator, MATCHING, rf.objectives.RealUID(alpha=0.92, beta=0.94), digits,
         Optimiser(fake, 1e-3), Optimiser(generator.net, 1e-3, ema_decays=[0.9]), SETUP, fake_turns=2, export=0.9,
     )  # fmt: skip
@@ -69,7 +72,7 @@ def test_the_state_of_one_trainer_continues_in_another():
 def test_the_other_trainers_of_objects_train():
     points = rf.data.load("eight_gaussians")
     net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 32, "depth": 2})
-    teacher = trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), Setup(batch=64, updates=300))
+    teacher = TeacherTrainer(net, MATCHING, points, Optimiser(net, 1e-2), Setup(batch=64, updates=300))
     first = [teacher.update() or teacher.meters.read()["loss"] for _ in range(20)]
     for _ in range(200):
         teacher.update()
@@ -77,7 +80,7 @@ def test_the_other_trainers_of_objects_train():
     last = [teacher.update() or teacher.meters.read()["loss"] for _ in range(20)]
     assert sum(last) < 0.9 * sum(first)
     generator = Generator(copy.deepcopy(net))
-    student = trainers.regression(
+    student = RegressionTrainer(
         rf.frozen_view(net), generator, MATCHING, points, Optimiser(generator.net, 1e-3), SETUP, steps=4
     )  # fmt: skip
     student.update()
@@ -89,8 +92,8 @@ def test_arguments_that_do_not_fit_are_named():
     points = rf.data.load("eight_gaussians")
     net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1})
     with pytest.raises(UserError, match=r"batch 7 does not divide by 1 rank times run\.accumulate 2"):
-        trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), Setup(batch=7, parts=2))
+        TeacherTrainer(net, MATCHING, points, Optimiser(net, 1e-2), Setup(batch=7, parts=2))
     with pytest.raises(UserError, match="export must be 0 or a decay of the optimiser's averages"):
-        trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), SETUP, export=0.5)
+        TeacherTrainer(net, MATCHING, points, Optimiser(net, 1e-2), SETUP, export=0.5)
     with pytest.raises(UserError, match="label_dropout needs a class-conditional network"):
-        trainers.teacher_trainer(net, MATCHING, points, Optimiser(net, 1e-2), SETUP, label_dropout=0.5)
+        TeacherTrainer(net, MATCHING, points, Optimiser(net, 1e-2), SETUP, label_dropout=0.5)

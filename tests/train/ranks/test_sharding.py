@@ -67,8 +67,9 @@ def held_bytes():
     gc.collect()
     memory = {}
     for each in gc.get_objects():
-        # Tensors that earlier tests of this process left behind may be sparse; those have no storage.
-        if type(each) in (torch.Tensor, nn.Parameter) and each.layout is torch.strided:
+        # Tensors that earlier tests of this process left behind may be sparse or of the device meta: without memory.
+        plain = type(each) in (torch.Tensor, nn.Parameter) and each.layout is torch.strided
+        if plain and each.device.type != "meta" and each.untyped_storage().nbytes():
             storage = each.untyped_storage()
             memory[storage.data_ptr()] = storage.nbytes()
         elif type(each).__name__ == "DTensor":
