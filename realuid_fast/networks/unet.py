@@ -225,9 +225,7 @@ class UNet(nn.Module):
         super().__init__()
         in_channels, height, width = _shape(dim)
         widths = _widths(height, width, num_channels, channel_mult, norm_groups)
-        if isinstance(attention_resolutions, str):
-            attention_resolutions = [int(part) for part in attention_resolutions.split(",") if part.strip()]
-        attend_at = {width // int(r) for r in attention_resolutions}
+        attend_at = {width // r for r in _numbers(attention_resolutions)}
 
         self.dim, self.endpoint, self.num_channels = (in_channels, height, width), endpoint, num_channels
         self.num_classes = num_classes if class_cond else None
@@ -383,3 +381,9 @@ def _heads(channels: int, heads: int, head_channels: int) -> int:
     if channels % heads:
         raise UserError(f"num_heads {heads} does not divide {channels} channels")
     return heads
+
+
+def _numbers(values: Sequence[int] | str) -> list[int]:
+    """Whole numbers, or the text of some with commas between them."""
+    given = [part for part in values.split(",") if part.strip()] if isinstance(values, str) else values
+    return [int(value) for value in given]

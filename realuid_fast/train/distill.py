@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -161,12 +160,11 @@ class Distiller(Trainer):
 
     @property
     def images_per_update(self) -> int:
-        rows = 2 if self.takes_real else 1
-        return self.parts * self.batch * (self.turns * rows + 1)
+        return self.parts * self.batch * (self.turns * (1 + self.takes_real) + 1)
 
     @property
     def passes(self) -> int:
-        return max(2 if self.takes_real else 1, 3 if self.objective.flows == "all" else 1)
+        return max(1 + self.takes_real, 3 if self.objective.flows == "all" else 1)
 
     def update(self) -> None:
         """One update: all fake turns, then the generator's."""
@@ -313,11 +311,9 @@ class Distiller(Trainer):
             g_x = self._through_networks(grads, draw, x_t, (teacher_out, fake_out, uncond, logits), judged)
             with self.phases("generator backward"):
                 x.backward(g_x)
-                if self._seed_scale == 1.0:
-                    return grads.loss, watched
-                if self._whole:
+                if self._whole and self._seed_scale != 1.0:
                     self.generator_optimiser.scale_grads(1 / self._seed_scale)
-                return grads.loss / self._seed_scale, watched
+            return grads.loss if self._seed_scale == 1.0 else grads.loss / self._seed_scale, watched
 
     def _ask_frozen(
         self, draw: Interpolant, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
@@ -395,14 +391,9 @@ class Distiller(Trainer):
         self._generator_step = Captured(self._generator_step_plain, recorder)
 
     def forget_graphs(self) -> None:
-        """Drop the captured graphs. A turn that is called afterwards warms up and is captured again."""
         for turn in (self._generate, self._fake_step, self._generator_step):
             if isinstance(turn, Captured):
                 turn.reset()
-
-    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        with torch.no_grad(), self._exporting(), Precision("float32", self.device).turn():
-            return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def _given_or_drawn(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Labels and endpoints of ``count`` rows; labels that are ``given`` are taken as they are."""
@@ -429,12 +420,9 @@ class Distiller(Trainer):
         """The teacher's output and, with guidance, the one without labels, from one forward."""
         guided = self.guidance != 1.0
         # A teacher stored in float32 computes in the precision of the turn.
-        own = self.precisions["teacher"]
-        with contextlib.nullcontext() if own.name == "float32" else own.networks():
+        with self.precisions["teacher"].networks():
             out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
-        if not guided:
-            return out, None
-        conditional, unconditional = out.chunk(2)
+        conditional, unconditional = out.chunk(2) if guided else (out, None)
         return conditional, unconditional
 
     def _run(self, name: str, turn: Turn) -> dict[str, Tensor]:

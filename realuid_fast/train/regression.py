@@ -12,7 +12,7 @@ that DMD adds (Yin et al., 2311.18828, section 3.2) has a perceptual distance in
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import functional as rf
 from ..data import Dataset
@@ -119,7 +119,3 @@ class RegressionTrainer(Trainer):
         with self.phases("generator backward"):
             x.backward(grads.out)
         self.meters.add("regression loss", grads.loss)
-
-    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
-        with torch.no_grad(), Precision("float32", self.device).turn():
-            return self.student(z, labels, None if self.endpoints is None else endpoint)

@@ -19,6 +19,7 @@ from ..noise import NoiseStream
 from ..optim import Optimiser
 from ..optim.mean import average
 from ..paths import OneSidedPath
+from ..precision import Precision
 from ..teachers import Description
 from . import distributed, modes, sharding
 from .batches import picked
@@ -131,6 +132,7 @@ class Trainer(ABC):
 
     Attributes:
         step: updates so far.
+        student: a one-step generator on the exported network, in trainers that have one.
         kept: the parts of the trainer that have a state, by their names in a checkpoint.
     """
 
@@ -170,6 +172,8 @@ class Trainer(ABC):
         self.endpoints: Tensor | None = None
         self.kept: dict[str, Stateful] = {}
 
+    student: Callable[..., Tensor]
+
     @property
     @abstractmethod
     def images_per_update(self) -> int:
@@ -184,16 +188,17 @@ class Trainer(ABC):
     def update(self) -> None:
         """One update of every network."""
 
-    @abstractmethod
     def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         """Samples of the network that would be exported now, from noise ``z`` and, if it takes them, endpoints."""
+        with torch.no_grad(), self._exporting(), Precision("float32", self.device).turn():
+            return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         """A sentence about a setting that a row of the log shows to be wrong; None if it shows none."""
         return None
 
     def forget_graphs(self) -> None:
-        """Drop captured graphs, if the trainer has any."""
+        """Drop captured graphs, if the trainer has any. A turn that is called afterwards is captured again."""
         return
 
     def exported(self) -> tuple[dict[str, Tensor], Description]:
