@@ -28,10 +28,21 @@ ABI3 = {"py_limited_api": "cp311"}
 # The commands of setuptools that need the library. dist_info is the first of them that pip calls, before it downloads
 # what the package requires. Source archives and a version's query need neither torch nor a compiler.
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
-CPU_SOURCES = ["isa", "bandwidth", "noise", "noise_avx512", "noise_avx2", "noise_baseline"]
-LOSS_SOURCES = ["fused", "fused_avx512", "fused_avx2", "fused_baseline"]
-LAYER_SOURCES = [f"{layer}{isa}" for layer in ("conv", "norm") for isa in ("", "_avx512", "_avx2", "_baseline")]
-OPTIMISER_SOURCES = ["optimiser", "optimiser_avx512", "optimiser_avx2", "optimiser_baseline"]
+# The kernels, each compiled once for every instruction set, and the folder of csrc that each lies in.
+KERNELS = {"fused": "cpu", "noise": "cpu", "optimiser": "cpu", "conv": "layers", "norm": "layers"}
+# A level's guard: processors other than x86-64 compile the baseline alone.
+LEVELS = {"avx512": "REALUID_X86", "avx2": "REALUID_X86", "baseline": "1"}
+UNITS = Path("build/csrc")  # where the sources that compile a kernel for a level are written
+UNIT = """// {kernel}_impl.h, compiled for {level}; setup.py writes this file. Shared headers come before the target's.
+#include "cpu/arch.h"
+#include "{folder}/{kernel}.h"
+
+#if {guard}
+#include "cpu/target_{level}.h"
+#include "{folder}/{kernel}_impl.h"
+#include "cpu/target_end.h"
+#endif
+"""
 
 
 def stop(reason: str, remedy: str) -> NoReturn:
@@ -113,8 +124,21 @@ def compiler() -> str | None:
     return next((found for found in map(shutil.which, (name, "g++", "clang++", "c++")) if found), None)
 
 
-def sources(names: list[str]) -> list[str]:
-    return [f"csrc/cpu/{name}.cpp" for name in names]
+def units() -> dict[Path, str]:
+    """The sources that compile each kernel for each instruction set: every file's text by its path from here."""
+    return {
+        UNITS / f"{kernel}_{level}.cpp": UNIT.format(kernel=kernel, folder=folder, level=level, guard=guard)
+        for kernel, folder in KERNELS.items()
+        for level, guard in LEVELS.items()
+    }
+
+
+def write_units() -> None:
+    """Write :func:`units`; a file that is as it should be keeps its time, so that nothing is compiled again for it."""
+    (ROOT / UNITS).mkdir(parents=True, exist_ok=True)
+    for path, text in units().items():
+        if not (ROOT / path).is_file() or (ROOT / path).read_text() != text:
+            (ROOT / path).write_text(text)
 
 
 def configure() -> dict[str, Any]:
@@ -150,13 +174,8 @@ def configure() -> dict[str, Any]:
     depends = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
     library = cpp_extension.CppExtension(
         "realuid_fast._C",
-        [
-            "csrc/ops.cpp",
-            "csrc/layers.cpp",
-            "csrc/native.cpp",
-            *sources(CPU_SOURCES + LOSS_SOURCES + OPTIMISER_SOURCES + LAYER_SOURCES),
-        ],
-        include_dirs=["csrc"],
+        [*(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))), *map(str, units())],
+        include_dirs=[str(ROOT / "csrc")],  # ninja compiles in another folder
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=flags,
         extra_link_args=links,
@@ -171,6 +190,10 @@ def configure() -> dict[str, Any]:
         def finalize_options(self) -> None:
             super().finalize_options()
             self.include_dirs: list[str] = []
+
+        def run(self) -> None:
+            write_units()
+            super().run()
 
     # The library calls nothing of Python, so one wheel serves every version from the package's oldest on.
     return {"ext_modules": [library], "cmdclass": {"build_ext": BuildLibrary}, "options": {"bdist_wheel": ABI3}}

@@ -34,7 +34,7 @@ PACKAGE = (
     "realuid_fast/kernels/generator.py",
     "realuid_fast/kernels/__init__.py",
 )
-SOURCES = ("setup.py", "csrc/ops.cpp", "csrc/cpu/fused_impl.h", "examples/distill_digits.py")
+SOURCES = ("setup.py", "csrc/ops.cpp", "csrc/cpu/fused_impl.h", "csrc/layers/conv_impl.h", "examples/distill_digits.py")
 
 RUNS = """
 import sys, warnings, torch, realuid_fast as rf

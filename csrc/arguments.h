@@ -20,6 +20,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;
+
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream sentence;

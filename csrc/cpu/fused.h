@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "noise.h"
 #include "storage.h"
 
@@ -108,17 +109,9 @@ struct Kernels {
   void (*normal)(const NormalArgs&, int64_t begin, int64_t end);
 };
 
-// The kernels for one storage type on the instruction set in use.
-const Kernels& kernels(Dtype dtype);
+REALUID_EACH_ISA(extern const Kernels table[DTYPES];)
 
-namespace avx512 {
-extern const Kernels table[DTYPES];
-}
-namespace avx2 {
-extern const Kernels table[DTYPES];
-}
-namespace baseline {
-extern const Kernels table[DTYPES];
-}
+// The kernels for one storage type on the instruction set in use.
+inline const Kernels& kernels(Dtype dtype) { return REALUID_PICK(table)[int(dtype)]; }
 
 }  // namespace realuid_fast

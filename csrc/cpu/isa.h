@@ -1,6 +1,8 @@
 // Which instruction set the kernels run on: found once at run time, forcible through REALUID_FAST_CPU_ISA.
 #pragma once
 
+#include "arch.h"
+
 namespace realuid_fast {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
@@ -12,5 +14,36 @@ Isa active_isa();
 bool supports(Isa isa);
 
 const char* isa_name(Isa isa);
+
+// Of what was compiled once for each instruction set, the one in use. Arrays and functions come and go as their addresses.
+template <class T>
+T pick(T baseline, T avx2, T avx512) {
+  switch (active_isa()) {
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    default:
+      return baseline;
+  }
+}
+
+// Declares something in the namespace of every instruction set, and picks it from the one in use. Processors other than
+// x86-64 have the baseline alone, so the others' are declared there and never defined.
+#define REALUID_EACH_ISA(...) \
+  namespace avx512 {          \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__                 \
+  }                           \
+  namespace baseline {        \
+  __VA_ARGS__                 \
+  }
+#if REALUID_X86
+#define REALUID_PICK(name) pick(baseline::name, avx2::name, avx512::name)
+#else
+#define REALUID_PICK(name) pick(baseline::name, baseline::name, baseline::name)
+#endif
 
 }  // namespace realuid_fast

@@ -4,28 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "arch.h"
-#include "isa.h"
-
 namespace realuid_fast {
 
-using Fill = void (*)(NoiseKey, uint64_t, int64_t, float*);
-
-static Fill choose() {
-  switch (active_isa()) {
-#if REALUID_X86
-    case Isa::avx512:
-      return avx512::fill;
-    case Isa::avx2:
-      return avx2::fill;
-#endif
-    default:
-      return baseline::fill;
-  }
-}
-
 void fill_normals(NoiseKey key, uint64_t first, int64_t groups, float* out) {
-  static const Fill fill = choose();
+  static const auto fill = REALUID_PICK(fill);
   fill(key, first, groups, out);
 }
 

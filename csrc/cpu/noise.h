@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "philox.h"
 
 namespace realuid_fast {
@@ -16,14 +17,6 @@ void fill_normals(NoiseKey key, uint64_t first, int64_t groups, double* out);
 template <class C>
 void fill_elements(NoiseKey key, uint64_t start, int64_t count, C* out);
 
-namespace avx512 {
-void fill(NoiseKey key, uint64_t first, int64_t groups, float* out);
-}
-namespace avx2 {
-void fill(NoiseKey key, uint64_t first, int64_t groups, float* out);
-}
-namespace baseline {
-void fill(NoiseKey key, uint64_t first, int64_t groups, float* out);
-}
+REALUID_EACH_ISA(void fill(NoiseKey key, uint64_t first, int64_t groups, float* out);)
 
 }  // namespace realuid_fast

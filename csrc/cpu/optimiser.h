@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "storage.h"
 
 namespace realuid_fast {
@@ -37,17 +38,9 @@ struct OptimiserKernels {
   void (*adam)(const AdamStep&, const AdamTensor&, int64_t begin, int64_t end);
 };
 
-// The kernels for float32, or for float64 where `wide`, on the instruction set in use.
-const OptimiserKernels& optimiser_kernels(bool wide);
+REALUID_EACH_ISA(extern const OptimiserKernels optimiser_table[2];)
 
-namespace avx512 {
-extern const OptimiserKernels optimiser_table[2];
-}
-namespace avx2 {
-extern const OptimiserKernels optimiser_table[2];
-}
-namespace baseline {
-extern const OptimiserKernels optimiser_table[2];
-}
+// The kernels for float32, or for float64 where `wide`, on the instruction set in use.
+inline const OptimiserKernels& optimiser_kernels(bool wide) { return REALUID_PICK(optimiser_table)[wide]; }
 
 }  // namespace realuid_fast

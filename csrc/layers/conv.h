@@ -13,8 +13,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "storage.h"
+#include "../cpu/isa.h"
+#include "../cpu/storage.h"
 
 namespace realuid_fast {
 
@@ -95,17 +97,9 @@ struct ConvKernels {
   int64_t product_size(int64_t rows_of_panel, int64_t channels) const { return POINTS * rows_of_panel * panels(channels) * panel; }
 };
 
-// The kernels for one storage type of the images on the instruction set in use.
-const ConvKernels& conv_kernels(Dtype dtype);
+REALUID_EACH_ISA(extern const ConvKernels conv_table[DTYPES];)
 
-namespace avx512 {
-extern const ConvKernels conv_table[DTYPES];
-}
-namespace avx2 {
-extern const ConvKernels conv_table[DTYPES];
-}
-namespace baseline {
-extern const ConvKernels conv_table[DTYPES];
-}
+// The kernels for one storage type of the images on the instruction set in use.
+inline const ConvKernels& conv_kernels(Dtype dtype) { return REALUID_PICK(conv_table)[int(dtype)]; }
 
 }  // namespace realuid_fast

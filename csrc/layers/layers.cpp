@@ -1,4 +1,4 @@
-// The networks' operators on LibTorch's stable ABI, like ops.cpp for the fused calls.
+// The networks' operators on LibTorch's stable ABI, like ../ops.cpp for the fused calls.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 #include <tuple>
 #include <vector>
 
-#include "arguments.h"
-#include "cpu/conv.h"
-#include "cpu/norm.h"
+#include "../arguments.h"
+#include "conv.h"
+#include "norm.h"
 
 namespace {
 

@@ -8,7 +8,8 @@
 
 #include <cstdint>
 
-#include "storage.h"
+#include "../cpu/isa.h"
+#include "../cpu/storage.h"
 
 namespace realuid_fast {
 
@@ -36,16 +37,8 @@ struct NormKernels {
 // Six rows of channels in double, for the sums and the numbers computed from them.
 constexpr int NORM_ROWS = 6;
 
-const NormKernels& norm_kernels(Dtype dtype);
+REALUID_EACH_ISA(extern const NormKernels norm_table[DTYPES];)
 
-namespace avx512 {
-extern const NormKernels norm_table[DTYPES];
-}
-namespace avx2 {
-extern const NormKernels norm_table[DTYPES];
-}
-namespace baseline {
-extern const NormKernels norm_table[DTYPES];
-}
+inline const NormKernels& norm_kernels(Dtype dtype) { return REALUID_PICK(norm_table)[int(dtype)]; }
 
 }  // namespace realuid_fast

@@ -1,7 +1,7 @@
 // Group normalisation and SiLU on vectors of channels: sums of an image first, then its values.
 #pragma once
 
-#include "access.h"
+#include "../cpu/access.h"
 #include "norm.h"
 
 namespace realuid_fast {

@@ -1,7 +1,7 @@
 // Winograd's transformations on vectors of channels, and the matrix product between them.
 #pragma once
 
-#include "access.h"
+#include "../cpu/access.h"
 #include "conv.h"
 
 namespace realuid_fast {
