@@ -151,10 +151,9 @@ def _fake(dtype: torch.dtype, keyed: bool = True, teacher: bool = False, guided:
         noise = _noise((rows // 2, *IMAGES[1:]), dtype, keyed)
         other = x if teacher else None
         halves = (0.9, 1.0, 0.1 * teacher, 1.2, 0.1, 0.1, 0.0, 0.4)
-        rest = (rows // 2, rows // 2, *halves, True, True, ptx)
-        if guided:
-            return fake.guided_fake(x, x, None, coef, noise, x, None, x, _meta((rows,), F32), *rest)[0][0]
-        return fake.fake(x, x, None, coef, noise, other, None, *rest)[0][0]
+        guidance = (x, _meta((rows,), F32)) if guided else (None, None)
+        rest = (*guidance, rows // 2, rows // 2, *halves, True, True, ptx)
+        return fake.fake(x, x, None, coef, noise, x if guided else other, None, *rest)[0][0]
 
     return Variant(plan, dtype, IMAGES, 2 + (not keyed) + teacher + guided, 1)
 
@@ -177,13 +176,9 @@ def _generator(
         noise, state, other = _noise(shape, dtype, keyed), x if x_t else None, x if endpoint else None
         inputs, scalars = (x, x, x, state, coef, noise, other), (0.92, 0.94, 0.92, 1.0)
         switches = (True, wants > 0, wants > 1, wants > 2, x_t)
-        if guided:
-            guidance = (x, _meta((shape[0],), F32))
-            return generator.guided_generator(*inputs, *guidance, None, *scalars, *switches, True, ptx)[0][0]
-        if q_rows:
-            numbers = (None, None, _meta((shape[0],), F32))
-            return generator.guided_generator(*inputs, *numbers, *scalars, *switches, False, ptx)[0][0]
-        return generator.generator(*inputs, *scalars, *switches, ptx)[0][0]
+        uncond, numbers = x if guided else None, _meta((shape[0],), F32)
+        extra = (uncond, numbers if guided else None, numbers if q_rows else None)
+        return generator.generator(*inputs, *extra, *scalars, *switches, guided, ptx)[0][0]
 
     return Variant(plan, dtype, shape, 3 + (not keyed) + x_t + endpoint + guided, wants + x_t + guided, wide)
 

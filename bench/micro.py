@@ -111,6 +111,8 @@ def _generator(s: Setting, drawn: bool) -> Call:
     # Compiled draws are scalar code, several times slower than eager ones: shown once.
     shown = drawn and s.entry.shape == CIFAR and s.entry.dtype == torch.float32
     table = {"coef": s.coef}
+    without, switches = (None, None, None, None), (True, True, True, True, False, False)
+    everything = (teacher, fake, x, None, s.coef, noise, *without, *s.objective.generator_scalars, *switches)
     return Call(
         moved=6 if drawn else 7,
         ours=lambda: rf.functional.generator_grads(
@@ -119,9 +121,7 @@ def _generator(s: Setting, drawn: bool) -> Call:
         loss=lambda a, b, c: rf.functional.generator_loss(
             s.objective, teacher_out=a, fake_out=b, x=c, x_t=None, coef=s.coef, noise=noise
         ),
-        alone=lambda: torch.ops.realuid_fast.generator(
-            teacher, fake, x, None, s.coef, noise, None, *s.objective.generator_scalars, True, True, True, True, False
-        ),
+        alone=lambda: torch.ops.realuid_fast.generator(*everything),
         inputs=(teacher, fake, x),
         draw=lambda: torch.randn_like(x) if drawn else given,
         peers=(
@@ -138,6 +138,8 @@ def _fake(s: Setting) -> Call:
     half = s.rows // 2
     fake, x, like = s.tensor(), s.tensor(), s.tensor(half)
     coef = s.path.coefficients(s.t[:half].repeat(2))
+    without, halves = (None, None, None, None), (*s.objective.generated, *s.objective.real)
+    everything = (fake, x, None, coef, s.key, *without, half, half, *halves, True, True)
     return Call(
         moved=3,
         ours=lambda: rf.functional.fake_grads(
@@ -146,9 +148,7 @@ def _fake(s: Setting) -> Call:
         loss=lambda f: rf.functional.fake_loss(
             s.objective, fake_out=f, x=x, x_t=None, coef=coef, noise=s.key, n_real=half, noise_rows=half
         ),
-        alone=lambda: torch.ops.realuid_fast.fake(
-            fake, x, None, coef, s.key, None, None, half, half, *s.objective.generated, *s.objective.real, True, True
-        ),
+        alone=lambda: torch.ops.realuid_fast.fake(*everything),
         inputs=(fake,),
         draw=lambda: torch.randn_like(like),
         peers=(

@@ -13,7 +13,6 @@ namespace rf = realuid_fast;
 using namespace realuid_fast::arguments;
 using Grads2 = std::tuple<Tensor, Tensor>;
 using Grads3 = std::tuple<Tensor, Tensor, Tensor>;
-using Grads6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Grads7 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor normal_like(const Tensor& key, const Tensor& like, int64_t noise_rows) {
@@ -116,37 +115,21 @@ Grads3 matching(const Tensor& out, const Tensor& x, const Optional& x_t, const T
 }
 
 Grads3 fake(const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
-            const Optional& teacher_out, const Optional& endpoint, int64_t noise_rows, int64_t n_real, double a_gen,
-            double b_gen, double d_gen, double c_gen, double a_real, double b_real, double d_real, double c_real, bool mean,
-            bool want_fake) {
-  return fake_frame(Frame(x, "x"), "fake_out", fake_out, x, x_t, coef, noise, teacher_out, endpoint, std::nullopt,
-                    std::nullopt, noise_rows, n_real, {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean,
-                    want_fake);
-}
-
-Grads3 guided_fake(const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef, const Tensor& noise,
-                   const Tensor& teacher_out, const Optional& endpoint, const Tensor& teacher_uncond,
-                   const Tensor& guidance, int64_t noise_rows, int64_t n_real, double a_gen, double b_gen, double d_gen,
-                   double c_gen, double a_real, double b_real, double d_real, double c_real, bool mean, bool want_fake) {
+            const Optional& teacher_out, const Optional& endpoint, const Optional& teacher_uncond, const Optional& guidance,
+            int64_t noise_rows, int64_t n_real, double a_gen, double b_gen, double d_gen, double c_gen, double a_real,
+            double b_real, double d_real, double c_real, bool mean, bool want_fake) {
   return fake_frame(Frame(x, "x"), "fake_out", fake_out, x, x_t, coef, noise, teacher_out, endpoint, teacher_uncond, guidance,
                     noise_rows, n_real, {a_gen, b_gen, d_gen, c_gen}, {a_real, b_real, d_real, c_real}, mean, want_fake);
 }
 
-// Which gradients a generator call asks for.
-struct Wants {
-  bool teacher, fake, x, x_t, uncond;
-};
-
-// Without guidance there is no last gradient. Its place gets another tensor's handle, so that no memory is allocated.
-Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
-                       const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& uncond,
-                       const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
-                       bool mean, Wants want) {
+Grads7 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef,
+                 const Tensor& noise, const Optional& endpoint, const Optional& teacher_uncond, const Optional& guidance,
+                 const Optional& q_rows, double alpha, double beta, double q, double kappa, bool mean, bool want_teacher,
+                 bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
   const Frame frame(x, "x");
-  REQUIRE(x_t.has_value() || !want.x_t, "x_t is needed where its gradient is asked for");
-  Tensor g_teacher = frame.like_if(want.teacher), g_fake = frame.like_if(want.fake), g_x = frame.like_if(want.x),
-         g_x_t = frame.like_if(want.x_t);
-  Tensor g_uncond = uncond.has_value() ? frame.like_if(want.uncond) : g_x_t;
+  REQUIRE(x_t.has_value() || !want_x_t, "x_t is needed where its gradient is asked for");
+  Tensor g_teacher = frame.like_if(want_teacher), g_fake = frame.like_if(want_fake), g_x = frame.like_if(want_x),
+         g_x_t = frame.like_if(want_x_t), g_uncond = frame.like_if(want_uncond && teacher_uncond.has_value());
   std::vector<double> partial = frame.sums(coef);
   const rf::GeneratorArgs args{frame.shape,
                                frame.same(teacher_out, "teacher_out"),
@@ -155,7 +138,7 @@ Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const 
                                frame.same(x_t, "x_t"),
                                frame.same(endpoint, "endpoint"),
                                frame.coefficients(coef),
-                               frame.guidance(uncond, guidance),
+                               frame.guidance(teacher_uncond, guidance),
                                frame.noise(noise, frame.shape.rows),
                                alpha,
                                beta,
@@ -167,7 +150,7 @@ Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const 
                                pointer(g_fake),
                                pointer(g_x),
                                pointer(g_x_t),
-                               uncond.has_value() ? pointer(g_uncond) : nullptr,
+                               pointer(g_uncond),
                                partial.data(),
                                frame.stream()};
   frame.check_x_t(x_t, args.coef);
@@ -176,26 +159,6 @@ Grads7 generator_frame(const Tensor& teacher_out, const Tensor& fake_out, const 
   frame.run([&](int64_t begin, int64_t end) { k.generator(args, begin, end); });
   auto [loss, rows] = frame.reduce(partial, frame.shape.rows);
   return {loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond};
-}
-
-Grads6 generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t, const Tensor& coef,
-                 const Tensor& noise, const Optional& endpoint, double alpha, double beta, double q, double kappa, bool mean,
-                 bool want_teacher, bool want_fake, bool want_x, bool want_x_t) {
-  auto [loss, rows, g_teacher, g_fake, g_x, g_x_t, unused] =
-      generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, std::nullopt, std::nullopt, std::nullopt, alpha,
-                      beta, q, kappa, mean, {want_teacher, want_fake, want_x, want_x_t, false});
-  return {std::move(loss), std::move(rows), std::move(g_teacher), std::move(g_fake), std::move(g_x), std::move(g_x_t)};
-}
-
-Grads7 guided_generator(const Tensor& teacher_out, const Tensor& fake_out, const Tensor& x, const Optional& x_t,
-                        const Tensor& coef, const Tensor& noise, const Optional& endpoint, const Optional& teacher_uncond,
-                        const Optional& guidance, const Optional& q_rows, double alpha, double beta, double q, double kappa,
-                        bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) {
-  Grads7 grads = generator_frame(teacher_out, fake_out, x, x_t, coef, noise, endpoint, teacher_uncond, guidance, q_rows, alpha,
-                                 beta, q, kappa, mean, {want_teacher, want_fake, want_x, want_x_t, want_uncond});
-  // An operator's results may not share their memory.
-  if (!teacher_uncond.has_value()) std::get<6>(grads) = Frame(x, "x").none();
-  return grads;
 }
 
 void scale_grads_(const std::vector<Tensor>& grads, const Tensor& scale) {
@@ -233,7 +196,5 @@ STABLE_TORCH_LIBRARY_IMPL(realuid_fast, CPU, m) {
   m.impl("matching", TORCH_BOX(&matching));
   m.impl("fake", TORCH_BOX(&fake));
   m.impl("generator", TORCH_BOX(&generator));
-  m.impl("guided_fake", TORCH_BOX(&guided_fake));
-  m.impl("guided_generator", TORCH_BOX(&guided_generator));
   m.impl("scale_grads_", TORCH_BOX(&scale_grads_));
 }

@@ -6,8 +6,6 @@ real rows. The teacher is not read in a half whose ``D`` is zero.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -105,6 +103,8 @@ def fake(
     noise: Tensor,
     teacher_out: Tensor | None,
     endpoint: Tensor | None,
+    teacher_uncond: Tensor | None,
+    guidance: Tensor | None,
     noise_rows: int,
     n_real: int,
     a_gen: float,
@@ -124,51 +124,6 @@ def fake(
     Raises:
         ValueError: no ``teacher_out`` for a half with rows and ``D`` different from zero.
     """
-    halves = (a_gen, b_gen, d_gen, c_gen, a_real, b_real, d_real, c_real)
-    inputs = (fake_out, x, x_t, coef, noise, teacher_out, endpoint)
-    return _planned(*inputs, None, None, noise_rows, n_real, *halves, mean, want_fake, ptx)
-
-
-def guided_fake(
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    teacher_out: Tensor,
-    endpoint: Tensor | None,
-    teacher_uncond: Tensor,
-    guidance: Tensor,
-    *rest: Any,
-) -> tuple[list[Call], tuple[Tensor, ...]]:
-    """The launches of the operator ``guided_fake`` and its outputs; ``rest`` as for :func:`fake`."""
-    return _planned(fake_out, x, x_t, coef, noise, teacher_out, endpoint, teacher_uncond, guidance, *rest)
-
-
-def _planned(
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    teacher_out: Tensor | None,
-    endpoint: Tensor | None,
-    uncond: Tensor | None,
-    guidance: Tensor | None,
-    noise_rows: int,
-    n_real: int,
-    a_gen: float,
-    b_gen: float,
-    d_gen: float,
-    c_gen: float,
-    a_real: float,
-    b_real: float,
-    d_real: float,
-    c_real: float,
-    mean: bool,
-    want_fake: bool,
-    ptx: bool | None = None,
-) -> tuple[list[Call], tuple[Tensor, ...]]:
     rows = x.shape[0]
     n_gen = rows - n_real
     reads_teacher = (d_gen != 0 and n_gen > 0) or (d_real != 0 and n_real > 0)
@@ -188,7 +143,7 @@ def _planned(
         "endpoint_ptr": x if endpoint is None else endpoint,
         "coef_ptr": coef,
         "noise_ptr": noise,
-        "uncond_ptr": x if uncond is None else uncond,
+        "uncond_ptr": x if teacher_uncond is None else teacher_uncond,
         "guidance_ptr": coef if guidance is None else guidance,
         "g_fake_ptr": g_fake,
         "partial_ptr": partial,
@@ -210,13 +165,13 @@ def _planned(
         "HAS_X_T": x_t is not None,
         "HAS_TEACHER": reads_teacher,
         "HAS_ENDPOINT": endpoint is not None,
-        "GUIDED": uncond is not None,
+        "GUIDED": teacher_uncond is not None,
         "WANT_FAKE": want_fake,
         **noise_constants(noise, noise_rows, rows, ptx),
         **cut.constants,
     }
     # Every element of an odd row draws a group of four for itself. Beside all inputs at once that leaves too few
     # registers for 16 elements a thread, so a second warp takes half of them.
-    crowded = cut.constants["ALIGN"] < 4 and endpoint is not None and uncond is not None
+    crowded = cut.constants["ALIGN"] < 4 and endpoint is not None and teacher_uncond is not None
     main = Call(_fake_kernel, cut.grid, arguments, constants, cut.warps * (1 + crowded))
     return [main, finish(partial, row_losses, loss, n_gen)], (loss, row_losses, g_fake)

@@ -18,46 +18,17 @@ from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
 def _generator_kernel(
-    teacher_ptr,
-    fake_ptr,
-    x_ptr,
-    x_t_ptr,
-    endpoint_ptr,
-    coef_ptr,
-    noise_ptr,
-    g_teacher_ptr,
-    g_fake_ptr,
-    g_x_ptr,
-    g_x_t_ptr,
-    uncond_ptr,
-    guidance_ptr,
-    g_uncond_ptr,
-    q_rows_ptr,
-    partial_ptr,
-    n_rows,
-    units,
-    noise_rows,
-    two_kappa_alpha,
-    two_kappa_beta,
-    q_kappa2,
-    scale,
-    HAS_X_T: tl.constexpr,
-    HAS_ENDPOINT: tl.constexpr,
-    WANT_TEACHER: tl.constexpr,
-    WANT_FAKE: tl.constexpr,
-    WANT_X: tl.constexpr,
-    WANT_X_T: tl.constexpr,
-    GUIDED: tl.constexpr,
-    WANT_UNCOND: tl.constexpr,
-    Q_ROWS: tl.constexpr,
-    KEYED: tl.constexpr,
-    SHARED: tl.constexpr,
-    PTX: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN: tl.constexpr,
-):
+    teacher_ptr, fake_ptr, x_ptr, x_t_ptr, endpoint_ptr, coef_ptr, noise_ptr,
+    g_teacher_ptr, g_fake_ptr, g_x_ptr, g_x_t_ptr,
+    uncond_ptr, guidance_ptr, g_uncond_ptr, q_rows_ptr, partial_ptr,
+    n_rows, units, noise_rows,
+    two_kappa_alpha, two_kappa_beta, q_kappa2, scale,
+    HAS_X_T: tl.constexpr, HAS_ENDPOINT: tl.constexpr,
+    WANT_TEACHER: tl.constexpr, WANT_FAKE: tl.constexpr, WANT_X: tl.constexpr, WANT_X_T: tl.constexpr,
+    GUIDED: tl.constexpr, WANT_UNCOND: tl.constexpr, Q_ROWS: tl.constexpr,
+    KEYED: tl.constexpr, SHARED: tl.constexpr, PTX: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
     if GUIDED:
@@ -119,31 +90,6 @@ def generator(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None,
-    alpha: float,
-    beta: float,
-    q: float,
-    kappa: float,
-    mean: bool,
-    want_teacher: bool,
-    want_fake: bool,
-    want_x: bool,
-    want_x_t: bool,
-    ptx: bool | None = None,
-) -> tuple[list[Call], tuple[Tensor, ...]]:
-    """The launches of the operator ``generator`` and its outputs; a gradient not wanted is empty."""
-    wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
-    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
-    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, None, None, None, ptx)
-
-
-def guided_generator(
-    teacher_out: Tensor,
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    endpoint: Tensor | None,
     teacher_uncond: Tensor | None,
     guidance: Tensor | None,
     q_rows: Tensor | None,
@@ -159,32 +105,9 @@ def guided_generator(
     want_uncond: bool,
     ptx: bool | None = None,
 ) -> tuple[list[Call], tuple[Tensor, ...]]:
-    """The launches of the operator ``guided_generator`` and its outputs."""
+    """The launches of the operator ``generator`` and its outputs; a gradient not wanted is empty."""
     wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
     wants["WANT_UNCOND"] = want_uncond and teacher_uncond is not None
-    inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint)
-    return _planned(*inputs, alpha, beta, q, kappa, mean, wants, teacher_uncond, guidance, q_rows, ptx)
-
-
-def _planned(
-    teacher_out: Tensor,
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    endpoint: Tensor | None,
-    alpha: float,
-    beta: float,
-    q: float,
-    kappa: float,
-    mean: bool,
-    wants: dict[str, bool],
-    uncond: Tensor | None,
-    guidance: Tensor | None,
-    q_rows: Tensor | None,
-    ptx: bool | None,
-) -> tuple[list[Call], tuple[Tensor, ...]]:
     grads = [torch.empty_like(x) if want else x.new_empty(0) for want in wants.values()]
     if x.numel() == 0:
         return [], (coef.new_zeros(()), coef.new_zeros(x.shape[0]), *grads)
@@ -203,7 +126,7 @@ def _planned(
         "g_fake_ptr": grads[1],
         "g_x_ptr": grads[2],
         "g_x_t_ptr": grads[3],
-        "uncond_ptr": x if uncond is None else uncond,
+        "uncond_ptr": x if teacher_uncond is None else teacher_uncond,
         "guidance_ptr": coef if guidance is None else guidance,
         "g_uncond_ptr": grads[-1],
         "q_rows_ptr": coef if q_rows is None else q_rows,
@@ -220,8 +143,7 @@ def _planned(
     constants = {
         "HAS_X_T": x_t is not None,
         "HAS_ENDPOINT": endpoint is not None,
-        "GUIDED": uncond is not None,
-        "WANT_UNCOND": False,
+        "GUIDED": teacher_uncond is not None,
         "Q_ROWS": q_rows is not None,
         **wants,
         **noise_constants(noise, rows, rows, ptx),

@@ -29,7 +29,7 @@ from .contracts import check_tensor, check_whole, type_name
 from .errors import UserError
 from .objectives import Objective
 from .sample_weights import mean_of, weighed
-from .tensors import check, guidance_inputs, refuse_gradients
+from .tensors import Guidance, check, guidance_inputs, refuse_gradients
 
 Reduction = Literal["mean", "none"]
 
@@ -170,12 +170,12 @@ def fake_loss(
 
     Source: RealUID (2509.22459), the general real-data loss, as a loss in ``f``.
     """
-    op, arguments = _fake_arguments(
+    arguments = _fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
     others = {"x": x, "x_t": x_t, "endpoint": endpoint, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
     refuse_gradients("fake_loss", **others)
-    return ops.run(f"{op}_loss", x.device, *arguments, _is_mean(reduction))
+    return ops.run("fake_loss", x.device, *arguments, _is_mean(reduction))
 
 
 def fake_grads(
@@ -194,10 +194,10 @@ def fake_grads(
     guidance: float | Tensor = 1.0,
 ) -> FakeGrads:
     """:func:`fake_loss` with its gradient, without autograd."""
-    op, arguments = _fake_arguments(
+    arguments = _fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
-    return FakeGrads(*getattr(ops.current(x.device), op).default(*arguments, True, True))
+    return FakeGrads(*ops.current(x.device).fake.default(*arguments, True, True))
 
 
 def generator_loss(
@@ -250,9 +250,9 @@ def generator_loss(
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
         extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
-    op, mean = "guided_generator_loss" if extra else "generator_loss", _is_mean(reduction)
+    mean = _is_mean(reduction)
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
-    loss = ops.run(op, x.device, *inputs)
+    loss = ops.run("generator_loss", x.device, *inputs)
     if own_rows is None:
         return loss
     # The kernel's gradients are those of the objective's loss; its value is not. Replace the value only.
@@ -278,21 +278,17 @@ def generator_grads(
     )
     coef, extra, own_rows = weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
     networks = objective.flows == "all"
-    want_x_t = networks and x_t is not None
-    namespace, g_uncond = ops.current(x.device), None
+    want_x_t, want_uncond = networks and x_t is not None, networks and teacher_uncond is not None
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars)
-    if extra:
-        want_uncond = networks and bool(guided)
-        found = namespace.guided_generator.default(*inputs, True, networks, networks, True, want_x_t, want_uncond)
-        loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
-    else:
-        found = namespace.generator.default(*inputs, True, networks, networks, True, want_x_t)
-        loss, rows, g_teacher, g_fake, g_x, g_x_t = found
+    op = ops.current(x.device).generator.default
+    found = op(*inputs, True, networks, networks, True, want_x_t, want_uncond)
+    loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond = found
     if own_rows is not None:
         loss, rows = mean_of(own_rows), own_rows
     if not networks:
         return GeneratorGrads(loss, rows, None, None, g_x, None)
-    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t if want_x_t else None, g_uncond if guided else None)
+    g_x_t, g_uncond = g_x_t if want_x_t else None, g_uncond if want_uncond else None
+    return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, g_x_t, g_uncond)
 
 
 def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
@@ -333,8 +329,8 @@ def _generator_arguments(
     endpoint: Tensor | None,
     teacher_uncond: Tensor | None,
     guidance: float | Tensor,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The fake model's output and the further arguments of the guided operator, after all checks."""
+) -> tuple[Tensor, Guidance]:
+    """The fake model's output, and unconditional output and scale of a guided teacher, after all checks."""
     _check_objective(objective)
     check_tensor("teacher_out", teacher_out)
     if fake_out is None:
@@ -368,8 +364,8 @@ def _fake_arguments(
     noise_rows: int | None,
     teacher_uncond: Tensor | None,
     guidance: float | Tensor,
-) -> tuple[str, tuple[object, ...]]:
-    """The fake operator's name and its arguments up to the switches, checked."""
+) -> tuple[object, ...]:
+    """The fake operator's arguments up to the switches, checked."""
     _check_objective(objective)
     check_tensor("fake_out", fake_out)
     check_whole("n_real", n_real)
@@ -402,10 +398,9 @@ def _fake_arguments(
             f"and alpha = {objective.alpha:g}"
         )
     if not objective.needs_teacher:
-        teacher_out, guided = None, ()
+        teacher_out, guided = None, (None, None)
     halves = (*objective.generated, *objective.real)
-    inputs = (fake_out, x, x_t, coef, noise, teacher_out, endpoint, *guided, noise_rows, n_real, *halves)
-    return "guided_fake" if guided else "fake", inputs
+    return fake_out, x, x_t, coef, noise, teacher_out, endpoint, *guided, noise_rows, n_real, *halves
 
 
 def _check_objective(objective: Objective) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import ops
 from .coefficients import Coefficients
 from .objectives import Objective
+from .tensors import Guidance
 
 _LEAST_ERROR = 1e-5
 _LEAST_NORM = 1e-5
@@ -22,7 +23,7 @@ def weighed(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None,
-    guided: tuple[Tensor, ...],
+    guided: Guidance,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]:
     """The weights that an objective gives to the samples of a generator call.
 
@@ -31,13 +32,13 @@ def weighed(
     over the two outputs alone for ``||D||^2``.
 
     Returns:
-        Coefficient rows with the weight in ``w``. The further arguments of the guided operator, none to use the plain
-        one. The rows' losses if the operator returns the values of another loss with the same gradients, else None.
+        Coefficient rows with the weight in ``w``. The operator's ``teacher_uncond, guidance, q_rows``. The rows'
+        losses if the operator returns the values of another loss with the same gradients, else None.
     """
-    extra = (*guided, None) if guided else ()
+    extra = (*guided, None)
     if not (objective.sample_scale or objective.normalised):
         return coef, extra, None
-    namespace, (uncond, scales) = ops.current(x.device), guided or (None, None)
+    namespace, (uncond, scales) = ops.current(x.device), guided
     with torch.no_grad():
         if objective.sample_scale:
             other = None if uncond is None else uncond.to(x.dtype)
@@ -46,14 +47,14 @@ def weighed(
             # If the teacher predicts a sample exactly, its error is 0 and its weight would be infinite.
             Coefficients(scale).w.copy_(objective.sample_scale / error.clamp(min=_LEAST_ERROR))
             return coef * scale, extra, None
-        loss, last = namespace.guided_generator_loss, (uncond, scales, None)
+        loss = namespace.generator_loss
         one, apart, weights = coef.clone(), torch.zeros_like(coef), coef.clone()
         Coefficients(one).w.fill_(1.0)
         Coefficients(apart).w.fill_(1.0)
         Coefficients(apart).k_out.copy_(Coefficients(coef).k_out)
-        inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *last)
+        inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *extra)
         dots = loss(*inputs, *objective.generator_scalars, False)
-        squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *last, 0.0, 0.0, -1.0, 1.0, False)
+        squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *extra, 0.0, 0.0, -1.0, 1.0, False)
         norms = squares.sqrt().clamp(min=_LEAST_NORM)
         w = Coefficients(weights).w.div_(norms)
         # A norm that is clamped is a constant, so its derivative, and with it Q, is 0.

@@ -16,6 +16,8 @@ from . import ops
 from .contracts import check_tensor, check_whole, type_name
 from .errors import UserError
 
+# The unconditional output and the scale of a guided teacher.
+Guidance = tuple[Tensor | None, Tensor | None]
 # The types that tensors may have; for each, the type of its arithmetic and of its coefficients.
 _REAL = {
     torch.float32: torch.float32,
@@ -139,15 +141,15 @@ def _check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
-def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> tuple[Tensor, ...]:
-    """The further arguments of the guided operators, the unconditional output and the scale; none without guidance."""
+def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> Guidance:
+    """The operators' arguments for a guided teacher: its unconditional output and the scale ``(R,)``, or neither."""
     if not isinstance(guidance, Tensor):
         if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
             raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")
         if teacher_uncond is None:
             if guidance != 1.0:
                 raise UserError(f"teacher_uncond must be given with a guidance of {guidance:g}")
-            return ()
+            return None, None
         if not math.isfinite(guidance):
             raise UserError(f"guidance must be finite, got {guidance}")
         return teacher_uncond, coef.new_full((coef.shape[0],), float(guidance))

@@ -154,8 +154,8 @@ def fake(shape, layout, dtype, keyed, extra, halves):
     case = Case(shape, layout, dtype, keyed, extra, noise_rows=generated)
     (a, b, d, c), real = halves
     teacher = case.teacher if d or real[2] else None
-    arguments = (case.fake, case.x, case.x_t, case.coef, case.noise, teacher, case.y, generated, n_real)
-    arguments += (a, b, d, c, *real, True, True)
+    arguments = (case.fake, case.x, case.x_t, case.coef, case.noise, teacher, case.y, None, None)
+    arguments += (generated, n_real, a, b, d, c, *real, True, True)
 
     def per_row(i):
         column = torch.tensor([halves[0][i]] * generated + [real[i]] * n_real, dtype=torch.float64)
@@ -172,8 +172,8 @@ def fake(shape, layout, dtype, keyed, extra, halves):
 def generator(shape, layout, dtype, keyed, extra, mean):
     case = Case(shape, layout, dtype, keyed, extra)
     alpha, beta, q, kappa = 0.92, 0.94, 0.9, 1.1
-    arguments = (case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, alpha, beta, q, kappa)
-    arguments += (mean, True, True, True, extra)
+    arguments = (case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, None, None, None)
+    arguments += (alpha, beta, q, kappa, mean, True, True, True, extra, False)
     star, f, tgt = case.native(case.teacher), case.native(case.fake), case.target()
     w, big_d, r = case.c64(8), star - f, alpha * star - beta * tgt
     rows = row_sum(w * (-q * kappa**2 * big_d**2 + 2 * kappa * big_d * r))
@@ -185,6 +185,7 @@ def generator(shape, layout, dtype, keyed, extra, mean):
         case.c64(6) * g_f,
         case.c64(3) * scale * (-2 * beta * kappa * big_d),
         case.c64(7) * (g_star + g_f) if extra else None,
+        None,
     ]
     return case, Call("generator", arguments, wanted, rows, case.rows, 1e-5)
 

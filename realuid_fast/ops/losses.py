@@ -42,15 +42,10 @@ def _shapes_matching(out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *
     return *_losses_like(x, coef), like_if(rest[-1], out)
 
 
-def _shapes_generator(
-    teacher_out: Tensor, fake_out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    grads = (like_if(want, x) for want in rest[-4:])
+def _shapes_generator(*inputs: Any) -> tuple[Tensor, ...]:
+    x, coef, uncond, wants = inputs[2], inputs[4], inputs[7], inputs[-5:]
+    grads = (like_if(want, x) for want in (*wants[:-1], wants[-1] and uncond is not None))
     return *_losses_like(x, coef), *grads
-
-
-def _shapes_guided_generator(*inputs: Any) -> tuple[Tensor, ...]:
-    return *_shapes_generator(*inputs[:-1]), like_if(inputs[-1] and inputs[7] is not None, inputs[2])
 
 
 def _shapes_scale_grads_(grads: Sequence[Tensor], scale: Tensor) -> None:
@@ -109,40 +104,22 @@ OPERATORS = (
         reference.matching,
         _shapes_matching,
     ),
+    # A guided teacher is teacher_uncond + guidance (teacher_out - teacher_uncond); q_rows (R,) takes the place of q.
     Operator(
         "fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? teacher_out, Tensor? "
-        "endpoint, int noise_rows, int n_real, float a_gen, float b_gen, float d_gen, float c_gen, float a_real, "
-        "float b_real, float d_real, float c_real, bool mean, bool want_fake) -> (Tensor loss, Tensor rows, Tensor "
-        "g_fake)",
+        "endpoint, Tensor? teacher_uncond, Tensor? guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
+        "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
+        "-> (Tensor loss, Tensor rows, Tensor g_fake)",
         reference.fake,
         _shapes_matching,
     ),
     Operator(
-        "generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? "
-        "endpoint, float alpha, float beta, float q, float kappa, bool mean, bool want_teacher, bool want_fake, bool "
-        "want_x, bool want_x_t) -> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor "
-        "g_x_t)",
-        reference.generator,
-        _shapes_generator,
-    ),
-    # The fake and generator losses with a guided teacher, teacher_uncond + guidance (teacher_out - teacher_uncond).
-    # They are operators of their own, so that calls without guidance carry no more arguments.
-    Operator(
-        "guided_fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor teacher_out, Tensor? "
-        "endpoint, Tensor teacher_uncond, Tensor guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
-        "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
-        "-> (Tensor loss, Tensor rows, Tensor g_fake)",
-        reference.guided_fake,
-        _shapes_matching,
-    ),
-    # q_rows (R,) takes the place of q, with or without guidance.
-    Operator(
-        "guided_generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, "
+        "generator(Tensor teacher_out, Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, "
         "Tensor? endpoint, Tensor? teacher_uncond, Tensor? guidance, Tensor? q_rows, float alpha, float beta, float "
         "q, float kappa, bool mean, bool want_teacher, bool want_fake, bool want_x, bool want_x_t, bool want_uncond) "
         "-> (Tensor loss, Tensor rows, Tensor g_teacher, Tensor g_fake, Tensor g_x, Tensor g_x_t, Tensor g_uncond)",
-        reference.guided_generator,
-        _shapes_guided_generator,
+        reference.generator,
+        _shapes_generator,
     ),
     Operator(
         "scale_grads_(Tensor(a!)[] grads, Tensor scale) -> ()",
@@ -154,7 +131,5 @@ OPERATORS = (
 LOSSES = (
     Loss("matching", (0,)),
     Loss("fake", (0,)),
-    Loss("generator", (0, 1, 2, 3)),
-    Loss("guided_fake", (0,)),
-    Loss("guided_generator", (0, 1, 2, 3, 7)),
+    Loss("generator", (0, 1, 2, 3, 7)),
 )

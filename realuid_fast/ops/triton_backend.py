@@ -26,8 +26,6 @@ _HOMES = {
     "matching": ("matching", 0),
     "fake": ("fake", 0),
     "generator": ("generator", 0),
-    "guided_fake": ("fake", 0),
-    "guided_generator": ("generator", 0),
 }
 
 # The registrations live as long as these do.

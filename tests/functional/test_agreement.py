@@ -212,7 +212,7 @@ def test_the_fake_loss_keeps_its_digits_where_a_is_small(backend, a, b, d, c):
         halves = (4, 0, a, b, d, c, 0.0, 0.0, 0.0, 0.0, False, False)
         with rf.backend(backend):
             namespace = rf.ops.current(x.x.device)
-            rows = namespace.fake(fake, x.x, None, coef, x.noise, teacher, None, *halves)[1]
+            rows = namespace.fake(fake, x.x, None, coef, x.noise, teacher, None, None, None, *halves)[1]
         p, s, k_out, w = (coef.double()[:, [i]] for i in (3, 5, 6, 8))
         tgt, f, other = p * x.x.double() + s * x.noise.double(), k_out * fake.double(), k_out * teacher.double()
         terms = torch.stack([a * f * f, -2 * f * b * tgt, -2 * f * d * other, c * tgt * tgt]) * w

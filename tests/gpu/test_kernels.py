@@ -76,14 +76,14 @@ def results(case, device, double):
     x, out, other, coef, noise, shared = case.on(device, double)
     rows = x.shape[0]
     generated = rows - case.half
-    fakes = (0.9, 1.0, 0.0, 1.2, 0.1, 0.1, 0.0, 0.4)
+    fakes, scalars = (0.9, 1.0, 0.0, 1.2, 0.1, 0.1, 0.0, 0.4), (0.92, 0.94, 0.92, 1.0)
     op = torch.ops.realuid_fast_reference if double else torch.ops.realuid_fast
     return {
         "interpolate": [op.interpolate(x, coef, noise, None, rows)],
         "matching": list(op.matching(out, x, None, coef, noise, None, rows, True, True)),
-        "fake": list(op.fake(out, x, None, coef, shared, None, None, generated, case.half, *fakes, True, True)),
+        "fake": list(op.fake(out, x, None, coef, shared, *[None] * 4, generated, case.half, *fakes, True, True)),
         "generator": list(
-            op.generator(other, out, x, None, coef, noise, None, 0.92, 0.94, 0.92, 1.0, True, True, True, True, False)
+            op.generator(other, out, x, None, coef, noise, *[None] * 4, *scalars, *[True] * 4, *[False] * 2)
         ),
     }
 

@@ -80,15 +80,15 @@ def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.d
         planned += [
             interpolate.interpolate(x, coef, given, x, noise_rows)[0],
             matching.matching(x, x, x, coef, given, x, noise_rows, True, True)[0],
-            fake.guided_fake(x, x, x, coef, given, x, x, x, numbers, noise_rows, 1, *halves, True, True)[0],
+            fake.fake(x, x, x, coef, given, x, x, x, numbers, noise_rows, 1, *halves, True, True)[0],
         ]
     planned += [
         interpolate.interpolate_grads(x, coef, True, True)[0],
         error.mean_abs_error(x, x, x, coef, x, numbers)[0],
-        generator.guided_generator(
+        generator.generator(
             x, x, x, x, coef, key, x, x, numbers, numbers, 0.9, 0.9, 1.0, 1.0, True, True, True, True, True, True
         )[0],
-        generator.generator(x, x, x, None, coef, key, None, 0.9, 0.9, 1.0, 1.0, True, True, True, True, True)[0],
+        generator.generator(x, x, x, None, coef, key, *[None] * 4, 0.9, 0.9, 1.0, 1.0, *[True] * 5, False)[0],
         [reduce.finish(meta(rows, 1, of=torch.float32), numbers, number, rows)],
         scale.scale_grads_([x], number),
         scale.scale_grads_([x], numbers),

@@ -59,12 +59,12 @@ def test_empty_tensors(shape, dtype):
     results = [
         ops.matching(case.fake, case.x, None, case.coef, case.noise, None, n, True, True),
         ops.fake(
-            case.fake, case.x, None, case.coef, case.noise, None, None, n, 0, *HALVES[0][0], *HALVES[0][1],
+            case.fake, case.x, None, case.coef, case.noise, None, None, None, None, n, 0, *HALVES[0][0], *HALVES[0][1],
             True, True,
         ),
         ops.generator(
-            case.teacher, case.fake, case.x, None, case.coef, case.noise, None, 1.0, 1.0, 1.0, 1.0, True,
-            True, True, True, False,
+            case.teacher, case.fake, case.x, None, case.coef, case.noise, None, None, None, None,
+            1.0, 1.0, 1.0, 1.0, True, True, True, True, False, False,
         ),
     ]  # fmt: skip
     for loss, rows, *grads in results:
@@ -81,13 +81,14 @@ def run_all(case, noise_rows):
     out += [ops.mean_abs_error(case.teacher, case.x, case.x_t, case.coef, None, None)]
     out += ops.matching(case.fake, case.x, case.x_t, case.coef, case.noise, case.y, noise_rows, True, True)
     out += ops.fake(
-        case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, noise_rows, n_real, *halves,
+        case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, None, None, noise_rows, n_real,
+        *halves,
         True, True,
     )  # fmt: skip
     if case.noise.dtype is torch.int64:
         out += ops.generator(
-            case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, 0.9, 0.94, 0.9, 1.0, True,
-            True, True, True, case.x_t is not None,
+            case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, None, None, None,
+            0.9, 0.94, 0.9, 1.0, True, True, True, True, case.x_t is not None, False,
         )  # fmt: skip
         out.append(ops.normal_like(case.noise, case.x, noise_rows))
     return out
@@ -130,7 +131,7 @@ def test_near_the_optimum_the_generator_loss_keeps_its_digits():
     x = torch.randn(8, 3072, generator=g)
     coef = rf.paths.Linear().coefficients(torch.rand(8, generator=g))
     key = torch.tensor([SEED, OFFSET])
-    rows = ops.generator(teacher, fake, x, None, coef, key, None, 0.9, 0.94, 0.9, 1.0, True, *[False] * 4)[1]
+    rows = ops.generator(teacher, fake, x, None, coef, key, *[None] * 4, 0.9, 0.94, 0.9, 1.0, True, *[False] * 5)[1]
     n = stream64(x.numel()).reshape(x.shape)
     c = coef.double()
     tgt = c[:, 3:4] * x.double() + c[:, 5:6] * n
@@ -159,7 +160,7 @@ def test_unread_inputs_may_hold_anything():
     case.teacher[:3] = float("nan")
     halves = (0.9, 0.94, 0.0, 1.0, 0.1, 0.06, 0.3, 0.3)
     loss, rows, g = ops.fake(
-        case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, 3, 3, *halves, True, True
+        case.fake, case.x, case.x_t, case.coef, case.noise, case.teacher, case.y, None, None, 3, 3, *halves, True, True
     )
     assert loss.isfinite()
     assert rows.isfinite().all()

@@ -53,10 +53,11 @@ def test_wrong_arguments_get_a_sentence_with_their_name():
     half = (1.0, 1.0, 0.0, 1.0)
 
     def generator(teacher=x, fake=x, x=x, x_t=None, coef=coef, noise=key, y=None, want_x_t=False):
-        return ops.generator(teacher, fake, x, x_t, coef, noise, y, *ones, True, True, True, True, want_x_t)
+        return ops.generator(teacher, fake, x, x_t, coef, noise, y, *[None] * 3, *ones, *[True] * 4, want_x_t, False)
 
     def fake(teacher=None, noise_rows=4, n_real=0, d=0.0):
-        return ops.fake(x, x, None, coef, key, teacher, None, noise_rows, n_real, 1.0, 1.0, d, 1.0, *half, True, True)
+        first = (1.0, 1.0, d, 1.0)
+        return ops.fake(x, x, None, coef, key, teacher, *[None] * 3, noise_rows, n_real, *first, *half, True, True)
 
     wide = torch.randn(4, 12)[:, ::2]
     shifted = coef.clone()

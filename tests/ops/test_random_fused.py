@@ -46,15 +46,15 @@ def fake_terms(op, arguments):
         return None
     wide = widened_all(arguments)
     teacher = wide["fake_out"] * 0 if wide["teacher_out"] is None else wide["teacher_out"]
-    if op.startswith("guided"):
-        guidance = wide.pop("guidance").view(-1, *[1] * (teacher.dim() - 1))
-        uncond = wide.pop("teacher_uncond")
-        teacher = uncond + guidance * (teacher - uncond)
+    if wide["guidance"] is not None:
+        guidance = wide["guidance"].view(-1, *[1] * (teacher.dim() - 1))
+        teacher = wide["teacher_uncond"] + guidance * (teacher - wide["teacher_uncond"])
     for half in ("gen", "real"):
         a, b, d = (wide[f"{name}_{half}"] for name in "abd")
         by_a = 2 / abs(a) if a and max(abs(b), abs(d)) <= 16 * abs(a) else 0.0
         wide |= {f"a_{half}": by_a * d**2, f"b_{half}": 0.0, f"d_{half}": 0.0, f"c_{half}": by_a * b**2}
-    wide |= {"fake_out": teacher, "teacher_out": None, "mean": True, "want_fake": False}
+    wide |= dict.fromkeys(("teacher_out", "teacher_uncond", "guidance"))
+    wide |= {"fake_out": teacher, "mean": True, "want_fake": False}
     rows = reference.fake(**wide)[1].nan_to_num(0.0, 0.0, 0.0).abs().sum().item()
     # The mean's own factor is at most 1.
     return {0: rows} if op.endswith("loss") else {0: rows, 1: rows}

@@ -10,8 +10,6 @@ from .layers import conv3x3, conv3x3_grads, norm_silu, norm_silu_grads
 from .losses import (
     fake,
     generator,
-    guided_fake,
-    guided_generator,
     interpolate,
     interpolate_grads,
     matching,

@@ -6,7 +6,6 @@ Arithmetic is in float32, and in float64 for float64 storage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +50,8 @@ def mean_abs_error(
     teacher_uncond: Tensor | None,
     guidance: Tensor | None,
 ) -> Tensor:
-    if teacher_uncond is not None and guidance is not None:
-        teacher_out = _guided(teacher_out, teacher_uncond, guidance)
-    error = (_up(x) - _prediction(Coefficients(coef, x), teacher_out, x_t)).abs()
+    guided = _guided(teacher_out, teacher_uncond, guidance)
+    error = (_up(x) - _prediction(Coefficients(coef, x), guided, x_t)).abs()
     return (_row_sums(error) * (x.shape[0] / max(x.numel(), 1))).to(coef.dtype)
 
 
@@ -88,6 +86,8 @@ def fake(
     noise: Tensor,
     teacher_out: Tensor | None,
     endpoint: Tensor | None,
+    teacher_uncond: Tensor | None,
+    guidance: Tensor | None,
     noise_rows: int,
     n_real: int,
     a_gen: float,
@@ -115,6 +115,7 @@ def fake(
     f = _prediction(c, fake_out, x_t)
     linear = B * tgt
     if teacher_out is not None:
+        teacher_out = _guided(teacher_out, teacher_uncond, guidance)
         # With D = 0 the teacher must not matter, even if it holds NaN: a kernel does not read it then.
         linear = linear + torch.where(D != 0, D * _prediction(c, teacher_out, x_t), torch.zeros_like(f))
     rows = _row_sums(c.w * (f * (A * f - 2 * linear) + C * tgt * tgt))
@@ -124,62 +125,6 @@ def fake(
 
 
 def generator(
-    teacher_out: Tensor,
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    endpoint: Tensor | None,
-    alpha: float,
-    beta: float,
-    q: float | Tensor,
-    kappa: float,
-    mean: bool,
-    want_teacher: bool,
-    want_fake: bool,
-    want_x: bool,
-    want_x_t: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    c = Coefficients(coef, x)
-    tgt = _target(c, x, noise, endpoint, x.shape[0])
-    teacher = _prediction(c, teacher_out, x_t)
-    # Take the difference of the raw outputs first: x_t cancels exactly, so no digits are lost if fake is near teacher.
-    delta = c.k_out * (_up(teacher_out) - _up(fake_out))
-    r = alpha * teacher - beta * tgt
-    rows = _row_sums(c.w * (delta * (2 * kappa * r - q * kappa**2 * delta)))
-
-    scale = _scale(mean, x.shape[0])
-    d_fake = c.w * (2 * q * kappa**2 * delta - 2 * kappa * r)
-    d_both = 2 * alpha * kappa * c.w * delta  # the gradients in f* and f add up to this
-    d_tgt = -2 * beta * kappa * c.w * delta
-    return (
-        _mean(rows, x.shape[0], coef.dtype),
-        rows.to(coef.dtype),
-        _if(want_teacher, lambda: scale * c.k_out * (d_both - d_fake), teacher_out),
-        _if(want_fake, lambda: scale * c.k_out * d_fake, fake_out),
-        _if(want_x, lambda: scale * c.p * d_tgt, x),
-        _if(want_x_t, lambda: scale * c.k_x * d_both, x),
-    )
-
-
-def guided_fake(
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    teacher_out: Tensor,
-    endpoint: Tensor | None,
-    teacher_uncond: Tensor,
-    guidance: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    guided = _guided(teacher_out, teacher_uncond, guidance)
-    return fake(fake_out, x, x_t, coef, noise, guided, endpoint, *rest)
-
-
-def guided_generator(
     teacher_out: Tensor,
     fake_out: Tensor,
     x: Tensor,
@@ -201,23 +146,33 @@ def guided_generator(
     want_x_t: bool,
     want_uncond: bool,
 ) -> tuple[Tensor, ...]:
-    own_q = q if q_rows is None else _scales(q_rows, x)
-    if teacher_uncond is None or guidance is None:
-        inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, own_q, kappa, mean)
-        return *generator(*inputs, want_teacher, want_fake, want_x, want_x_t), x.new_empty(0)
+    c = Coefficients(coef, x)
+    tgt = _target(c, x, noise, endpoint, x.shape[0])
     guided = _guided(teacher_out, teacher_uncond, guidance)
-    want_guided = want_teacher or want_uncond
-    loss, rows, g_guided, *others = generator(
-        guided, fake_out, x, x_t, coef, noise, endpoint, alpha, beta, own_q, kappa, mean,
-        want_guided, want_fake, want_x, want_x_t,
-    )  # fmt: skip
-    scale = _scales(guidance, x)
+    teacher = _prediction(c, guided, x_t)
+    # Take the difference of the raw outputs first: x_t cancels exactly, so no digits are lost if fake is near teacher.
+    delta = c.k_out * (_up(guided) - _up(fake_out))
+    r = alpha * teacher - beta * tgt
+    q2 = (q if q_rows is None else _scales(q_rows, x)) * kappa**2
+    rows = _row_sums(c.w * (delta * (2 * kappa * r - q2 * delta)))
+
+    scale = _scale(mean, x.shape[0])
+    d_fake = c.w * (2 * q2 * delta - 2 * kappa * r)
+    d_both = 2 * alpha * kappa * c.w * delta  # the gradients in f* and f add up to this
+    d_tgt = -2 * beta * kappa * c.w * delta
+    share = None if teacher_uncond is None or guidance is None else _scales(guidance, x)
+
+    def of_guided() -> Tensor:
+        return scale * c.k_out * (d_both - d_fake)
+
     return (
-        loss,
-        rows,
-        _if(want_teacher, lambda: scale * g_guided, teacher_out),
-        *others,
-        _if(want_uncond, lambda: (1 - scale) * g_guided, teacher_uncond),
+        _mean(rows, x.shape[0], coef.dtype),
+        rows.to(coef.dtype),
+        _if(want_teacher, of_guided if share is None else lambda: share * of_guided(), teacher_out),
+        _if(want_fake, lambda: scale * c.k_out * d_fake, fake_out),
+        _if(want_x, lambda: scale * c.p * d_tgt, x),
+        _if(want_x_t, lambda: scale * c.k_x * d_both, x),
+        x.new_empty(0) if share is None else _if(want_uncond, lambda: (1 - share) * of_guided(), x),
     )
 
 
@@ -232,8 +187,10 @@ def _scales(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *[1] * (like.dim() - 1))
 
 
-def _guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
-    """The guided output ``u + scale (c - u)``, left in the arithmetic type."""
+def _guided(conditional: Tensor, unconditional: Tensor | None, guidance: Tensor | None) -> Tensor:
+    """The guided output ``u + scale (c - u)``, left in the arithmetic type; ``c`` itself without guidance."""
+    if unconditional is None or guidance is None:
+        return conditional
     u = _up(unconditional)
     return u + _scales(guidance, u) * (_up(conditional) - u)
 
