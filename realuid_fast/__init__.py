@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     )
     from .backends import backend
     from .functional import FakeGrads, GeneratorGrads, MatchingGrads, interpolate, sample_output
-    from .generator import frozen_view
     from .interpolant import Interpolant
     from .losses import fake_grads, fake_loss, generator_grads, generator_loss, matching_grads, matching_loss
     from .models import load, sample
+    from .models.frozen import frozen_view
+    from .models.pictures import save_picture
     from .noise import NoiseStream
-    from .pictures import save_picture
 
 __version__ = "0.1.0"
 
@@ -78,10 +78,10 @@ _HOMES = {
     "Interpolant": "interpolant",
     "NoiseStream": "noise",
     "backend": "backends",
-    "frozen_view": "generator",
+    "frozen_view": "models.frozen",
     "load": "models",
     "sample": "models",
-    "save_picture": "pictures",
+    "save_picture": "models.pictures",
     **dict.fromkeys(("FakeGrads", "GeneratorGrads", "MatchingGrads", "interpolate", "sample_output"), "functional"),
 }
 

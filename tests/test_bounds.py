@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from realuid_fast import cli, data, networks, objectives
-from realuid_fast.convert import diffusers_folder
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config
+from realuid_fast.models.convert import diffusers_folder
 
 LARGE = 2**31 - 1
 

@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from realuid_fast import backends, data, paths, sampling, teachers
+from realuid_fast import backends, data, paths, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
+from realuid_fast.models import calls, one_step, solvers
 from realuid_fast.networks import build
 from realuid_fast.paths import samplers
 from realuid_fast.train import hooks
@@ -66,8 +67,9 @@ def pretended():
         for name, value in patches.items():
             stack.enter_context(mock.patch.object(torch, name, value))
         # Arithmetic of the host with numbers of its own.
-        scales = sampling._scales
-        stack.enter_context(mock.patch.object(sampling, "_scales", lambda *a: unset_fake_temporarily()(scales)(*a)))
+        scales = calls.scales
+        for module in (calls, one_step, solvers):
+            stack.enter_context(mock.patch.object(module, "scales", lambda *a: unset_fake_temporarily()(scales)(*a)))
         stack.enter_context(backends.backend("torch"))
         yield
 

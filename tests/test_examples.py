@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast.pictures import save_png
+from realuid_fast.models.pictures import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

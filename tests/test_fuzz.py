@@ -28,12 +28,13 @@ import torch
 from safetensors.torch import save_file
 
 from realuid_fast import data, networks, paths, teachers
-from realuid_fast.checksums import CHECKSUM
-from realuid_fast.convert import convert, diffusers_folder, edm_pickle
 from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config
 from realuid_fast.matching import Matching
+from realuid_fast.models import files
+from realuid_fast.models.checksums import CHECKSUM
+from realuid_fast.models.convert import convert, diffusers_folder, edm_pickle
 from realuid_fast.optim import Optimiser
 from realuid_fast.train.checkpoint import MARK, SHARDED, TRAILER, Checkpoints
 from realuid_fast.train.sharding import ELSEWHERE, rows_of
@@ -522,7 +523,7 @@ def fuzz(name, arguments):
         for i, content in enumerate(READERS[name][0]()):
             (Path(corpus) / str(i)).write_bytes(content)
         readers = (config.load, config.from_mapping, config._fill, config._value, Checkpoints.load, networks.build)
-        inner = (teachers.load, teachers._description, teachers.published_state, teachers.load_exactly)
+        inner = (teachers.load, files._description, teachers.published_state, teachers.load_exactly)
         others = (edm_pickle.read, edm_pickle._understood, diffusers_folder.read, diffusers_folder._path)
         others += (stored.read_manifest, stored._header)
         for function in (*readers, *inner, *others):

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realuid_fast import checksums, data, pickles, teachers
-from realuid_fast.convert import convert, edm_pickle
+from realuid_fast import data, teachers
 from realuid_fast.data import stored
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import distances, fidelity, inception
 from realuid_fast.jobs import config, trainers
+from realuid_fast.models import checksums, pickles
+from realuid_fast.models.convert import convert, edm_pickle
 from realuid_fast.networks import build
 
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}

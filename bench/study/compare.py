@@ -29,7 +29,7 @@ from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.evaluate.table import sampler
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs.train import free_cores
-from realuid_fast.pictures import convergence_plot
+from realuid_fast.models.pictures import convergence_plot
 from realuid_fast.settings import Config
 from realuid_fast.streams import guarded
 from realuid_fast.teachers import Model

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..evaluate import table as evaluation
 from ..evaluate.measure import Measure
 from ..extras import extra
-from ..teachers import Model
+from ..models.files import Model
 
 with extra():
     from tqdm import tqdm

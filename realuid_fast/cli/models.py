@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import convert as conversion
 from .. import data
 from ..errors import UserError
 from ..evaluate import fidelity
@@ -21,11 +20,13 @@ from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import WARMING, Measure, class_by_class, generate
 from ..jobs import config as configs
 from ..jobs.train import usable_device
+from ..models import convert as conversion
+from ..models.calls import needs_endpoint
+from ..models.files import SHIPPED, Model
+from ..models.pictures import picture, save_png
+from ..models.solvers import evaluations
 from ..noise import NoiseStream, normal
-from ..pictures import picture, save_png
 from ..progress import bar, counting
-from ..sampling import evaluations, needs_endpoint
-from ..teachers import SHIPPED, Model
 from . import common
 
 # Defaults of ``evaluate``, plainly and with ``--published``: src/eval.py and train_distil.py of the

@@ -27,12 +27,13 @@ from ..errors import UserError
 from ..jobs import trainers
 from ..jobs.train import usable_device
 from ..jobs.trainers import network_for
+from ..models.calls import arguments, needs_endpoint, takes_endpoint
+from ..models.files import SHIPPED, Description, Model
+from ..models.solvers import evaluations
 from ..networks import memory
 from ..networks.recompute import recompute
 from ..precision import Precision
-from ..sampling import arguments, evaluations, needs_endpoint, takes_endpoint
 from ..settings import REGRESSION, Config, OptimiserConfig
-from ..teachers import SHIPPED, Description, Model
 from ..train import distributed, sharding
 from ..train.trainer import Trainer
 from . import timing

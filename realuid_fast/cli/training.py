@@ -16,8 +16,8 @@ from ..files import replacing
 from ..jobs import config as configs
 from ..jobs import train as jobs
 from ..jobs.train import free_cores, resolve
-from ..pictures import picture, save_png
-from ..teachers import Model
+from ..models.files import Model
+from ..models.pictures import picture, save_png
 from ..train import distributed
 from ..train.logging import plot_distances, read_csv
 from ..train.teacher import SAMPLING_STEPS

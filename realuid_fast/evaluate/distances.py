@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data
-from ..checksums import CHECKSUM, matches, with_checksum
 from ..errors import UserError
+from ..models.checksums import CHECKSUM, matches, with_checksum
 
 CLASSIFIER_FILE = Path(__file__).parent.parent / "assets" / "digits_classifier.safetensors"
 FEATURES = 64

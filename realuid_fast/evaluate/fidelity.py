@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import choices
-from ..checksums import CHECKSUM, matches, with_checksum
 from ..data import Dataset
 from ..errors import UserError
 from ..files import check_regular, replacing
+from ..models.checksums import CHECKSUM, matches, with_checksum
+from ..models.files import Model
+from ..models.solvers import evaluations
 from ..noise import NoiseStream, normal
 from ..progress import bar
-from ..sampling import evaluations
-from ..teachers import Model
 from .distances import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
 from .inception import Inception
 from .measure import NOISE_SEED, Sampler

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import pickles
 from ..data import to_bytes
 from ..errors import UserError
 from ..files import read_regular
+from ..models import pickles
 from ..precision import Precision
 
 FEATURES = 2048

@@ -15,10 +15,11 @@ from torch import Tensor
 from .. import choices
 from ..errors import UserError
 from ..files import replacing
-from ..generator import Generator
+from ..models.calls import needs_endpoint
+from ..models.files import Model
+from ..models.generator import Generator
+from ..models.solvers import evaluations, integrate
 from ..progress import bar, counting
-from ..sampling import evaluations, integrate, needs_endpoint
-from ..teachers import Model
 from .measure import MOST, WARMING, Distances, Measure, Sampler, evaluation_noise, generate
 
 SMALL = 256  # values of a sample up to which evaluations are quick on a CPU: points, and digits of 8x8

@@ -14,8 +14,9 @@ from torch import nn
 from .. import precision
 from ..data import Dataset
 from ..errors import UserError
-from ..generator import Generator, frozen_view
 from ..matching import Matching
+from ..models.frozen import frozen_view
+from ..models.generator import Generator
 from ..networks import build
 from ..networks.discriminator import Gan, Judged
 from ..networks.recompute import recompute

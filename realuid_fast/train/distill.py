@@ -17,9 +17,10 @@ from ..coefficients import Coefficients
 from ..data import Dataset
 from ..errors import UserError
 from ..functional import GeneratorGrads
-from ..generator import Generator, frozen_view
 from ..interpolant import Interpolant
 from ..matching import Matching
+from ..models.frozen import frozen_view
+from ..models.generator import Generator
 from ..networks.discriminator import Gan, Judged, softplus_term
 from ..noise import normal
 from ..objectives import Objective, divergence_weight

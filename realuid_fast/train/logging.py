@@ -15,7 +15,7 @@ import numpy as np
 
 from ..extras import extra
 from ..files import in_place, replacing, sync
-from ..pictures import convergence_plot
+from ..models.pictures import convergence_plot
 
 
 class CsvLog:

@@ -19,8 +19,8 @@ from ..evaluate.measure import Measure, evaluation_noise, generate
 from ..extras import extra
 from ..files import make_folder, replacing
 from ..lock import Lock
+from ..models.pictures import picture, save_png
 from ..networks import memory
-from ..pictures import picture, save_png
 from ..settings import RunConfig
 from ..streams import Tolerant
 from . import distributed

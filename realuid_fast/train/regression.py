@@ -17,8 +17,8 @@ from torch import nn
 from .. import functional as rf
 from ..data import Dataset
 from ..errors import UserError
-from ..generator import Generator
 from ..matching import Matching
+from ..models.generator import Generator
 from ..noise import normal
 from ..optim import Optimiser
 from ..paths import COLUMNS

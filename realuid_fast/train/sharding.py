@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..generator import frozen_view
+from ..models.frozen import frozen_view
 from ..optim import is_sharded
 from . import distributed
 

@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from realuid_fast import cli, data, paths, sampling, teachers
-from realuid_fast.convert import convert, edm_pickle
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
+from realuid_fast.models.convert import convert, edm_pickle
 from realuid_fast.networks import build
 
 SONG = {"kind": "song-unet", "dim": [1, 8, 8], "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from realuid_fast import data, networks, paths, sampling, teachers
-from realuid_fast.convert import convert, diffusers_folder
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
+from realuid_fast.models.convert import convert, diffusers_folder
 from realuid_fast.networks import diffusers as adapter
 
 diffusers = pytest.importorskip("diffusers")

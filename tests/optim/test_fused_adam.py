@@ -9,7 +9,7 @@ import torch
 
 import realuid_fast as rf
 from realuid_fast.errors import UserError
-from realuid_fast.generator import frozen_view
+from realuid_fast.models.frozen import frozen_view
 from realuid_fast.optim import FlatParameters, FusedAdam
 
 from .networks import assert_close, conv_net, give_gradients, make_params

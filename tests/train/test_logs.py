@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from realuid_fast import data, teachers
+from realuid_fast.models.pictures import convergence_plot, grid, picture
 from realuid_fast.noise import normal
-from realuid_fast.pictures import convergence_plot, grid, picture
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import CsvLog, Events, plot_distances, read_csv
 from realuid_fast.train.meters import Fetched, Meters

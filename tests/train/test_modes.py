@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from realuid_fast import paths
 from realuid_fast.errors import UserError
-from realuid_fast.generator import Generator
+from realuid_fast.models.generator import Generator
 from realuid_fast.train import distill as distill_module
 from realuid_fast.train import modes
 from realuid_fast.train.modes import WARM_UP, Captured

@@ -7,10 +7,10 @@ import torch
 
 import realuid_fast as rf
 from realuid_fast.errors import UserError
-from realuid_fast.generator import Generator
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.matching import Matching
+from realuid_fast.models.generator import Generator
 from realuid_fast.optim import Optimiser
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.regression import RegressionTrainer

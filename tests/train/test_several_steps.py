@@ -9,7 +9,7 @@ import realuid_fast as rf
 from realuid_fast import paths, sampling, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.table import sampler
-from realuid_fast.generator import Generator, _key
+from realuid_fast.models.generator import Generator, _key
 from realuid_fast.sampling import starting, state_from, step_at
 
 from ..helpers import (

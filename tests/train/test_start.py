@@ -6,10 +6,11 @@ import torch
 import realuid_fast as rf
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
-from realuid_fast.generator import Generator, frozen_view
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
+from realuid_fast.models.frozen import frozen_view
+from realuid_fast.models.generator import Generator
 from realuid_fast.networks import build
 from realuid_fast.train import checkpoint
 

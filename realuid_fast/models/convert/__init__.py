@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import teachers
-from ..errors import UserError
-from ..sampling import follows_flow, starting
-from ..teachers import CHECKPOINTS, Description, Model
+from ...errors import UserError
+from .. import files, published
+from ..calls import follows_flow
+from ..files import Description, Model
+from ..one_step import starting
+from ..published import CHECKPOINTS
 from . import diffusers_folder, edm_pickle
 
 
@@ -80,8 +82,8 @@ def convert(
     follows_flow(described.interpolant(), described.predict)
     if student:
         starting(described.interpolant(), described.predict, t_start)
-    net = teachers.filled(described.network, state, str(source), allow_missing, allow_unexpected)
-    teachers.save(out, net.state_dict(), described)
+    net = files.filled(described.network, state, str(source), allow_missing, allow_unexpected)
+    files.save(out, net.state_dict(), described)
     return Model(net, described)
 
 
@@ -94,13 +96,13 @@ def _read(source: Path, decay: float | None, network: dict[str, Any]) -> tuple[d
         state, described = diffusers_folder.read(source) if source.is_dir() else edm_pickle.read(source)
         return state, replace(described, network={**described.network, **network})
     if source.suffix in CHECKPOINTS:
-        network, state = teachers.published(source, network, decay)
+        network, state = published.published(source, network, decay)
     elif source.suffix == ".safetensors":
-        state, metadata = teachers.read_safetensors(source)
-        if teachers.KEY in metadata:
+        state, metadata = files.read_safetensors(source)
+        if files.KEY in metadata:
             raise UserError(f"{source} is a file of this package already")
-        state = teachers.plain_names(state)
-        network = teachers.settled(network, state, str(source), recognised=False)
+        state = published.plain_names(state)
+        network = published.settled(network, state, str(source), recognised=False)
     else:
         known = ", ".join((*CHECKPOINTS, ".safetensors", ".pkl"))
         raise UserError(f"{source} is neither a folder nor a file that ends in one of {known}")

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import teachers
-from .errors import UserError
+from ..errors import UserError
+from ..noise import NoiseStream, normal
+from . import files, published
+from .calls import needs_endpoint
+from .files import ROLES, SHIPPED, Model
 from .generator import Generator
-from .noise import NoiseStream, normal
-from .sampling import SOLVERS, integrate, needs_endpoint
-from .teachers import ROLES, SHIPPED, Model
+from .solvers import SOLVERS, integrate
 
 STEPS = 100  # default number of a teacher's steps
 
@@ -102,13 +103,13 @@ def load(source: str | Path) -> Loaded:
 def open_model(source: str | Path) -> Model:
     """The network with its description, which :func:`load` wraps."""
     if str(source) in SHIPPED:
-        return teachers.load_teacher(str(source))
+        return published.load_teacher(str(source))
     place = Path(source)
     if not place.is_dir():
-        return teachers.load(place)
+        return files.load(place)
     for role in ROLES[::-1]:
         if (place / f"{role}.safetensors").is_file():
-            return teachers.load(place / f"{role}.safetensors")
+            return files.load(place / f"{role}.safetensors")
     raise UserError(f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?")
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import read_regular
-from ..networks.diffusers import CLASSES
-from ..teachers import Description, read_safetensors
+from ...errors import UserError
+from ...files import read_regular
+from ...networks.diffusers import CLASSES
+from ..files import Description, read_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = ("unet", "transformer")
@@ -151,7 +151,7 @@ def _path(scheduler: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
 
 def _without_signal(settings: Mapping[str, Any]) -> list[float]:
     """The table moved and stretched so that its last step holds no signal: Lin et al. (2305.08891), algorithm 1."""
-    from ..paths import DiscreteVP
+    from ...paths import DiscreteVP
 
     root = np.sqrt(DiscreteVP(**settings).table())
     table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

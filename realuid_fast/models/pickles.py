@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from .errors import UserError
-from .files import check_regular
+from ..errors import UserError
+from ..files import check_regular
 
 # An old file is not an archive but a row of pickles: mark, version, system, content, names of its storages.
 _LEGACY_PICKLES = 5

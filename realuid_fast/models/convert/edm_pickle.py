@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import UserError
+from ...files import check_regular
 from .. import pickles
-from ..errors import UserError
-from ..files import check_regular
+from ..files import Description
 from ..pickles import Reader
-from ..teachers import Description
 
 DEEPEST = 32  # most levels of modules inside one another; a U-Net has five
 NETWORKS = {"SongUNet": "song-unet", "DhariwalUNet": "dhariwal-unet"}

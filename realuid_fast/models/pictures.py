@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import to_bytes
-from .errors import UserError
-from .extras import extra
+from ..data import to_bytes
+from ..errors import UserError
+from ..extras import extra
 
 
 def save_picture(samples: Tensor, file: str | Path) -> None:

@@ -1,0 +1,8 @@
+"""Finished networks: their files, their sampling, conversions from others, pictures of what they make.
+
+:func:`load` and :func:`sample` are all that a user of a finished network needs.
+"""
+
+from .loaded import STEPS, Loaded, load, open_model, sample
+
+__all__ = ["STEPS", "Loaded", "load", "open_model", "sample"]

@@ -1,0 +1,133 @@
+"""How a network is called: its arguments, its labels, the ends of its path, its output as velocity or data."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..coefficients import Coefficients
+from ..errors import UserError
+from ..paths import Linear, OneSidedPath, Path
+
+LINEAR = Linear()
+
+
+class Ends(NamedTuple):
+    """The end of ``path.t_range`` where samples start, in noise or at the endpoint, and the end where they are data."""
+
+    start: float
+    data: float
+
+
+@functools.lru_cache(maxsize=256)
+def ends(path: Path) -> Ends:
+    """:func:`ends`: the data's end of time is the one where ``x_t`` holds less of noise and endpoint."""
+    low, high = path.t_range
+    (_, b_low, c_low), (_, b_high, c_high) = scales(path, low), scales(path, high)
+    return Ends(high, low) if b_low**2 + c_low**2 < b_high**2 + c_high**2 else Ends(low, high)
+
+
+def takes_endpoint(net: nn.Module) -> bool:
+    """Whether a network is called with the endpoint too, as ``net(t, x, labels, endpoint)``."""
+    return bool(getattr(net, "endpoint", False))
+
+
+def needs_endpoint(net: nn.Module, path: Path) -> bool:
+    """Whether samples need an endpoint, for the path or for the network."""
+    return takes_endpoint(net) or not isinstance(path, OneSidedPath)
+
+
+def arguments(
+    net: nn.Module, t: Tensor, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The arguments to call ``net`` with: the endpoint is one of them only if the network takes it."""
+    return (t, x, labels, endpoint) if takes_endpoint(net) else (t, x, labels)
+
+
+def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
+    """Labels like ``labels`` that all mean "no label"; raises :class:`UserError` if the network has no such label."""
+    null = getattr(net, "null_label", None)
+    if null is None or labels is None:
+        raise UserError("guidance needs a class-conditional network with a null label (teacher.label_dropout)")
+    return torch.full_like(labels, null)
+
+
+def both(net: nn.Module, arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Arguments of twice as many rows: the first half with the labels, the second half with the null label."""
+    t, x, labels, *rest = arguments
+    doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in (t, x, *rest)]
+    assert labels is not None
+    return doubled[0], doubled[1], torch.cat([labels, null_labels(net, labels)]), *doubled[2:]
+
+
+def call(
+    net: nn.Module,
+    t: Tensor,
+    x_t: Tensor,
+    labels: Tensor | None = None,
+    path: Path = LINEAR,
+    predict: str = "velocity",
+    endpoint: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """``F``: a network's raw output at ``x_t`` and path time ``t``. The path says how it is called for ``predict``.
+
+    With a ``guidance`` other than 1 it is ``u + guidance (c - u)``, where ``c`` and ``u`` are the outputs with and
+    without the labels, from one forward pass of twice as many rows.
+    """
+    time, x = path.network_time(t, predict), path.network_input(x_t, t, predict)
+    seen = arguments(net, time, x, labels, endpoint)
+    if guidance == 1.0:
+        return net(*seen)
+    null_labels(net, labels)
+    conditional, unconditional = net(*both(net, seen)).chunk(2)
+    return torch.lerp(unconditional, conditional, guidance)
+
+
+def follows_flow(path: Path, predict: str) -> bool:
+    """Whether the prediction gives a velocity, so that samples follow the probability flow; else it gives the data.
+
+    Raises:
+        UserError: without the endpoint the prediction gives neither velocity nor data.
+    """
+    for match in ("velocity", "x0"):
+        try:
+            path.time_range(match, predict)
+        except UserError as error:
+            if match == "x0":
+                raise UserError(f"{predict} gives neither velocity nor data: {error}") from None
+        else:
+            return match == "velocity"
+    raise AssertionError
+
+
+def scales(path: Path, t: float) -> tuple[float, float, float]:
+    row = Coefficients(path.coefficients(torch.tensor([t], dtype=torch.float64), "x0", "x0")[0])
+    return row.a.item(), row.b.item(), row.c.item()
+
+
+def converted(path: Path, match: str, predict: str, t: Tensor, out: Tensor, x_t: Tensor) -> Tensor:
+    """The network's output in the match space: ``k_out F + k_x x_t``."""
+    coef = Coefficients(path.coefficients(t, match, predict).to(x_t.dtype), x_t)
+    return torch.addcmul(coef.k_out * out, coef.k_x, x_t)
+
+
+def check_start(path: Path, t_start: float) -> None:
+    low, high = path.t_range
+    data = ends(path).data
+    if not low <= t_start <= high or t_start == data:
+        kept, left = ("(", "]") if data == low else ("[", ")")
+        raise UserError(f"t_start must lie in {kept}{low:g}, {high:g}{left}, got {t_start}")
+
+
+def check_endpoint(net: nn.Module, path: Path, endpoint: Tensor | None) -> None:
+    if (endpoint is not None) == needs_endpoint(net, path):
+        return
+    name = type(path).__name__
+    if endpoint is not None:
+        raise UserError(f"endpoint must not be given on {name}: neither the path nor the network has one")
+    why = "the network takes it" if takes_endpoint(net) else "samples start there"
+    raise UserError(f"endpoint must be given on {name}: {why}")
