@@ -1,5 +1,7 @@
 """The files around the code: licence, citation, the contributors' page, the workflows, and the places they name."""
 
+import ast
+import graphlib
 import hashlib
 import re
 import tomllib
@@ -54,3 +56,39 @@ def test_workflows_run_what_a_contributor_runs():
     assert torch in (ROOT / "Makefile").read_text()
     for flow in flows.values():
         assert flow["permissions"] == {"contents": "read"}
+
+
+def modules():
+    """The package's Python files, without the kernels, by their path below the package."""
+    package = ROOT / "realuid_fast"
+    found = {file.relative_to(package): ast.parse(file.read_text()) for file in package.rglob("*.py")}
+    return {path: tree for path, tree in found.items() if path.parts[0] != "kernels"}
+
+
+def test_imports_go_one_way():
+    """A folder or a module of the package imports at its head nothing that imports it in turn."""
+    needs = {}
+    for path, tree in modules().items():
+        own = path.parts[0].removesuffix(".py")
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = list(path.parts[: len(path.parts) - node.level])
+                there = above + (node.module.split(".") if node.module else [])
+                names = [there[0]] if there else [alias.name for alias in node.names]
+                needs.setdefault(own, set()).update(name for name in names if name != own)
+    list(graphlib.TopologicalSorter(needs).static_order())  # raises where there is a circle
+    # A trainer takes objects: only the run around it has settings.
+    train = {path.name: ast.unparse(tree) for path, tree in modules().items() if path.parts[0] == "train"}
+    assert [name for name, text in train.items() if "settings import" in text] == ["loop.py"]
+    assert not {"jobs", "cli"} & needs["train"]
+
+
+def test_modules_and_functions_are_of_a_size_to_be_read():
+    lines = {path: len((ROOT / "realuid_fast" / path).read_text().splitlines()) for path in modules()}
+    assert {path: count for path, count in lines.items() if count > 450} == {}
+    assert sum(count for path, count in lines.items() if path.parts[0] == "train") <= 3300
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                said = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
+                assert node.end_lineno - node.lineno + 1 - said <= 80, (path, node.name)

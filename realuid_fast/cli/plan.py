@@ -37,7 +37,6 @@ from ..settings import REGRESSION, Config, OptimiserConfig
 from ..train import distributed, sharding
 from ..train.trainer import Trainer
 from . import timing
-from .timing import BOUND, Measured
 
 STEPS = choices.PLAN_STEPS
 CPU = torch.device("cpu")
@@ -62,7 +61,7 @@ class Plan:
     images_per_update: int
     operations: dict[str, int]
     missing: list[str] = field(default_factory=list)
-    measured: Measured | None = None
+    measured: timing.Measured | None = None
     unmeasured: str = ""
     hours: float | None = None
     device: str = "cpu"
@@ -78,7 +77,7 @@ class Plan:
         return asdict(self) | totals
 
 
-def make(job: str, config: Config, steps: int = STEPS, bound: float = BOUND, ranks: int = 1) -> Plan:
+def make(job: str, config: Config, steps: int = STEPS, bound: float = timing.BOUND, ranks: int = 1) -> Plan:
     """The plan of ``"train-teacher"`` or ``"distill"`` on ``ranks``. On one rank ``steps`` updates are timed.
 
     If that many updates do not fit into the free memory or into ``bound`` seconds, the batch is halved until they do,

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -121,17 +122,11 @@ def pack(
     _writing(out, lambda: staging.recover(out, FILES))
     _check_free(out, overwrite)
     whole = (crop, partition, limit, heldout_every) == (None,) * 4
-    if kind == "cifar10":
-        if size not in (None, 32) or channels not in (None, 3) or not whole:
-            raise UserError(
-                "CIFAR-10 is packed as it is: leave size, channels, crop, partition, heldout_every and limit out"
-            )
+    if kind in ("cifar10", "idx"):
+        _check_whole(kind, whole, size, channels)
         with _written(out, overwrite) as part:
-            return _cifar10(source, part, progress)
-    if kind == "idx":
-        if not whole:
-            raise UserError("IDX files are packed whole: leave crop, partition, heldout_every and limit out")
-        with _written(out, overwrite) as part:
+            if kind == "cifar10":
+                return _cifar10(source, part, progress)
             return _idx(source, part, size, 1 if channels is None else channels)
     celeba = kind == "celeba"
     size, channels = (CELEBA_SIZE if celeba else 32) if size is None else size, 3 if channels is None else channels
@@ -144,18 +139,7 @@ def pack(
             train, heldout = found.split(heldout_every)
         else:
             train, heldout = _partitioned(names, source, partition)
-
-        def decode(name: str) -> np.ndarray[Any, Any] | UserError:
-            try:
-                return images.square(io.BytesIO(opened(name)), size, channels, how_made.crop, filter)
-            except UserError as error:
-                return error
-            except MemoryError:
-                raise
-            except Exception as error:
-                # What a foreign file makes a decoder raise is anything.
-                return UserError(f"{source}: {name} cannot be read as an image ({error})")
-
+        decode = partial(_decoded, source, opened, how_made)
         part = stack.enter_context(_written(out, overwrite))
         shown = stack.enter_context(bar(len({*train, *heldout}), "image", progress))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
@@ -190,6 +174,29 @@ def pack(
         manifest = Manifest((channels, size, size), found.classes, str(how_made), said, *splits)
         _finish(part, manifest)
     return manifest
+
+
+def _check_whole(kind: str, whole: bool, size: int | None, channels: int | None) -> None:
+    """Refuse to choose among images of sets that are packed as they are published."""
+    if kind == "cifar10" and (size not in (None, 32) or channels not in (None, 3) or not whole):
+        raise UserError(
+            "CIFAR-10 is packed as it is: leave size, channels, crop, partition, heldout_every and limit out"
+        )
+    if kind == "idx" and not whole:
+        raise UserError("IDX files are packed whole: leave crop, partition, heldout_every and limit out")
+
+
+def _decoded(source: Path, opened: Callable[[str], bytes], how: Images, name: str) -> np.ndarray[Any, Any] | UserError:
+    """The pixels of an image, or the error that says why it has none."""
+    try:
+        return images.square(io.BytesIO(opened(name)), how.size, how.channels, how.crop, how.filter)
+    except UserError as error:
+        return error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A decoder can raise any kind of exception at a foreign file.
+        return UserError(f"{source}: {name} cannot be read as an image ({error})")
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

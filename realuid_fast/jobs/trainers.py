@@ -15,15 +15,15 @@ from .. import precision
 from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
+from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..networks import build
+from ..networks.calling import null_labels
 from ..networks.discriminator import Gan, Judged
 from ..networks.recompute import recompute
 from ..optim import Optimiser
-from ..sampling import null_labels
 from ..settings import REGRESSION, Config, OptimiserConfig
-from ..teachers import Description, Model
 from ..train import distributed, modes, sharding
 from ..train.distill import TURNS, Distiller
 from ..train.regression import RegressionTrainer

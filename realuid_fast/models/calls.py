@@ -1,4 +1,4 @@
-"""How a network is called: its arguments, its labels, the ends of its path, its output as velocity or data."""
+"""What a network says on a path: the ends of the path, its output as velocity or data, with guidance too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..coefficients import Coefficients
 from ..errors import UserError
+from ..networks.calling import arguments, both, null_labels, takes_endpoint
 from ..paths import Linear, OneSidedPath, Path
 
 LINEAR = Linear()
@@ -30,37 +31,9 @@ def ends(path: Path) -> Ends:
     return Ends(high, low) if b_low**2 + c_low**2 < b_high**2 + c_high**2 else Ends(low, high)
 
 
-def takes_endpoint(net: nn.Module) -> bool:
-    """Whether a network is called with the endpoint too, as ``net(t, x, labels, endpoint)``."""
-    return bool(getattr(net, "endpoint", False))
-
-
 def needs_endpoint(net: nn.Module, path: Path) -> bool:
     """Whether samples need an endpoint, for the path or for the network."""
     return takes_endpoint(net) or not isinstance(path, OneSidedPath)
-
-
-def arguments(
-    net: nn.Module, t: Tensor, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The arguments to call ``net`` with: the endpoint is one of them only if the network takes it."""
-    return (t, x, labels, endpoint) if takes_endpoint(net) else (t, x, labels)
-
-
-def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
-    """Labels like ``labels`` that all mean "no label"; raises :class:`UserError` if the network has no such label."""
-    null = getattr(net, "null_label", None)
-    if null is None or labels is None:
-        raise UserError("guidance needs a class-conditional network with a null label (teacher.label_dropout)")
-    return torch.full_like(labels, null)
-
-
-def both(net: nn.Module, arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Arguments of twice as many rows: the first half with the labels, the second half with the null label."""
-    t, x, labels, *rest = arguments
-    doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in (t, x, *rest)]
-    assert labels is not None
-    return doubled[0], doubled[1], torch.cat([labels, null_labels(net, labels)]), *doubled[2:]
 
 
 def call(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..coefficients import Coefficients
 from ..errors import UserError
-from ..sampling import takes_endpoint
+from .calling import takes_endpoint
 from .unet import GroupNorm
 
 GROUP = 8  # channels normalised together, as 256 in 32 groups

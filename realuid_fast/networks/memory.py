@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import is_sharded
-from ..sampling import arguments, takes_endpoint
+from .calling import arguments, takes_endpoint
 from .recompute import parts as parts_of
 from .recompute import recompute
 

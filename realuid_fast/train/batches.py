@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..data import Dataset, to_float
 from ..errors import UserError
+from ..models.calls import needs_endpoint
+from ..networks.calling import takes_endpoint
 from ..paths import Path
-from ..sampling import needs_endpoint, takes_endpoint
 from . import distributed
 
 AHEAD = 4  # batches that are read from disk before they are asked for

@@ -11,23 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional as rf
-from .. import losses, precision
+from .. import functional, losses, precision
 from ..coefficients import Coefficients
 from ..data import Dataset
 from ..errors import UserError
 from ..functional import GeneratorGrads
 from ..interpolant import Interpolant
 from ..matching import Matching
+from ..models.files import Description
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
+from ..networks.calling import arguments, both
 from ..networks.discriminator import Gan, Judged, softplus_term
 from ..noise import normal
 from ..objectives import Objective, divergence_weight
 from ..optim import Optimiser
 from ..precision import Precision
-from ..sampling import arguments, both
-from ..teachers import Description
 from . import modes, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .modes import Captured, CudaRecorder, Recorder, Turn
@@ -330,7 +329,7 @@ class Distiller(Trainer):
                 if self.turns:
                     fake_out, logits = self._ask_fake(self._run_frozen_fake, seen)
                 else:
-                    fake_out = rf.sample_output(x, replace(draw, x_t=draw.x_t.detach()).read_x_t, draw.coef)
+                    fake_out = functional.sample_output(x, replace(draw, x_t=draw.x_t.detach()).read_x_t, draw.coef)
             with torch.set_grad_enabled(backward):
                 teacher_out, uncond = self._ask_teacher(seen)
             if backward and not teacher_out.requires_grad:

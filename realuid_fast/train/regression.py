@@ -18,13 +18,14 @@ from .. import functional as rf
 from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
+from ..models.calls import follows_flow
+from ..models.files import Description
 from ..models.generator import Generator
+from ..models.solvers import check_solver, integrate
 from ..noise import normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
 from ..precision import Precision
-from ..sampling import check_solver, follows_flow, integrate
-from ..teachers import Description
 from .batches import endpoints_to_draw, labels_to_draw
 from .trainer import Setup, Trainer
 

@@ -13,11 +13,12 @@ from ..couplings import couple
 from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
+from ..models.calls import call, follows_flow
+from ..models.files import Description
+from ..models.solvers import integrate
 from ..noise import normal
 from ..optim import Optimiser
 from ..precision import Precision
-from ..sampling import call, follows_flow, integrate
-from ..teachers import Description
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .trainer import Setup, Trainer
 

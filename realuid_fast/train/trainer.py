@@ -15,12 +15,12 @@ from ..data import Dataset
 from ..errors import UserError
 from ..interpolant import Interpolant
 from ..matching import Matching
+from ..models.files import Description
 from ..noise import NoiseStream
 from ..optim import Optimiser
 from ..optim.mean import average
 from ..paths import OneSidedPath
 from ..precision import Precision
-from ..teachers import Description
 from . import distributed, modes, sharding
 from .batches import picked
 from .meters import Meters
@@ -167,6 +167,8 @@ class Trainer(ABC):
         self.phases = Phases(setup.timings, self.device)
         self._layout = setup.layout(dataset.shape)
         self._like = self._laid_out(torch.empty(self.batch, *dataset.shape, device=self.device))
+        # Answered once on the host, and kept: a turn that is captured cannot ask it.
+        self.path.reads_x_t(matching.match, matching.predict)
         self._on_path = not isinstance(self.path, OneSidedPath)
         self.labels: Tensor | None = None
         self.endpoints: Tensor | None = None
