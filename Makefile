@@ -31,7 +31,7 @@ bench: $(VENV)/.installed
 # Random calls and damaged files in the tens of thousands: hours. FUZZ is the number for each operator and reader.
 FUZZ ?= 10000
 fuzz: $(VENV)/.installed
-	REALUID_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest -v tests/ops/test_random_*.py tests/ops/test_threads.py tests/test_fuzz.py
+	REALUID_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest -v tests/ops/test_random_*.py tests/ops/test_threads.py tests/test_fuzz.py tests/kernels/test_executed.py
 
 # The operators' tests on code that checks itself. Python brings no AddressSanitizer along, so it is loaded ahead; leaks are
 # not looked for, since the interpreter keeps what it allocates. Run from the sanitized copy, which imports find first.

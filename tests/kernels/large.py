@@ -1,0 +1,140 @@
+"""Tensors of more than 2^32 elements, which no memory holds: chosen programs of their launches, against float64.
+
+An element reads as a function of its index, and what is stored is kept element by element. The programs chosen are the
+first and the last one and those whose elements pass 2^31 and 2^32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from agreement import F16, F32, KEY, compare
+from ptx.launch import Executor
+
+from realuid_fast.kernels import fake, generator, interpolate, matching, scale
+from realuid_fast.ops import reference
+from realuid_fast.ops.philox import normals
+
+SALTS = {"x": 1, "out": 2, "other": 3, "coef": 4, "noise": 5}
+HALVES = (0.9, 1.0, -0.3, 1.2, 0.1, 0.2, 0.0, 0.4)
+
+
+def number(salt: int, index: Any) -> Any:
+    """A multiple of 1/64 in [-2, 2), exact in every dtype, that depends on all bits of the index."""
+    mixed = (np.asarray(index, np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt)) * np.uint64(
+        0xD1342543DE82EF95
+    )
+    return (mixed >> np.uint64(56)).astype(np.float64) / 64 - 2
+
+
+def coefficient(index: Any) -> Any:
+    """The coefficients of a path without an endpoint and without a term in x_t."""
+    return np.where(np.isin(np.asarray(index) % 9, (1, 4, 7)), 0.0, number(SALTS["coef"], index))
+
+
+def check(executor: Executor, dims: tuple[int, ...]) -> None:
+    for dim in dims:
+        for dtype in (F32, F16):
+            check_one(executor, dim, dtype)
+
+
+def check_one(executor: Executor, dim: int, dtype: torch.dtype) -> None:
+    rows = 2**32 // dim + 3
+    x = torch.empty(rows, dim, dtype=dtype, device="meta")
+    coef = torch.empty(rows, 9, device="meta")
+    settings = (0.92, 0.94, 0.8, 1.1, False, True, True, True, False)
+    planned = {
+        "interpolate/key": interpolate.interpolate(x, coef, KEY, None, rows, ptx=True),
+        "interpolate/tensor": interpolate.interpolate(x, coef, x, None, rows, ptx=True),
+        "matching/key": matching.matching(x, x, None, coef, KEY, None, rows, False, True, ptx=True),
+        "fake/tensor": fake.fake(x, x, None, coef, x, x, None, rows, 0, *HALVES, False, True, ptx=True),
+        "generator/key": generator.generator(x, x, x, None, coef, KEY, None, *settings, ptx=True),
+    }
+    for name, (calls, results) in planned.items():
+        call, outputs = calls[0], [results] if isinstance(results, torch.Tensor) else results[2:]
+        fills = fill(call, dtype)
+        stored = executor.run(call, programs(call, rows, dim), fills)
+        found = {id(value): buffer for value, buffer in zip(tensors(call), stored, strict=True)}
+        for i, output in enumerate(outputs):
+            if output.numel():
+                agree(f"{name}/{dim}/{dtype}/{i}", name.split("/")[0], found[id(output)].found, rows, dim, dtype, i)
+    check_scale(executor, x, rows, dim, dtype)
+
+
+def tensors(call: Any) -> list[Any]:
+    """The call's tensors with elements, in the order of their buffers: meta tensors have one each."""
+    return [value for value in call.arguments.values() if isinstance(value, torch.Tensor) and value.numel()]
+
+
+def fill(call: Any, dtype: torch.dtype) -> dict[str, Any]:
+    kinds = {"x_ptr": "x", "out_ptr": "out", "fake_ptr": "out", "teacher_ptr": "other", "noise_ptr": "noise"}
+
+    def of(name: str) -> Any:
+        if name == "coef_ptr":
+            return lambda index, raw: coefficient(index).astype(np.float32).view(raw)
+        kind = np.float32 if dtype == F32 else np.float16
+        return lambda index, raw: number(SALTS[kinds.get(name, "x")], index).astype(kind).view(raw)
+
+    return {name: of(name) for name in call.arguments}
+
+
+def programs(call: Any, rows: int, dim: int) -> list[int]:
+    """Numbers of the programs at the ends and where the elements' numbers pass 31 and 32 bits."""
+    blocks, total = call.grid[0], math.prod(call.grid)
+    chosen = {0}
+    for element in (2**31, 2**32, rows * dim - 1):
+        row = element // dim
+        if dim >= 512:
+            chosen |= {row * blocks + block for block in range(blocks)}
+        else:
+            chosen.add(row // call.constants["ROWS"])
+    return sorted(each for each in chosen if each < total)
+
+
+def agree(name: str, op: str, found: dict[int, Any], rows: int, dim: int, dtype: torch.dtype, output: int) -> None:
+    """Compare what was stored with the formula on whole rows in float64."""
+    index = np.array(sorted(found))
+    assert index[0] == 0, name
+    assert index[-1] == rows * dim - 1, name
+    some = np.unique(index // dim)
+    assert len(index) == len(some) * dim, f"{name}: rows are stored whole"
+    place = some[:, None] * dim + np.arange(dim)
+    given = {key: torch.from_numpy(number(salt, place)) for key, salt in SALTS.items()}
+    coef = torch.from_numpy(coefficient(some[:, None] * 9 + np.arange(9)))
+    noise = given["noise"]
+    if "/key/" in name:
+        # The definition begins at multiples of 4.
+        drawn = [normals(KEY, dim + 4, torch.float64, at - at % 4)[at % 4 :][:dim] for at in (some * dim).tolist()]
+        noise = torch.stack(drawn)
+    x, n = given["x"], len(some)
+    settings = (0.92, 0.94, 0.8, 1.1, False, True, True, True, False)
+    want = {
+        "interpolate": lambda: (reference.interpolate(x, coef, noise, None, n),),
+        "matching": lambda: reference.matching(given["out"], x, None, coef, noise, None, n, False, True)[2:],
+        "fake": lambda: reference.fake(
+            given["out"], x, None, coef, noise, given["other"], None, n, 0, *HALVES, False, True
+        )[2:],
+        "generator": lambda: reference.generator(given["other"], given["out"], x, None, coef, noise, None, *settings)[
+            2:
+        ],
+    }[op]()[output]
+    bits = np.array([found[k] for k in index.tolist()])
+    got = bits.astype(np.uint32).view(np.float32) if dtype == F32 else bits.astype(np.uint16).view(np.float16)
+    compare(f"large/{name}", dtype, (torch.from_numpy(got.astype(np.float32)).view(n, dim),), (want.view(n, dim),))
+
+
+def check_scale(executor: Executor, x: torch.Tensor, rows: int, dim: int, dtype: torch.dtype) -> None:
+    """Gradients of more than 2^32 elements, in place."""
+    (call,) = scale.scale_grads_([x], torch.tensor(0.37))
+    total = math.prod(call.grid)
+    stored = executor.run(call, [0, total // 2, total - 1], fill(call, dtype))
+    (sparse,) = (buffer for buffer in stored if hasattr(buffer, "found"))
+    index = np.array(sorted(sparse.found))
+    assert index[-1] == rows * dim - 1
+    bits = np.array([sparse.found[k] for k in index.tolist()])
+    got = bits.astype(np.uint32).view(np.float32) if dtype == F32 else bits.astype(np.uint16).view(np.float16)
+    want = torch.from_numpy(number(SALTS["x"], index)) * torch.tensor(0.37).double()
+    compare(f"large/scale/{dim}/{dtype}", dtype, (torch.from_numpy(got.astype(np.float32)),), (want,))
