@@ -74,9 +74,9 @@ def fill(call: Any, dtype: torch.dtype) -> dict[str, Any]:
 
     def of(name: str) -> Any:
         if name == "coef_ptr":
-            return lambda index, raw: coefficient(index).astype(np.float32).view(raw)
+            return lambda index: coefficient(index).astype(np.float32)
         kind = np.float32 if dtype == F32 else np.float16
-        return lambda index, raw: number(SALTS[kinds.get(name, "x")], index).astype(kind).view(raw)
+        return lambda index: number(SALTS[kinds.get(name, "x")], index).astype(kind)
 
     return {name: of(name) for name in call.arguments}
 
@@ -84,8 +84,8 @@ def fill(call: Any, dtype: torch.dtype) -> dict[str, Any]:
 def programs(call: Any, rows: int, dim: int) -> list[int]:
     """Numbers of the programs at the ends and where the elements' numbers pass 31 and 32 bits."""
     blocks, total = call.grid[0], math.prod(call.grid)
-    chosen = {0}
-    for element in (2**31, 2**32, rows * dim - 1):
+    chosen: set[int] = set()
+    for element in (0, 2**31, 2**32, rows * dim - 1):
         row = element // dim
         if dim >= 512:
             chosen |= {row * blocks + block for block in range(blocks)}
@@ -131,7 +131,7 @@ def check_scale(executor: Executor, x: torch.Tensor, rows: int, dim: int, dtype:
     (call,) = scale.scale_grads_([x], torch.tensor(0.37))
     total = math.prod(call.grid)
     stored = executor.run(call, [0, total // 2, total - 1], fill(call, dtype))
-    (sparse,) = (buffer for buffer in stored if hasattr(buffer, "found"))
+    (sparse,) = (buffer for buffer in stored if getattr(buffer, "found", None))
     index = np.array(sorted(sparse.found))
     assert index[-1] == rows * dim - 1
     bits = np.array([sparse.found[k] for k in index.tolist()])

@@ -64,11 +64,11 @@ def source(text: str, kind: Any, program: Program) -> Source:
             return lambda machine: machine.read(text).astype(low).view(kind)
         return lambda machine: machine.read(text).view(kind)
     names = [name for _, name in program.params]
-    value = (
-        kind.type(names.index(text) if text in names else 0)
-        if text in (*names, "global_smem")
-        else constant(text, kind)
-    )
+    if text in names or text == "global_smem":
+        # A parameter's address is its number times 256; shared memory begins at 0.
+        value = kind.type(256 * names.index(text) if text in names else 0)
+    else:
+        value = constant(text, kind)
     return lambda machine: value
 
 
@@ -128,14 +128,19 @@ def access(ins: Instruction, program: Program) -> Step:
 
 
 def _parameter(target: str, text: str, kind: Any, program: Program) -> Step:
-    if text.startswith("%"):
-        raise Unsupported("a parameter by its address")
-    number = [name for _, name in program.params].index(text)
+    wide = np.dtype(f"{kind.kind}{register_bytes(target)}")
+    names = [name for _, name in program.params]
+    address = source(text, U64, program)
 
     def step(machine: Machine, active: Array | None) -> None:
-        value = np.asarray(machine.arguments[number]).view(kind)
-        wide = np.dtype(f"{kind.kind}{register_bytes(target)}")
-        machine.write(target, value.astype(wide) if kind.kind in "iu" else value, active)
+        values = []
+        for given in machine.arguments:
+            value = np.asarray(given)
+            value = value.view(kind) if value.dtype.itemsize == kind.itemsize else np.zeros((), kind)
+            values.append(value.astype(wide) if kind.kind in "iu" else value)
+        which = np.broadcast_to(address(machine), machine.lanes) >> np.uint64(8)
+        machine.events.add(bool((which >= len(names)).any()), "load outside the parameters", target)
+        machine.write(target, np.array(values)[np.minimum(which, len(names) - 1).astype(np.int64)], active)
 
     return step
 

@@ -150,7 +150,7 @@ def _placed(
 def _buffer(name: str, value: Tensor, number: int, sparse: dict[str, Any]) -> Memory | Sparse:
     base = (number + 1 << TEBIBYTE) + (1 << 20) + (0 if value.is_meta else value.data_ptr() % 4096)
     if value.is_meta:
-        return Sparse(name, base, value.numel() * value.element_size(), sparse[name])
+        return Sparse(name, base, value.numel() * value.element_size(), value.element_size(), sparse[name])
     inside = None
     if _span(value) != value.numel() * value.element_size():
         mark = torch.zeros(_span(value) // value.element_size(), dtype=torch.bool)

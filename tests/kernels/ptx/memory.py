@@ -124,19 +124,26 @@ class Memory:
 
 
 class Sparse:
-    """A tensor too large to hold: ``fill`` gives what an element reads as, ``found`` keeps what was stored."""
+    """A tensor too large to hold: ``fill`` gives what elements read as, as bits; ``found`` keeps what was stored."""
 
-    def __init__(self, name: str, base: int, size: int, fill: Callable[[Array, Any], Array]):
+    def __init__(self, name: str, base: int, size: int, itemsize: int, fill: Callable[[Array], Array]):
         self.name, self.base, self.size, self.before, self.fill = name, base, size, 0, fill
-        self.found: dict[int, Any] = {}
+        self.bits = np.dtype(f"u{itemsize}")
+        self.found: dict[int, int] = {}
 
     places = Memory.places
 
     def load(self, at: Array, dtype: Any, count: int, by: Threads, events: Events, text: str) -> list[Array]:
-        return [self.fill(at // np.dtype(dtype).itemsize + i, dtype) for i in range(count)]
+        size = np.dtype(dtype).itemsize
+        steps = np.arange(size // self.bits.itemsize)
+        elements = [(at + i * size)[:, None] // self.bits.itemsize + steps for i in range(count)]
+        return [np.ascontiguousarray(self.fill(some)).view(dtype).reshape(-1) for some in elements]
 
     def store(self, at: Array, values: list[Array], by: Threads, events: Events, text: str) -> None:
         for i, value in enumerate(values):
-            for k, number in zip((at // value.dtype.itemsize + i).tolist(), value.tolist(), strict=True):
-                events.add(self.found.get(k, number) != number, "race: two stores of different values", text)
-                self.found[k] = number
+            bits = np.ascontiguousarray(value).view(self.bits).reshape(len(at), -1)
+            first = (at + i * value.dtype.itemsize) // self.bits.itemsize
+            for k, numbers in zip(first.tolist(), bits.tolist(), strict=True):
+                for j, number in enumerate(numbers):
+                    events.add(self.found.get(k + j, number) != number, "race: two stores of different values", text)
+                    self.found[k + j] = number
