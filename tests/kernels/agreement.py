@@ -141,7 +141,9 @@ def check_generator(case: Case, name: str, dtype: torch.dtype, wants: tuple[bool
 
     if case.noise.is_floating_point() and case.noise.shape[0] != case.x.shape[0]:
         return
-    compare(name, dtype, run("generator", *arguments(case)), reference.generator(*arguments(case.double())))
+
+    def alone(c: Case) -> tuple[object, ...]:
+        return *arguments(c)[:7], None, None, None, *arguments(c)[7:], False
 
     def guided(c: Case) -> tuple[object, ...]:
         first, scalars = arguments(c)[:7], arguments(c)[7:]
@@ -154,8 +156,8 @@ def check_generator(case: Case, name: str, dtype: torch.dtype, wants: tuple[bool
         guidance = (c.uncond, c.guidance) if wants[2] else (None, None)
         return *first, *guidance, c.q_rows, *scalars, wants[0] and wants[2]
 
-    for kind, inputs in (("guided_generator", guided), ("q_rows_generator", by_row)):
-        got, want = run("guided_generator", *inputs(case)), reference.guided_generator(*inputs(case.double()))
+    for kind, inputs in (("generator", alone), ("guided_generator", guided), ("q_rows_generator", by_row)):
+        got, want = run("generator", *inputs(case)), reference.generator(*inputs(case.double()))
         compare(name.replace("generator", kind), dtype, got, want)
 
 
@@ -168,7 +170,8 @@ def check_fake(case: Case, name: str, dtype: torch.dtype, teacher: bool, want: b
 
     def arguments(c: Case, other: torch.Tensor | None) -> tuple[object, ...]:
         halves = (0.9, 1.0, -0.3 if teacher else 0.0, 1.2, 0.1, 0.2, 0.0, 0.4)
-        return c.out, c.x, c.x_t, c.coef, c.noise, other, c.endpoint, c.noise_rows, n_real, *halves, mean, want
+        inputs = (c.out, c.x, c.x_t, c.coef, c.noise, other, c.endpoint, None, None)
+        return *inputs, c.noise_rows, n_real, *halves, mean, want
 
     double = None if other is None else other.double()
     compare(name, dtype, run("fake", *arguments(case, other)), reference.fake(*arguments(case.double(), double)))
@@ -180,9 +183,9 @@ def check_fake(case: Case, name: str, dtype: torch.dtype, teacher: bool, want: b
         uncond = c.uncond.clone()
         if n_real:
             uncond[-n_real:] = float("nan")
-        return *everything[:7], uncond, c.guidance, *everything[7:]
+        return *everything[:7], uncond, c.guidance, *everything[9:]
 
-    got, want_ = run("guided_fake", *guided(case, other)), reference.guided_fake(*guided(case.double(), double))
+    got, want_ = run("fake", *guided(case, other)), reference.fake(*guided(case.double(), double))
     compare(name.replace("fake", "guided_fake"), dtype, got, want_)
 
 

@@ -26,12 +26,14 @@ def install(executor: Executor) -> None:
     agreement.surroundings = watched
 
 
-def short() -> None:
+def short(executor: Executor) -> None:
     """Every operator, dtype and way of cutting rows, each once; small enough for the ordinary suite."""
     agreement.check_empty()
     agreement.check_second_grid_axis()
     agreement.check_shapes(["odd_short", "overlapping_tail", "odd_row"])
+    executor.order = "reverse"
     agreement.check_switches(every=5)
+    executor.order = "together"
     agreement.check_optimiser_of_many()
     agreement.check_optimiser((64,), 0, 0.0, True, False, 1e-3)
     agreement.check_optimiser((1, 4099), 2, 0.9, False, True, 1e3)
@@ -39,9 +41,13 @@ def short() -> None:
     agreement.check_shapes(["short"])
 
 
-def full() -> None:
-    """All that the interpreter runs too, and all shapes again as views that begin at an odd element."""
+def full(executor: Executor) -> None:
+    """All that the interpreter runs too; warps in other orders; noise at its error bounds; views at odd elements."""
     agreement.check_all()
+    for executor.order in ("forward", "reverse", "together"):
+        agreement.check_shapes(["overlapping_tail", "odd_row"])
+    for executor.error in (-1, 1, 0):
+        agreement.check_normals()
     agreement.offset = 1
     agreement.check_shapes(list(agreement.SHAPES))
 
@@ -51,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     executor = Executor(target)
     install(executor)
-    {"short": short, "full": full}[which]()
+    {"short": short, "full": full}[which](executor)
     agreement.offset = 0
     large.check(executor, dims=(3072,) if which == "short" else (3072, 1027, 60))
     print(json.dumps({"kernels": len(executor.kernels), **executor.counts}))

@@ -45,12 +45,12 @@ def check_one(executor: Executor, dim: int, dtype: torch.dtype) -> None:
     rows = 2**32 // dim + 3
     x = torch.empty(rows, dim, dtype=dtype, device="meta")
     coef = torch.empty(rows, 9, device="meta")
-    settings = (0.92, 0.94, 0.8, 1.1, False, True, True, True, False)
+    settings = (None, None, None, 0.92, 0.94, 0.8, 1.1, False, True, True, True, False, False)
     planned = {
         "interpolate/key": interpolate.interpolate(x, coef, KEY, None, rows, ptx=True),
         "interpolate/tensor": interpolate.interpolate(x, coef, x, None, rows, ptx=True),
         "matching/key": matching.matching(x, x, None, coef, KEY, None, rows, False, True, ptx=True),
-        "fake/tensor": fake.fake(x, x, None, coef, x, x, None, rows, 0, *HALVES, False, True, ptx=True),
+        "fake/tensor": fake.fake(x, x, None, coef, x, x, None, None, None, rows, 0, *HALVES, False, True, ptx=True),
         "generator/key": generator.generator(x, x, x, None, coef, KEY, None, *settings, ptx=True),
     }
     for name, (calls, results) in planned.items():
@@ -110,12 +110,12 @@ def agree(name: str, op: str, found: dict[int, Any], rows: int, dim: int, dtype:
         drawn = [normals(KEY, dim + 4, torch.float64, at - at % 4)[at % 4 :][:dim] for at in (some * dim).tolist()]
         noise = torch.stack(drawn)
     x, n = given["x"], len(some)
-    settings = (0.92, 0.94, 0.8, 1.1, False, True, True, True, False)
+    settings = (None, None, None, 0.92, 0.94, 0.8, 1.1, False, True, True, True, False, False)
     want = {
         "interpolate": lambda: (reference.interpolate(x, coef, noise, None, n),),
         "matching": lambda: reference.matching(given["out"], x, None, coef, noise, None, n, False, True)[2:],
         "fake": lambda: reference.fake(
-            given["out"], x, None, coef, noise, given["other"], None, n, 0, *HALVES, False, True
+            given["out"], x, None, coef, noise, given["other"], None, None, None, n, 0, *HALVES, False, True
         )[2:],
         "generator": lambda: reference.generator(given["other"], given["out"], x, None, coef, noise, None, *settings)[
             2:
