@@ -1,4 +1,4 @@
-"""What the fused calls ask of their tensors: one shape, type, device and layout; refusals name the tensor.
+"""The checks of a fused call's tensors: one shape, type, device and layout; refusals name the tensor.
 
 Only metadata is read, so no check waits for the device.
 """

@@ -15,7 +15,7 @@ bool supports(Isa isa);
 
 const char* isa_name(Isa isa);
 
-// Of what was compiled once for each instruction set, the one in use. Arrays and functions come and go as their addresses.
+// The variant in use of a thing that was compiled once for each instruction set. Arrays and functions are given as addresses.
 template <class T>
 T pick(T baseline, T avx2, T avx512) {
   switch (active_isa()) {

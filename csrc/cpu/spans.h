@@ -1,4 +1,4 @@
-// What the fused calls share: the blocks that a call's work is cut into, the noise of a block, and a row's own numbers. Noise is
+// The parts that all fused calls share: the blocks that a call's work is cut into, the noise of a block, and a row's own numbers. Noise is
 // drawn a few vectors at a time between the loads and stores it goes with, so that arithmetic and memory overlap; where rows and
 // groups do not line up, it is drawn into a buffer in the L1 cache.
 #pragma once
@@ -58,8 +58,8 @@ class Noise {
     return drawn() && span.count >= SHORT && from % 4 == 0 && !(from >= have_ && from + span.count <= have_ + held_);
   }
 
-  // Where the caller leaves a span's normals as it draws them, all but the last `count % step`, for the other rows that use
-  // them; null where no others do.
+  // Memory for a span's normals, all but the last `count % step`: the caller writes them there as it draws them, for other
+  // rows that use them too. Null if no other rows do.
   REALUID_INLINE Real* keep(const Span& span, int64_t step) {
     if (!shared_) return nullptr;
     have_ = start(span);

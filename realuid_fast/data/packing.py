@@ -219,7 +219,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _kind(source: Path) -> str:
-    """What lies in ``source``, by its names."""
+    """The kind of a source, by the names in it."""
     if source.is_dir():
         if any(source.glob("data_batch_*.bin")) or (source / "cifar-10-batches-bin").is_dir():
             return "cifar10"
@@ -446,5 +446,5 @@ def _finish(part: Path, manifest: Manifest) -> None:
         sync(part)
 
     _writing(part / MANIFEST, write)
-    # What the reader would refuse must not get its name.
+    # A set that the reader would refuse must not get its name.
     read_manifest(part / MANIFEST)

@@ -56,7 +56,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed set says about itself.
+    """A packed set's description of itself.
 
     ``shape`` is ``(C, H, W)``; ``classes`` names the labels 0, 1, ... and is empty without labels; ``preprocessing``
     and ``source`` say in words how a stored image was made, and from what.
@@ -270,7 +270,7 @@ def _header(file: Path, descriptor: int, shape: tuple[int, ...], dtype: np.dtype
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             found, fortran, kind = read(stream)
         except Exception:
-            # What a foreign header makes numpy's reader raise is anything.
+            # numpy's reader can raise any kind of exception at a foreign header.
             raise UserError(f"path: {file} is no .npy file") from None
         start = stream.tell()
         if found != shape or fortran or kind != dtype:

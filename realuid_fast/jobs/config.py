@@ -62,7 +62,7 @@ def load_kept(file: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def preset(name: str) -> str:
-    """What :func:`load` takes for a preset's name; raises :class:`UserError` for an unknown one."""
+    """The name that :func:`load` takes for a preset; raises :class:`UserError` for an unknown preset."""
     if name not in presets():
         raise UserError(f"there is no preset {name!r}: the presets are {', '.join(presets())}")
     return f"presets/{name}"

@@ -1,4 +1,4 @@
-"""What a network says on a path: the ends of the path, its output as velocity or data, with guidance too."""
+"""A network on a path: the ends of the path, and the output as velocity or data, with guidance too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operators' gradients share: refusals, the scaling by the incoming gradient, and the node of a loss."""
+"""Parts that all operators' gradients share: refusals, the scaling by the incoming gradient, and the node of a loss."""
 
 from __future__ import annotations
 

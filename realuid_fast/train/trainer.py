@@ -29,7 +29,7 @@ from .phases import Phases
 
 @dataclass(frozen=True)
 class Setup:
-    """What every trainer is told besides its networks, its problem and its data.
+    """The settings that all trainers have in common.
 
     Attributes:
         batch: samples of a turn, over all ranks.

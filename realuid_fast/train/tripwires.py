@@ -20,7 +20,7 @@ MOST = 2048  # held-out samples that generated ones are compared with
 
 
 class Tripwires:
-    """What a generator turn has at hand, as quotients for :class:`~realuid_fast.train.meters.Meters`, in this order:
+    """A generator turn's numbers, as quotients for :class:`~realuid_fast.train.meters.Meters`, in this order:
 
     - ``gap 0-25% data`` and so on: ``sum ||F - F*|| / sum ||F*||`` over the samples whose interpolant holds that share
       of data, ``a / (a + b + c)``; on the linear path that is ``t``. Where it grows without end, the fake model lost
