@@ -60,7 +60,7 @@ audit:
 # Needs uv, which the locks bring, and the network. Raise a version with LOCK=--upgrade-package=NAME, all with LOCK=--upgrade.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command 'make lock'
 lock:
-	$(COMPILE) $(LOCK) --extra train --extra nvtx --extra dev --extra docs --extra diffusers --override requirements/without-torch.txt \
+	$(COMPILE) $(LOCK) --extra train --extra nvtx --extra dev --extra docs --extra diffusers --extra hub --override requirements/without-torch.txt \
 		$(addprefix --no-emit-package ,torch filelock fsspec jinja2 mpmath networkx sympy) \
 		pyproject.toml requirements/dev.in -o requirements/dev.lock
 	$(COMPILE) $(LOCK) --no-deps requirements/peers.in -o requirements/peers.lock

@@ -19,6 +19,7 @@ API = {
     "Data": "realuid_fast.data",
     "Teachers and students": "realuid_fast.teachers",
     "Sampling": "realuid_fast.sampling",
+    "The Hugging Face hub": "realuid_fast.models.hub",
     "Distances": "realuid_fast.metrics",
     "Backends": "realuid_fast.backends",
     "Published losses under their own signatures": "realuid_fast.compat",

@@ -33,6 +33,7 @@ MODULES = [
             "models",
             "models.convert",
             "models.generator",
+            "models.hub",
             "models.pictures",
             "networks",
             "noise",
