@@ -20,8 +20,9 @@ def saved_by_ranks(place, size, shard):
         trainer.update()
         trainer.update()
         checkpoints = Checkpoints(folder, sharded=shard)
+        state = trainer.state_dict()
         if shard or rank == 0:
-            checkpoints.save(2, {"trainer": trainer.state_dict()})
+            checkpoints.save(2, {"trainer": state})
         checkpoints.close()
         return wholes(trainer)
 
