@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(name)
         result: dict[str, Any] = {}
         if arguments.kills:
-            updates = arguments.updates or 8 * arguments.kills
-            result |= survive(folder, arguments.kills, updates, arguments.seed, arguments.config)
+            result |= _survived(folder, arguments)
         if arguments.every:
             result["calls"] = survive_calls(folder, arguments.every, arguments.config)
     finally:
@@ -108,6 +107,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+class TooShort(Exception):
+    """The run came to its end before the last kill: the machine became faster while the run was going on."""
+
+
+def _survived(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """:func:`survive` of a run that is long enough for all kills."""
+    updates = arguments.updates or 8 * arguments.kills
+    while True:
+        own = folder / str(updates)
+        own.mkdir(exist_ok=True)
+        try:
+            return survive(own, arguments.kills, updates, arguments.seed, arguments.config)
+        except TooShort:
+            print(f"{updates} updates were made before the last kill: again with {2 * updates}", flush=True)
+            updates *= 2
+
+
 def survive(folder: Path, kills: int, updates: int, seed: int, source: str) -> dict[str, Any]:
     """Run once alone and once with ``kills`` kills in ``folder``; what happened."""
     config = configs.load(source, [*SETTINGS, f"distill.updates={updates}"])
@@ -128,7 +144,9 @@ def survive(folder: Path, kills: int, updates: int, seed: int, source: str) -> d
         kind = KINDS[len(told) % len(KINDS)]
         _MOMENTS[kind](life, killed, rng, start, share)
         if life.exitcode is not None:
-            raise SystemExit(f"a life ended by itself, with exit code {life.exitcode}, after {len(told)} kills")
+            if life.exitcode:
+                raise SystemExit(f"a life ended by itself, with exit code {life.exitcode}, after {len(told)} kills")
+            raise TooShort
         assert life.pid is not None
         os.kill(life.pid, signal.SIGKILL)
         life.join()
