@@ -1,4 +1,4 @@
-"""What several test files share: small networks and data, trainers of them, short runs and their results."""
+"""Helpers of several test files: small networks and data, trainers of them, short runs and their results."""
 
 import torch
 from safetensors.torch import load_file
@@ -96,3 +96,13 @@ def assert_same(a, b):
     assert all(torch.equal(tensor, b[0][name]) for name, tensor in a[0].items())
     assert a[1] == b[1]
     assert a[2] == b[2]
+
+
+def drawn_again(trainer, state):
+    """The real rows, their labels, the times, coefficients and key that a fake turn of 8 rows drew in ``state``."""
+    trainer.draws.set_state(state["ranks"][0]["draws"])
+    trainer.noise.load_state_dict(state["noise"])
+    trainer.batches.load_state_dict(state["batches"])
+    real, labels = trainer.batches.next()
+    t = trainer.path.sample_time(8, trainer.draws).repeat(2)
+    return real, labels, t, trainer.path.coefficients(t), trainer.noise.next_key()

@@ -88,7 +88,7 @@ def test_what_would_fit_is_what_is_free_over_what_a_sample_takes(monkeypatch, ba
     monkeypatch.setattr(memory, "free_bytes", lambda device: None if free is None else int(free * size))
     advice = memory.advice(net, batch, 1, rows, (2,), torch.device("cpu"))
     assert re.search(said, advice), advice
-    # Of a batch that goes through in parts already.
+    # The same advice for a batch that goes through in three parts already.
     if "goes through" in advice:
         parts = int(re.search(r"accumulate=(\d+)", advice)[1])
         assert f"run.accumulate={3 * parts} " in memory.advice(net, batch, 3, rows, (2,), torch.device("cpu"))

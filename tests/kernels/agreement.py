@@ -110,7 +110,7 @@ def poisoned():
             setattr(torch, name, allocate)
 
 
-# What surrounds every call of an operator; executed.py puts its own here.
+# The context of every call of an operator; executed.py puts its own here.
 surroundings: Callable[[], AbstractContextManager[None]] = poisoned
 
 
@@ -283,7 +283,7 @@ def check_key_with_gaps() -> None:
 
 
 def check_gradient_of_an_absent_state() -> None:
-    """What x_t would get where the loss does not read it is zero, and written."""
+    """The gradient in x_t of a loss that does not read x_t is zero, and written."""
     case = Case("odd_row", F32, True, shared=False, endpoint=False, x_t=False)
     check_generator(case, "generator/absent_state", F32, (True, True, True, True), True)
 

@@ -27,7 +27,7 @@ from realuid_fast.train.hooks import Interrupted
 from realuid_fast.train.regression import RegressionTrainer
 
 from .. import helpers
-from ..helpers import random_network
+from ..helpers import drawn_again, random_network
 
 MLP = {"kind": "mlp", "shape": [2], "width": 8, "depth": 2}
 LABELLED = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 2, "num_classes": 10, "null_label": True}
@@ -139,12 +139,7 @@ def test_fake_turn_with_a_discriminator_equals_plain_autograd(objective):
     )
     trainer.fake_turn(generated, labels)
 
-    trainer.draws.set_state(state["ranks"][0]["draws"])
-    trainer.noise.load_state_dict(state["noise"])
-    trainer.batches.load_state_dict(state["batches"])
-    real, real_labels = trainer.batches.next()
-    t = trainer.path.sample_time(8, trainer.draws).repeat(2)
-    coef, key = trainer.path.coefficients(t), trainer.noise.next_key()
+    real, real_labels, t, coef, key = drawn_again(trainer, state)
     x, y = torch.cat([generated, real]), torch.cat([labels, real_labels])
     x_t = rf.interpolate(x, coef, key, noise_rows=8)
     out, logits = trainer.judged(t, x_t, y)

@@ -22,6 +22,7 @@ from ..helpers import (
     POINTS,
     UNET,
     distiller,
+    drawn_again,
     random_network,
     settings,
 )
@@ -81,12 +82,7 @@ def test_fake_turn_equals_plain_autograd(labelled):
     )
     trainer.fake_turn(generated, labels)
 
-    trainer.draws.set_state(state["ranks"][0]["draws"])
-    trainer.noise.load_state_dict(state["noise"])
-    trainer.batches.load_state_dict(state["batches"])
-    real, real_labels = trainer.batches.next()
-    t = trainer.path.sample_time(8, trainer.draws).repeat(2)
-    coef, key = trainer.path.coefficients(t), trainer.noise.next_key()
+    real, real_labels, t, coef, key = drawn_again(trainer, state)
     x = torch.cat([generated, real])
     y = torch.cat([labels, real_labels]) if labelled else None
     x_t = rf.interpolate(x, coef, key, noise_rows=8)

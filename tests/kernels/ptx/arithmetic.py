@@ -17,8 +17,9 @@ from .program import Instruction, Program, Unsupported
 if TYPE_CHECKING:
     from .machine import Array, Machine
 
-# Of the PTX documentation: sines absolute within a turn; logarithms absolute between 1/2 and 2 and relative elsewhere;
-# the others relative, of which ex2 and div are two units in the last place.
+# The largest errors that the PTX documentation gives. Those of sines are absolute, within a turn. Those of logarithms
+# are absolute between 1/2 and 2 and relative elsewhere. All others are relative: two units in the last place for ex2
+# and div.
 ERRORS = {"sqrt": 2.0**-23, "ex2": 2.0**-22, "div": 2.0**-22, "sin": 2.0**-20.5, "cos": 2.0**-20.5, "lg2": 2.0**-22}
 EXACT: dict[str, Callable[..., Any]] = {
     "sqrt": np.sqrt,

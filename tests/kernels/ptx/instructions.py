@@ -1,7 +1,7 @@
-"""What PTX instructions do, on arrays that hold one number a thread.
+"""The meaning of PTX instructions, on arrays that hold one number a thread.
 
 ``build`` turns an instruction into a step, a function of the machine and of the active lanes (None where all are).
-What a kernel of this package does not use is refused by name, never guessed.
+Instructions that no kernel of this package uses are refused by name, never guessed.
 """
 
 from __future__ import annotations

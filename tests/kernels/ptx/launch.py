@@ -190,7 +190,7 @@ def _mark(tensor: Tensor, stored: Any) -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """What is allocated inside starts as NaN that nobody wrote; at the end, all of it must have been written.
+    """Memory allocated inside the block starts as NaN that no kernel wrote; at the end all of it must be written.
 
     Raises:
         Failure: an element was never written.

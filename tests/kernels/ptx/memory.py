@@ -16,7 +16,7 @@ NOBODY, SEVERAL = -1, -2
 
 
 class Events(Counter[tuple[str, str]]):
-    """What went wrong: a kind and the instruction, or the buffer, it happened at."""
+    """The failures of an execution: the kind of each, and the instruction or the buffer where it happened."""
 
     def add(self, happened: bool, kind: str, where: str) -> None:
         if happened:
