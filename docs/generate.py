@@ -23,6 +23,10 @@ API = {
     "Distances": "realuid_fast.metrics",
     "Backends": "realuid_fast.backends",
     "Published losses under their own signatures": "realuid_fast.compat",
+    "FastGen's losses": "realuid_fast.compat.fastgen",
+    "Model Optimizer's losses": "realuid_fast.compat.modelopt",
+    "SiD's losses": "realuid_fast.compat.sid",
+    "DMD2's losses": "realuid_fast.compat.dmd2",
     "Errors": "realuid_fast.errors",
 }
 

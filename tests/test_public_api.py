@@ -22,6 +22,10 @@ MODULES = [
         for name in (
             "backends",
             "compat",
+            "compat.dmd2",
+            "compat.fastgen",
+            "compat.modelopt",
+            "compat.sid",
             "couplings",
             "data",
             "data.packing",

@@ -14,6 +14,7 @@ if importlib.util.find_spec("bench") is None:
 import realuid_fast as rf
 from bench import (
     compare_results,
+    drop_in,
     growth,
     micro,
     optimiser,
@@ -85,6 +86,25 @@ def test_peers_of_interpolate_compute_ours():
         # One rounding more or less of numbers near one.
         result = peer.function(*call.inputs, noise=noise, **peer.bound)
         torch.testing.assert_close(result, call.ours(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("entry", drop_in.ENTRIES, ids=lambda entry: entry.name)
+def test_drop_in_losses_and_their_sources_formulas_agree(entry):
+    for gap in entry.gaps:
+        found = drop_in.errors(entry.ours, entry, drop_in.tensors(entry, gap, torch.float32, (6, 3, 4, 4)))
+        assert max(found.values()) < 1e-6
+
+
+def test_the_committed_drop_in_losses_keep_their_digits():
+    rows = report.read(report.RESULTS / "drop_in.json").rows
+    ours = [row for row in rows if row["ours"]]
+    assert {row["loss"] for row in ours} == {entry.name for entry in drop_in.ENTRIES}
+    assert all(row["gradient_error"] < (1e-6 if row["dtype"] == "float32" else 0.002) for row in ours)
+    # The figures that the README quotes.
+    name, text = drop_in.ENTRIES[0].name, " ".join((report.RESULTS.parent.parent / "README.md").read_text().split())
+    at = [row for row in rows if (row["loss"], row["gap"], row["dtype"]) == (name, 0.01, "bfloat16")]
+    errors = {row["way"]: f"{row['gradient_error']:.1%}" for row in at}
+    assert f"{errors[report.OURS]} off, and {errors[drop_in.SOURCE]} by the source's formula" in text
 
 
 @pytest.mark.parametrize("name", micro.CALLS)
