@@ -143,7 +143,7 @@ def errors(loss: Loss, entry: Entry, given: Sequence[Tensor]) -> dict[str, float
 
 
 def run(chosen: Sequence[Entry], seconds: float, compiles: bool) -> list[Row]:
-    """A row for every loss, gap, type and way; torch.compile at the first gap alone, since times do not depend on it."""
+    """A row for every loss, gap, type and way; torch.compile at the first gap alone: times do not depend on it."""
     rows: list[Row] = []
     for entry in chosen:
         for dtype in entry.dtypes:
