@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo compare test docs bench fuzz sanitize dist audit lock clean
+.PHONY: demo compare test docs bench fuzz nullgpu nullgpu-budget sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
@@ -32,6 +32,28 @@ bench: $(VENV)/.installed
 FUZZ ?= 10000
 fuzz: $(VENV)/.installed
 	REALUID_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest -v tests/ops/test_random_*.py tests/ops/test_threads.py tests/test_fuzz.py tests/kernels/test_executed.py
+
+# torch's CUDA build on a CUDA that runs nothing (docs/without_gpu.md): no GPU is needed, but 6 GB of disk for an environment
+# of its own. NULLGPU_VENV may be one that is there, with a file .installed in it.
+NULLGPU_VENV ?= .venv-nullgpu
+NULLGPU := build/nullgpu
+ON_NULLGPU = LD_PRELOAD=$(CURDIR)/$(NULLGPU)/libnullgpu.so LD_LIBRARY_PATH=$(CURDIR)/$(NULLGPU) PYTHONPATH=$(CURDIR) \
+	TRITON_CACHE_DIR=$(CURDIR)/$(NULLGPU)/triton TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(NULLGPU)/inductor $(NULLGPU_VENV)/bin/python
+nullgpu: $(NULLGPU)/libnullgpu.so
+	$(ON_NULLGPU) -m pytest -q --by-file -p no:cacheprovider --durations 8 $(NULLGPU_ARGUMENTS) tests/nullgpu
+
+# Launches and host times as they are now become the budget that `make nullgpu` compares with.
+nullgpu-budget: $(NULLGPU)/libnullgpu.so
+	$(ON_NULLGPU) -m tests.nullgpu.budget
+
+$(NULLGPU)/libnullgpu.so: $(wildcard tests/nullgpu/device/*.cpp tests/nullgpu/device/*.h) tests/nullgpu/device/build.py | $(NULLGPU_VENV)/.installed
+	$(NULLGPU_VENV)/bin/python tests/nullgpu/device/build.py $(NULLGPU)
+
+$(NULLGPU_VENV)/.installed: requirements/dev.lock
+	$(PYTHON) -m venv $(NULLGPU_VENV)
+	$(NULLGPU_VENV)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(NULLGPU_VENV)/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/dev.lock
+	touch $@
 
 # The operators' tests on code that checks itself. Python brings no AddressSanitizer along, so it is loaded ahead; leaks are
 # not looked for, since the interpreter keeps what it allocates. Run from the sanitized copy, which imports find first.

@@ -58,8 +58,9 @@ def adam_(
         torch._foreach_add_(scaled, params, alpha=weight_decay)
     # A skipped step is carried out with gradient, rates and weights of 0, so that the host need not know of it. The
     # gradient is replaced, not multiplied by 0, because 0 times NaN is NaN.
+    skipped = ~finite
     for grad in scaled:
-        grad.masked_fill_(~finite, 0.0)
+        grad.masked_fill_(skipped, 0.0)
     torch._foreach_mul_(exp_avg_sqs, kept(beta2))
     torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, value=1 - beta2)
     moments: list[Tensor] = scaled
