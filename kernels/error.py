@@ -23,8 +23,6 @@ def _error_kernel(
     n_rows,
     units,
     inverse_dim,
-    HAS_X_T: tl.constexpr,
-    GUIDED: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -33,11 +31,11 @@ def _error_kernel(
     row, start, offsets, inside, fresh, _ = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     k_out = column(coef_ptr, row, n_rows, K_OUT, ROWS, EVEN)
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
-    if GUIDED:
+    if uncond_ptr is not None:
         scales = row_number(guidance_ptr, row, n_rows, ROWS, EVEN)
         teacher = guide(teacher, uncond_ptr, scales, start, offsets, inside, ROWS, EVEN)
     gap = read(x_ptr, start, offsets, inside, ROWS, EVEN) - k_out * teacher
-    if HAS_X_T:
+    if x_t_ptr is not None:
         k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
         gap -= k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
     write_sum(partial_ptr, row, n_rows, fresh, tl.abs(gap), inverse_dim, ROWS, EVEN)
@@ -60,15 +58,14 @@ def mean_abs_error(
     arguments = {
         "teacher_ptr": teacher_out,
         "x_ptr": x,
-        "x_t_ptr": x if x_t is None else x_t,
+        "x_t_ptr": x_t,
         "coef_ptr": coef,
-        "uncond_ptr": x if teacher_uncond is None else teacher_uncond,
-        "guidance_ptr": coef if guidance is None else guidance,
+        "uncond_ptr": teacher_uncond,
+        "guidance_ptr": guidance,
         "partial_ptr": partial,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
         "inverse_dim": 1.0 / dim,
     }
-    constants = {"HAS_X_T": x_t is not None, "GUIDED": teacher_uncond is not None, **cut.constants}
-    main = Call(_error_kernel, cut.grid, arguments, constants, cut.warps)
+    main = Call(_error_kernel, cut.grid, arguments, cut.constants, cut.warps)
     return [main, finish(partial, errors, total, rows)], errors

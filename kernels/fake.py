@@ -43,11 +43,6 @@ def _fake_kernel(
     d_real,
     c_real,
     scale,
-    HAS_X_T: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
-    HAS_ENDPOINT: tl.constexpr,
-    GUIDED: tl.constexpr,
-    WANT_FAKE: tl.constexpr,
     KEYED: tl.constexpr,
     SHARED: tl.constexpr,
     PTX: tl.constexpr,
@@ -70,28 +65,28 @@ def _fake_kernel(
     c = tl.where(generated, c_gen, c_real)
 
     tgt = column(coef_ptr, row, n_rows, P, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, S, ROWS, EVEN) * n
-    if HAS_ENDPOINT:
+    if endpoint_ptr is not None:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
         tgt += column(coef_ptr, row, n_rows, Q, ROWS, EVEN) * y
     f = k_out * fake
     linear = b * tgt
-    if HAS_X_T:
+    if x_t_ptr is not None:
         k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
         shift = k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
         f += shift
-    if HAS_TEACHER:
+    if teacher_ptr is not None:
         d = tl.where(generated, d_gen, d_real)
         teacher = read_where(d != 0, teacher_ptr, start, offsets, inside, ROWS, EVEN)
-        if GUIDED:
+        if uncond_ptr is not None:
             u = read_where(d != 0, uncond_ptr, start, offsets, inside, ROWS, EVEN)
             teacher = u + row_number(guidance_ptr, row, n_rows, ROWS, EVEN) * (teacher - u)
         teacher = k_out * teacher
-        if HAS_X_T:
+        if x_t_ptr is not None:
             teacher += shift
         linear += d * teacher
     slope = a * f - linear
     write_sum(partial_ptr, row, n_rows, fresh, f * (slope - linear) + c * tgt * tgt, w, ROWS, EVEN)
-    if WANT_FAKE:
+    if g_fake_ptr is not None:
         write(g_fake_ptr, start, offsets, fresh, 2.0 * scale * k_out * w * slope, ROWS, EVEN)
 
 
@@ -138,14 +133,14 @@ def fake(
     arguments = {
         "fake_ptr": fake_out,
         "x_ptr": x,
-        "x_t_ptr": x if x_t is None else x_t,
-        "teacher_ptr": x if teacher_out is None else teacher_out,
-        "endpoint_ptr": x if endpoint is None else endpoint,
+        "x_t_ptr": x_t,
+        "teacher_ptr": teacher_out if reads_teacher else None,
+        "endpoint_ptr": endpoint,
         "coef_ptr": coef,
         "noise_ptr": noise,
-        "uncond_ptr": x if teacher_uncond is None else teacher_uncond,
-        "guidance_ptr": coef if guidance is None else guidance,
-        "g_fake_ptr": g_fake,
+        "uncond_ptr": teacher_uncond if reads_teacher else None,
+        "guidance_ptr": guidance if reads_teacher else None,
+        "g_fake_ptr": g_fake if want_fake else None,
         "partial_ptr": partial,
         "n_rows": rows,
         "n_gen": n_gen,
@@ -161,15 +156,7 @@ def fake(
         "c_real": c_real,
         "scale": 1.0 / max(n_gen, 1) if mean else 1.0,
     }
-    constants = {
-        "HAS_X_T": x_t is not None,
-        "HAS_TEACHER": reads_teacher,
-        "HAS_ENDPOINT": endpoint is not None,
-        "GUIDED": teacher_uncond is not None,
-        "WANT_FAKE": want_fake,
-        **noise_constants(noise, noise_rows, rows, ptx),
-        **cut.constants,
-    }
+    constants = {**noise_constants(noise, noise_rows, rows, ptx), **cut.constants}
     # Every element of an odd row draws a group of four for itself. Beside all inputs at once that leaves too few
     # registers for 16 elements a thread, so a second warp takes half of them.
     crowded = cut.constants["ALIGN"] < 4 and endpoint is not None and teacher_uncond is not None

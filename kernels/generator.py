@@ -23,15 +23,12 @@ def _generator_kernel(
     uncond_ptr, guidance_ptr, g_uncond_ptr, q_rows_ptr, partial_ptr,
     n_rows, units, noise_rows,
     two_kappa_alpha, two_kappa_beta, q_kappa2, scale,
-    HAS_X_T: tl.constexpr, HAS_ENDPOINT: tl.constexpr,
-    WANT_TEACHER: tl.constexpr, WANT_FAKE: tl.constexpr, WANT_X: tl.constexpr, WANT_X_T: tl.constexpr,
-    GUIDED: tl.constexpr, WANT_UNCOND: tl.constexpr, Q_ROWS: tl.constexpr,
     KEYED: tl.constexpr, SHARED: tl.constexpr, PTX: tl.constexpr,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
-    if GUIDED:
+    if uncond_ptr is not None:
         scales = row_number(guidance_ptr, row, n_rows, ROWS, EVEN)
         teacher = guide(teacher, uncond_ptr, scales, start, offsets, inside, ROWS, EVEN)
     fake = read(fake_ptr, start, offsets, inside, ROWS, EVEN)
@@ -44,17 +41,17 @@ def _generator_kernel(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
 
-    if Q_ROWS:
+    if q_rows_ptr is not None:
         q_kappa2 *= row_number(q_rows_ptr, row, n_rows, ROWS, EVEN)
     # Products of a row's constants are computed once for the row, so an element costs eleven multiply-adds.
     raw = teacher - fake  # D = k_out raw
     r = two_kappa_alpha * k_out * teacher - two_kappa_beta * p * x - two_kappa_beta * s * n  # 2 kappa r
-    if HAS_ENDPOINT:
+    if endpoint_ptr is not None:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
         r -= two_kappa_beta * column(coef_ptr, row, n_rows, Q, ROWS, EVEN) * y
-    if HAS_X_T or WANT_X_T:
+    if x_t_ptr is not None or g_x_t_ptr is not None:
         k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
-    if HAS_X_T:
+    if x_t_ptr is not None:
         x_t = read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
         r += two_kappa_alpha * k_x * x_t
     square = q_kappa2 * k_out * raw
@@ -63,22 +60,22 @@ def _generator_kernel(
 
     weight = scale * w * k_out
     both = weight * two_kappa_alpha * raw
-    if WANT_TEACHER or WANT_FAKE or WANT_UNCOND:
+    if g_teacher_ptr is not None or g_fake_ptr is not None or g_uncond_ptr is not None:
         g_fake = weight * (square - gap)
-        if WANT_FAKE:
+        if g_fake_ptr is not None:
             write(g_fake_ptr, start, offsets, fresh, g_fake, ROWS, EVEN)
-        if WANT_TEACHER or WANT_UNCOND:
+        if g_teacher_ptr is not None or g_uncond_ptr is not None:
             g_teacher = k_out * both - g_fake
-            if GUIDED:
+            if uncond_ptr is not None:
                 g_guided = g_teacher
                 g_teacher = scales * g_guided
-                if WANT_UNCOND:
+                if g_uncond_ptr is not None:
                     write(g_uncond_ptr, start, offsets, fresh, g_guided - g_teacher, ROWS, EVEN)
-            if WANT_TEACHER:
+            if g_teacher_ptr is not None:
                 write(g_teacher_ptr, start, offsets, fresh, g_teacher, ROWS, EVEN)
-    if WANT_X:
+    if g_x_ptr is not None:
         write(g_x_ptr, start, offsets, fresh, -weight * p * two_kappa_beta * raw, ROWS, EVEN)
-    if WANT_X_T:
+    if g_x_t_ptr is not None:
         write(g_x_t_ptr, start, offsets, fresh, k_x * both, ROWS, EVEN)
 
 
@@ -106,30 +103,30 @@ def generator(
     ptx: bool | None = None,
 ) -> tuple[list[Call], tuple[Tensor, ...]]:
     """The launches of the operator ``generator`` and its outputs; a gradient not wanted is empty."""
-    wants = {"WANT_TEACHER": want_teacher, "WANT_FAKE": want_fake, "WANT_X": want_x, "WANT_X_T": want_x_t}
-    wants["WANT_UNCOND"] = want_uncond and teacher_uncond is not None
-    grads = [torch.empty_like(x) if want else x.new_empty(0) for want in wants.values()]
+    wants = want_teacher, want_fake, want_x, want_x_t, want_uncond and teacher_uncond is not None
+    grads = [torch.empty_like(x) if want else x.new_empty(0) for want in wants]
     if x.numel() == 0:
         return [], (coef.new_zeros(()), coef.new_zeros(x.shape[0]), *grads)
     rows, dim = x.shape[0], x.numel() // x.shape[0]
     cut = tiling(rows, dim)
     partial, row_losses, loss = loss_outputs(x, cut.blocks)
+    g_teacher, g_fake, g_x, g_x_t, g_uncond = (grad if want else None for grad, want in zip(grads, wants, strict=True))
     arguments = {
         "teacher_ptr": teacher_out,
         "fake_ptr": fake_out,
         "x_ptr": x,
-        "x_t_ptr": x if x_t is None else x_t,
-        "endpoint_ptr": x if endpoint is None else endpoint,
+        "x_t_ptr": x_t,
+        "endpoint_ptr": endpoint,
         "coef_ptr": coef,
         "noise_ptr": noise,
-        "g_teacher_ptr": grads[0],
-        "g_fake_ptr": grads[1],
-        "g_x_ptr": grads[2],
-        "g_x_t_ptr": grads[3],
-        "uncond_ptr": x if teacher_uncond is None else teacher_uncond,
-        "guidance_ptr": coef if guidance is None else guidance,
-        "g_uncond_ptr": grads[-1],
-        "q_rows_ptr": coef if q_rows is None else q_rows,
+        "g_teacher_ptr": g_teacher,
+        "g_fake_ptr": g_fake,
+        "g_x_ptr": g_x,
+        "g_x_t_ptr": g_x_t,
+        "uncond_ptr": teacher_uncond,
+        "guidance_ptr": guidance,
+        "g_uncond_ptr": g_uncond,
+        "q_rows_ptr": q_rows,
         "partial_ptr": partial,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
@@ -140,14 +137,6 @@ def generator(
         "q_kappa2": kappa**2 * (q if q_rows is None else 1.0),
         "scale": 1.0 / rows if mean else 1.0,
     }
-    constants = {
-        "HAS_X_T": x_t is not None,
-        "HAS_ENDPOINT": endpoint is not None,
-        "GUIDED": teacher_uncond is not None,
-        "Q_ROWS": q_rows is not None,
-        **wants,
-        **noise_constants(noise, rows, rows, ptx),
-        **cut.constants,
-    }
+    constants = {**noise_constants(noise, rows, rows, ptx), **cut.constants}
     main = Call(_generator_kernel, cut.grid, arguments, constants, cut.warps)
     return [main, finish(partial, row_losses, loss, rows)], (loss, row_losses, *grads)

@@ -22,7 +22,6 @@ def _interpolate_kernel(
     n_rows,
     units,
     noise_rows,
-    HAS_ENDPOINT: tl.constexpr,
     KEYED: tl.constexpr,
     SHARED: tl.constexpr,
     PTX: tl.constexpr,
@@ -37,7 +36,7 @@ def _interpolate_kernel(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
     mixed = column(coef_ptr, row, n_rows, A, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, C, ROWS, EVEN) * n
-    if HAS_ENDPOINT:
+    if endpoint_ptr is not None:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
         mixed += column(coef_ptr, row, n_rows, B, ROWS, EVEN) * y
     write(out_ptr, start, offsets, fresh, mixed, ROWS, EVEN)
@@ -51,8 +50,6 @@ def _interpolate_grads_kernel(
     g_endpoint_ptr,
     n_rows,
     units,
-    WANT_X: tl.constexpr,
-    WANT_ENDPOINT: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -60,10 +57,10 @@ def _interpolate_grads_kernel(
 ):
     row, start, offsets, inside, fresh, _begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     grad = read(grad_ptr, start, offsets, inside, ROWS, EVEN)
-    if WANT_X:
+    if g_x_ptr is not None:
         g_x = column(coef_ptr, row, n_rows, A, ROWS, EVEN) * grad
         write(g_x_ptr, start, offsets, fresh, g_x, ROWS, EVEN)
-    if WANT_ENDPOINT:
+    if g_endpoint_ptr is not None:
         g_endpoint = column(coef_ptr, row, n_rows, B, ROWS, EVEN) * grad
         write(g_endpoint_ptr, start, offsets, fresh, g_endpoint, ROWS, EVEN)
 
@@ -79,7 +76,7 @@ def interpolate(
     cut = tiling(rows, dim)
     arguments = {
         "x_ptr": x,
-        "endpoint_ptr": x if endpoint is None else endpoint,
+        "endpoint_ptr": endpoint,
         "coef_ptr": coef,
         "noise_ptr": noise,
         "out_ptr": out,
@@ -87,11 +84,7 @@ def interpolate(
         "units": dim // cut.constants["ALIGN"],
         "noise_rows": noise_rows,
     }
-    constants = {
-        "HAS_ENDPOINT": endpoint is not None,
-        **noise_constants(noise, noise_rows, rows, ptx),
-        **cut.constants,
-    }
+    constants = {**noise_constants(noise, noise_rows, rows, ptx), **cut.constants}
     return [Call(_interpolate_kernel, cut.grid, arguments, constants, cut.warps)], out
 
 
@@ -108,10 +101,9 @@ def interpolate_grads(
     arguments = {
         "grad_ptr": grad,
         "coef_ptr": coef,
-        "g_x_ptr": g_x,
-        "g_endpoint_ptr": g_endpoint,
+        "g_x_ptr": g_x if want_x else None,
+        "g_endpoint_ptr": g_endpoint if want_endpoint else None,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
     }
-    constants = {"WANT_X": want_x, "WANT_ENDPOINT": want_endpoint, **cut.constants}
-    return [Call(_interpolate_grads_kernel, cut.grid, arguments, constants, cut.warps)], (g_x, g_endpoint)
+    return [Call(_interpolate_grads_kernel, cut.grid, arguments, cut.constants, cut.warps)], (g_x, g_endpoint)

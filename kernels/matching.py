@@ -27,9 +27,6 @@ def _matching_kernel(
     units,
     noise_rows,
     scale,
-    HAS_X_T: tl.constexpr,
-    HAS_ENDPOINT: tl.constexpr,
-    WANT_OUT: tl.constexpr,
     KEYED: tl.constexpr,
     SHARED: tl.constexpr,
     PTX: tl.constexpr,
@@ -47,15 +44,15 @@ def _matching_kernel(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
     tgt = column(coef_ptr, row, n_rows, P, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, S, ROWS, EVEN) * n
-    if HAS_ENDPOINT:
+    if endpoint_ptr is not None:
         y = read(endpoint_ptr, start, offsets, inside, ROWS, EVEN)
         tgt += column(coef_ptr, row, n_rows, Q, ROWS, EVEN) * y
     gap = k_out * out - tgt
-    if HAS_X_T:
+    if x_t_ptr is not None:
         k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
         gap += k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
     write_sum(partial_ptr, row, n_rows, fresh, gap * gap, w, ROWS, EVEN)
-    if WANT_OUT:
+    if g_out_ptr is not None:
         write(g_out_ptr, start, offsets, fresh, 2.0 * scale * k_out * w * gap, ROWS, EVEN)
 
 
@@ -81,23 +78,17 @@ def matching(
     arguments = {
         "out_ptr": out,
         "x_ptr": x,
-        "x_t_ptr": x if x_t is None else x_t,
-        "endpoint_ptr": x if endpoint is None else endpoint,
+        "x_t_ptr": x_t,
+        "endpoint_ptr": endpoint,
         "coef_ptr": coef,
         "noise_ptr": noise,
-        "g_out_ptr": g_out,
+        "g_out_ptr": g_out if want_out else None,
         "partial_ptr": partial,
         "n_rows": rows,
         "units": dim // cut.constants["ALIGN"],
         "noise_rows": noise_rows,
         "scale": 1.0 / rows if mean else 1.0,
     }
-    constants = {
-        "HAS_X_T": x_t is not None,
-        "HAS_ENDPOINT": endpoint is not None,
-        "WANT_OUT": want_out,
-        **noise_constants(noise, noise_rows, rows, ptx),
-        **cut.constants,
-    }
+    constants = {**noise_constants(noise, noise_rows, rows, ptx), **cut.constants}
     main = Call(_matching_kernel, cut.grid, arguments, constants, cut.warps)
     return [main, finish(partial, row_losses, loss, rows)], (loss, row_losses, g_out)

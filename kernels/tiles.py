@@ -56,8 +56,9 @@ class Call(NamedTuple):
     constants: Mapping[str, Any]
     warps: int
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
+    def run(self) -> Any:
+        """Launch the kernel, and return what Triton compiled for it."""
+        return self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
 
 def tiling(rows: int, dim: int) -> Tiling:

@@ -15,6 +15,7 @@ from torch import Tensor
 import realuid_fast as rf
 from realuid_fast import backends
 from realuid_fast.noise import normal
+from realuid_fast.ops import triton_backend
 
 from .. import peers
 from ..report import OURS, Row
@@ -233,8 +234,11 @@ def tune(device: Device, deadline: Deadline, write: Callable[[Row], None]) -> No
                         blocks = -(-dim // block)
                         return tiles.Tiling((blocks, rows, 1), constants, block // (32 * per_thread), blocks)
 
+                    # A plan that was kept from another tiling would be repeated.
+                    triton_backend.PLANS.clear()
                     with mock.patch.object(module, "tiling", cut):
                         times = device.time(call.ways[0].run)
+                    triton_backend.PLANS.clear()
                     size = math.prod(SHAPES[-1]) * dtype.itemsize * (call.reads + call.writes)
                     way = f"tile {block}, {per_thread} a thread"
                     write(_row(call.name, SHAPES[-1], dtype, way, False, times, size))

@@ -8,25 +8,42 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 
-# For each operator: the module that launches it, and the argument whose dtype and device decide.
+
+class _Home(NamedTuple):
+    """What an operator's launcher has to know of its schema."""
+
+    module: str
+    """The module of ``kernels`` that works its launches out."""
+    like: int
+    """The argument whose shape, layout, dtype and device all tensors of a row's size share."""
+    tensors: int
+    """How many arguments are tensors or None. They come first."""
+    noise: int | None
+    """The argument that is a noise key or a tensor of noise."""
+
+
 _HOMES = {
-    "normal_like": ("noise", 1),
-    "interpolate": ("interpolate", 0),
-    "interpolate_grads": ("interpolate", 0),
-    "mean_abs_error": ("error", 1),
-    "matching": ("matching", 0),
-    "fake": ("fake", 0),
-    "generator": ("generator", 0),
+    "normal_like": _Home("noise", 1, 2, 0),
+    "interpolate": _Home("interpolate", 0, 4, 2),
+    "interpolate_grads": _Home("interpolate", 0, 2, None),
+    "mean_abs_error": _Home("error", 1, 6, None),
+    "matching": _Home("matching", 0, 6, 4),
+    "fake": _Home("fake", 0, 9, 4),
+    "generator": _Home("generator", 2, 10, 5),
 }
+# Plans of calls, by what they follow from. A program goes on using few shapes and settings; the bound is for one that
+# does not.
+PLANS: dict[Any, Any] = {}
+_MOST_PLANS = 512
 
 # The registrations live as long as these do.
 _libraries: list[torch.library.Library] = []
@@ -44,36 +61,70 @@ def launcher(op: str) -> Callable[..., Any]:
     """
     if op in _IN_PLACE:
         return _IN_PLACE[op]
-    module, leading = _HOMES[op]
+    module, place, count, noise = _HOMES[op]
+
+    def plan_calls(*arguments: Any) -> Any:
+        return getattr(_kernels(module), op)(*arguments)
 
     def launch(*arguments: Any) -> Any:
-        first: Tensor = arguments[leading]
-        if first.dtype == torch.float64:
+        like: Tensor = arguments[place]
+        if like.dtype == torch.float64:
             with torch.no_grad():
                 return getattr(reference, op)(*arguments)
-        # Kernels read the two numbers of a noise key from neighbouring addresses.
-        arguments = tuple(each.contiguous() if _is_key(each) else each for each in arguments)
-        calls, results = getattr(_kernels(module), op)(*arguments)
-        with _kernels("tiles").on_device_of(first):
-            for call in calls:
-                call.run()
-        return results
+        if noise is not None and not arguments[noise].is_contiguous() and arguments[noise].dtype == torch.int64:
+            # Kernels read the two numbers of a noise key from neighbouring addresses.
+            arguments = (*arguments[:noise], arguments[noise].contiguous(), *arguments[noise + 1 :])
+        key = (op, like.shape, like.stride(), *_kinds(arguments[:count]), *arguments[count:])
+        return _planned(key, plan_calls, arguments, like)
 
     return launch
 
 
-def _is_key(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.dtype == torch.int64
+def _kinds(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What Triton compiles a kernel for: the tensors' dtypes, and which addresses are multiples of 16."""
+    kinds: list[Any] = []
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            kinds.append(None)
+        else:
+            kinds.append(tensor.dtype)
+            addresses |= tensor.data_ptr()
+    if addresses % 16:
+        kinds += [tensor is not None and tensor.data_ptr() % 16 == 0 for tensor in tensors]
+    return kinds
+
+
+def _planned(key: tuple[Any, ...], plan_calls: Callable[..., Any], arguments: tuple[Any, ...], like: Tensor) -> Any:
+    """Repeat the call's plan, or work its launches out and keep the plan."""
+    device = like.device.index
+    if like.is_cuda and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _planned(key, plan_calls, arguments, like)
+    key = (device, *key)
+    plan = PLANS.get(key)
+    if plan is not None:
+        return plan.run(arguments, like)
+    results, plan = _kernels("plans").run_and_record(plan_calls, arguments, like)
+    if plan is not None and torch.version.hip is None:
+        if len(PLANS) >= _MOST_PLANS:
+            PLANS.clear()
+        PLANS[key] = plan
+    return results
 
 
 def _scale_grads_(grads: list[Tensor], scale: Tensor) -> None:
     wide = [grad for grad in grads if grad.dtype == torch.float64]
     if wide:
         reference.scale_grads_(wide, scale)
-    narrow = [grad for grad in grads if grad.dtype != torch.float64]
-    with _kernels("tiles").on_device_of(scale):
-        for call in _kernels("scale").scale_grads_(narrow, scale):
-            call.run()
+        grads = [grad for grad in grads if grad.dtype != torch.float64]
+    tensors = (*grads, scale)
+    key = ("scale_grads_", *(tensor.shape for tensor in tensors), *_kinds(tensors))
+    _planned(key, _plan_scale, tensors, scale)
+
+
+def _plan_scale(*tensors: Tensor) -> Any:
+    return _kernels("scale").scale_grads_(tensors[:-1], tensors[-1]), ()
 
 
 def _launchable(tensors: list[Tensor]) -> bool:
