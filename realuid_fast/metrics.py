@@ -1,28 +1,33 @@
-"""Distances between sample sets under their public name; :mod:`realuid_fast.evaluate.distances` computes them."""
+"""Distances between sample sets under their public names.
 
-from .evaluate.distances import (
+:mod:`realuid_fast.evaluate.distances` computes them, :mod:`realuid_fast.evaluate.classifier` has the classifiers whose
+features they are measured in.
+"""
+
+from .evaluate.classifier import (
     CLASSIFIER_FILE,
     FEATURES,
-    DigitClassifier,
-    Moments,
-    Statistics,
+    Classifier,
     digit_classifier,
     digit_features,
     features_of,
+    train_classifier,
+)
+from .evaluate.distances import (
+    Moments,
+    Statistics,
     frechet_distance,
     frechet_of_moments,
     kernel_distance,
-    main,
     moments,
     precision_recall,
     sliced_wasserstein,
-    train_classifier,
 )
 
 __all__ = [
     "CLASSIFIER_FILE",
     "FEATURES",
-    "DigitClassifier",
+    "Classifier",
     "Moments",
     "Statistics",
     "digit_classifier",
@@ -31,12 +36,8 @@ __all__ = [
     "frechet_distance",
     "frechet_of_moments",
     "kernel_distance",
-    "main",
     "moments",
     "precision_recall",
     "sliced_wasserstein",
     "train_classifier",
 ]
-
-if __name__ == "__main__":
-    raise SystemExit(main())

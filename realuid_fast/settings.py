@@ -303,6 +303,10 @@ class RunConfig:
     evaluate_every: int = setting(0, "updates between two evaluations, 0 for none", WHOLE)
     evaluate_samples: int = setting(2000, "samples of an evaluation", Range(2))
     inception: str = setting("", "a file of Inception weights, in whose features images are evaluated")
+    classifier: str = setting(
+        "",
+        "a file of realuid-fast train-classifier, in whose features images are evaluated where run.inception is empty",
+    )
     inception_only: bool = setting(
         False, "whether no other features will do: without run.inception the run is not evaluated, and says so"
     )

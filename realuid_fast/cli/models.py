@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import data
 from ..errors import UserError
+from ..evaluate import classifier as classifiers
 from ..evaluate import fidelity
 from ..evaluate import table as evaluation
 from ..evaluate.inception import HOW_TO_GET, Inception
@@ -137,6 +138,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     inception = arguments.metric == "inception"
     if (arguments.samples or 2) < 2 or min(arguments.steps or [1]) < 1 or arguments.samples == 0:
         raise UserError("--samples must be at least 2 and --steps at least 1")
+    if inception and arguments.classifier:
+        raise UserError("--classifier goes with --metric features")
     if inception != (arguments.inception_weights is not None):
         raise UserError(f"--metric inception and --inception-weights FILE go together: {HOW_TO_GET}")
     folder: Path | None = arguments.out
@@ -173,12 +176,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if inception:
         _inception_table(arguments, dataset, teacher, student, count)
     else:
-        measure = Measure(dataset)
+        measure = Measure(dataset, classifier=arguments.classifier)
         table, metric = common.show_table(measure, dataset, teacher, student, count, arguments.steps, device)
         if folder is not None:
             evaluation.write(folder, table, metric, samples=count, **common.context())
     if folder is not None:
         print(f"written to {folder}")
+
+
+def train_classifier(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    if out.exists() and not arguments.overwrite:
+        raise UserError(f"--out {out} exists: give --overwrite or another name")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    common.use_threads(arguments.threads)
+    dataset = data.load(configs.load(arguments.config, arguments.set).data)
+    net, accuracy = classifiers.train_classifier(arguments.epochs, seed=arguments.seed, dataset=dataset)
+    classifiers.write(out, net, dataset, accuracy)
+    floor = Measure(dataset, classifier=str(out)).floor().distance
+    print(f"held-out accuracy {accuracy:.4f}, training images at distance {floor:.4f}, written to {out}")
 
 
 def _inception_table(

@@ -14,7 +14,7 @@ Add = Callable[[str, str, str], argparse.ArgumentParser]
 SHIPPED = ", ".join(choices.configs())
 # Bounds of the options that are whole numbers, by name; a command may refuse more.
 WHOLE = {
-    **dict.fromkeys(("count", "steps", "limit", "repeats", "batch", "ranks"), Range(1)),
+    **dict.fromkeys(("count", "steps", "limit", "repeats", "batch", "ranks", "epochs"), Range(1)),
     **dict.fromkeys(("samples", "heldout_every", "measure"), Range(0)),
     **dict.fromkeys(("size", "crop"), Range(1, 2**15)),
     "seeds": SEED,  # NoiseStream checks --seed
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     # The order of the help.
-    for some in (_add_training, _add_convert, _add_sample, _add_pack, _add_evaluate, _add_tools):
+    for some in (_add_training, _add_convert, _add_sample, _add_pack, _add_evaluate, _add_classifier, _add_tools):
         some(add)
     return top
 
@@ -62,6 +62,18 @@ def _add_training(add: Add) -> None:
         add_settings(command)
         add_folder(command, needed=False)
         _add_plan(command)
+
+
+def _add_classifier(add: Add) -> None:
+    text = "train a small classifier of a data set, in whose features runs are evaluated: --set run.classifier=FILE"
+    command = add("train-classifier", "models.train_classifier", text)
+    command.add_argument("--config", default="digits", help=f"whose data: a YAML file or one of: {SHIPPED}")
+    add_settings(command, "data.KEY=VALUE, over the configuration's data")
+    command.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    command.add_argument("--epochs", type=int, default=30, help="passes over the training split (default: 30)")
+    command.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    command.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
 def _add_convert(add: Add) -> None:
@@ -160,6 +172,8 @@ def _add_evaluate(add: Add) -> None:
     apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
     text = f"folder of the real images' statistics (default: {choices.CACHE})"
     apart.add_argument("--cache", type=Path, default=choices.CACHE, metavar="FOLDER", help=text)
+    text = "features of a classifier of realuid-fast train-classifier (default: those that suit the data)"
+    command.add_argument("--classifier", default="", metavar="FILE", help=text)
     add_settings(command, "data.KEY=VALUE, where the data lie elsewhere now")
 
 

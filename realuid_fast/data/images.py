@@ -153,7 +153,7 @@ def _bytes(picture: Any, format: str | None, tags: Mapping[int, Any]) -> Any:
     return Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
 
 
-def idx(path: str | Path, size: int | None = None, channels: int = 1) -> Dataset:
+def idx(path: str | Path, size: int | None = None, channels: int = 1, filter: str = "lanczos") -> Dataset:
     """MNIST and sets like it, from their four IDX files: uint8 ``(60000, 1, 28, 28)``, the test images held out.
 
     ``path`` is the folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k-`` files,
@@ -164,11 +164,15 @@ def idx(path: str | Path, size: int | None = None, channels: int = 1) -> Dataset
         size: side of the samples, by default as stored. A larger one than the images' pads them evenly with black
             (28 to 32), a smaller one scales them as images of a :func:`folder` are.
         channels: 1, or 3 to repeat the grey one.
+        filter: of the scaling, one of :data:`FILTERS`; ``box`` is the mean over a pixel's area.
 
     Raises:
-        UserError: missing or damaged files. Source: Y. LeCun, C. Cortes and C. Burges, The MNIST database, 1998.
+        UserError: missing or damaged files, or arguments out of range.
+
+    Source: Y. LeCun, C. Cortes and C. Burges, The MNIST database, 1998.
     """
-    splits = [(idx_images(raw, size, channels), labels.astype(np.int64)) for raw, labels in idx_files.read(Path(path))]
+    read = idx_files.read(Path(path))
+    splits = [(idx_images(raw, size, channels, filter), labels.astype(np.int64)) for raw, labels in read]
     (train, train_labels), (heldout, heldout_labels) = splits
     return Dataset(
         "idx",
@@ -176,31 +180,35 @@ def idx(path: str | Path, size: int | None = None, channels: int = 1) -> Dataset
         torch.from_numpy(heldout),
         torch.from_numpy(train_labels),
         torch.from_numpy(heldout_labels),
-        preprocessing=f"{idx_preprocessing(train.shape, size)}, byte / 127.5 - 1",
+        preprocessing=f"{idx_preprocessing(train.shape, size, filter)}, byte / 127.5 - 1",
     )
 
 
-def idx_images(images: np.ndarray[Any, Any], size: int | None, channels: int) -> np.ndarray[Any, Any]:
+def idx_images(
+    images: np.ndarray[Any, Any], size: int | None, channels: int, filter: str = "lanczos"
+) -> np.ndarray[Any, Any]:
     """Grey images ``(N, H, W)`` uint8 as samples ``(N, channels, size, size)``, see :func:`idx`."""
     with extra():
         from PIL import Image, ImageOps
 
     if (size is not None and size < 1) or channels not in (1, 3):
         raise UserError(f"size must be positive and channels 1 or 3, got size {size} and channels {channels}")
+    if filter not in FILTERS:
+        raise UserError(f"filter must be one of {', '.join(FILTERS)}; got {filter!r}")
     height, width = images.shape[1:]
     if size is not None and size >= max(height, width):
         top, left = (size - height) // 2, (size - width) // 2
         images = np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left)))
     elif size is not None:
-        scaled = (ImageOps.fit(Image.fromarray(image), (size, size), _resampling("lanczos")) for image in images)
+        scaled = (ImageOps.fit(Image.fromarray(image), (size, size), _resampling(filter)) for image in images)
         images = np.stack([np.array(image) for image in scaled])
     return np.ascontiguousarray(np.repeat(images[:, None], channels, axis=1))
 
 
-def idx_preprocessing(shape: tuple[int, ...], size: int | None) -> str:
+def idx_preprocessing(shape: tuple[int, ...], size: int | None, filter: str = "lanczos") -> str:
     """A description of what :func:`idx_images` did; ``shape`` is the shape of its samples."""
     sides = "x".join(map(str, shape[1:]))
-    return f"{sides} as published" if size is None else f"{sides}, padded with black or scaled down (lanczos)"
+    return f"{sides} as published" if size is None else f"{sides}, padded with black or scaled down ({filter})"
 
 
 def cifar10(path: str | Path) -> Dataset:

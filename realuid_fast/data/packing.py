@@ -127,7 +127,7 @@ def pack(
         with _written(out, overwrite) as part:
             if kind == "cifar10":
                 return _cifar10(source, part, progress)
-            return _idx(source, part, size, 1 if channels is None else channels)
+            return _idx(source, part, size, 1 if channels is None else channels, filter)
     celeba = kind == "celeba"
     size, channels = (CELEBA_SIZE if celeba else 32) if size is None else size, 3 if channels is None else channels
     how_made = Images(size, channels, CELEBA_CROP if celeba and crop is None else crop, filter)
@@ -229,16 +229,16 @@ def _kind(source: Path) -> str:
     return "celeba" if source.stem == CELEBA_FOLDER else "images"
 
 
-def _idx(source: Path, part: Path, size: int | None, channels: int) -> Manifest:
+def _idx(source: Path, part: Path, size: int | None, channels: int, filter: str) -> Manifest:
     splits = []
     for split, (raw, numbers) in zip(SPLITS, idx_files.read(source), strict=True):
-        rows = images.idx_images(raw, size, channels)
+        rows = images.idx_images(raw, size, channels, filter)
         with ArrayWriter(part / f"{split}_images.npy", rows.shape, np.dtype(np.uint8)) as writer:
             writer.add(rows)
         splits.append((Split(len(rows), writer.entry, _labels(part, split, numbers)), rows.shape, numbers.max()))
     shape = splits[0][1]
     classes = tuple(str(number) for number in range(1 + max(int(most) for _, _, most in splits)))
-    done = images.idx_preprocessing(shape, size)
+    done = images.idx_preprocessing(shape, size, filter)
     manifest = Manifest(shape[1:], classes, done, f"IDX files of {source.name}", splits[0][0], splits[1][0])
     _finish(part, manifest)
     return manifest

@@ -1,117 +1,14 @@
-"""Distances between sample sets: Fréchet, kernel, sliced Wasserstein, precision and recall; the digits' features."""
+"""Distances between sample sets: Fréchet, kernel, sliced Wasserstein, precision and recall."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import data
 from ..errors import UserError
-from ..models.checksums import CHECKSUM, matches, with_checksum
-
-CLASSIFIER_FILE = Path(__file__).parent.parent / "assets" / "digits_classifier.safetensors"
-FEATURES = 64
-
-
-class DigitClassifier(nn.Module):
-    """Three convolutions and two linear layers for ``(N, 1, 8, 8)`` digits in ``[-1, 1]``; its features are
-    the metric's.
-
-    The features are the 64 SiLU activations before the last layer.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
-        self.project = nn.Linear(64 * 4, FEATURES)
-        self.classify = nn.Linear(FEATURES, 10)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Features ``(N, 64)`` of images ``(N, 1, 8, 8)``."""
-        h = F.silu(self.conv1(x))
-        h = F.avg_pool2d(F.silu(self.conv2(h)), 2)
-        h = F.avg_pool2d(F.silu(self.conv3(h)), 2)
-        return F.silu(self.project(h.flatten(1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, 10)``."""
-        return self.classify(self.features(x))
-
-
-def train_classifier(
-    epochs: int = 30, batch: int = 64, lr: float = 1e-3, seed: int = 0
-) -> tuple[DigitClassifier, float]:
-    """Train the classifier on the training digits alone; returns it with its accuracy on the held-out digits.
-
-    AdamW (weight decay 0.01), cosine decay to zero, cross entropy, no augmentation.
-    """
-    digits = data.digits()
-    assert digits.train_labels is not None
-    assert digits.heldout_labels is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        net = DigitClassifier()
-    order = torch.Generator().manual_seed(seed)
-    steps = epochs * (len(digits) // batch)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    stream = digits.batches(batch, order)
-    for _ in range(steps):
-        images, labels = next(stream)
-        assert labels is not None
-        loss = F.cross_entropy(net(images), labels)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    net.eval().requires_grad_(False)
-    accuracy = (net(digits.pixels("heldout")).argmax(1) == digits.heldout_labels).double().mean().item()
-    return net, accuracy
-
-
-@lru_cache(maxsize=1)
-def digit_classifier() -> DigitClassifier:
-    """The shipped classifier, frozen, in evaluation mode."""
-    from safetensors import SafetensorError, safe_open
-
-    net, repair = DigitClassifier(), "reinstall, or run its training command"
-    try:
-        with safe_open(str(CLASSIFIER_FILE), framework="pt") as opened:
-            checksum = json.loads(opened.metadata()["realuid_fast"]).get(CHECKSUM)
-            if not matches(CLASSIFIER_FILE, checksum):
-                raise ValueError
-            net.load_state_dict({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"the digit classifier is missing at {CLASSIFIER_FILE}; {repair}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"the digit classifier at {CLASSIFIER_FILE} is damaged; {repair}") from None
-    return net.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def digit_features(images: Tensor, batch: int = 1000) -> Tensor:
-    """The metric's features ``(N, 64)`` float32 of digits ``(N, 1, 8, 8)``, clipped to ``[-1, 1]`` first."""
-    if images.dim() != 4 or images.shape[1:] != (1, 8, 8):
-        raise UserError(f"images must have shape (N, 1, 8, 8) for the digit classifier, got {tuple(images.shape)}")
-    net = digit_classifier()
-    parts = images.detach().float().cpu().clamp(-1, 1).split(batch)
-    return torch.cat([net.features(part) for part in parts])
-
-
-def features_of(dataset: data.Dataset, samples: Tensor) -> Tensor:
-    """The features that distances of a data set are measured on: the classifier's for digits, else the flattened
-    samples.
-    """
-    return digit_features(samples) if dataset.name == "digits" else samples.detach().float().cpu().flatten(1)
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,33 +166,3 @@ def _covered(points: Tensor, support: Tensor, k: int) -> float:
     radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)])
     inside = torch.cat([(torch.cdist(part, support) <= radii).any(dim=1) for part in points.split(1024)])
     return inside.double().mean().item()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``python -m realuid_fast.metrics train-classifier [--out FILE]``: reproduce the shipped classifier."""
-    parser = argparse.ArgumentParser(prog="python -m realuid_fast.metrics", description=main.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train-classifier", help="train the digit classifier whose features the metric uses")
-    train.add_argument(
-        "--out",
-        type=Path,
-        default=Path("digits_classifier.safetensors"),
-        help="file to write (must not exist)",
-    )
-    out: Path = parser.parse_args(argv).out
-    if out.exists():
-        parser.error(f"--out {out} exists already; choose another name")
-    if not out.parent.is_dir():
-        parser.error(f"--out: there is no folder {out.parent}")
-    net, accuracy = train_classifier()
-    description = {
-        "format": 1,
-        "kind": "digit_classifier",
-        "data": "digits",
-        "heldout_accuracy": round(accuracy, 4),
-    }
-    out.write_bytes(with_checksum(net.state_dict(), "realuid_fast", description))
-    digits = data.digits()
-    floor = frechet_distance(net.features(digits.pixels()), net.features(digits.pixels("heldout")))
-    print(f"held-out accuracy {accuracy:.4f}, training digits at distance {floor:.4f}, written to {out}")
-    return 0

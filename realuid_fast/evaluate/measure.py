@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..data import Dataset, to_float
 from ..errors import UserError
 from ..noise import NoiseStream, normal
+from .classifier import digit_features, judge
 from .distances import (
     Statistics,
-    digit_features,
     frechet_distance,
     frechet_of_moments,
     moments,
@@ -63,15 +63,23 @@ class Measure:
     Args:
         dataset: the samples.
         inception: features for images in place of those above.
+        classifier: the file of a :class:`~realuid_fast.metrics.Classifier`, whose features are taken for images where
+            ``inception`` is not given.
         train: Inception statistics of all training images. Distances are then to these, as published ones are, and no
             longer to the held-out split. The sliced Wasserstein distance stays one to the held-out split, of at most
             the first 10,000 samples.
 
     Raises:
-        UserError: fewer than two held-out samples.
+        UserError: fewer than two held-out samples, or a classifier's file that cannot be used.
     """
 
-    def __init__(self, dataset: Dataset, inception: Inception | None = None, train: Statistics | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        inception: Inception | None = None,
+        train: Statistics | None = None,
+        classifier: str = "",
+    ) -> None:
         self.heldout, self.train = (
             dataset.pixels(split, None if isinstance(rows, Tensor) else _bounded(STORED, dataset.shape))
             for split, rows in (("heldout", dataset.heldout), ("train", dataset.train))
@@ -92,6 +100,8 @@ class Measure:
             self.features = lambda samples: torch.cat(
                 [inception(part).cpu() for part in samples.split(INCEPTION_BATCH)]
             )
+        elif classifier:
+            self.name, self.features = judge(classifier, dataset)
         elif dataset.name in ("digits", "digit_pairs"):
             self.name, self.features = "Fréchet distance, digit classifier features", digit_features
         elif self._points:

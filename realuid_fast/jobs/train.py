@@ -184,7 +184,7 @@ def evaluated(job: str, config: Config) -> Config:
 def _measure(config: Config, dataset: data.Dataset) -> Measure:
     """The distances of the run's samples. Rank 0 alone needs the Inception network."""
     if not config.run.inception or distributed.rank():
-        return Measure(dataset)
+        return Measure(dataset, classifier=config.run.classifier)
     features = Inception(config.run.inception, config.run.device)
     if config.run.real_split == "heldout":
         return Measure(dataset, features)
