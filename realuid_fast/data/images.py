@@ -164,7 +164,7 @@ def idx(path: str | Path, size: int | None = None, channels: int = 1, filter: st
         size: side of the samples, by default as stored. A larger one than the images' pads them evenly with black
             (28 to 32), a smaller one scales them as images of a :func:`folder` are.
         channels: 1, or 3 to repeat the grey one.
-        filter: of the scaling, one of :data:`FILTERS`; ``box`` is the mean over a pixel's area.
+        filter: of the scaling: lanczos, bicubic, bilinear, or box, which is the mean over a pixel's area.
 
     Raises:
         UserError: missing or damaged files, or arguments out of range.
