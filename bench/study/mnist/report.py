@@ -1,0 +1,121 @@
+"""Tables and plots of the study, from the finished runs and their scores."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realuid_fast.models.pictures import grid, save_png
+
+from .arms import UID, Arm
+from .criterion import arrival, end, paired, verdict
+
+Scored = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm, every seed's scores and curve
+
+
+def comparison(results: Scored, longer: str) -> dict[str, Any]:
+    """The registered quantities of every arm: arrivals, and paired differences to UID and to UID with as much time.
+
+    Args:
+        results: ``scores`` and ``curve`` of every seed, by arm.
+        longer: the arm of UID with as much time.
+    """
+    ends = [end(run["curve"]) for run in results[UID]]
+    final = {name: [run["scores"]["distance"] for run in runs] for name, runs in results.items()}
+    found: dict[str, Any] = {"uid_end": ends}
+    for name, runs in results.items():
+        arrivals = [arrival(run["curve"], target) for run, target in zip(runs, ends, strict=True)]
+        found[name] = {"arrivals": arrivals, "final": final[name]}
+        for other in {UID, longer} & set(results) - {name}:
+            difference = paired(final[name], final[other])
+            found[name][f"less_{other}"] = {**difference, "verdict": verdict(difference)}
+    return found
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The page's tables."""
+    rows, scores, longer = content["comparison"], content["results"], content["longer"]
+    updates, seeds = content["updates"], content["seeds"]
+    lines = [
+        f"| {len(seeds)} seeds | updates to UID's end, of {updates:,} | final distance (each seed) | less UID at equal "
+        "updates: mean, 95 % interval | less UID at equal time: mean, 95 % interval | cost of an update |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for arm in content["arms"]:
+        row, cost = rows[arm["name"]], content["costs"]["ratio"].get(arm["name"])
+        lines.append(
+            f"| {arm['title']} | {_arrivals(row['arrivals'])} | {_each(row['final'])} | {_apart(row, UID)} "
+            f"| {_apart(row, longer)} | {'1.00' if cost is None else f'{cost:.2f}'} |"
+        )
+    lines += [
+        "",
+        "| | distance to held-out images (95 % bootstrap interval) | to training images | precision | recall | kernel "
+        "distance, times 1,000 | memorised |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for title, of_row in [
+        ("10,000 training images", [content["floor"]]),
+        *((row["title"], [row["scores"]]) for row in content["teacher"]),
+        *((arm["title"], [run["scores"] for run in scores[arm["name"]]]) for arm in content["arms"]),
+    ]:
+        lines.append(f"| {title} | {_scores(of_row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _arrivals(values: Sequence[int | None]) -> str:
+    return ", ".join("never" if value is None else f"{value:,}" for value in values)
+
+
+def _each(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})"
+
+
+def _apart(row: Mapping[str, Any], other: str) -> str:
+    if (found := row.get(f"less_{other}")) is None:
+        return ""
+    low, high = found["interval"]
+    return f"{found['mean']:+.2f}, {low:+.2f} to {high:+.2f}: {found['verdict']}"
+
+
+def _scores(runs: Sequence[Mapping[str, Any]]) -> str:
+    def mean(name: str) -> float:
+        return statistics.mean(run[name] for run in runs)
+
+    spread = ", ".join(f"{run['distance']:.2f} ({run['interval'][0]:.2f} to {run['interval'][1]:.2f})" for run in runs)
+    return (
+        f"{spread} | {mean('to_train'):.2f} | {mean('precision'):.3f} | {mean('recall'):.3f} "
+        f"| {1e3 * mean('kernel'):.2f} | {mean('memorised'):.3f}"
+    )
+
+
+def curves(results: Scored, arms: Sequence[Arm], teacher: float, floor: float, file: Path) -> None:
+    """One panel an arm: its seeds' curves beside UID's, the teacher and the training images as lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    others = [arm for arm in arms if arm.name != UID]
+    figure = Figure(figsize=(3.1 * len(others), 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, arm in enumerate(others):
+        axes = figure.add_subplot(1, len(others), index + 1)
+        for name, colour in ((UID, "0.35"), (arm.name, "C1")):
+            for run in results[name]:
+                points = [point for point in run["curve"] if point[0]]
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1)
+        axes.axhline(teacher, linestyle="--", color="C0", linewidth=1)
+        axes.axhline(floor, linestyle=":", color="C2", linewidth=1)
+        axes.set(title=f"{arm.title}\norange, UID grey", xlabel="updates", yscale="log")
+        axes.title.set_fontsize(9)
+        if index == 0:
+            axes.set_ylabel("Fréchet distance to held-out images\nteacher dashed, training images dotted", fontsize=8)
+    figure.savefig(file, format="png")
+
+
+def samples(rows: Sequence[Tensor], file: Path, columns: int = 24) -> None:
+    """The first samples of several sources, one source a row; generated ones are from the same noise."""
+    save_png(grid(torch.cat([row[:columns] for row in rows]), columns, enlarge=2), file)
