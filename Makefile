@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo compare test docs bench fuzz nullgpu nullgpu-budget sanitize dist audit lock clean
+
+.PHONY: demo compare study test docs bench fuzz nullgpu nullgpu-budget sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
 
 compare: $(VENV)/.installed
 	$(BIN)/python -m bench.study.compare --then digits_tune --common --samples 43264 --out runs/compare --overwrite
+
+# Does real data help on MNIST: hours, and the same command goes on. DATA is a folder with MNIST's four files.
+DATA ?= data/mnist
+study: $(VENV)/.installed
+	$(BIN)/python -m bench.study.mnist --data $(DATA)
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from realuid_fast import data, teachers
 from realuid_fast.data import stored
 from realuid_fast.errors import UserError
-from realuid_fast.evaluate import distances, fidelity, inception
+from realuid_fast.evaluate import classifier, fidelity, inception
 from realuid_fast.jobs import config, trainers
 from realuid_fast.models import checksums, pickles
 from realuid_fast.models.convert import convert, edm_pickle
@@ -116,19 +116,19 @@ def test_one_network_is_one_file(student, tmp_path):
 
 
 def test_shipped_networks_have_a_checksum(tmp_path, monkeypatch):
-    for source in (teachers.SHIPPED["digits"], distances.CLASSIFIER_FILE):
+    for source in (teachers.SHIPPED["digits"], classifier.CLASSIFIER_FILE):
         content, file = bytearray(source.read_bytes()), tmp_path / source.name
         content[-3] ^= 1
         file.write_bytes(content)
         monkeypatch.setitem(teachers.SHIPPED, "digits", file)
-        monkeypatch.setattr(distances, "CLASSIFIER_FILE", file)
-        distances.digit_classifier.cache_clear()
-        read = (lambda: teachers.load_teacher("digits")) if "teacher" in source.name else distances.digit_classifier
+        monkeypatch.setattr(classifier, "CLASSIFIER_FILE", file)
+        classifier.digit_classifier.cache_clear()
+        read = (lambda: teachers.load_teacher("digits")) if "teacher" in source.name else classifier.digit_classifier
         with pytest.raises(UserError, match="is damaged"):
             read()
         monkeypatch.undo()
-    distances.digit_classifier.cache_clear()
-    assert distances.digit_classifier()
+    classifier.digit_classifier.cache_clear()
+    assert classifier.digit_classifier()
 
 
 def test_damaged_statistics_of_real_images_are_not_used(tmp_path):

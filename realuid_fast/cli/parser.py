@@ -26,6 +26,7 @@ BENCHMARKS = {
     "step": "bench.step",
     "growth": "bench.growth",
 }
+STUDIES = {"compare": "bench.compare_results", "study": "bench.study.mnist.__main__"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,10 +194,12 @@ def _add_tools(add: Add) -> None:
     add_settings(command)
     add_folder(command, Path("runs/demo"))
 
-    command = add("bench", "tools.bench", "time fused calls, whole updates and their growth, or compare two results")
-    command.add_argument(
-        "which", nargs="?", default="all", choices=["all", *BENCHMARKS, "compare"], help="default: all"
+    command = add(
+        "bench",
+        "tools.bench",
+        "time fused calls, whole updates and their growth, compare two results, or study real data on MNIST",
     )
+    command.add_argument("which", nargs="?", default="all", choices=["all", *BENCHMARKS, *STUDIES], help="default: all")
     text = "its own options, see realuid-fast bench micro --help; results go to runs/bench where --out is not given"
     command.add_argument("options", nargs=argparse.REMAINDER, help=text)
 

@@ -20,7 +20,7 @@ from ..jobs.train import free_cores
 from ..ops import extension
 from ..train import modes
 from . import common, listing
-from .parser import BENCHMARKS
+from .parser import BENCHMARKS, STUDIES
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
@@ -99,8 +99,8 @@ def bench(arguments: argparse.Namespace) -> None:
         )
     sys.path.insert(0, str(CHECKOUT))
     options = list(arguments.options)
-    if arguments.which == "compare":
-        raise SystemExit(importlib.import_module("bench.compare_results").main(options))
+    if arguments.which in STUDIES:
+        raise SystemExit(importlib.import_module(STUDIES[arguments.which]).main(options))
     if "--out" not in options:
         options += ["--out", "runs/bench"]
     for name in BENCHMARKS if arguments.which == "all" else [arguments.which]:

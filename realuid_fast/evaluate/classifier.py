@@ -86,6 +86,7 @@ def train_classifier(
         torch.default_generator.manual_seed(seed)
         net = Classifier(dataset.shape[0], dataset.shape[2], int(labels.max()) + 1)
     order = torch.Generator().manual_seed(seed)
+    batch = min(batch, len(dataset))
     steps = epochs * (len(dataset) // batch)
     optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)

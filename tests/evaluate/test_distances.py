@@ -1,4 +1,4 @@
-"""Metrics against closed forms, independent implementations and torch-fidelity; the shipped classifier."""
+"""Metrics against closed forms, independent implementations and torch-fidelity."""
 
 import importlib
 import importlib.util
@@ -11,7 +11,6 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.stats import wasserstein_distance_nd
 
-from realuid_fast import data
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import distances
 
@@ -228,58 +227,7 @@ def test_precision_and_recall_are_torch_fidelitys(fidelity, in_parts):
     assert recall * 1500 == pytest.approx(round(found["recall"] * 1500), abs=1e-9)
 
 
-def test_shipped_classifier_recognises_held_out_digits():
-    digits = data.load("digits")
-    logits = distances.digit_classifier()(digits.heldout)
-    assert (logits.argmax(1) == digits.heldout_labels).float().mean() > 0.96
-
-
-def test_digit_distance_orders_what_it_should():
-    digits = data.load("digits")
-    heldout = distances.digit_features(digits.heldout)
-
-    def distance(images):
-        return distances.frechet_distance(distances.digit_features(images), heldout)
-
-    noise = torch.randn(digits.train.shape, generator=torch.Generator().manual_seed(0))
-    floor, slight, strong = (
-        distance(digits.train),
-        distance(digits.train + 0.3 * noise),
-        distance(digits.train + noise),
-    )
-    assert heldout.shape == (445, 64)
-    assert floor < slight < strong
-    assert floor == pytest.approx(3.0789, rel=1e-3)
-    # One class missing is far from the data although every image is real.
-    assert distance(digits.train[digits.train_labels != 3]) > 5 * floor
-
-
-def test_classifier_command_trains_on_the_training_split(tmp_path, monkeypatch, capsys):
-    train = distances.train_classifier
-    monkeypatch.setattr(distances, "train_classifier", lambda: train(epochs=2))
-    out = tmp_path / "classifier.safetensors"
-    assert distances.main(["train-classifier", "--out", str(out)]) == 0
-    assert "held-out accuracy" in capsys.readouterr().out
-    monkeypatch.setattr(distances, "CLASSIFIER_FILE", out)
-    distances.digit_classifier.cache_clear()
-    try:
-        trained = distances.digit_classifier()
-        again, accuracy = train(epochs=2)
-    finally:
-        distances.digit_classifier.cache_clear()
-    assert accuracy > 0.3
-    for name, value in again.state_dict().items():
-        torch.testing.assert_close(trained.state_dict()[name], value)
-    with pytest.raises(SystemExit):
-        distances.main(["train-classifier", "--out", str(out)])
-
-
-def test_features_of_other_data_are_the_samples():
-    moons = data.moons(n=10, n_heldout=10)
-    assert torch.equal(distances.features_of(moons, moons.train), moons.train)
-
-
-def test_errors_name_the_argument(tmp_path, monkeypatch):
+def test_errors_name_the_argument():
     points = torch.zeros(10, 2)
     with pytest.raises(UserError, match="a and b must be"):
         distances.frechet_distance(points, torch.zeros(10, 3))
@@ -295,10 +243,3 @@ def test_errors_name_the_argument(tmp_path, monkeypatch):
         distances.precision_recall(points, torch.zeros(10, 3))
     with pytest.raises(UserError, match="k must be"):
         distances.precision_recall(points, points, k=10)
-    with pytest.raises(UserError, match="images must have shape"):
-        distances.digit_features(torch.zeros(2, 3, 8, 8))
-    monkeypatch.setattr(distances, "CLASSIFIER_FILE", tmp_path / "none.safetensors")
-    distances.digit_classifier.cache_clear()
-    with pytest.raises(UserError, match="classifier is missing"):
-        distances.digit_classifier()
-    distances.digit_classifier.cache_clear()

@@ -1,4 +1,6 @@
-"""The study on MNIST: ``python -m bench.study.mnist --data FOLDER``; registered.md says what it asks and what decides.
+"""The study on MNIST: ``python -m bench.study.mnist --data FOLDER``, or ``realuid-fast bench study --data FOLDER``.
+
+``registered.md`` beside this file says what the study asks and what decides.
 
 It trains the classifier, the teacher and every student, each a process of one thread, measures them, and writes tables
 and plots. What is finished stays: the same command goes on after an interruption, in the middle of a run too.

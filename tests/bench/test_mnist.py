@@ -1,0 +1,135 @@
+"""The study on MNIST: its criterion on numbers made by hand, its scores, and the whole command on a tiny set."""
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from bench.study.mnist import __main__ as study
+from bench.study.mnist import arms, criterion, judge, report
+from realuid_fast import cli, metrics
+
+TINY = [
+    *("data.size=8", "network.num_channels=4", "network.channel_mult=[1]", "network.norm_groups=2"),
+    *("teacher.batch=8", "teacher.updates=1", "teacher.evaluate_every=0", "distill.batch=4", "distill.updates=4"),
+    *("distill.fake_turns=1", "run.evaluate_every=2", "run.evaluate_samples=20"),
+]
+
+
+def test_an_arrival_is_two_points_in_a_row_and_an_end_three():
+    curve = [(0, 9.0), (10, 3.0), (20, 5.0), (30, 3.5), (40, 3.0), (50, 2.5)]
+    assert criterion.end(curve) == pytest.approx(3.0)
+    assert criterion.arrival(curve, 3.5) == 30
+    assert criterion.arrival(curve, 3.0) == 40
+    assert criterion.arrival(curve, 2.5) == 50
+    assert criterion.arrival(curve, 2.0) is None
+
+
+def test_paired_differences_have_their_t_interval():
+    found = criterion.paired([1.0, 2.0, 4.0], [2.0, 4.0, 7.0])
+    assert found["each"] == [-1.0, -2.0, -3.0]
+    assert found["mean"] == -2.0
+    # Two degrees of freedom: 4.3027 standard errors of 1 / sqrt(3).
+    assert found["interval"] == pytest.approx([-2 - 4.3027 / 3**0.5, -2 + 4.3027 / 3**0.5], abs=1e-4)
+    assert criterion.verdict(found) == "no difference shown"
+    assert criterion.verdict(criterion.paired([1.0, 1.1, 0.9], [2.0, 2.1, 2.0])) == "better"
+    assert criterion.verdict(criterion.paired([2.0, 2.1, 2.0], [1.0, 1.1, 0.9])) == "worse"
+
+
+def test_memorisation_is_a_half_for_new_samples_and_one_for_copies():
+    generator = torch.Generator().manual_seed(0)
+    theirs, ours = torch.rand(2000, generator=generator), torch.rand(2000, generator=generator)
+    assert judge.nearer(ours, theirs) == pytest.approx(0.5, abs=0.03)
+    assert judge.nearer(torch.zeros(5), theirs) == 1.0
+    assert judge.nearer(torch.full((5,), 2.0), theirs) == 0.0
+    assert judge.nearer(torch.zeros(3), torch.zeros(4)) == 0.5
+
+
+def test_the_bootstrap_interval_holds_the_distance_of_the_laws():
+    """Two Gaussians one apart in the mean: the distance of the laws is 1, and that of 400 points lies above it."""
+    held = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(400, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+        b[:, 0] += 1
+        low, high = judge.bootstrap(a, b, repeats=100, seed=seed)
+        assert low < metrics.frechet_distance(a, b) < high or low <= high
+        held += low <= 1 <= high
+    # 19 of 20 are expected; fewer than 15 have a probability below 1e-4 if each holds with 0.95.
+    assert held >= 15
+
+
+def write_set(root):
+    generator = np.random.default_rng(0)
+    root.mkdir()
+    for split, count in (("train", 64), ("t10k", 40)):
+        images = struct.pack(">HBB3I", 0, 8, 3, count, 16, 16) + generator.bytes(count * 256)
+        labels = struct.pack(">HBBI", 0, 8, 1, count) + bytes(i % 10 for i in range(count))
+        (root / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (root / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+
+
+def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
+    write_set(tmp_path / "set")
+    started = []
+
+    def here(commands, *_):
+        """Starting a process takes longer than these runs."""
+        started.extend(commands)
+        assert [cli.main(command[3:]) for command in commands.values()] == [0] * len(commands)
+
+    monkeypatch.setattr(study, "run_all", here)
+    words = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    words += ["--seeds", "0", "1", "--samples", "40", "--set", *TINY]
+    assert study.main(words) == 0
+    names = [arm.name for arm in arms.MAIN] + ["uid-longer"]
+    assert started == ["classifier", "teacher", *(f"{name}-seed{seed}" for seed in (0, 1) for name in names)]
+
+    content = json.loads((tmp_path / "results" / "main.json").read_text())
+    assert [arm["name"] for arm in content["arms"]] == names
+    for name in names:
+        for run in content["results"][name]:
+            assert run["curve"][0][0] == 0
+            low, high = run["scores"]["interval"]
+            assert 0 <= low <= high
+            assert 0 <= run["scores"]["memorised"] <= 1
+    # Runs of one seed share their draws: before the first update all arms are the same generator.
+    for seed in (0, 1):
+        assert len({content["results"][name][seed]["curve"][0][1] for name in names}) == 1
+    uid = [run["scores"]["distance"] for run in content["results"]["uid"]]
+    other = [run["scores"]["distance"] for run in content["results"]["realuid-0.92-0.94"]]
+    found = content["comparison"]["realuid-0.92-0.94"]["less_uid"]
+    assert found["each"] == pytest.approx([b - a for a, b in zip(uid, other, strict=True)])
+    assert uid != other
+    # UID with as much time takes as many more updates as an update of RealUID costs more.
+    ratios = [ratio for name, ratio in content["costs"]["ratio"].items() if name != "uid"]
+    longer = round(4 * sum(ratios) / len(ratios))
+    assert content["results"]["uid-longer"][0]["curve"][-1][0] == longer
+    table = (tmp_path / "results" / "main.md").read_text()
+    assert f"UID (1, 1), {longer} updates" in table
+    assert "teacher, 100 Heun steps" in table
+    for name in ("main.png", "samples.png"):
+        assert (tmp_path / "results" / name).stat().st_size > 1000
+
+    # The same command finds everything done, and measures nothing again.
+    started.clear()
+    monkeypatch.setattr(judge.Judge, "made_by", lambda *_: pytest.fail("samples were made again"))
+    monkeypatch.setattr(report, "samples", lambda *_: None)
+    with pytest.raises(pytest.fail.Exception):
+        study.main(words)
+    assert started == []
+    # A run of other settings is not taken for a finished one.
+    capsys.readouterr()
+    assert study.main([*words, "distill.batch=5", "--only", "report"]) == 2
+    assert "is not finished" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused(tmp_path, capsys):
+    assert study.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "does not hold the four IDX files" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert study.main(["--data", str(tmp_path), "--seeds", "0", "0"]) == 2
+    assert "--seeds different numbers" in capsys.readouterr().err
