@@ -462,15 +462,15 @@ def test_mnists_images_are_padded_or_scaled(tmp_path):
     small = data.idx(tmp_path / "set", size=14)
     Image.fromarray(train[3]).save(tmp_path / "3.png")
     assert np.array_equal(small.train[3].numpy(), data.square(tmp_path / "3.png", 14, 1))
-    # Of 28 to 14 pixels, a box's mean is that of four.
+    # Of 28 to 14 pixels, a box's mean is that of four. Pillow rounds to bytes twice, once for each axis.
     mean = train.reshape(12, 14, 2, 14, 2).mean((2, 4))
-    assert np.abs(data.idx(tmp_path / "set", size=14, filter="box").train[:, 0].numpy() - mean).max() <= 0.5
+    assert np.abs(data.idx(tmp_path / "set", size=14, filter="box").train[:, 0].numpy() - mean).max() <= 1
     with pytest.raises(UserError, match="filter must be one of lanczos, bicubic, bilinear, box; got 'cubic'"):
         data.idx(tmp_path / "set", size=14, filter="cubic")
     packed = packing.pack(tmp_path / "set", tmp_path / "small", kind="idx", size=14, filter="box")
     assert packed.preprocessing == "1x14x14, padded with black or scaled down (box)"
     again = data.packed(tmp_path / "small").train[torch.arange(12)][:, 0].numpy()
-    assert np.abs(again - mean).max() <= 0.5
+    assert np.abs(again - mean).max() <= 1
     manifest = packing.pack(tmp_path / "set", tmp_path / "packed", kind="idx", size=32)
     assert manifest.shape == (1, 32, 32)
     assert manifest.preprocessing == "1x32x32, padded with black or scaled down (lanczos)"
