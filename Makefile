@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
 
-
 .PHONY: demo compare study test docs bench fuzz nullgpu nullgpu-budget sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
