@@ -12,6 +12,7 @@ import yaml
 import realuid_fast as rf
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {".py", ".h", ".cpp"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -92,3 +93,12 @@ def test_modules_and_functions_are_of_a_size_to_be_read():
             if isinstance(node, ast.FunctionDef):
                 said = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
                 assert node.end_lineno - node.lineno + 1 - said <= 80, (path, node.name)
+
+
+def test_a_kernel_argument_and_a_layer_are_known_to_few_files():
+    """Whoever adds one touches as many files: the youngest argument of a kernel, and a layer of the CPU networks."""
+    files = [f for folder in ("realuid_fast", "csrc") for f in (ROOT / folder).rglob("*") if f.suffix in SOURCES]
+    texts = {str(file.relative_to(ROOT)): file.read_text() for file in files if "build" not in file.parts}
+    for name, most in (("q_rows", 7), ("norm_silu", 5), ("conv3x3", 5)):
+        naming = sorted(file for file, text in texts.items() if re.search(rf"\b{name}\b", text))
+        assert 0 < len(naming) <= most, (name, naming)

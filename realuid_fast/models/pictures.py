@@ -109,8 +109,10 @@ def convergence_plot(
     for index, (name, value) in enumerate(lines.items()):
         axes.axhline(value, linestyle=("--", ":", "-.")[index % 3], color="0.3", label=f"{name}: {value:.3g}")
     axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.set_xlabel("updates")
     axes.set_ylabel(metric)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(file, format="png")
