@@ -20,6 +20,7 @@ API = {
     "Teachers and students": "realuid_fast.teachers",
     "Sampling": "realuid_fast.sampling",
     "The Hugging Face hub": "realuid_fast.models.hub",
+    "Tripwires": "realuid_fast.tripwires",
     "Distances": "realuid_fast.metrics",
     "Backends": "realuid_fast.backends",
     "Published losses under their own signatures": "realuid_fast.compat",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .models.frozen import frozen_view
     from .models.pictures import save_picture
     from .noise import NoiseStream
+    from .tripwires import Tripwires
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "Interpolant",
     "MatchingGrads",
     "NoiseStream",
+    "Tripwires",
     "backend",
     "backends",
     "couplings",
@@ -77,6 +79,7 @@ _LIGHT = frozenset({"choices", "cli", "errors", "extras", "streams", "__main__"}
 _HOMES = {
     "Interpolant": "interpolant",
     "NoiseStream": "noise",
+    "Tripwires": "tripwires",
     "backend": "backends",
     "frozen_view": "models.frozen",
     "load": "models",

@@ -56,6 +56,16 @@ class Precision:
         """
         return math.inf if gap == 0 else 3 * _ROUNDOFF[self.name] / gap
 
+    def concern(self, gap: float) -> str | None:
+        """A sentence if :meth:`gradient_error` at this gap is above :data:`TOO_COARSE`; None if it is not."""
+        error = self.gradient_error(gap)
+        if not error > TOO_COARSE:
+            return None
+        return (
+            f"{self.name} is too coarse: fake model and teacher differ by {gap:.2%}, so that rounding puts the "
+            f"generator's gradient about {min(error, 1.0):.0%} off; use a finer one"
+        )
+
 
 @contextlib.contextmanager
 def _tf32(wanted: bool) -> Iterator[None]:

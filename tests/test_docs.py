@@ -267,6 +267,7 @@ def test_pages_name_what_is_there():
 
 def test_the_training_page_trains():
     names = run("training.md")
+    assert set(names["reading"].values()) == set(names["wires"].names)
     before = names["teacher"].state_dict()
     for trained in ("fake", "student"):
         state = names[trained].state_dict()

@@ -47,6 +47,7 @@ MODULES = [
             "paths.samplers",
             "sampling",
             "teachers",
+            "tripwires",
             "jobs.config",
             "jobs.trainers",
             "matching",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, losses, precision
+from .. import functional, losses, precision, tripwires
 from ..coefficients import Coefficients
 from ..data import Dataset
 from ..errors import UserError
@@ -27,11 +27,11 @@ from ..noise import normal
 from ..objectives import Objective, divergence_weight
 from ..optim import Optimiser
 from ..precision import Precision
+from ..tripwires import MOST, Tripwires
 from . import modes, sharding
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .trainer import Setup, Stateful, Trainer
-from .tripwires import Tripwires
 
 TURNS = ("fake", "generator", "teacher")  # where networks may compute in a precision of their own
 
@@ -93,7 +93,7 @@ class Distiller(Trainer):
         description: Description | None = None,
     ) -> None:
         self.turns = fake_turns * objective.needs_fake
-        names = ["generator loss", "generator gradient", "gap", *Tripwires.names]
+        names = ["generator loss", "generator gradient", *tripwires.names(heldout=True)]
         if self.turns:
             names = ["fake loss", names[0], "fake gradient", *names[1:]]
         if gan is not None:
@@ -126,7 +126,7 @@ class Distiller(Trainer):
         self.endpoints = endpoints_to_draw(self.fake, self.path, dataset, self.device)
         if self._labels_of_batch and self.labels is not None and self.endpoints is not None:
             raise UserError("labels batch is for generators without an endpoint, which goes with the label")
-        self.tripwires = Tripwires(dataset, self.batch, self.device)
+        self.tripwires = Tripwires(self.device, heldout=dataset.pixels("heldout", MOST), batch=self.batch)
         owners: dict[str, Stateful | None] = {"generator": generator.net, "fake": self.fake, "batches": self.batches}
         owners |= {"generator_optimiser": generator_optimiser, "fake_optimiser": fake_optimiser}
         owners["head"] = fake.head if isinstance(fake, Judged) else None
@@ -270,12 +270,11 @@ class Distiller(Trainer):
         return {f"{name} gradient": self._optimise(name, f"{name} optimiser")} if self._whole else {}
 
     def generator_backward(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the generator loss' gradient to the generator's parameters; the loss ``()``, the gap and the tripwires.
+        """Add the generator loss' gradient to the generator's parameters; the loss ``()`` and the tripwires.
 
         With ``g = dl/dx_t`` through both networks and ``x_t = a x + c n``, the generator's backward starts from
         ``dl/dx = a g + (dl/dx through the target)``. In fp16 every gradient up to the parameters' carries a power of
-        two, which enters as the loss' weight and is divided out in float32. The gap is ``||F - F*|| / ||F*||`` of the
-        networks' outputs over the batch; one over the gap is the factor by which their rounding is amplified.
+        two, which enters as the loss' weight and is divided out in float32.
         """
         with self.precisions["generator"].turn():
             with self.phases("generator forward"):
@@ -298,9 +297,7 @@ class Distiller(Trainer):
                     teacher_uncond=None if uncond is None else uncond.detach(), guidance=self.guidance,
                 )  # fmt: skip
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
-                gap = torch.linalg.vector_norm(fake_out - asked) / torch.linalg.vector_norm(asked)
-                wires = self.tripwires(asked.detach(), fake_out.detach(), draw)
-                watched = {"gap": gap, Tripwires.names[0]: wires}
+                watched = {self.tripwires.names[0]: self.tripwires.sums(draw, asked.detach(), fake_out.detach())}
             judged = None
             if self.gan is not None and logits is not None:
                 # The signs of real rows: the generator wants its rows to be judged real.
@@ -372,14 +369,8 @@ class Distiller(Trainer):
 
     def concern(self, row: Mapping[str, float]) -> str | None:
         coarsest = max(("generator", "teacher"), key=lambda turn: self.precisions[turn].gradient_error(row["gap"]))
-        error = self.precisions[coarsest].gradient_error(row["gap"])
-        if not error > precision.TOO_COARSE:
-            return None
-        return (
-            f"distill.{coarsest}_precision {self.precisions[coarsest].name} is too coarse: fake model and teacher "
-            f"differ by {row['gap']:.2%}, so that rounding puts the generator's gradient about {min(error, 1.0):.0%} "
-            "off; use a finer one"
-        )
+        concern = self.precisions[coarsest].concern(row["gap"])
+        return None if concern is None else f"distill.{coarsest}_precision {concern}"
 
     def capture(self, recorder: Recorder | None = None) -> None:
         """Run the turns as CUDA graphs from now on, whatever the mode was; ``recorder`` replaces CUDA's."""

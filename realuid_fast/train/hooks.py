@@ -17,8 +17,8 @@ import torch
 
 from .. import teachers
 from ..errors import UserError
+from ..meters import Fetched
 from . import distributed
-from .meters import Fetched
 from .trainer import Trainer
 
 AHEAD = 2  # updates that the host may queue on a device before it waits

@@ -15,6 +15,7 @@ from ..data import Dataset
 from ..errors import UserError
 from ..interpolant import Interpolant
 from ..matching import Matching
+from ..meters import Meters
 from ..models.files import Description
 from ..noise import NoiseStream
 from ..optim import Optimiser
@@ -23,7 +24,6 @@ from ..paths import OneSidedPath
 from ..precision import Precision
 from . import distributed, modes, sharding
 from .batches import picked
-from .meters import Meters
 from .phases import Phases
 
 

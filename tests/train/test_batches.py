@@ -14,7 +14,7 @@ from realuid_fast.evaluate import measure
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs.train import train
 from realuid_fast.train import batches as batches_module
-from realuid_fast.train import distributed, tripwires
+from realuid_fast.train import distill, distributed
 from realuid_fast.train.batches import AHEAD, Batches, labels_to_draw
 
 from ..data.test_packed import write
@@ -135,7 +135,7 @@ def test_a_run_never_reads_a_split_at_once(tmp_path, monkeypatch):
     write(tmp_path / "packed", train=200, heldout=100)
     monkeypatch.setattr(measure, "STORED", 12)
     monkeypatch.setattr(measure, "MOST", 11)
-    monkeypatch.setattr(tripwires, "MOST", 10)
+    monkeypatch.setattr(distill, "MOST", 10)
     read, rows = Stored.read, []
 
     def counted(self, index, out):

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from realuid_fast import data, teachers
+from realuid_fast.meters import Fetched, Meters
 from realuid_fast.models.pictures import convergence_plot, grid, picture
 from realuid_fast.noise import normal
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import CsvLog, Events, plot_distances, read_csv
-from realuid_fast.train.meters import Fetched, Meters
 from realuid_fast.train.phases import Phases
-from realuid_fast.train.tripwires import Tripwires
+from realuid_fast.tripwires import Tripwires
 
 from ..helpers import LABELLED, distiller, results, run_in, save_teacher, settings
 
@@ -72,18 +72,18 @@ def test_tripwires_equal_their_formulas(monkeypatch):
     trainer, seen = distiller(), {}
     trainer.update()
     trainer.meters.read()
-    wires = trainer.tripwires
+    sums = trainer.tripwires.sums
 
     def watched(*given):
         seen["given"] = given
-        return wires(*given)
+        return sums(*given)
 
-    monkeypatch.setattr(trainer, "tripwires", watched)
+    monkeypatch.setattr(trainer.tripwires, "sums", watched)
     trainer.update()
     row = trainer.meters.read()
-    teacher_out, fake_out, draw = seen["given"]
+    draw, teacher_out, fake_out = seen["given"]
     t, tgt = draw.t, draw.x - normal(draw.noise, draw.x)
-    for i, name in enumerate(Tripwires.names[:4]):
+    for i, name in enumerate(trainer.tripwires.names[1:5]):
         inside = (t >= i / 4) & (t < (i + 1) / 4)
         above = (fake_out - teacher_out)[inside].flatten(1).norm(dim=1).sum()
         assert row[name] == pytest.approx(float(above / teacher_out[inside].flatten(1).norm(dim=1).sum()), rel=1e-5)
@@ -91,9 +91,9 @@ def test_tripwires_equal_their_formulas(monkeypatch):
     assert row["error ratio"] == pytest.approx(float(ratio), rel=1e-4)
     # As many held-out samples as the batch: the quantiles are the sorted samples themselves.
     held = data.load("digits")
-    few = Tripwires(data.Dataset("few", held.train, held.heldout[:8]), 8, torch.device("cpu"))
+    few = Tripwires(heldout=held.pixels("heldout")[:8], batch=8)
     moved = dataclasses.replace(draw, x=held.pixels("heldout")[:8].flip(0) + 0.5)
-    distance = few(teacher_out, fake_out, moved)[0, -1]
+    distance = few.sums(moved, teacher_out, fake_out)[0, -1]
     shift = 0.5 * few._directions.sum(0)
     assert float(distance) == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-4)
 
