@@ -75,6 +75,7 @@ class Tripwires:
         self.names = names(heldout is not None)
         self._meters = Meters(self.names, device)
         self._buckets = torch.arange(BUCKETS, device=device)
+        self._one = torch.ones((), device=device)
         self._batch = None
         if heldout is None:
             return
@@ -142,12 +143,16 @@ class Tripwires:
         gaps = norms @ (bucket[:, None] == self._buckets).to(norms)
         outs = [out.detach().to(draw.x.dtype) for out in (fake_out, teacher_out)]
         errors = torch.stack([losses.matching_loss(draw, out) for out in outs])
-        found = [_over_one(gap), gaps, errors[:, None]]
+        found = [self._over_one(gap), gaps, errors[:, None]]
         if self._batch is not None:
             x = _wide(draw.x).flatten(1).to(self._directions.dtype)
             distance = ((x @ self._directions).sort(dim=0).values - self._quantiles).square().mean().sqrt()
-            found.append(_over_one(distance))
+            found.append(self._over_one(distance))
         return torch.cat(found, dim=1)
+
+    def _over_one(self, value: Tensor) -> Tensor:
+        """A value whose mean over updates is wanted, as a quotient ``(2, 1)``."""
+        return torch.stack([value, self._one.to(value.dtype)])[:, None]
 
 
 class Reading:
@@ -181,8 +186,3 @@ def names(heldout: bool) -> tuple[str, ...]:
 def _wide(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _over_one(value: Tensor) -> Tensor:
-    """A value that is a mean over updates, as a quotient ``(2, 1)``."""
-    return torch.stack([value, torch.ones_like(value)])[:, None]
