@@ -9,6 +9,14 @@ GUIDED = {
     "network": {"class_cond": True, "null_label": True},
     "distill": {"guidance": 2.0, "objective": {"name": "uid"}},
 }
+EDM = {
+    "kind": "song-unet",
+    "dim": [1, 8, 8],
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "label_dim": 10,
+}
 CASES = {
     "one class, fresh fake model": {
         "network": {"class_cond": False},
@@ -25,6 +33,8 @@ CASES = {
     "guided teacher": GUIDED,
     "labels of the batch, two steps": {"distill": {"labels": "batch", "times": [0.5, 0.75]}},
     "no fake model": {"distill": {"objective": {"name": "sds"}}},
+    "points": {"base": "mixture"},
+    "a network of EDM": {"network": EDM, "distill": {"objective": {"name": "uid"}}},
     "sid": {"distill": {"objective": {"name": "sid"}, "t_start": 0.5}},
 }
 SMALL = {"distill": {"batch": 16, "updates": 100, "fake_turns": 2}}
@@ -54,15 +64,21 @@ def test_eager_networks_captured(case, tmp_path):
 
 
 @pytest.mark.timeout(1200)
-def test_compiled_networks_captured(tmp_path):
+@pytest.mark.parametrize("mode", ["graphs", "compiled"])
+def test_compiled_networks(mode, tmp_path):
     """With inductor's kernels counted and not compiled; on a network of one level, which takes a minute to write."""
 
     def run():
         device.inductor.install()
         both = turns.configs.merge(CASES["bf16 and fp16"], CASES["discriminator"])
-        return turns.run(turns.configs.merge(content(both, "graphs"), {"network": {"channel_mult": [1]}}), tmp_path)
+        return turns.run(turns.configs.merge(content(both, mode), {"network": {"channel_mult": [1]}}), tmp_path)
 
     found = alone(run)
+    if mode == "compiled":
+        assert not found["violations"]
+        assert not found["recorded"]
+        assert found["update"]["inductor pointwise"] > 50
+        return
     check_captures(found, {"generate_rows", "fake_step_plain", "generator_step_plain"})
     for names, *_ in found["recorded"].values():
         assert names["inductor pointwise"] > 5

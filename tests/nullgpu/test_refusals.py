@@ -150,6 +150,22 @@ def test_another_thread_may_wait_under_the_trainers_mode_of_capture():
     assert alone(run) == [[], ["cudaStreamSynchronize during another thread's global capture"]]
 
 
+def test_an_update_that_waits_is_an_error():
+    def run():
+        made = turns.trainer({"distill": {"batch": 16}})
+        plain = made.update
+
+        def update():
+            plain()
+            made.meters.drain()[0].cpu()
+
+        made.update = update
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+            turns.update(made, turns.Watched())
+
+    alone(run)
+
+
 def test_counts_are_of_what_was_done():
     """The ground under the budgets: known launches are counted by name, captured ones apart from the others."""
 

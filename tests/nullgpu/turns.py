@@ -13,25 +13,23 @@ from realuid_fast.train.checkpoint import Checkpoints
 
 from . import device
 
-CAPTURES = ("graphs-eager", "graphs")
-
 
 def trainer(content, job="distill", cifar=False):
     """The trainer that a configuration asks for, on the null GPU.
 
     Args:
-        content: sections of a configuration, with ``base`` among them.
+        content: sections of a configuration, and the shipped one below them as ``base``, by default ``digits``.
         job: ``distill`` or ``train-teacher``.
         cifar: whether images of CIFAR-10's size stand in for the configured data.
     """
     content = configs.merge(content, {"run": {"device": "cuda"}})
-    base = content.pop("base", "digits")
+    base = configs.to_mapping(configs.load(content.pop("base", "digits")))
+    config = configs.from_mapping(configs.merge(base, content))
     if cifar:
         pixels = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
         dataset = data.Dataset("cifar10", pixels, pixels[:8], torch.arange(512) % 10, torch.arange(8))
     else:
-        dataset = data.load(content.get("data", {"name": "digits"}))
-    config = configs.from_mapping(configs.merge(configs.to_mapping(configs.load(base)), content))
+        dataset = data.load(config.data)
     if job == "train-teacher":
         return trainers.trainer(job, config, dataset)
     network = trainers.network_for(config, dataset)
