@@ -7,8 +7,10 @@ import pytest
 from . import budget
 from .alone import alone
 
-# Runs of one revision on two hardware threads, beside up to six busy processes, lay within a tenth of each other.
+# Runs of one revision on two hardware threads and beside up to four busy processes lay within a tenth of each other.
+# Beside eight a whole update, whose backward pass changes threads, took up to 1.45 times the budget.
 TOLERANCE = 1.3
+TRIES = 3
 BUDGET = json.loads(budget.FILE.read_text())
 
 
@@ -27,8 +29,14 @@ def test_launches_of_calls():
 
 
 def test_host_times():
-    """Faster is no failure; ``make nullgpu-budget`` lowers the budget."""
-    ratios, _ = alone(budget.host_times)
-    assert ratios.keys() == BUDGET["host"].keys()
-    slow = {name: (ratio, BUDGET["host"][name]) for name, ratio in ratios.items()}
-    assert not {name: pair for name, pair in slow.items() if pair[0] > TOLERANCE * pair[1]}
+    """A neighbour only ever adds time, so what is too slow is measured again. Faster is no failure."""
+    least = dict.fromkeys(BUDGET["host"], float("inf"))
+    slow = {}
+    for _ in range(TRIES):
+        ratios, _ = alone(budget.host_times)
+        assert ratios.keys() == least.keys()
+        least = {name: min(ratio, least[name]) for name, ratio in ratios.items()}
+        slow = {name: ratio for name, ratio in least.items() if ratio > TOLERANCE * BUDGET["host"][name]}
+        if not slow:
+            break
+    assert not slow
