@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .columns import K_OUT, K_X
 from .reduce import finish, loss_outputs
-from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, tiling, write_sum
+from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, single, tiling, write_sum
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
@@ -38,7 +38,7 @@ def _error_kernel(
     if x_t_ptr is not None:
         k_x = column(coef_ptr, row, n_rows, K_X, ROWS, EVEN)
         gap -= k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
-    write_sum(partial_ptr, row, n_rows, fresh, tl.abs(gap), inverse_dim, ROWS, EVEN)
+    write_sum(partial_ptr, row, n_rows, fresh, tl.abs(gap), single(inverse_dim), ROWS, EVEN)
 
 
 def mean_abs_error(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .columns import K_OUT, K_X, P, Q, S, W
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import ROW_COUNTS, Call, column, place, read, read_where, row_number, tiling, write, write_sum
+from .tiles import ROW_COUNTS, Call, column, place, read, read_where, row_number, single, tiling, write, write_sum
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
@@ -60,9 +60,9 @@ def _fake_kernel(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )
     generated = row < n_gen
-    a = tl.where(generated, a_gen, a_real)
-    b = tl.where(generated, b_gen, b_real)
-    c = tl.where(generated, c_gen, c_real)
+    a = single(tl.where(generated, a_gen, a_real))
+    b = single(tl.where(generated, b_gen, b_real))
+    c = single(tl.where(generated, c_gen, c_real))
 
     tgt = column(coef_ptr, row, n_rows, P, ROWS, EVEN) * x + column(coef_ptr, row, n_rows, S, ROWS, EVEN) * n
     if endpoint_ptr is not None:
@@ -75,7 +75,7 @@ def _fake_kernel(
         shift = k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
         f += shift
     if teacher_ptr is not None:
-        d = tl.where(generated, d_gen, d_real)
+        d = single(tl.where(generated, d_gen, d_real))
         teacher = read_where(d != 0, teacher_ptr, start, offsets, inside, ROWS, EVEN)
         if uncond_ptr is not None:
             u = read_where(d != 0, uncond_ptr, start, offsets, inside, ROWS, EVEN)
@@ -87,7 +87,7 @@ def _fake_kernel(
     slope = a * f - linear
     write_sum(partial_ptr, row, n_rows, fresh, f * (slope - linear) + c * tgt * tgt, w, ROWS, EVEN)
     if g_fake_ptr is not None:
-        write(g_fake_ptr, start, offsets, fresh, 2.0 * scale * k_out * w * slope, ROWS, EVEN)
+        write(g_fake_ptr, start, offsets, fresh, 2.0 * single(scale) * k_out * w * slope, ROWS, EVEN)
 
 
 def fake(

@@ -13,7 +13,20 @@ from torch import Tensor
 from .columns import K_OUT, K_X, P, Q, S, W
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import ROW_COUNTS, Call, column, guide, place, read, read_where, row_number, tiling, write, write_sum
+from .tiles import (
+    ROW_COUNTS,
+    Call,
+    column,
+    guide,
+    place,
+    read,
+    read_where,
+    row_number,
+    single,
+    tiling,
+    write,
+    write_sum,
+)
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
@@ -26,6 +39,8 @@ def _generator_kernel(
     KEYED: tl.constexpr, SHARED: tl.constexpr, PTX: tl.constexpr,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    two_kappa_alpha, two_kappa_beta = single(two_kappa_alpha), single(two_kappa_beta)
+    q_kappa2, scale = single(q_kappa2), single(scale)
     row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
     if uncond_ptr is not None:

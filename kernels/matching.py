@@ -10,7 +10,7 @@ from torch import Tensor
 from .columns import K_OUT, K_X, P, Q, S, W
 from .noise import noise_constants, noise_tile
 from .reduce import finish, loss_outputs
-from .tiles import ROW_COUNTS, Call, column, place, read, read_where, tiling, write, write_sum
+from .tiles import ROW_COUNTS, Call, column, place, read, read_where, single, tiling, write, write_sum
 
 
 @triton.jit(do_not_specialize=ROW_COUNTS)
@@ -53,7 +53,7 @@ def _matching_kernel(
         gap += k_x * read_where(k_x != 0, x_t_ptr, start, offsets, inside, ROWS, EVEN)
     write_sum(partial_ptr, row, n_rows, fresh, gap * gap, w, ROWS, EVEN)
     if g_out_ptr is not None:
-        write(g_out_ptr, start, offsets, fresh, 2.0 * scale * k_out * w * gap, ROWS, EVEN)
+        write(g_out_ptr, start, offsets, fresh, 2.0 * single(scale) * k_out * w * gap, ROWS, EVEN)
 
 
 def matching(

@@ -8,6 +8,7 @@ of it follows from shapes, dtypes, layout, numbers and the pointers' alignment, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ctypes import c_float
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -92,3 +93,19 @@ def run_and_record(
     own = like.shape, like.stride(), like.dtype
     kinds = ((each.shape, each.stride(), each.dtype) for each in made)
     return results, Plan(tuple(None if kind == own else kind for kind in kinds), count, tuple(numbers), tuple(launches))
+
+
+def trace(calls: list[Call], results: Any) -> Any:
+    """Put a call's launches into the graph that torch.compile is tracing, and return the call's results."""
+    listed = results if isinstance(results, tuple) else (results,)
+    # inductor would fill a tensor without dimensions by a launch of its own before a kernel writes it.
+    rooms = {id(each): each.new_empty(1) for each in listed if not each.dim()}
+    for call in calls:
+        arguments = {name: rooms.get(id(value), value) for name, value in call.arguments.items()}
+        # inductor hands numbers over in float64, where a launch of ours rounds them to float32.
+        rounded = {name: c_float(value).value for name, value in arguments.items() if isinstance(value, float)}
+        call._replace(arguments={**arguments, **rounded}).trace()
+    if not calls:
+        return results
+    found = tuple(rooms[id(each)].view(()) if id(each) in rooms else each for each in listed)
+    return found if isinstance(results, tuple) else found[0]

@@ -53,4 +53,5 @@ def finish(partial: Tensor, rows: Tensor, loss: Tensor, count: int) -> Call:
 def loss_outputs(x: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised memory for partial sums ``[R, blocks]``, rows ``(R,)`` and loss ``()``, all float32."""
     partial = torch.empty((x.shape[0], blocks), dtype=torch.float32, device=x.device)
-    return partial, partial.new_empty(x.shape[0]), partial.new_empty(())
+    rows = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return partial, rows, torch.empty((), dtype=torch.float32, device=x.device)

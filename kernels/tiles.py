@@ -60,6 +60,11 @@ class Call(NamedTuple):
         """Launch the kernel, and return what Triton compiled for it."""
         return self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
+    def trace(self) -> None:
+        """Put the launch into the graph that torch.compile is tracing."""
+        traceable = torch.library.wrap_triton(self.kernel)
+        traceable[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
+
 
 def tiling(rows: int, dim: int) -> Tiling:
     """The tiling of ``[rows, dim]``, both at least 1, by the rule above."""
@@ -90,6 +95,12 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+@triton.jit
+def single(number):
+    """A launch's number in float32, as Triton takes it. Code that torch.compile wrote hands it over in float64."""
+    return tl.cast(number, tl.float32)
 
 
 @triton.jit

@@ -71,13 +71,18 @@ def launcher(op: str) -> Callable[..., Any]:
         if like.dtype == torch.float64:
             with torch.no_grad():
                 return getattr(reference, op)(*arguments)
-        if noise is not None and not arguments[noise].is_contiguous() and arguments[noise].dtype == torch.int64:
-            # Kernels read the two numbers of a noise key from neighbouring addresses.
-            arguments = (*arguments[:noise], arguments[noise].contiguous(), *arguments[noise + 1 :])
+        arguments = _with_dense_key(arguments, noise)
         key = (op, like.shape, like.stride(), *_kinds(arguments[:count]), *arguments[count:])
         return _planned(key, plan_calls, arguments, like)
 
     return launch
+
+
+def _with_dense_key(arguments: tuple[Any, ...], noise: int | None) -> tuple[Any, ...]:
+    """The arguments, with a noise key whose two numbers are neighbours, because kernels read them so."""
+    if noise is None or arguments[noise].is_contiguous() or arguments[noise].dtype != torch.int64:
+        return arguments
+    return (*arguments[:noise], arguments[noise].contiguous(), *arguments[noise + 1 :])
 
 
 def _kinds(tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -156,6 +161,35 @@ def _adam_(params: list[Tensor], *rest: Any) -> None:
 _IN_PLACE: dict[str, Callable[..., Any]] = {"scale_grads_": _scale_grads_, "begin_step_": _begin_step_, "adam_": _adam_}
 
 
+def _in_compiled_code(op: str) -> Callable[..., Any]:
+    """The rule by which torch.compile sees the operator's Triton kernels on CUDA, as it does with a ``triton_op``.
+
+    It then launches them itself and calls no Python. Elsewhere, for float64 and in an exported program the operator
+    stays one opaque node.
+    """
+    home = _HOMES[op]
+
+    def rule(mode: Any, function: Any, types: Any, arguments: tuple[Any, ...], options: Any) -> Any:
+        like: Tensor = arguments[home.like]
+        if like.device.type != "cuda" or like.dtype == torch.float64 or torch.compiler.is_exporting():
+            return mode.__torch_dispatch__(function, types, arguments, options)
+        with mode:
+            arguments = _with_dense_key(arguments, home.noise)
+            return _kernels("plans").trace(*getattr(_kernels(home.module), op)(*arguments))
+
+    return rule
+
+
+def show_to_torch_compile(library: torch.library.Library) -> None:
+    """Let torch.compile see the kernels of the losses' operators and of the interpolants'."""
+    # The mode in which torch.compile makes its graph; torch registers the rule of a triton_op for it too.
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    for op in _HOMES:
+        rule = _in_compiled_code(op)
+        torch.library.register_torch_dispatch(f"realuid_fast::{op}", FunctionalTensorMode, rule, lib=library)
+
+
 def load() -> None:
     """Register every operator for CUDA tensors; their schemas must be defined by then. A second call does nothing."""
     if _libraries:
@@ -163,4 +197,5 @@ def load() -> None:
     library = torch.library.Library("realuid_fast", "IMPL")
     for op in (*_HOMES, *_IN_PLACE):
         library.impl(op, launcher(op), "CUDA")
+    show_to_torch_compile(library)
     _libraries.append(library)
