@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -400,24 +401,26 @@ def _operations(network: dict[str, Any], again: bool = False) -> Operations:
     # The counter does not know torch's fused attention for CPUs, nor the package's own layers. So attention runs as
     # plain products here, and torch's layers take the place of the package's.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), backends.backend("torch"):
-        net = networks.build(network)
+        net = networks.build(network).requires_grad_(True)
         if again:
             # In evaluation mode: in training a block that runs again reads dropout's random state, which needs memory.
             recompute(net.eval())
         shape = tuple(network.get("dim", network.get("shape", ())))
+        x = torch.zeros(1, *shape, requires_grad=True)
+        labels = torch.zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
+        end = torch.zeros(1, *shape) if takes_endpoint(net) else None
 
-        def count(trained: bool, to_input: bool) -> int:
-            net.requires_grad_(trained)
-            x = torch.zeros(1, *shape, requires_grad=to_input)
-            labels = torch.zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
-            end = torch.zeros(1, *shape) if takes_endpoint(net) else None
+        def counted(work: Callable[[], Any]) -> tuple[int, Any]:
             with FlopCounterMode(display=False) as counter:
-                out = net(*arguments(net, torch.zeros(1), x, labels, end))
-                if trained or to_input:
-                    out.sum().backward()
-            return int(counter.get_total_flops())
+                result = work()
+            return int(counter.get_total_flops()), result
 
-        return Operations(count(False, False), count(True, False), count(False, True))
+        forward, out = counted(lambda: net(*arguments(net, torch.zeros(1), x, labels, end)).sum())
+        # One graph serves both backward passes: autograd computes the gradients that are asked for and no others.
+        training, to_input = (
+            counted(partial(out.backward, retain_graph=True, inputs=to))[0] for to in ([*net.parameters()], [x])
+        )
+        return Operations(forward, forward + training, forward + to_input)
 
 
 def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | None, steps: int, bound: float) -> Plan:

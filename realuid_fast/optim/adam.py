@@ -7,6 +7,7 @@ there, so a replayed CUDA graph of a step goes on where the last one ended.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,15 @@ class _Update(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     emas: list[Tensor]
+
+
+def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of torch's optimisers, without the decorator that hides it from torch.compile.
+
+    The decorator imports torch.compile at its first call, which takes longer than all else that a short command does.
+    Where torch.compile has been imported, the decorator costs nothing and stays.
+    """
+    return method if "torch._dynamo" in sys.modules else getattr(method, "__wrapped__", method)
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -169,7 +179,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim.Optimizer`` does. Its state is made here and keeps its place in memory."""
-        super().add_param_group(param_group)
+        _plain(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
             _check_group(group)
@@ -251,13 +261,17 @@ class FusedAdam(torch.optim.Optimizer):
             average_([*map(local, idle)], averages, self.norm, self.counts, self._decays, self.ema_warmup)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, or set them to zero, as ``torch.optim.Optimizer`` does."""
+        _plain(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         """State as torch's optimisers give it, with ``counts`` beside it.
 
         Per parameter ``step``, ``exp_avg`` (unless ``beta1 = 0``), ``exp_avg_sq`` and ``ema`` ``(E, ...)``. The
         learning rate is a number; of a schedule it is the next step's. Sharded parameters have DTensors.
         """
-        state = super().state_dict()
+        state: dict[str, Any] = _plain(torch.optim.Optimizer.state_dict)(self)
         params = self._parameters()
         state["state"] = {
             k: {name: value if name == "step" else spread(value, params[k]) for name, value in values.items()}
@@ -299,7 +313,7 @@ class FusedAdam(torch.optim.Optimizer):
             if "ema" in values and len(values["ema"]) != len(self.ema_decays):
                 raise UserError(f"state_dict has {len(values['ema'])} averages, this has {len(self.ema_decays)}")
         mine, own_lr = self.state, [group["lr"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        _plain(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         theirs, self.state = self.state, mine
         most = 0.0
         for i, group in enumerate(self.param_groups):

@@ -1,5 +1,6 @@
 """The plan of a run: counted parameters, memory and operations against the trainers', measurements, missing parts."""
 
+import functools
 import json
 
 import pytest
@@ -18,7 +19,7 @@ from realuid_fast.train import sharding
 from realuid_fast.train.distill import Distiller
 
 NETWORK = {
-    "kind": "unet", "dim": [3, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "norm_groups": 4,
+    "kind": "unet", "dim": [3, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4,
     "attention_resolutions": "4", "class_cond": True, "num_classes": 3,
 }  # fmt: skip
 CONTENT = {
@@ -27,6 +28,28 @@ CONTENT = {
     "teacher": {"batch": 8, "updates": 10, "ema": [0.9, 0.99], "export": 0.9},
     "distill": {"teacher": "gone.safetensors", "batch": 8, "fake_turns": 3, "updates": 10, "ema": [0.9], "export": 0.9},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_count_of_a_network():
+    """Plans of one network share the count of its operations, which depends on the network alone."""
+    count, counts = plan._operations, {}
+
+    def operations(network, again=False):
+        key = json.dumps([network, again], sort_keys=True, default=list)
+        if key not in counts:
+            counts[key] = count(network, again)
+        return counts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_operations", operations)
+        yield
+
+
+@functools.cache
+def planned(*changes, job="distill", ranks=1):
+    """A plan without measurements."""
+    return plan.make(job, configured(*changes), steps=0, ranks=ranks)
 
 
 def configured(*changes, **sections):
@@ -68,8 +91,8 @@ def size(tensors):
 
 @pytest.mark.parametrize("objective", ["realuid", "uid", "general", "diff-instruct", "sds"])
 def test_a_distillation_is_counted_as_it_runs(objective):
-    config = configured(f"distill.objective.name={objective}")
-    found = plan.make("distill", config, steps=0)
+    changes = (f"distill.objective.name={objective}",)
+    config, found = configured(*changes), planned(*changes)
     trainer = trainers.distiller(config, images(), teacher())
     assert found.images_per_update == trainer.images_per_update
     trainer.update()
@@ -110,8 +133,7 @@ def test_a_discriminator_takes_real_rows_and_a_head():
 
 
 def test_a_teacher_is_counted_as_it_trains():
-    config = configured()
-    found = plan.make("train-teacher", config, steps=0)
+    config, found = configured(), planned(job="train-teacher")
     trainer = trainers.teacher_trainer(config, images())
     trainer.update()
     assert found.operations == {"forward and backward": pytest.approx(counted(trainer.update), rel=0.01)}
@@ -122,8 +144,7 @@ def test_a_teacher_is_counted_as_it_trains():
 
 def test_ranks_hold_their_shares():
     alone, whole, spread = (
-        plan.make("distill", configured(f"run.shard={shard}"), steps=0, ranks=ranks)
-        for shard, ranks in (("true", 1), ("false", 4), ("true", 4))
+        planned(f"run.shard={shard}", ranks=ranks) for shard, ranks in (("true", 1), ("false", 4), ("true", 4))
     )
     state = ("parameters", "gradients", "moments", "averages", "teacher")
     for name in state:
@@ -142,7 +163,7 @@ def test_ranks_hold_their_shares():
 def test_a_teacher_that_is_rounded_or_in_host_memory_takes_less():
     there = ["run.device=cuda"]
     plain, rounded, on_gpu, away = (
-        plan.make("distill", configured(*words), steps=0)
+        planned(*words)
         for words in ([], ["distill.teacher_precision=bf16"], there, ["run.offload_teacher=true", *there])
     )
     trainer = trainers.distiller(configured("distill.teacher_precision=bf16"), images(), teacher())
@@ -189,8 +210,8 @@ def kept(trainer, update):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_activations_are_what_a_turn_keeps(precision):
     # In both turns, so that the generator's is the larger one.
-    config = configured(f"distill.generator_precision={precision}", f"distill.fake_precision={precision}")
-    found = plan.make("distill", config, steps=0)
+    changes = (f"distill.generator_precision={precision}", f"distill.fake_precision={precision}")
+    config, found = configured(*changes), planned(*changes)
     trainer = trainers.distiller(config, images(), teacher())
     (activations,) = (value for name, value in found.memory.items() if name.startswith("activations of the generator"))
     # The turn keeps a little beside its networks, and may use an address again for what comes after a backward pass.
@@ -261,7 +282,7 @@ def test_on_a_gpu_the_largest_batch_that_should_fit_is_the_one_that_is_warmed(mo
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
     config = configured("run.mode=graphs", "run.device=cuda")
-    what = plan.make("distill", configured(), steps=0)
+    what = planned()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**12)
     monkeypatch.setattr(timing, "_timed", lambda trainer, device: 0.5)
     found = timing.measure(what, Updates, config, 20, 120.0)
@@ -278,9 +299,8 @@ def test_on_a_gpu_the_largest_batch_that_should_fit_is_the_one_that_is_warmed(mo
 def test_what_the_device_does_not_have_is_not_guessed():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    found = plan.make(
-        "distill", configs.load("recipes/cifar10_fast", ["network.num_channels=32", "distill.batch=2"]), 3
-    )
+    small = ["network.num_channels=32", "network.num_res_blocks=1", "distill.batch=2"]
+    found = plan.make("distill", configs.load("recipes/cifar10_fast", small), 3)
     assert found.hours is None
     assert "run.device cuda does not exist on this machine" in found.unmeasured
     assert found.missing == [
@@ -293,9 +313,8 @@ def test_what_the_device_does_not_have_is_not_guessed():
 
 
 def test_configurations_of_every_kind_can_be_planned():
-    small = [
-        f"network.{word}" for word in ("num_channels=8", "norm_groups=4", "num_head_channels=8", "channel_mult=[1]")
-    ]
+    words = ("num_channels=8", "norm_groups=4", "num_head_channels=8", "channel_mult=[1]", "num_res_blocks=1")
+    small = [f"network.{word}" for word in words]
     for name in ("digits_tune", "mixture", "presets/ibmd", "recipes/cifar10_cond_tune"):
         changes = small if name.startswith("recipes") else []
         for job in ("distill", "train-teacher"):

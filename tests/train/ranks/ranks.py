@@ -5,8 +5,9 @@ import signal
 import time
 
 import torch
+import torch._dynamo  # here, like fsdp, so that forked ranks need not: sharding imports it
 import torch.distributed as dist
-import torch.distributed.fsdp  # here, so that forked ranks need not
+import torch.distributed.fsdp
 
 from realuid_fast import data, teachers
 from realuid_fast.jobs import config as configs
