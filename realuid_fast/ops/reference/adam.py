@@ -56,11 +56,10 @@ def adam_(
     scaled = list(torch._foreach_mul(grads, number(-factor if maximize else factor)))
     if weight_decay:
         torch._foreach_add_(scaled, params, alpha=weight_decay)
-    # A skipped step is carried out with gradient, rates and weights of 0, so that the host need not know of it. The
-    # gradient is replaced, not multiplied by 0, because 0 times NaN is NaN.
-    skipped = ~finite
-    for grad in scaled:
-        grad.masked_fill_(skipped, 0.0)
+    # A skipped step is carried out with gradient, rates and weights of 0, so that the host need not know of it. 0 times
+    # NaN is NaN, so the gradients' bits are multiplied: a GPU gets one launch for many gradients, as everywhere below.
+    bits = torch.int64 if dtype == torch.float64 else torch.int32
+    torch._foreach_mul_([grad.view(bits) for grad in scaled], finite.to(bits))
     torch._foreach_mul_(exp_avg_sqs, kept(beta2))
     torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, value=1 - beta2)
     moments: list[Tensor] = scaled
