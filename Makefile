@@ -43,7 +43,7 @@ fuzz: $(VENV)/.installed
 NULLGPU_VENV ?= .venv-nullgpu
 NULLGPU := build/nullgpu
 ON_NULLGPU = LD_PRELOAD=$(CURDIR)/$(NULLGPU)/libnullgpu.so LD_LIBRARY_PATH=$(CURDIR)/$(NULLGPU) PYTHONPATH=$(CURDIR) \
-	TRITON_CACHE_DIR=$(CURDIR)/$(NULLGPU)/triton TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(NULLGPU)/inductor $(NULLGPU_VENV)/bin/python
+	$(NULLGPU_VENV)/bin/python
 nullgpu: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m pytest -q --by-file -p no:cacheprovider --durations 8 $(NULLGPU_ARGUMENTS) tests/nullgpu
 
