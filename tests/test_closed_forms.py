@@ -272,7 +272,7 @@ def inner_maximum(setting, objective, generated, n_t=48):
 def test_generator_gradient_is_the_derivative_of_the_distance(setting, objective):
     """With the fake model at its inner optimum, autograd through both networks, x_t and x gives d max / d theta."""
     mean, std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in GENERATED)
-    t, z, e, weights = quadrature(setting, 48, 48, 48)
+    t, z, e, weights = quadrature(setting, 48, 32, 32)
     (coef, endpoint, noise), x = draws(setting, t, e, weights), (mean + std * z)[:, None]
     x_t = rf.interpolate(x, coef, noise, endpoint)
     time = t[:, None]
@@ -298,7 +298,7 @@ def test_generator_gradient_is_the_derivative_of_the_distance(setting, objective
 @every_objective
 def test_fake_loss_falls_by_the_inner_maximum(setting, objective):
     """From ``f = f*``, where what is maximised is 0, to the optimum, on generated and real rows, at any weights."""
-    t, z, e, weights = quadrature(setting, 48, 48, 48)
+    t, z, e, weights = quadrature(setting, 48, 32, 32)
     coef, endpoint, noise = draws(setting, t, e, weights)
     halves = [GENERATED, DATA] if objective.needs_real else [GENERATED]
     x = torch.cat([(mean + std * z)[:, None] for mean, std in halves])
