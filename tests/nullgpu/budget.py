@@ -108,7 +108,9 @@ def ordered(names):
 
 def measured():
     """The content of budget.json."""
-    ratios, add = alone(host_times)
+    runs = [alone(host_times) for _ in range(3)]
+    ratios = {name: min(run[name] for run, _ in runs) for name in runs[0][0]}
+    add = min(add for _, add in runs)
     return {
         "command": "make nullgpu-budget",
         "revision": revision(),
