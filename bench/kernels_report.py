@@ -218,6 +218,22 @@ def _adam(first_moment: bool, averages: int) -> Variant:
     return Variant(plan, F32, PARAMETERS, 1 + written, written)
 
 
+FEATURES = (256, 128, 32, 32)  # of the CIFAR-10 network's first level
+
+
+def _norm(dtype: torch.dtype, gradients: bool, shape: tuple[int, ...] = FEATURES, groups: int = 32) -> Variant:
+    def plan(ptx: bool) -> Any:
+        from realuid_fast.kernels import norm
+
+        x = _meta(shape, dtype).to(memory_format=torch.channels_last)
+        weight, shift, statistics = _meta(shape[1:2], F32), _meta(shape[:2], F32), _meta((shape[0], groups, 2), F32)
+        if gradients:
+            return norm.norm_silu_grads(x, x, shift, weight, weight, statistics)[0][0]
+        return norm.norm_silu(x, shift, weight, weight, groups, 1e-5)[0][0]
+
+    return Variant(plan, dtype, shape, 1 + gradients, 1, wide=shape[1] // groups % 4 == 0)
+
+
 VARIANTS: dict[str, Variant] = {
     "normal_like/float32": _normal(F32),
     "interpolate/float32": _interpolate(F32),
@@ -258,6 +274,13 @@ VARIANTS: dict[str, Variant] = {
     "adam_/float32": _adam(False, 0),
     "adam_/float32/3 averages": _adam(False, 3),
     "adam_/float32/first moment, 3 averages": _adam(True, 3),
+    "norm_silu/bfloat16": _norm(BF16, False),
+    "norm_silu/float32": _norm(F32, False),
+    "norm_silu/bfloat16/64x64": _norm(BF16, False, (64, 128, 64, 64)),
+    "norm_silu/bfloat16/groups of 6": _norm(BF16, False, (256, 24, 32, 32), 4),
+    "norm_silu_grads/bfloat16": _norm(BF16, True),
+    "norm_silu_grads/float32": _norm(F32, True),
+    "norm_silu_grads/bfloat16/64x64": _norm(BF16, True, (64, 128, 64, 64)),
 }
 
 
@@ -296,7 +319,8 @@ def measure(name: str, target: str) -> Figures:
     call = variant.plan(not target.startswith("gfx"))
     code = compile_call(call, target)
     lanes = TARGETS[target].warp_size * call.warps
-    elements = call.constants["ROWS"] * call.constants["BLOCK_D"] // lanes
+    rows, columns = ("PIXELS", "LANES") if "PIXELS" in call.constants else ("ROWS", "BLOCK_D")
+    elements = call.constants[rows] * call.constants[columns] // lanes
     bits = elements * variant.dtype.itemsize * 8
     if "STEPS" in call.constants:
         # An unrolled loop over tiles reads several of them in one pass through the code.

@@ -1,4 +1,4 @@
-"""Layers of the image networks: torch's own, and on CPU the package's operators where those are faster.
+"""Layers of the image networks: torch's own, and the package's operators where those are faster.
 
 The operators want images in channels_last order; other layouts, and everything inside ``rf.backend("torch")``, run as
 plain torch. They have no second derivative.
@@ -80,7 +80,7 @@ class GroupNorm(nn.GroupNorm):
 
     def silu(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """``SiLU(norm(x + shift))``, the shift ``(B, C)`` added to every pixel."""
-        if serves(x, self.weight):
+        if serves(x, self.weight, "norm_silu"):
             shift = None if shift is None else shift.to(self.weight.dtype)
             groups, eps = self.num_groups, self.eps
             return torch.ops.realuid_fast.norm_silu.default(x, shift, self.weight, self.bias, groups, eps)[0]
@@ -104,12 +104,16 @@ def norm_silu_conv(
     return cast(Tensor, conv(F.dropout(norm.silu(x, shift), dropout)))
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operators take images ``x`` with the parameter ``weight``: on CPU, channels_last, float types."""
+def serves(x: Tensor, weight: Tensor, layer: str = "conv3x3") -> bool:
+    """Whether a layer's operator takes images ``x`` with the parameter ``weight``: channels_last, of float types.
+
+    On CUDA that is the normalisation alone, and not in float64; the convolutions are cuDNN's.
+    """
     return (
         x.is_contiguous(memory_format=torch.channels_last)
         and weight.dtype == _PARAMETERS.get(x.dtype)
-        and backends.compiled(x.device)
+        and not (x.is_cuda and x.dtype == torch.float64)
+        and backends.compiled(x.device, layer)
     )
 
 

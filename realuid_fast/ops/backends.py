@@ -16,6 +16,8 @@ from . import extension
 
 NAMES = ("torch", "cpp", "triton")
 _SERVES = {"cpp": "cpu", "triton": "cuda"}
+_CUDA_LAYERS = ("norm_silu",)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # A plain global: torch.compile guards on it, which it cannot do on a context variable.
 _chosen: str | None = os.environ.get("REALUID_FAST_BACKEND") or None
@@ -94,8 +96,10 @@ def select(device: torch.device) -> str | None:
     return name
 
 
-def compiled(device: torch.device) -> bool:
-    """Whether compiled operators serve ``device``. Without them the networks' layers are torch's own."""
+def compiled(device: torch.device, layer: str = "") -> bool:
+    """Whether a compiled operator of a layer serves ``device``. Without it the networks' layer is torch's own."""
+    if device.type == "cuda":
+        return layer in _CUDA_LAYERS and _chosen != "torch" and _HAS_TRITON
     return device.type == "cpu" and _chosen != "torch" and extension.why_missing() is None
 
 

@@ -39,6 +39,8 @@ _HOMES = {
     "matching": _Home("matching", 0, 6, 4),
     "fake": _Home("fake", 0, 9, 4),
     "generator": _Home("generator", 2, 10, 5),
+    "norm_silu": _Home("norm", 0, 4, None),
+    "norm_silu_grads": _Home("norm", 1, 6, None),
 }
 # Plans of calls, by what they follow from. A program goes on using few shapes and settings; the bound is for one that
 # does not.

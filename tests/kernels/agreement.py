@@ -428,6 +428,48 @@ def check_switches(every: int = 1) -> None:
         check_matching(shared, f"matching/switches_{bits:05b}", dtype, mean, x_t)
 
 
+# Images, groups: whole groups in a program; a width that is no power of two; pixels in parts; one group of all; a group
+# that is wider than a program's usual columns.
+NORMS = {
+    "even": ((3, 16, 8, 8), 4),
+    "odd": ((2, 24, 3, 7), 4),
+    "one_group": ((2, 5, 4, 3), 1),
+    "wide_group": ((1, 160, 2, 3), 1),
+    "one_pixel": ((3, 8, 1, 1), 2),
+    "parts": ((1, 12, 40, 33), 2),
+}
+
+
+def check_norm(name: str, dtype: torch.dtype, with_shift: bool) -> None:
+    shape, groups = NORMS[name]
+    x, grad = (memory_like(shape, torch.channels_last, dtype) for _ in range(2))
+    # A mean that is large beside the deviation: sums of squares alone would lose it.
+    x += 20
+    weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
+    shift = torch.randn(shape[:2]) if with_shift else None
+    forward = (x, shift, weight, bias)
+    exact = tuple(None if each is None else each.double() for each in forward)
+    got, want = run("norm_silu", *forward, groups, 1e-5), reference.norm_silu(*exact, groups, 1e-5)
+    tag = f"{name}/{dtype}/{'shift' if with_shift else 'plain'}"
+    # A mean of 20 is rounded by 2^-24 of itself, in units of the deviation, 1: 20 times a number's own rounding.
+    compare(f"norm_silu/{tag}", dtype, got, want)
+    got, want = (
+        run("norm_silu_grads", grad, *forward, got[1]),
+        reference.norm_silu_grads(grad.double(), *exact, want[1]),
+    )
+    compare(f"norm_silu_grads/{tag}", dtype, got, want)
+
+
+def check_norms(names: list[str]) -> None:
+    for i, name in enumerate(names):
+        for j, dtype in enumerate((F32, BF16, F16)):
+            check_norm(name, dtype, (i + j) % 2 == 0)
+    x, weight = torch.zeros(0, 4, 2, 2).contiguous(memory_format=torch.channels_last), torch.ones(4)
+    y, statistics = run("norm_silu", x, None, weight, weight, 2, 1e-5)
+    assert (y.shape, statistics.shape) == (x.shape, (0, 2, 2))
+    assert run("norm_silu_grads", x, x, None, weight, weight, statistics)[2].tolist() == [0.0] * 4
+
+
 def check_all() -> None:
     check_normals()
     check_empty()
@@ -437,3 +479,4 @@ def check_all() -> None:
     check_shapes(list(SHAPES))
     check_optimisers()
     check_switches()
+    check_norms(list(NORMS))

@@ -37,8 +37,10 @@ def short(executor: Executor) -> None:
     agreement.check_optimiser_of_many()
     agreement.check_optimiser((64,), 0, 0.0, True, False, 1e-3)
     agreement.check_optimiser((1, 4099), 2, 0.9, False, True, 1e3)
+    agreement.check_norms(["odd", "parts"])
     agreement.offset = 1
     agreement.check_shapes(["short"])
+    agreement.check_norms(["even"])
 
 
 def full(executor: Executor) -> None:

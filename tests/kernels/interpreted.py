@@ -19,6 +19,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from realuid_fast.kernels.noise import _philox
+from realuid_fast.networks import build
+from realuid_fast.ops import triton_backend
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -59,10 +61,39 @@ def check_known_answers() -> None:
         print(json.dumps({"case": f"philox/{g:x}", "error": wrong, "tolerance": 0}), flush=True)
 
 
+def check_network() -> None:
+    """The U-Net whose normalisations run these kernels, forward and backward, beside itself in float64."""
+    config = {"kind": "unet", "dim": [3, 8, 8], "num_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1}
+    twins = [build({**config, "norm_groups": 4, "middle_attention": True}) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in twins[0].parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    twins[1].load_state_dict(twins[0].state_dict())
+    twins[1].double()
+    x, t, weight = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.rand(2), torch.randn(2, 3, 8, 8)
+    library, ran = torch.library.Library("realuid_fast", "IMPL"), []
+    for op in ("norm_silu", "norm_silu_grads"):
+
+        def launch(*arguments, op=op):
+            ran.append(op)
+            return triton_backend.launcher(op)(*arguments)
+
+        library.impl(op, launch, "CPU", allow_override=True)
+    found = []
+    for net, dtype in zip(twins, (torch.float32, torch.float64), strict=True):
+        net.to(memory_format=torch.channels_last)
+        (net(t.to(dtype), x.to(dtype)) * weight.to(dtype)).sum().backward()
+        found.append(torch.cat([p.grad.flatten().double() for p in net.parameters()]))
+    assert {"norm_silu", "norm_silu_grads"} <= set(ran)
+    error = float((found[0] - found[1]).norm() / found[1].norm())
+    print(json.dumps({"case": "norm_silu/network", "error": error, "tolerance": agreement.TOLERANCE[torch.float32]}))
+
+
 def main() -> None:
     torch.manual_seed(0)
     check_known_answers()
     agreement.check_all()
+    check_network()
 
 
 if __name__ == "__main__":

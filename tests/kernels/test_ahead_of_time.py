@@ -66,7 +66,18 @@ def test_single_program_launches_compile(target: str) -> None:
 
 def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.dtype) -> list[Any]:
     """Launches of every kernel, each with all that its operator can ask of it."""
-    from realuid_fast.kernels import error, fake, generator, interpolate, matching, noise, optimiser, reduce, scale
+    from realuid_fast.kernels import (
+        error,
+        fake,
+        generator,
+        interpolate,
+        matching,
+        noise,
+        norm,
+        optimiser,
+        reduce,
+        scale,
+    )
 
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -99,6 +110,13 @@ def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.d
     planned += [
         optimiser.begin_step_([flat], number, counts)[0],
         optimiser.adam_([flat], [flat], [flat], [flat], emas, *shared, 1.0, 0.9, 0.999, 1e-8, 0.0, False, True),
+    ]
+    images = meta(rows, 2 * dim, 1, 1).to(memory_format=torch.channels_last)
+    of_channels, shift = meta(2 * dim, of=torch.float32), meta(rows, 2 * dim, of=torch.float32)
+    statistics = meta(rows, 2, 2, of=torch.float32)
+    planned += [
+        norm.norm_silu(images, shift, of_channels, of_channels, 2, 1e-5)[0],
+        norm.norm_silu_grads(images, images, shift, of_channels, of_channels, statistics)[0],
     ]
     return [call for calls in planned for call in calls]
 

@@ -39,6 +39,8 @@ def cases() -> dict[str, tuple[float, float]]:
         "philox",
         "begin_step_",
         "adam_",
+        "norm_silu",
+        "norm_silu_grads",
     ],
 )
 def test_agrees_with_float64(cases: dict[str, tuple[float, float]], op: str) -> None:

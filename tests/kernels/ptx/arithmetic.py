@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 # The largest errors that the PTX documentation gives. Those of sines are absolute, within a turn. Those of logarithms
 # are absolute between 1/2 and 2 and relative elsewhere. All others are relative: two units in the last place for ex2
 # and div.
-ERRORS = {"sqrt": 2.0**-23, "ex2": 2.0**-22, "div": 2.0**-22, "sin": 2.0**-20.5, "cos": 2.0**-20.5, "lg2": 2.0**-22}
+ERRORS = {
+    "sqrt": 2.0**-23,
+    "rsqrt": 2.0**-22.9,
+    "ex2": 2.0**-22,
+    "div": 2.0**-22,
+    "sin": 2.0**-20.5,
+    "cos": 2.0**-20.5,
+    "lg2": 2.0**-22,
+}
 EXACT: dict[str, Callable[..., Any]] = {
     "sqrt": np.sqrt,
+    "rsqrt": lambda value: 1 / np.sqrt(value),
     "ex2": np.exp2,
     "div": np.divide,
     "sin": np.sin,
@@ -55,13 +64,14 @@ INTEGERS: dict[str, Callable[..., Any]] = {
     "min": np.minimum,
     "max": np.maximum,
     "neg": np.negative,
-    "rem": np.remainder,
-    "div": np.floor_divide,
+    "rem": np.fmod,
+    "div": lambda a, b: (np.asarray(a) - np.fmod(a, b)) // b,  # towards zero, also where a sign differs
     "mad": lambda a, b, c: a * b + c,
 }
 
 
-@builds("add", "sub", "mul", "mad", "fma", "min", "max", "neg", "abs", "div", "rem", "sqrt", "lg2", "ex2", "sin", "cos")
+@builds("add", "sub", "mul", "mad", "fma", "min", "max", "neg", "abs", "div", "rem")
+@builds("sqrt", "rsqrt", "lg2", "ex2", "sin", "cos")
 def arithmetic(ins: Instruction, program: Program) -> Step:
     name, last, count = ins.parts[0], ins.parts[-1], len(ins.operands) - 1
     if {"sat", "rz", "rm", "rp", "NaN"} & set(ins.parts):
@@ -93,7 +103,7 @@ def arithmetic(ins: Instruction, program: Program) -> Step:
             return np.asarray(a).astype(wide) * np.asarray(b).astype(wide) >> wide.type(32)
 
         return step_of(ins, program, [kind, kind], upper, kind)
-    if (name in ("mul", "mad") and "lo" not in ins.parts) or (name in ("div", "rem") and kind.kind != "u"):
+    if name in ("mul", "mad") and "lo" not in ins.parts:
         raise Unsupported(ins.text)
     return step_of(ins, program, [kind] * count, INTEGERS[name], kind)
 

@@ -48,8 +48,10 @@ class Trace:
         return bool(((last.warp != NOBODY) & (last.warp != by.warp) & ~ordered).any())
 
     def note(self, at: Array, by: Threads) -> None:
+        # What a barrier has ordered before this access needs no barrier to anything that this one is ordered before.
+        done = (self.last.program[at] == by.program) & (self.last.interval[at] < by.interval)
         for mine, kept in ((by.warp, self.last.warp), (by.program, self.last.program)):
-            before = kept[at]
+            before = np.where(done, NOBODY, kept[at])
             kept[at] = np.where((before == NOBODY) | (before == mine), mine, SEVERAL)
             kept[at[kept[at] != mine]] = SEVERAL
         self.last.interval[at] = by.interval
