@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -410,17 +409,15 @@ def _operations(network: dict[str, Any], again: bool = False) -> Operations:
         labels = torch.zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
         end = torch.zeros(1, *shape) if takes_endpoint(net) else None
 
-        def counted(work: Callable[[], Any]) -> tuple[int, Any]:
-            with FlopCounterMode(display=False) as counter:
-                result = work()
-            return int(counter.get_total_flops()), result
-
-        forward, out = counted(lambda: net(*arguments(net, torch.zeros(1), x, labels, end)).sum())
+        with FlopCounterMode(display=False) as counter:
+            out = net(*arguments(net, torch.zeros(1), x, labels, end)).sum()
+        counts = [forward := int(counter.get_total_flops())]
         # One graph serves both backward passes: autograd computes the gradients that are asked for and no others.
-        training, to_input = (
-            counted(partial(out.backward, retain_graph=True, inputs=to))[0] for to in ([*net.parameters()], [x])
-        )
-        return Operations(forward, forward + training, forward + to_input)
+        for wanted in ([*net.parameters()], [x]):
+            with FlopCounterMode(display=False) as counter:
+                out.backward(retain_graph=True, inputs=wanted)
+            counts.append(forward + int(counter.get_total_flops()))
+        return Operations(*counts)
 
 
 def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | None, steps: int, bound: float) -> Plan:
