@@ -52,6 +52,7 @@ def arguments(op: str, dim: int, alike: bool, offset: int = 0, dtype: torch.dtyp
         return one if alike else torch.randn(6 * dim + offset)[offset:].to(dtype).view(6, dim)
 
     coef, key, scales = torch.randn(6, 9), torch.tensor([3, 4]), torch.randn(6)
+    weight, shift = torch.randn(dim), torch.randn(6, dim)
     halves = (0.9, 1.0, -0.3, 1.2, 0.1, 0.2, 0.0, 0.4)
     return {
         "normal_like": lambda: (key, x(), 6),
@@ -64,6 +65,8 @@ def arguments(op: str, dim: int, alike: bool, offset: int = 0, dtype: torch.dtyp
             *(x(), x(), x(), None, coef, key, x(), None, None, scales),
             *(0.9, 0.8, 1.0, 1.0, True, True, False, True, False, False),
         ),
+        "norm_silu": lambda: (x(), shift, weight, weight if alike else torch.randn(dim), 2, 1e-5),
+        "norm_silu_grads": lambda: (x(), x(), None, weight, torch.randn(dim), torch.randn(6, 2, 2)),
         "scale_grads_": lambda: ([x(), x(), x()], scales),
     }[op]()
 

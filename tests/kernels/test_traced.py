@@ -37,6 +37,8 @@ def arguments(op: str, device: str, dtype: torch.dtype, gaps: bool = False) -> t
     coef = torch.empty(SHAPE[0], 9, device=device, dtype=torch.promote_types(dtype, torch.float32))
     key = torch.empty_strided((2,), (2 if gaps else 1,), device=device, dtype=torch.int64)
     halves = (0.9, 1.0, -0.3, 1.2, 0.1, 0.2, 0.0, 0.4)
+    images = torch.empty(8, 16, 4, 4, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight, shift, statistics = (coef.new_empty(shape) for shape in ((16,), (8, 16), (8, 4, 2)))
     return {
         "normal_like": (key, x, 64),
         "interpolate": (x, coef, key, None, 64),
@@ -45,6 +47,8 @@ def arguments(op: str, device: str, dtype: torch.dtype, gaps: bool = False) -> t
         "matching": (x, x, None, coef, key, None, 64, True, True),
         "fake": (x, x, None, coef, key, x, None, None, None, 32, 32, *halves, True, True),
         "generator": (x, x, x, None, coef, key, *[None] * 4, 0.9, 0.8, 1.0, 1.0, True, True, True, True, False, False),
+        "norm_silu": (images, shift, weight, weight, 4, 1e-5),
+        "norm_silu_grads": (images, images, shift, weight, weight, statistics),
     }[op]
 
 
@@ -77,10 +81,10 @@ def launches(traced: torch.fx.Graph) -> list[str]:
 def test_the_graph_holds_the_launches(op: str) -> None:
     traced, results, expected = graph(op, "cuda", torch.float32)
     kernels = launches(traced)
-    assert kernels[0] == f"_{triton_backend._HOMES[op].module if op != 'interpolate_grads' else op}_kernel".replace(
-        "_noise_", "_normal_"
-    )
-    assert kernels[1:] == (["_finish_kernel"] if op in ("mean_abs_error", "matching", "fake", "generator") else [])
+    assert kernels[0] == {"normal_like": "_normal_kernel", "mean_abs_error": "_error_kernel"}.get(op, f"_{op}_kernel")
+    second = dict.fromkeys(("mean_abs_error", "matching", "fake", "generator"), "_finish_kernel")
+    second["norm_silu_grads"] = "_add_images_kernel"
+    assert kernels[1:] == ([second[op]] if op in second else [])
     assert not [node for node in traced.nodes if "realuid_fast" in str(node.target)]
     for mine, theirs in zip(results, expected, strict=True):
         assert (mine.shape, mine.stride(), mine.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
