@@ -78,7 +78,7 @@ def _our_sid(x: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
 
 
 class _Guidance:
-    """What DMD2's loss needs of its model: networks that return given tensors, and a schedule."""
+    """A stand-in for DMD2's model: networks that return given tensors, and a schedule."""
 
     min_step, max_step, num_train_timesteps, sigma_data = 0, 9, 10, 0.5
     karras_sigmas = torch.linspace(0.1, 10, 10)

@@ -57,7 +57,7 @@ def _of_groups(values, PADDED: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _tile(start, pixels, channels, channel, exists, PIXELS: tl.constexpr):
-    """Where some pixels of the program's columns lie in the image, and which exist."""
+    """The offsets of some pixels of the program's columns in the image, and a mask of those that exist."""
     pixel = start + tl.arange(0, PIXELS)[:, None]
     return pixel * channels + channel[None, :], (pixel < pixels) & exists[None, :]
 

@@ -110,7 +110,7 @@ def denoising_loss(
         alpha, sigma = scales()
         numbers = {"p": -by_row("sigma(t)", sigma, pred), "s": by_row("alpha(t)", alpha, pred)}
     coef = coefficient_rows(pred, w=1 / size(pred), **numbers)
-    # Where the target is one tensor, that tensor stands for the noise too, whose coefficient is 0: no noise is drawn.
+    # A target of one tensor stands for the noise too, whose coefficient is 0, so that no noise is drawn.
     return functional.matching_loss(out=pred, x=tensors[0], x_t=None, coef=coef, noise=tensors[-1])
 
 

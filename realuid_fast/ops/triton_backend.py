@@ -19,7 +19,7 @@ from . import reference
 
 
 class _Home(NamedTuple):
-    """What an operator's launcher has to know of its schema."""
+    """An operator's schema as far as its launcher has to know it."""
 
     module: str
     """The module of ``kernels`` that works its launches out."""
@@ -88,7 +88,7 @@ def _with_dense_key(arguments: tuple[Any, ...], noise: int | None) -> tuple[Any,
 
 
 def _kinds(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """What Triton compiles a kernel for: the tensors' dtypes, and which addresses are multiples of 16."""
+    """The properties that Triton compiles for: the tensors' dtypes, and which addresses are multiples of 16."""
     kinds: list[Any] = []
     addresses = 0
     for tensor in tensors:

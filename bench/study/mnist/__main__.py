@@ -105,7 +105,7 @@ def _of_data(changes: Sequence[str]) -> list[str]:
 
 
 def _ratio(priced: dict[str, Any]) -> float:
-    """What an update of RealUID costs, of UID's: the mean of its arms, which take the same operations."""
+    """The cost of an update of RealUID in updates of UID: the mean over its arms, which take the same operations."""
     ratios = [ratio for name, ratio in priced["ratio"].items() if name != UID]
     return float(sum(ratios) / len(ratios))
 

@@ -1,4 +1,4 @@
-"""What an update of every arm costs, as a share of UID's: all arms in one process, in turn."""
+"""The cost of an update of every arm, in updates of UID: all arms in one process, in turn."""
 
 from __future__ import annotations
 

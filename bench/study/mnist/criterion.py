@@ -39,7 +39,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, object]:
 
 
 def verdict(difference: dict[str, object]) -> str:
-    """What a paired difference of distances says: smaller is better."""
+    """The verdict on a paired difference of distances: smaller is better."""
     interval = difference["interval"]
     assert isinstance(interval, list)
     if interval[1] < 0:
