@@ -462,7 +462,7 @@ def test_mnists_images_are_padded_or_scaled(tmp_path):
     small = data.idx(tmp_path / "set", size=14)
     Image.fromarray(train[3]).save(tmp_path / "3.png")
     assert np.array_equal(small.train[3].numpy(), data.square(tmp_path / "3.png", 14, 1))
-    # Of 28 to 14 pixels, a box's mean is that of four. Pillow rounds to bytes twice, once for each axis.
+    # From 28 to 14 pixels, a box's mean is that of four pixels. Pillow rounds to bytes twice, once for each axis.
     mean = train.reshape(12, 14, 2, 14, 2).mean((2, 4))
     assert np.abs(data.idx(tmp_path / "set", size=14, filter="box").train[:, 0].numpy() - mean).max() <= 1
     with pytest.raises(UserError, match="filter must be one of lanczos, bicubic, bilinear, box; got 'cubic'"):

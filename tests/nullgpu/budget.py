@@ -20,7 +20,7 @@ FILE = Path(__file__).with_name("budget.json")
 ROUNDS = 100
 SLICE = 2e-3  # seconds that a way is called for in a round
 
-# What is counted: the configuration, the trainer, and whether the data are images of CIFAR-10's size.
+# The cases whose launches are counted: configuration, trainer, and whether the data are images of CIFAR-10's size.
 CASES = {
     "digits, eager networks": ({"run": {"mode": "graphs-eager"}}, "distill", False),
     "digits, eager networks in bf16 and fp16": (

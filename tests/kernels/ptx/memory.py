@@ -48,7 +48,7 @@ class Trace:
         return bool(((last.warp != NOBODY) & (last.warp != by.warp) & ~ordered).any())
 
     def note(self, at: Array, by: Threads) -> None:
-        # What a barrier has ordered before this access needs no barrier to anything that this one is ordered before.
+        # An access that a barrier separates from this one is done: later ones need an order to this one only.
         done = (self.last.program[at] == by.program) & (self.last.interval[at] < by.interval)
         for mine, kept in ((by.warp, self.last.warp), (by.program, self.last.program)):
             before = np.where(done, NOBODY, kept[at])

@@ -1,4 +1,4 @@
-"""Where compiled kernels and graphs are kept between runs: beside the preloaded library."""
+"""The folders that keep compiled kernels and graphs between runs, beside the preloaded library."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""What the null GPU was asked to do: launches by name, calls of the host, and what CUDA would have refused."""
+"""The null GPU's counts: launches by name, calls of the host, and requests that CUDA would have refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reset() -> None:
 
 
 def counts() -> Counts:
-    """What was counted. Kernels that differ in their types only are one."""
+    """Counts by name since the last reset. Kernels that differ in their types only are one."""
     found = Counts()
     for line in _gpu.nullgpu_report().decode().splitlines():
         kind, times, name = line.split("\t", 2)

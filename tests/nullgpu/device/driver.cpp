@@ -13,7 +13,7 @@ using namespace nullgpu;
 
 extern "C" {
 
-// Of libnullgpu.so, which is preloaded.
+// These functions are in libnullgpu.so, which is preloaded.
 void nullgpu_launch(void* stream, const char* name);
 void nullgpu_violation(const char* what);
 const char* nullgpu_interned(const char* text);

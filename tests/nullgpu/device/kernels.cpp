@@ -72,7 +72,7 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
-// What kernel<<<grid, block, shared, stream>>> calls.
+// The functions that kernel<<<grid, block, shared, stream>>> calls.
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st* stream) {
   configurations.push_back({grid, block, shared, stream});
   return 0;
