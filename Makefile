@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo compare study test docs bench fuzz nullgpu nullgpu-budget sanitize dist audit lock clean
+.PHONY: demo compare study test docs bench fuzz nullgpu nullgpu-budget nullgpu-networks sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
@@ -50,6 +50,10 @@ nullgpu: $(NULLGPU)/libnullgpu.so
 # Launches and host times as they are now become the budget that `make nullgpu` compares with.
 nullgpu-budget: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.budget
+
+# What the networks of the CIFAR-10 recipe launch, move and hold, into bench/results. Compiling takes minutes.
+nullgpu-networks: $(NULLGPU)/libnullgpu.so
+	$(ON_NULLGPU) -m tests.nullgpu.networks
 
 $(NULLGPU)/libnullgpu.so: $(wildcard tests/nullgpu/device/*.cpp tests/nullgpu/device/*.h) tests/nullgpu/device/build.py | $(NULLGPU_VENV)/.installed
 	$(NULLGPU_VENV)/bin/python tests/nullgpu/device/build.py $(NULLGPU)

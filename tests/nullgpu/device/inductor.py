@@ -12,7 +12,7 @@ KINDS = {"poi": "pointwise", "red": "reduction", "per": "persistent reduction"}
 class Kernel:
     """In place of a kernel that inductor wrote."""
 
-    def __init__(self, name):
+    def __init__(self, name, source):
         kind = name.split("_")[1]
         self._launch = counts.launcher(f"inductor {KINDS.get(kind, kind)}")
 
@@ -27,7 +27,7 @@ def install():
     def write(self, kernel_name, source_code, device_str="cuda"):
         if counts.capturing():
             counts.violate(f"kernel {kernel_name} is written by torch.compile during capture")
-        return Kernel(kernel_name)
+        return Kernel(kernel_name, source_code)
 
     config.compile_threads = 1
     async_compile.AsyncCompile.triton = write
