@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections import ChainMap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -38,6 +39,15 @@ def setting(default: Any, meaning: str, bounds: Range | None = None, choices: Co
 
 
 @dataclass(frozen=True)
+class LawConfig:
+    """The law of times and the time weight of one turn of ``distill``, where they differ from those of ``path``."""
+
+    sampler: str | None = setting(None, "as path.sampler, which holds if this is null", choices=_SAMPLERS)
+    sampler_settings: dict[str, Any] = setting(dict, "the numbers of this sampler")
+    weight: str | None = setting(None, "as path.weight, which holds if this is null", choices=paths.WEIGHTS)
+
+
+@dataclass(frozen=True)
 class PathConfig:
     """The interpolant, what networks predict on it, and the law of times and the distance that they are trained with.
 
@@ -52,6 +62,30 @@ class PathConfig:
     sampler_settings: dict[str, Any] = setting(dict, "the sampler's own numbers")
     match: str = setting("velocity", "the space in which distances are taken", choices=paths.MATCH_SPACES)
     weight: str = setting("one", "the weight of a time in the loss", choices=paths.WEIGHTS)
+    fake: LawConfig = setting(LawConfig, "the times of the fake model's turn and their weight")
+    generator: LawConfig = setting(LawConfig, "the times of the generator's turn and their weight")
+
+    def turns(self, teacher: Description | None = None) -> dict[str, Matching]:
+        """:meth:`build` for each turn that has a law of times or a weight of its own.
+
+        Raises:
+            UserError: as :meth:`build`, with the turn's key, or numbers of a sampler that the turn does not name.
+        """
+        found = {}
+        for turn in ("fake", "generator"):
+            law: LawConfig = getattr(self, turn)
+            if law == LawConfig():
+                continue
+            given: dict[str, Any] = {} if law.weight is None else {"weight": law.weight}
+            if law.sampler is not None:
+                given |= {"sampler": law.sampler, "sampler_settings": law.sampler_settings}
+            elif law.sampler_settings:
+                raise UserError(f"path.{turn}.sampler_settings is given, but path.{turn}.sampler is null")
+            try:
+                found[turn] = replace(self, **given).build(teacher)
+            except UserError as error:
+                raise UserError(re.sub(r"^path\.(sampler|weight)", rf"path.{turn}.\1", str(error))) from None
+        return found
 
     def build(self, teacher: Description | None = None) -> Matching:
         """The path with its sampler, prediction and weight; ``teacher`` fills in what is not given.
@@ -339,6 +373,7 @@ class RunConfig:
     )
 
 
+_PARITY_LAW: dict[str, Any] = {"sampler": None, "sampler_settings": {}, "weight": None}
 _PARITY_STEP = {"warmup_from_zero": True, "decay": "constant"}
 # Settings that ``run.parity`` makes: docs/parity.md says where each of them comes from.
 PARITY: dict[str, dict[str, Any]] = {
@@ -350,6 +385,8 @@ PARITY: dict[str, dict[str, Any]] = {
         "sampler_settings": {},
         "match": "velocity",
         "weight": "one",
+        "fake": _PARITY_LAW,
+        "generator": _PARITY_LAW,
     },
     "teacher": {
         "sampler": None,

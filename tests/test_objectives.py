@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import realuid_fast as rf
+from realuid_fast.coefficients import Coefficients
+from realuid_fast.jobs import config as configs
 from realuid_fast.objectives import (
     DMD,
     FGM,
@@ -278,6 +280,51 @@ def test_sid_is_its_paper_in_edm_form(alpha, scaled):
     f_psi = (sigma_data**2 / total * x_t).detach() + s * sigma_data / total.sqrt() * out
     loss = (weight * square(f_psi - x.detach())).mean()
     agree(fused_fake(path, "x0", "edm", SiD(alpha), 0, path.edm_weight), loss, out)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_sid_for_edm_is_its_published_code(dtype, rtol):
+    """mingyuanzhou/SiD at revision 01fbb13, ``training/sid_loss.py``: noise levels, weight, value and gradient of each turn.
+
+    The levels are those of the preset sid-edm. In float32 the published formula has the same tensors in float64.
+    """
+    settings = configs.load("presets/sid-edm")
+    turns = settings.path.turns()
+    objective, path = settings.distill.objective.build(), turns["fake"].path
+    generator = torch.Generator().manual_seed(3)
+    u = torch.rand(B, dtype=dtype, generator=generator)
+    x, n, true, fake = torch.randn(4, B, D, dtype=dtype, generator=generator)
+    low, high, alpha = 0.002 ** (1 / 7), 80 ** (1 / 7), 1.2
+
+    sigma = (high + (1 - u.double() * 800 / 1000) * (low - high)) ** 7
+    t = turns["generator"].path.sampler.quantile(u, turns["generator"].path)
+    torch.testing.assert_close(t.double(), sigma, rtol=10 * rtol, atol=0)
+    coef = turns["generator"].coefficients(t)
+    assert bool((Coefficients(coef).w == 1).all())
+    y, y_real, y_fake = (v.detach().double().requires_grad_() for v in (x, true, fake))
+    factor = (y - y_real).abs().mean(1, keepdim=True).clip(min=0.00001).detach()
+    loss = ((y_real - y_fake) * ((y_real - y) - alpha * (y_real - y_fake)) / factor).sum() / B
+    expected = loss, *torch.autograd.grad(loss, (y, y_real, y_fake))
+    # The rows have the x0 space's prediction, which the published loss is given.
+    given = path.coefficients(t, "x0", "x0")
+    ours = [v.detach().requires_grad_() for v in (x, true, fake)]
+    value = rf.functional.generator_loss(
+        objective, x=ours[0], teacher_out=ours[1], fake_out=ours[2], x_t=None, coef=given, noise=n
+    )
+    for one, other in zip((value, *torch.autograd.grad(value, ours)), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=rtol, atol=rtol * float(other.abs().max()))
+
+    sigma = (torch.special.ndtri(u.double()) * 1.2 - 1.2).exp()
+    t = turns["fake"].path.sampler.quantile(u, path)
+    torch.testing.assert_close(t.double(), sigma, rtol=10 * rtol, atol=0)
+    weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
+    given = path.coefficients(t, "x0", "x0", turns["fake"].weight)
+    ours, y_fake = fake.clone().requires_grad_(), fake.double().requires_grad_()
+    value = rf.functional.fake_loss(objective, fake_out=ours, x=x, x_t=None, coef=given, noise=n)
+    loss = (weight[:, None] * (y_fake - x.double()) ** 2).sum() / B
+    found = value, torch.autograd.grad(value, ours)[0]
+    for one, other in zip(found, (loss, torch.autograd.grad(loss, y_fake)[0]), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=10 * rtol, atol=rtol * float(other.abs().max()))
 
 
 def test_realuid_is_its_two_squared_distances():

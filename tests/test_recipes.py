@@ -149,6 +149,50 @@ SOURCES = {
         )
     },
 }
+CODE, LOOP = "training/sid_loss.py", "training/sid_training_loop.py"
+STEP = "run_sid.sh --{}; sid_train.py has the betas and no clip"
+KARRAS, AVERAGE = "run_sid.sh --tmax", "sid_train.py --ema, a half-life of 500,000 images"
+SOURCES["cifar10_sid"] = {
+    "network.kind": ("song-unet", "sid_train.py --arch ddpmpp"),
+    "network.dim": ([3, 32, 32], "the published teacher"),
+    "network.model_channels": (128, "sid_train.py --arch ddpmpp"),
+    "network.channel_mult": ([2, 2, 2], "sid_train.py --arch ddpmpp"),
+    "network.dropout": (0.13, "sid_train.py --dropout"),
+    "network.augment_dim": (9, "sid_train.py --augment"),
+    "path.name": ("ve", CODE),
+    "path.settings.sigma_data": (0.5, CODE),
+    "path.predict": ("edm", "sid_train.py --precond"),
+    "path.match": ("x0", CODE),
+    "path.sampler": ("log-normal", CODE),
+    "path.sampler_settings.mean": (-1.2, CODE),
+    "path.sampler_settings.std": (1.2, CODE),
+    "path.fake.weight": ("edm", CODE),
+    "path.generator.sampler": ("karras", KARRAS),
+    "path.generator.sampler_settings.sigma_min": (0.002, KARRAS),
+    "path.generator.sampler_settings.sigma_max": (80.0, KARRAS),
+    "path.generator.sampler_settings.rho": (7.0, KARRAS),
+    "path.generator.sampler_settings.share": (0.8, KARRAS),
+    "distill.objective.alpha_sid": (1.2, "run_sid.sh --alpha"),
+    "distill.batch": (256, "run_sid.sh --batch"),
+    "distill.updates": (500_000_000 // 256, "run_sid.sh --duration"),
+    "distill.fake_turns": (1, LOOP),
+    "distill.t_start": (2.5, "run_sid.sh --init_sigma"),
+    "distill.fake_start": ("teacher", LOOP),
+    **{
+        f"distill.{net}.{key}": (value, STEP.format(rate))
+        for net, rate in (("generator", "glr"), ("fake", "lr"))
+        for key, value in (("lr", 1e-5), ("betas", [0.0, 0.999]), ("clip", 0.0))
+    },
+    "distill.ema": ([round(0.5 ** (256 / 500_000), 6)], AVERAGE),
+    "distill.export": (round(0.5 ** (256 / 500_000), 6), AVERAGE),
+    "run.log_every": (50, "chosen"),
+    "run.sample_every": (1953, "run_sid.sh --tick and --snap"),
+    "run.checkpoint_every": (1953, "chosen; run_sid.sh --dump"),
+    "run.evaluate_every": (1953, "run_sid.sh --tick and --snap"),
+    "run.evaluate_samples": (50_000, "run_sid.sh --metrics"),
+    "run.real_split": ("train", "run_sid.sh --data_stat"),
+    "run.inception_only": (True, "chosen"),
+}
 NAMES = {"base", "data.name", "data.path", "distill.teacher", "distill.start", "distill.objective.name"}
 
 
@@ -157,7 +201,7 @@ def recipe(name):
 
 
 def test_there_is_a_recipe_for_each_and_a_fast_one():
-    assert set(configs.recipes()) == {*PUBLISHED, *(f"{name}_fast" for name in PUBLISHED), "fast"}
+    assert set(configs.recipes()) == {*SOURCES, *(f"{name}_fast" for name in PUBLISHED), "fast"}
     assert all(title and title[0].isupper() for title in configs.recipes().values())
 
 
@@ -171,7 +215,7 @@ def leaves(node, prefix=""):
             yield name, value
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SOURCES)
 def test_every_value_has_its_source_beside_it(name):
     text = (configs.CONFIGS / "recipes" / f"{name}.yaml").read_text()
     lines, content, config = text.splitlines(), yaml.safe_load(text), configs.to_mapping(recipe(name))
@@ -331,12 +375,19 @@ def test_a_fast_recipe_changes_no_hyper_parameter(name):
 
 
 def test_the_preset_edm_says_that_it_is_not_sid_as_published():
-    """The published fake and generator turns have a law of noise levels and a weight each; a run here has one law."""
+    """The published fake and generator turns have a law of noise levels and a weight each; sid-edm has them."""
     head = configs.presets()["edm"]
     assert "as published" not in head
     assert "one law of noise levels for both turns" in head
     text = (configs.CONFIGS / "presets" / "edm.yaml").read_text()
     assert "This is not SiD as published" in text
+
+
+def test_the_recipe_of_sid_has_the_published_teachers_network():
+    """CIFAR-10's DDPM++ of 55.7 million parameters."""
+    with torch.device("meta"):
+        net = build(recipe("cifar10_sid").network)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(55.73e6, rel=1e-4)
 
 
 def test_several_bases_lie_over_one_another(tmp_path):

@@ -112,7 +112,8 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
             _optimiser(generator.net, settings.generator, settings.updates, settings.ema, warms_up),
             _setup(config, settings.batch, settings.updates),
             fake_turns=settings.fake_turns, guidance=settings.guidance, labels=settings.labels, gan=gan,
-            divergence=settings.divergence, precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
+            turn_matching=config.path.turns(described), divergence=settings.divergence,
+            precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
 

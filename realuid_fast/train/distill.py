@@ -60,6 +60,8 @@ class Distiller(Trainer):
         guidance: the scale of the teacher's classifier-free guidance; 1 for none.
         labels: ``"drawn"`` from the training set, or those of the real ``"batch"`` in the same row.
         gan: the weights of a discriminator's terms, for a judged fake model.
+        turn_matching: the path with another sampler, or another weight, for the turns ``"fake"`` and ``"generator"``;
+            ``matching`` for a turn that is not named.
         divergence: the f-divergence that is descended, one of :data:`realuid_fast.objectives.DIVERGENCES`.
         precisions: the networks' arithmetic in the turns ``"fake"`` and ``"generator"``, one of
             :data:`realuid_fast.precision.PRECISIONS`, float32 by default; ``"teacher"``: ``"bf16"`` for a teacher whose
@@ -87,6 +89,7 @@ class Distiller(Trainer):
         guidance: float = 1.0,
         labels: str = "drawn",
         gan: Gan | None = None,
+        turn_matching: Mapping[str, Matching] = MappingProxyType({}),
         divergence: str = "reverse-kl",
         precisions: Mapping[str, str] = MappingProxyType({}),
         export: float = 0.0,
@@ -109,6 +112,13 @@ class Distiller(Trainer):
         self.generator_optimiser, self.fake_optimiser = generator_optimiser, fake_optimiser
         self.guidance, self.gan = guidance, gan
         _check(objective, fake, gan, divergence)
+        for turn, own in turn_matching.items():
+            path = replace(own.path, sampler=matching.path.sampler)
+            if turn not in TURNS[:2] or replace(own, path=path, weight=matching.weight) != matching:
+                raise UserError(
+                    "turn_matching must give fake or generator a matching of another sampler or weight only"
+                )
+        self._turn_matching = dict(turn_matching)
         self._divergence = None if divergence == "reverse-kl" else divergence
         self.precisions = {turn: Precision(precisions.get(turn, "float32"), self.device) for turn in TURNS}
         fp16 = self.precisions["generator"].name == "fp16"
@@ -232,7 +242,7 @@ class Distiller(Trainer):
         y, ends, networks = self._row_labels, self._row_ends, self.precisions["fake"].networks
         with self.precisions["fake"].turn():
             with self.phases("interpolate"):
-                t, coef = self._times()
+                t, coef = self._times(self._turn_matching.get("fake"))
                 if self._n_real:
                     t, coef = t.repeat(2), coef.repeat(2, 1)
                 draw = self._interpolant(self._rows, self.noise.next_key(), t, coef, ends, self._n_real)
@@ -284,7 +294,7 @@ class Distiller(Trainer):
                     x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
                 x = self._float(x)
             with self.phases("interpolate"):
-                t, coef = self._times()
+                t, coef = self._times(self._turn_matching.get("generator"))
                 if self._seed_scale != 1.0:
                     Coefficients(coef).w.mul_(self._seed_scale)
                 draw = self._interpolant(x.detach(), self.noise.next_key(), t, coef, ends)

@@ -249,10 +249,11 @@ class Trainer(ABC):
         """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions."""
         return picked(self.labels, self.endpoints, count, self.draws, self._layout)
 
-    def _times(self) -> tuple[Tensor, Tensor]:
-        """Path times ``(B,)`` and coefficient rows ``(B, 9)``."""
-        t = self.path.sample_time(self.batch, self.draws, self.device)
-        return t, self.matching.coefficients(t)
+    def _times(self, matching: Matching | None = None) -> tuple[Tensor, Tensor]:
+        """Path times ``(B,)`` and coefficient rows ``(B, 9)``, by :attr:`matching` where none is given."""
+        matching = matching or self.matching
+        t = matching.path.sample_time(self.batch, self.draws, self.device)
+        return t, matching.coefficients(t)
 
     def _interpolant(
         self, x: Tensor, noise: Tensor, t: Tensor, coef: Tensor, endpoint: Tensor | None, n_real: int = 0

@@ -51,6 +51,11 @@ LAWS = {
         VE,
         lambda t, p: (t.double() ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7)),
     ),
+    "karras-0.8": (
+        lambda **k: Karras(share=0.8, **k),
+        VE,
+        lambda t, p: (t.double() ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7)) / 0.8,
+    ),
     "karras-5": (
         lambda **k: Karras(0.01, 50.0, 5.0, **k),
         Trigonometric,
@@ -137,6 +142,7 @@ def test_a_bridge_in_its_diffusions_time_takes_laws_of_the_noise_level():
         (lambda: LogitNormal(std=0.0), "std must lie above 0, got 0"),
         (lambda: LogNormal(mean="0"), "mean must be a finite number, not '0'"),
         (lambda: Karras(sigma_min=2.0, sigma_max=1.0), "sigma_max must lie above 2, got 1"),
+        (lambda: Karras(share=1.5), "share must be at most 1, got 1.5"),
         (lambda: Shifted(-1.0), "shift must lie above 0"),
         (lambda: Beta(0.0, 1.0), "a must lie above 0"),
         (lambda: Discrete(), "times must hold at least one path time"),

@@ -104,6 +104,46 @@ def test_fake_turn_equals_plain_autograd(labelled):
         torch.testing.assert_close(seen[name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
 
 
+def test_each_turn_has_its_own_times_and_weight(monkeypatch):
+    """Discrete tables of one time tell the turns apart; a turn that is not named keeps the run's law."""
+    seen = []
+    base = {"sampler": "discrete", "sampler_settings": {"times": [0.75]}, "match": "x0"}
+    base |= {"fake": {"sampler": "discrete", "sampler_settings": {"times": [0.25]}, "weight": "scale"}}
+    for own, expected in (
+        ({}, (0.75, 1.0)),
+        ({"sampler": "discrete", "sampler_settings": {"times": [0.5]}}, (0.5, 1.0)),
+        ({"weight": "scale"}, (0.75, 0.75)),
+    ):
+        trainer = distiller(path={**base, "generator": own}, distill={"objective": {"name": "sid"}, "fake_turns": 1})
+        drawn = trainer._interpolant
+        monkeypatch.setattr(
+            trainer, "_interpolant", lambda *given, drawn=drawn: seen.append(given[2:4]) or drawn(*given)
+        )
+        seen.clear()
+        trainer.update()
+        found = [(float(t[0]), float(coef[0, 8])) for t, coef in seen]
+        assert found == [(0.25, 0.25), expected]
+        for t, coef in seen:
+            assert bool((t == t[0]).all())
+            assert bool((coef[:, 8] == coef[0, 8]).all())
+
+
+@pytest.mark.parametrize(
+    ("law", "sentence"),
+    [
+        ({"sampler": "karras", "sampler_settings": {"mean": 1.0}}, r"path\.fake\.sampler: the sampler 'karras' has no"),
+        (
+            {"sampler_settings": {"mean": 1.0}},
+            r"path\.fake\.sampler_settings is given, but path\.fake\.sampler is null",
+        ),
+        ({"weight": "two"}, r"path\.fake\.weight must be one of one, edm, scale; got 'two'"),
+    ],
+)
+def test_a_turns_law_is_refused_by_its_own_name(law, sentence):
+    with pytest.raises(UserError, match=sentence):
+        distiller(path={"fake": law})
+
+
 def test_uid_loads_no_real_data_and_alpha_decides():
     trainer = distiller(distill={"objective": {"name": "uid"}, "batch": 1353})
     assert trainer.batches is None
