@@ -216,8 +216,8 @@ def generator_loss(
 ) -> Tensor:
     """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
 
-    For a normalised objective it is ``w <D, alpha f* - beta tgt> / ||D||``, which takes two more passes over the
-    tensors that it reads.
+    For a normalised objective it is ``w <D, alpha f* - beta tgt> / ||D||``, with a distance of gain ``g`` it is ``w
+    g(||D||^2) (<D, alpha f* - beta tgt> - Q/2 ||D||^2)``. Either takes two more passes over the tensors that it reads.
 
     Args:
         teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``. ``fake_out``

@@ -1,4 +1,4 @@
-"""The weights that an objective gives to the samples of a generator call: SiD's and the normalised objectives'."""
+"""The weights that an objective gives to the samples of a generator call: SiD's, a distance's, the normalised ones'."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ def weighed(
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]:
     """The weights that an objective gives to the samples of a generator call.
 
-    Only :func:`~realuid_fast.objectives.SiD` and its like (``sample_scale``) and normalised objectives weigh samples.
-    The weight and ``Q`` of a normalised objective take two passes that write no gradients: one for ``<D, r>``, and one
-    over the two outputs alone for ``||D||^2``.
+    Only :func:`~realuid_fast.objectives.SiD` and its like (``sample_scale``), objectives with a distance and normalised
+    ones weigh samples. The weight and ``Q`` of the last two take two passes that write no gradients: one for ``<D, r>``,
+    and one over the two outputs alone for ``||D||^2``.
+
+    With a distance the loss is ``w g (<D, r> - q)``, ``q = Q/2 ||D||^2``. Its gradient in ``D`` is ``w g (r - Q D + 2 g'
+    / g (<D, r> - q) D)``. The kernel's is ``w (r - Q_row / 2 D)``, so it is called with ``w g`` and with ``Q_row = 2 Q -
+    4 g' / g (<D, r> - q)``.
 
     Returns:
         Coefficient rows with the weight in ``w``. The operator's ``teacher_uncond, guidance, q_rows``. The rows'
         losses if the operator returns the values of another loss with the same gradients, else None.
     """
     extra = (*guided, None)
-    if not (objective.sample_scale or objective.normalised):
+    if not (objective.sample_scale or objective.normalised or objective.distance is not None):
         return coef, extra, None
     namespace, (uncond, scales) = ops.current(x.device), guided
     with torch.no_grad():
@@ -55,6 +59,10 @@ def weighed(
         inputs = (teacher_out, fake_out, x, x_t, one, noise, endpoint, *extra)
         dots = loss(*inputs, *objective.generator_scalars, False)
         squares = loss(teacher_out, fake_out, fake_out, None, apart, noise, None, *extra, 0.0, 0.0, -1.0, 1.0, False)
+        if objective.distance is not None:
+            w = Coefficients(weights).w.mul_(objective.distance.gain(squares))
+            value = dots - objective.Q / 2 * squares
+            return weights, (uncond, scales, 2 * objective.Q - 4 * objective.distance.bend(squares) * value), w * value
         norms = squares.sqrt().clamp(min=_LEAST_NORM)
         w = Coefficients(weights).w.div_(norms)
         # A norm that is clamped is a constant, so its derivative, and with it Q, is 0.

@@ -189,6 +189,8 @@ class ObjectiveConfig:
     l1: float | None = setting(None, "the weight of the first term of 'fgm'")
     l2: float | None = setting(None, "the weight of the second term of 'fgm'")
     alpha_sid: float | None = setting(None, "the weight of the quadratic term of 'sid' and 'realsid'")
+    c: float | None = setting(None, "the smoothing of the distance of 'sim', in units of the match space")
+    p: float | None = setting(None, "the power of the distance of 'sim', 1 for pseudo-Huber")
     scaled: bool | None = setting(None, "whether 'sid' and 'realsid' divide by each sample's distance to the teacher")
 
     @property

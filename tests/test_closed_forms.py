@@ -156,6 +156,24 @@ def test_inner_maximum_of_uid_is_a_known_multiple_of_the_squared_distance(settin
     assert float(loss) == pytest.approx(distance * gap**2, rel=1e-9)
 
 
+@pytest.mark.parametrize(("c", "p"), [(0.2, 1.0), (0.5, 1.5), (0.0, 2.0)])
+def test_sim_has_the_gradient_of_its_distance_at_a_fixed_law_of_x_t(c, p):
+    """For unit variances the fields of x0 space are ``h (mean* - mean)`` apart with ``h = sigma^2 / (1 + sigma^2)``."""
+    setting, gap = SETTINGS["edm"], 0.8
+    t, z, e, weights = quadrature(setting, 48, 12, 12)
+    (coef, _, noise), mean = draws(setting, t, e, weights), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = mean + z[:, None]
+    x_t = rf.interpolate(x, coef, noise)
+    teacher, fake = (field(setting, x_t, t[:, None], m, 1.0) for m in (0.7 + gap, 0.7))
+    loss = rf.functional.generator_loss(
+        rf.objectives.SIM(c, p), teacher_out=teacher, fake_out=fake, x=x, x_t=None, coef=coef, noise=noise
+    )
+    (found,) = torch.autograd.grad(loss, mean)
+    h = t**2 / (1 + t**2)
+    slope = (h * gap) * ((h * gap) ** 2 + c**2) ** (p / 2 - 1)
+    assert float(found) == pytest.approx(float(-(weights * h * slope).sum()), rel=1e-9)
+
+
 OBJECTIVES = [
     rf.objectives.UID(),
     rf.objectives.RealUID(0.92, 0.94),

@@ -15,6 +15,7 @@ from realuid_fast.objectives import (
     IBMD,
     PRESETS,
     SDS,
+    SIM,
     UID,
     DiffInstruct,
     GeneralRealUID,
@@ -25,6 +26,7 @@ from realuid_fast.objectives import (
     RealSiD,
     RealUID,
     SiD,
+    SmoothPower,
     divergence_weight,
 )
 from realuid_fast.paths import DDBMVP, VE, VP, BrownianBridge, Linear
@@ -107,6 +109,11 @@ def test_general_realuid_has_real_rows_at_alpha_one_where_gamma_is_less(kappa):
         (lambda: SiD(0.0), "alpha_sid must be positive, got 0"),
         (lambda: SiD("1"), "alpha_sid must be a finite number, not '1'"),
         (lambda: RealSiD(0.9, 0.95, -1.0), "alpha_sid must be positive"),
+        (lambda: SIM(0.1, p=0.5), "p must be at least 1, got 0.5"),
+        (lambda: SIM(0.0), "c must be positive, got 0"),
+        (lambda: SIM(-1.0, p=2.0), "c must be positive, got -1"),
+        (lambda: dataclasses.replace(SIM(), sample_scale=1.0), "objective with a distance has its own scale"),
+        (lambda: dataclasses.replace(SIM(), kappa=2.0), "kappa must be 1 with a distance"),
         (lambda: RealBridge(1.0, 0.9), "alpha = 1 requires beta = 1"),
         (lambda: NormalisedRealUID(1.0, 0.9), "alpha = 1 requires beta = 1"),
         (
@@ -170,7 +177,7 @@ def test_named_presets_carry_their_names():
     built = {PRESETS[name](*(0.92, 0.94, 0.9)[:count]).name for name, count in
              (("uid", 0), ("realuid", 2), ("general", 3), ("fgm", 0), ("sid", 0), ("realsid", 2), ("ibmd", 0),
               ("normalised", 2), ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0),
-              ("sds", 0))}  # fmt: skip
+              ("sds", 0), ("sim", 0))}  # fmt: skip
     assert len(built) == len(PRESETS)
 
 
@@ -284,7 +291,7 @@ def test_sid_is_its_paper_in_edm_form(alpha, scaled):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
 def test_sid_for_edm_is_its_published_code(dtype, rtol):
-    """mingyuanzhou/SiD at revision 01fbb13, ``training/sid_loss.py``: noise levels, weight, value and gradient of each turn.
+    """mingyuanzhou/SiD at revision 01fbb13, ``training/sid_loss.py``: levels, weight, value, gradient of each turn.
 
     The levels are those of the preset sid-edm. In float32 the published formula has the same tensors in float64.
     """
@@ -428,6 +435,91 @@ def test_normalised_realuid_is_the_inner_product_with_a_direction(path, match, g
     torch.testing.assert_close(grads.x + a * (g_x_t + grads.x_t), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grads.loss, rows.mean(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grads.rows, rows, rtol=1e-10, atol=1e-10)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogCosh:
+    """``d(v) = log cosh ||v||``, a convex function of a user's."""
+
+    def gain(self, squares):
+        return squares.sqrt().tanh() / squares.sqrt()
+
+    def bend(self, squares):
+        norm = squares.sqrt()
+        return (1 / (norm.sinh() * norm.cosh()) - 1 / norm) / (2 * norm)
+
+    def __call__(self, v):
+        return v.norm(dim=1).cosh().log()
+
+
+def pseudo_huber(v, c):
+    return (square(v) + c**2).sqrt() - c
+
+
+DISTANCES = {
+    "pseudo-huber": (SIM(0.3), lambda v, s: pseudo_huber(v * s, 0.3) / s[:, 0]),
+    "cubic": (SIM(0.0, p=3.0), lambda v, s: square(v * s) ** 1.5 / 3 / s[:, 0]),
+    "log-cosh": (dataclasses.replace(SIM(), distance=LogCosh()), lambda v, s: LogCosh()(v * s) / s[:, 0]),
+}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("objective", "distance"), DISTANCES.values(), ids=DISTANCES.keys())
+@pytest.mark.parametrize("match", ["x0", "noise"])
+def test_sim_is_its_paper_in_scores(match, objective, distance, guided):
+    """Luo et al. (2410.16794): ``-<d'(y), s_fake(x_t) - s(x_t | x)>``, ``y = s_fake - s*``, on VE, w and c as stated.
+
+    ``d`` is evaluated at ``k y`` for ``D = k y``, times ``1 / k``; ``d'`` is by autograd and is differentiated once more.
+    """
+    path = VE()
+    sigma, x, _, n = draw(path, B)
+    s, k = sigma[:, None], sigma[:, None] ** (2 if match == "x0" else 1)
+    x_t = x + s * n
+    teacher = TEACHER(sigma, x_t)
+    if guided:
+        teacher = torch.lerp(UNCONDITIONAL(sigma, x_t), teacher, 1.7)
+    # Networks predict in the match space: x0 = x_t + sigma^2 score, noise = -sigma score.
+    scores = [(out - x_t) / s**2 if match == "x0" else -out / s for out in (teacher, FAKE(sigma, x_t))]
+    y = scores[1] - scores[0]
+    (slope,) = torch.autograd.grad(distance(y, k).sum(), y, create_graph=True)
+    rows = -inner(slope, scores[1] - (x - x_t) / s**2)
+    # In x0 space <d'(D), f - tgt> is k = sigma^2 times this loss, in noise space k = sigma times it.
+    loss = (k[:, 0] * rows).mean()
+    coef = path.coefficients(sigma, match, match)
+    at = rf.interpolate(x, coef, n)
+    outs = TEACHER(sigma, at), FAKE(sigma, at)
+    last = {"teacher_uncond": UNCONDITIONAL(sigma, at), "guidance": 1.7} if guided else {}
+    value = rf.functional.generator_loss(
+        objective, teacher_out=outs[0], fake_out=outs[1], x=x, x_t=None, coef=coef, noise=n, **last
+    )
+    expected = loss, torch.autograd.grad(loss, x, retain_graph=True)[0]
+    for one, other in zip((value, torch.autograd.grad(value, x)[0]), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_sim_with_half_the_square_is_half_of_sid_at_one():
+    x, n, teacher, fake = torch.randn(4, B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    given = {"x": x, "x_t": None, "noise": n, "coef": VE().coefficients(torch.linspace(0.5, 2, B).double(), "x0", "x0")}
+    sim, sid = (
+        rf.functional.generator_grads(objective, teacher_out=teacher, fake_out=fake, **given)
+        for objective in (SIM(0.0, p=2.0), SiD(1.0, scaled=False))
+    )
+    for one, other in ((sim.loss, sid.loss), (sim.x, sid.x), (sim.fake_out, sid.fake_out)):
+        torch.testing.assert_close(2 * one, other, rtol=1e-12, atol=1e-12)
+    assert SIM().generated == UID().generated
+    assert SmoothPower(0.1) == SIM().distance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sim_is_finite_where_fake_model_and_teacher_agree(dtype):
+    x, n, out = torch.randn(3, B, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+    coef = Linear().coefficients(torch.linspace(0.1, 0.9, B))
+    grads = rf.functional.generator_grads(
+        SIM(), teacher_out=out, fake_out=out.clone(), x=x, x_t=None, coef=coef, noise=n
+    )
+    assert grads.loss == 0
+    assert torch.isfinite(grads.fake_out).all()
+    assert grads.fake_out.any()
 
 
 def test_normalised_realuid_trains_realuids_fake_model():
