@@ -375,15 +375,15 @@ def SIM(c: float = 0.1, p: float = 1.0) -> Objective:
     The paper's loss is ``-<d'(y), s - s(x_t | x)>`` with ``y = s - s*``, the fake model's score less the teacher's, and
     everything that depends on ``x_t`` is differentiated. With ``D = f* - f`` that is ``w <d'(D), f - tgt>``, here ``w
     gain(||D||^2) (<D, f* - tgt> - ||D||^2)``, so ``Q = 2``. Its gradient is that of ``w d(D)`` averaged over a law of
-    ``x_t`` that is held fixed. ``d`` is :class:`SmoothPower`: pseudo-Huber, the paper's choice, for ``p = 1``. For
-    ``p = 2`` and ``c = 0`` the loss is half of :func:`SiD` at 1 without its scale. ``dataclasses.replace(SIM(), distance=...)``
-    takes any other :class:`Distance`.
+    ``x_t`` that is held fixed. ``d`` is :class:`SmoothPower`: pseudo-Huber, the paper's choice, for ``p = 1``. For ``p
+    = 2`` and ``c = 0`` the loss is half of :func:`SiD` at 1 without its scale. ``dataclasses.replace(SIM(),
+    distance=...)`` takes any other :class:`Distance`.
 
-    ``c`` is in units of the match space. On the path :class:`~realuid_fast.paths.VE` the numbers ``c`` and ``w`` stand for
-    the paper's ``c / sigma`` and ``w sigma`` in noise space, and for ``c / sigma^2`` and ``w sigma^2`` in ``x0`` space.
-    In velocity space this is implicit generator matching of flows (Shankar, On Distilling Generator Matching Models,
-    2025). Source: Luo et al., One-Step Diffusion Distillation through Score Implicit Matching (2410.16794), its loss and
-    its pseudo-Huber instance. The default of ``c`` is ours.
+    ``c`` is in units of the match space. On the path :class:`~realuid_fast.paths.VE` the numbers ``c`` and ``w`` stand
+    for the paper's ``c / sigma`` and ``w sigma`` in noise space, and for ``c / sigma^2`` and ``w sigma^2`` in ``x0``
+    space. In velocity space this is implicit generator matching of flows (Shankar, On Distilling Generator Matching
+    Models, 2025). Source: Luo et al., One-Step Diffusion Distillation through Score Implicit Matching (2410.16794), its
+    loss and its pseudo-Huber instance. The default of ``c`` is ours.
 
     Raises:
         UserError: as :class:`SmoothPower`.

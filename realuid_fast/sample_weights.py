@@ -28,12 +28,12 @@ def weighed(
     """The weights that an objective gives to the samples of a generator call.
 
     Only :func:`~realuid_fast.objectives.SiD` and its like (``sample_scale``), objectives with a distance and normalised
-    ones weigh samples. The weight and ``Q`` of the last two take two passes that write no gradients: one for ``<D, r>``,
-    and one over the two outputs alone for ``||D||^2``.
+    ones weigh samples. The weight and ``Q`` of the last two take two passes that write no gradients: one for ``<D,
+    r>``, and one over the two outputs alone for ``||D||^2``.
 
-    With a distance the loss is ``w g (<D, r> - q)``, ``q = Q/2 ||D||^2``. Its gradient in ``D`` is ``w g (r - Q D + 2 g'
-    / g (<D, r> - q) D)``. The kernel's is ``w (r - Q_row / 2 D)``, so it is called with ``w g`` and with ``Q_row = 2 Q -
-    4 g' / g (<D, r> - q)``.
+    With a distance the loss is ``w g (<D, r> - q)``, ``q = Q/2 ||D||^2``. Its gradient in ``D`` is ``w g (r - Q D + 2
+    g' / g (<D, r> - q) D)``. The kernel's is ``w (r - Q_row / 2 D)``, so it is called with ``w g`` and with ``Q_row = 2
+    Q - 4 g' / g (<D, r> - q)``.
 
     Returns:
         Coefficient rows with the weight in ``w``. The operator's ``teacher_uncond, guidance, q_rows``. The rows'

@@ -469,7 +469,8 @@ DISTANCES = {
 def test_sim_is_its_paper_in_scores(match, objective, distance, guided):
     """Luo et al. (2410.16794): ``-<d'(y), s_fake(x_t) - s(x_t | x)>``, ``y = s_fake - s*``, on VE, w and c as stated.
 
-    ``d`` is evaluated at ``k y`` for ``D = k y``, times ``1 / k``; ``d'`` is by autograd and is differentiated once more.
+    ``d`` is evaluated at ``k y`` for ``D = k y``, times ``1 / k``; ``d'`` is by autograd and is differentiated once
+    more.
     """
     path = VE()
     sigma, x, _, n = draw(path, B)
