@@ -10,6 +10,7 @@ With teacher prediction ``f*``, fake prediction ``f``, conditional target ``tgt`
 
 The fake model's generated rows use ``A = gamma kappa^2, B = kappa beta, D = kappa (gamma kappa - alpha),
 C = beta^2 / alpha``; its real rows the same with ``1 - gamma, 1 - beta, 1 - alpha`` in place of ``gamma, beta, alpha``.
+Where the teacher's prediction stands for a real row's target, its ``B, D, C`` become ``0, B + D, 0``.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class Objective:
     # The convex function that takes the place of half the square of f* - f. Its gain weighs each sample, and is
     # differentiated too.
     distance: Distance | None = None
+    # Whether real rows have the teacher's prediction in the place of their sampled target.
+    teacher_target: bool = False
     # Whether there is a fake model. Without one the generator's own sample stands for the fake prediction, f := x.
     needs_fake: bool = True
 
@@ -125,6 +128,8 @@ class Objective:
             generated = _fake_row(self.alpha, self.beta, self.gamma, self.kappa)
             if self.needs_real:
                 real = _fake_row(1 - self.alpha, 1 - self.beta, 1 - self.gamma, self.kappa)
+                if self.teacher_target:
+                    real = FakeRow(real.A, 0.0, real.B + real.D, 0.0)
         except OverflowError:
             raise UserError(f"beta and kappa must have squares, got {self.beta:g} and {self.kappa:g}") from None
         object.__setattr__(self, "generator_scalars", scalars)
@@ -160,6 +165,8 @@ class Objective:
             raise UserError(f"flows must be 'all' or 'x', not {self.flows!r}")
         if not self.needs_fake and (self.flows != "x" or self.needs_real):
             raise UserError("without a fake model only x can flow, and real data has no part")
+        if self.teacher_target and not self.needs_real:
+            raise UserError("teacher_target must be false without real rows: alpha and gamma are 1")
         if self.normalised and (self.flows != "all" or self.sample_scale):
             raise UserError("a normalised objective has its own scale for each sample, and everything flows")
         if self.distance is not None and (self.normalised or self.sample_scale or self.flows != "all"):
@@ -266,7 +273,9 @@ def RealUID(alpha: float, beta: float) -> Objective:
     return Objective("RealUID", alpha=alpha, beta=beta, gamma=alpha, Q=alpha)
 
 
-def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) -> Objective:
+def GeneralRealUID(
+    alpha: float, beta: float, gamma: float, kappa: float = 1.0, teacher_target: bool = False
+) -> Objective:
     """RealUID with a quadratic weight ``gamma`` of its own, in the delta parameterisation ``kappa``.
 
     ``kappa`` is ``1`` or ``beta``; at the inner optimum ``f = f* - delta / kappa`` with ``delta = [(alpha p_g + (beta -
@@ -276,15 +285,24 @@ def GeneralRealUID(alpha: float, beta: float, gamma: float, kappa: float = 1.0) 
 
     With ``gamma < 1`` real rows have their quadratic term at ``alpha = 1`` too, with any ``beta``.
 
+    With ``teacher_target`` the teacher's prediction takes the place of a real row's sampled target, which is the
+    paper's other choice: ``2 <delta, (1 - alpha) f* - (1 - beta) f*>``. Real data then says where the loss is
+    evaluated, at its ``x_t``, and nothing more: the optimum has ``f*`` in the place of ``f_d``, and real rows have less
+    variance. With an exact teacher the optimum is the same; a teacher's errors are not corrected. The fake turn
+    evaluates the teacher.
+
     Raises:
         UserError: ``alpha`` outside ``(0, 1]``, ``beta <= 0``, ``gamma`` outside ``(0, 1]``, ``gamma = 1`` with other
-            ``alpha`` or ``beta``, or a ``kappa`` that is neither ``1`` nor ``beta``.
+            ``alpha`` or ``beta``, a ``kappa`` that is neither ``1`` nor ``beta``, or a ``teacher_target`` without real
+            rows.
     """
     if _finite("kappa", kappa) not in (1, _finite("beta", beta)):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
     if _finite("gamma", gamma) > 1:
         raise UserError(f"gamma must lie in (0, 1], got {gamma:g}: real data would have a loss unbounded below")
-    return Objective("General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa)
+    return Objective(
+        "General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa, teacher_target=teacher_target
+    )
 
 
 def NormalisedRealUID(alpha: float, beta: float) -> Objective:

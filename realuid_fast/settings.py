@@ -186,6 +186,9 @@ class ObjectiveConfig:
     beta: float | None = setting(None, "the weight of generated targets; 0.94 if null where a preset needs it")
     gamma: float | None = setting(None, "the quadratic weight of 'general'; 0.92 if null")
     kappa: float | None = setting(None, "the parameterisation of 'general', 1 or beta")
+    teacher_target: bool | None = setting(
+        None, "whether 'general' takes the teacher's prediction in place of a real row's sampled target"
+    )
     l1: float | None = setting(None, "the weight of the first term of 'fgm'")
     l2: float | None = setting(None, "the weight of the second term of 'fgm'")
     alpha_sid: float | None = setting(None, "the weight of the quadratic term of 'sid' and 'realsid'")

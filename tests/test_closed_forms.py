@@ -182,6 +182,8 @@ OBJECTIVES = [
     rf.objectives.GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95),
     rf.objectives.GeneralRealUID(1.0, 0.9, 0.8),
 ]
+# With an exact teacher the optimum is that of the sampled target.
+TEACHER_TARGET = rf.objectives.GeneralRealUID(0.9, 0.95, 0.7, kappa=0.95, teacher_target=True)
 IDS = ["UID", "RealUID-up", "RealUID-down", "general", "general-kappa", "general-whole"]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=IDS)
 
@@ -223,7 +225,9 @@ def delta(setting, x_t, t, objective, data, generated):
 
 @every_setting
 @pytest.mark.parametrize(
-    "objective", [*OBJECTIVES, rf.objectives.NormalisedRealUID(0.9, 0.84)], ids=[*IDS, "normalised"]
+    "objective",
+    [*OBJECTIVES, rf.objectives.NormalisedRealUID(0.9, 0.84), TEACHER_TARGET],
+    ids=[*IDS, "normalised", "teacher-target"],
 )
 @pytest.mark.parametrize("share", [0.15, 0.5, 0.85])
 def test_fake_loss_is_stationary_and_minimal_at_the_inner_optimum(setting, objective, share):

@@ -73,6 +73,17 @@ def test_general_realuid_rows(gamma, kappa):
     assert objective.needs_teacher == (gamma != alpha or kappa != 1)
 
 
+@pytest.mark.parametrize("kappa", [1.0, 0.95])
+def test_a_teachers_target_takes_over_the_rows_of_real_data(kappa):
+    """``B tgt + D f*`` with ``tgt := f*`` is ``(B + D) f*``; generated rows and the generator's loss stay."""
+    plain, other = (GeneralRealUID(0.9, 0.95, 0.8, kappa, teacher_target=chosen) for chosen in (False, True))
+    assert other.real == (plain.real.A, 0.0, pytest.approx(kappa * (0.2 * kappa - 0.05)), 0.0)
+    assert (other.generated, other.generator_scalars) == (plain.generated, plain.generator_scalars)
+    assert GeneralRealUID(0.9, 0.95, 0.9, teacher_target=True).needs_teacher
+    with pytest.raises(rf.errors.UserError, match="teacher_target must be false without real rows"):
+        GeneralRealUID(1.0, 1.0, 1.0, teacher_target=True)
+
+
 @pytest.mark.parametrize("kappa", [1.0, 0.9])
 def test_general_realuid_has_real_rows_at_alpha_one_where_gamma_is_less(kappa):
     """``-(1 - gamma) ||d||^2 + 2 (1 - beta) <d, tgt>`` is left of them; C, a constant, is not told by it."""
@@ -350,14 +361,15 @@ def test_realuid_is_its_two_squared_distances():
     agree(fused_fake(path, "velocity", "velocity", RealUID(alpha, beta), B), loss, v)
 
 
+@pytest.mark.parametrize("teacher_target", [False, True])
 @pytest.mark.parametrize("alpha", [0.9, 1.0])
 @pytest.mark.parametrize("kappa", [1.0, 0.95])
-def test_general_realuid_is_its_max_over_delta(kappa, alpha):
+def test_general_realuid_is_its_max_over_delta(kappa, alpha, teacher_target):
     """``-gamma ||delta||^2 + 2 <delta, alpha f* - beta tgt>`` with ``delta = kappa (f* - f)``: what the fake model
     maximises over both halves, and the generator minimises over its own.
     """
     path, beta, gamma = Linear(), 0.95, 0.7
-    objective = GeneralRealUID(alpha, beta, gamma, kappa)
+    objective = GeneralRealUID(alpha, beta, gamma, kappa, teacher_target)
 
     def value(alpha, beta, gamma, teacher, fake, target):
         delta = kappa * (teacher - fake)
@@ -374,6 +386,8 @@ def test_general_realuid_is_its_max_over_delta(kappa, alpha):
     x_t = rf.interpolate(x, coef, n)
     teacher, fake = TEACHER(t, x_t), FAKE(t, x_t).requires_grad_()
     of_each = (alpha, beta, gamma), (1 - alpha, 1 - beta, 1 - gamma)
+    if teacher_target:
+        target = torch.cat([target[:B], teacher[B:]])
     maximised = sum(
         value(*numbers, teacher[half], fake[half], target[half]).sum() / B
         for numbers, half in zip(of_each, (slice(B), slice(B, None)), strict=True)

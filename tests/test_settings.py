@@ -88,7 +88,7 @@ def test_every_parameter_of_a_preset_is_a_setting_and_no_other_is_taken(name):
     own = set(inspect.signature(PRESETS[name]).parameters)
     assert own <= set(PARAMETERS)
     for parameter in PARAMETERS:
-        value = "true" if parameter == "scaled" else "1.0"
+        value = "true" if parameter in ("scaled", "teacher_target") else "1.0"
         given = [f"distill.objective.name={name}", f"distill.objective.{parameter}={value}"]
         if parameter in own:
             assert getattr(configs.load("digits", given).distill.objective, parameter) == 1
