@@ -55,7 +55,7 @@ nullgpu-budget: $(NULLGPU)/libnullgpu.so
 nullgpu-networks: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.networks
 
-$(NULLGPU)/libnullgpu.so: $(wildcard tests/nullgpu/device/*.cpp tests/nullgpu/device/*.h) tests/nullgpu/device/build.py | $(NULLGPU_VENV)/.installed
+$(NULLGPU)/libnullgpu.so: $(wildcard tests/nullgpu/device/*.cpp tests/nullgpu/device/*.h) tests/nullgpu/device/build.py csrc/autograd/nodes.cpp | $(NULLGPU_VENV)/.installed
 	$(NULLGPU_VENV)/bin/python tests/nullgpu/device/build.py $(NULLGPU)
 
 $(NULLGPU_VENV)/.installed: requirements/dev.lock

@@ -1,4 +1,9 @@
-"""Builds the compiled library: the operators on LibTorch's stable ABI, and plain functions for NumPy and the trainer.
+"""Builds the compiled libraries: the operators with plain functions beside them, and the autograd nodes.
+
+The operators' library is on LibTorch's stable ABI and serves every torch from the oldest supported one on. That ABI has
+no autograd, so the nodes are a library of their own, bound to the torch that it is compiled against: its file is named
+after that torch's version. With any other torch the nodes in Python serve, which costs time in each call and nothing
+else. So a build goes on where the nodes do not compile, and says so.
 
 Metadata lives in pyproject.toml. A build without torch, without a C++ compiler, or with a compiler that fails, stops
 with a sentence. ``REALUID_FAST_PURE_PYTHON=1`` asks for the package without the library.
@@ -28,6 +33,7 @@ ABI3 = {"py_limited_api": "cp311"}
 # The commands of setuptools that need the library. dist_info is the first of them that pip calls, before it downloads
 # what the package requires. Source archives and a version's query need neither torch nor a compiler.
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
+NODES = "csrc/autograd/nodes.cpp"
 # The kernels, each compiled once for every instruction set, and the folder of csrc that each lies in.
 KERNELS = {"fused": "cpu", "noise": "cpu", "optimiser": "cpu", "conv": "layers", "norm": "layers"}
 # A level's guard: processors other than x86-64 compile the baseline alone.
@@ -162,7 +168,7 @@ def configure() -> dict[str, Any]:
     if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, TORCH.split("."))):
         stop(f"torch {torch.__version__} is older than {TORCH}", install)
 
-    flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
+    flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
     links: list[str] = []
     if SANITIZE:
         # The first finding ends the process. -fwrapv, with which Python itself is built, would hide overflows. vptr
@@ -172,15 +178,20 @@ def configure() -> dict[str, Any]:
         flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", *sanitizers]
         links += sanitizers
     depends = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
+    sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
     library = cpp_extension.CppExtension(
         "realuid_fast._C",
-        [*(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))), *map(str, units())],
+        [*(source for source in sources if source != NODES), *map(str, units())],
         include_dirs=[str(ROOT / "csrc")],  # ninja compiles in another folder
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=flags,
+        extra_compile_args=["-std=c++17", *flags],
         extra_link_args=links,
         depends=depends,
         py_limited_api=True,
+    )
+    # torch chooses the language version of its own headers. Without Python's API this library too serves every Python.
+    nodes = cpp_extension.CppExtension(
+        "realuid_fast._nodes", [NODES], extra_compile_args=flags, extra_link_args=links, py_limited_api=True
     )
     command: Any = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
 
@@ -195,8 +206,21 @@ def configure() -> dict[str, Any]:
             write_units()
             super().run()
 
-    # The library calls nothing of Python, so one wheel serves every version from the package's oldest on.
-    return {"ext_modules": [library], "cmdclass": {"build_ext": BuildLibrary}, "options": {"bdist_wheel": ABI3}}
+        def get_ext_filename(self, fullname: str) -> str:
+            name = str(super().get_ext_filename(fullname))
+            return name if not fullname.endswith("_nodes") else name.partition(".")[0] + f".{torch.__version__}.so"
+
+        def build_extension(self, ext: Any) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if ext is not nodes:
+                    raise
+                print(f"realuid-fast: the autograd nodes in C++ do not compile, those in Python serve: {error}")
+                self.extensions.remove(nodes)
+
+    # The libraries call nothing of Python, so one wheel serves every version from the package's oldest on.
+    return {"ext_modules": [library, nodes], "cmdclass": {"build_ext": BuildLibrary}, "options": {"bdist_wheel": ABI3}}
 
 
 def separate() -> dict[str, Any]:

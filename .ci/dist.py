@@ -34,7 +34,14 @@ PACKAGE = (
     "realuid_fast/kernels/generator.py",
     "realuid_fast/kernels/__init__.py",
 )
-SOURCES = ("setup.py", "csrc/ops.cpp", "csrc/cpu/fused_impl.h", "csrc/layers/conv_impl.h", "examples/distill_digits.py")
+SOURCES = (
+    "setup.py",
+    "csrc/ops.cpp",
+    "csrc/autograd/nodes.cpp",
+    "csrc/cpu/fused_impl.h",
+    "csrc/layers/conv_impl.h",
+    "examples/distill_digits.py",
+)
 
 RUNS = """
 import sys, warnings, torch, realuid_fast as rf
@@ -56,6 +63,7 @@ said = [str(w.message) for w in caught if "plain torch reference" in str(w.messa
 if sys.argv[1] == "compiled":
     assert missing is None and extension.native is not None and not said, missing
     assert rf.backends.report()[1].why_not is None
+    assert extension.why_no_nodes() is None, extension.why_no_nodes()
     with rf.backend("cpp"):
         assert torch.equal(x_t, rf.interpolate(x, rf.paths.Linear().coefficients(torch.tensor([0.25, 0.5])), key))
 else:
@@ -215,7 +223,11 @@ def main(folder: Path) -> None:
         variables = environment(Path(sys.executable))
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
         (wheel,) = folder.resolve().glob("*.whl")
-        holds(zipfile.ZipFile(wheel).namelist(), (*PACKAGE, "realuid_fast/_C.abi3.so"), wheel)
+        holds(
+            zipfile.ZipFile(wheel).namelist(),
+            (*PACKAGE, "realuid_fast/_C.abi3.so", f"realuid_fast/_nodes.{version('torch')}.so"),
+            wheel,
+        )
         if strays := [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("examples/")]:
             sys.exit(f"{wheel.name} holds {strays[0]}, which is for the source archive alone")
         if "-cp311-abi3-" not in wheel.name:

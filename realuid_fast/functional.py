@@ -14,6 +14,9 @@ u)`` (Ho and Salimans, 2207.12598, equation 6 with ``s = 1 + w``), taken inside 
 The losses differentiate with respect to what their docstrings name, and refuse an input that requires a gradient they
 do not give. Gradients are computed in the forward pass; there is no second derivative, and forward-mode derivatives
 (``torch.func.jvp``, ``forward_ad``) are refused. ``*_grads`` return the gradients as they are.
+
+A differentiable call first tries its node in C++ (``ops.plain``), which looks whether the tensors fit. On a few samples
+the checks in Python take as long as the kernel. They follow where the node has no result.
 """
 
 from __future__ import annotations
@@ -86,6 +89,9 @@ def interpolate(
     Raises:
         UserError: shapes, dtypes, devices or layouts that do not agree, or a gradient wanted in ``coef`` or ``noise``.
     """
+    x_t = None if type(noise_rows) is bool else ops.plain("interpolate", x, coef, noise, endpoint, noise_rows)
+    if x_t is not None:
+        return x_t
     noise_rows = check(x, coef, noise, noise_rows, endpoint=endpoint)
     return ops.run("interpolate", x.device, x, coef, noise, endpoint, noise_rows)
 
@@ -116,10 +122,12 @@ def matching_loss(
 
     Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
     """
+    mean = _is_mean(reduction)
+    if (loss := ops.plain("matching_loss", out, x, x_t, coef, noise, endpoint, None, mean)) is not None:
+        return loss
     check_tensor("out", out)
     noise_rows = check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
-    mean = _is_mean(reduction)
     return ops.run("matching_loss", x.device, out, x, x_t, coef, noise, endpoint, noise_rows, mean)
 
 
@@ -170,12 +178,25 @@ def fake_loss(
 
     Source: RealUID (2509.22459), the general real-data loss, as a loss in ``f``.
     """
+    mean = _is_mean(reduction)
+    if (
+        isinstance(objective, Objective)
+        and type(n_real) is int
+        and objective.needs_fake
+        and (n_real > 0) == objective.needs_real
+        and (teacher_out is not None) == objective.needs_teacher
+        and type(noise_rows) is not bool
+        and _unguided(teacher_uncond, guidance)
+    ):
+        rest = (endpoint, None, None, noise_rows, n_real, *objective.generated, *objective.real, mean)
+        if (loss := ops.plain("fake_loss", fake_out, x, x_t, coef, noise, teacher_out, *rest)) is not None:
+            return loss
     arguments = _fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
     others = {"x": x, "x_t": x_t, "endpoint": endpoint, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
     refuse_gradients("fake_loss", **others)
-    return ops.run("fake_loss", x.device, *arguments, _is_mean(reduction))
+    return ops.run("fake_loss", x.device, *arguments, mean)
 
 
 def fake_grads(
@@ -242,6 +263,16 @@ def generator_loss(
 
     Source: RealUID (2509.22459), the general real-data loss, as a loss in the generator.
     """
+    mean = _is_mean(reduction)
+    if (
+        isinstance(objective, Objective)
+        and objective.flows == "all"
+        and not (objective.sample_scale or objective.normalised)
+        and _unguided(teacher_uncond, guidance)
+    ):
+        rest = (endpoint, None, None, None, *objective.generator_scalars, mean)
+        if (loss := ops.plain("generator_loss", teacher_out, fake_out, x, x_t, coef, noise, *rest)) is not None:
+            return loss
     fake_out, guided = _generator_arguments(
         teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
     )
@@ -250,7 +281,6 @@ def generator_loss(
     if objective.flows == "x":
         teacher_out, fake_out, x_t = teacher_out.detach(), fake_out.detach(), None if x_t is None else x_t.detach()
         extra = tuple(None if tensor is None else tensor.detach() for tensor in extra)
-    mean = _is_mean(reduction)
     inputs = (teacher_out, fake_out, x, x_t, coef, noise, endpoint, *extra, *objective.generator_scalars, mean)
     loss = ops.run("generator_loss", x.device, *inputs)
     if own_rows is None:
@@ -408,6 +438,10 @@ def _check_objective(objective: Objective) -> None:
         raise UserError(
             f"objective must be an Objective such as objectives.RealUID(0.92, 0.94), not {type_name(objective)}"
         )
+
+
+def _unguided(teacher_uncond: Tensor | None, guidance: float | Tensor) -> bool:
+    return teacher_uncond is None and type(guidance) is float and guidance == 1.0
 
 
 def _is_mean(reduction: str) -> bool:

@@ -60,6 +60,8 @@ def info(arguments: argparse.Namespace) -> None:
     print("\nbackend  devices  state")
     for row in backends.report():
         print(f"{row.name:8} {row.devices:8} {_state(row.why_not, f'runs {row.runs}')}")
+    missing = extension.why_no_nodes()
+    print(f"autograd nodes in {'C++' if missing is None else f'Python, slower for a few samples: {missing}'}")
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         print(f"\nrun.mode and distill.*_precision with run.device {device}")
         for names, why_not in ((modes.MODES, modes.why_not), (precision.PRECISIONS, precision.why_not)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import backends
 from .autograd import is_channels_last, refuse_forward_mode
 from .layers import NormSiluConv3x3
-from .registry import KERNELS, LAYERS, LOSSES, current, run
+from .registry import KERNELS, LAYERS, LOSSES, current, load_nodes, plain, run
 
 __all__ = [
     "KERNELS",
@@ -19,8 +19,10 @@ __all__ = [
     "NormSiluConv3x3",
     "current",
     "is_channels_last",
+    "plain",
     "refuse_forward_mode",
     "run",
 ]
 
 backends.load()
+load_nodes()

@@ -1,4 +1,7 @@
-"""Parts that all operators' gradients share: refusals, the scaling by the incoming gradient, and the node of a loss."""
+"""Parts that all operators' gradients share: refusals, the scaling by the incoming gradient, and the node of a loss.
+
+The nodes here and in ``losses`` serve every kind of call. ``csrc/autograd`` has the same in C++ for plain calls.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,16 @@ from torch.autograd import forward_ad
 from ..errors import UserError
 
 
+def _traced(grad: Tensor) -> bool:
+    """Whether the backward pass is traced or transformed: the tensor stands for others, and no kernel may write."""
+    functorch = torch._C._functorch
+    wrapped = functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return type(grad) is not Tensor or wrapped
+
+
 def refuse_second_derivative(grad: Tensor, call: str) -> None:
     # A traced backward runs in grad mode too, so only plain tensors tell that create_graph was asked for.
-    if type(grad) is Tensor and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not _traced(grad):
         raise RuntimeError(f"{call} has no second derivative: call backward without create_graph=True")
 
 
@@ -38,8 +48,8 @@ def refuse_forward_mode(call: str, inputs: Sequence[Any]) -> None:
 
 def _scaled(kernel: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     """The kernel's gradients times the incoming gradient, in the kernel's own buffers. The host reads no value."""
-    if type(scale) is not Tensor:
-        # The call is being traced: use plain arithmetic, which the compiler can fuse with later operations.
+    if _traced(scale):
+        # Plain arithmetic, which a compiler can fuse with later operations.
         return [(grad * _per_row(scale, grad)).to(grad.dtype) for grad in grads]
     if torch._C._autograd._get_current_graph_task_keep_graph():
         # A second backward will come for the same gradients, so this one must not scale them in place.
@@ -63,11 +73,14 @@ class LossFunction(torch.autograd.Function):
     def forward(ctx: Any, kernel: Any, wants: list[bool], inputs: tuple[Any, ...], *leaves: Tensor) -> Tensor:
         mean, rows, *grads = kernel(*inputs, *wants)
         ctx.kernel = kernel
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*itertools.compress(grads, wants))
         return mean if inputs[-1] else rows
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, scale: Tensor | None) -> tuple[Any, ...]:
+        if scale is None:
+            return None, None, None, *(None for _ in ctx.saved_tensors)
         refuse_second_derivative(scale, f"{ctx.kernel._opname}_loss")
         return None, None, None, *_scaled(ctx.kernel, ctx.saved_tensors, scale)
 

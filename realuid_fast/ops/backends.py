@@ -82,6 +82,11 @@ def backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
+def chosen() -> str | None:
+    """The backend asked for by name, or None where the tensors' device decides."""
+    return _chosen
+
+
 def select(device: torch.device) -> str | None:
     """The backend asked for, checked against ``device``. Without a request, warn once if only the reference runs."""
     name, where = _chosen, device.type

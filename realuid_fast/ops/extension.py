@@ -1,4 +1,4 @@
-"""Loads the compiled library, if it was built; builds nothing itself."""
+"""Loads the compiled libraries, if they were built; builds nothing itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 _loaded = False
 _reason: str | None = "the C++ extension has not been loaded"
+_no_nodes: str | None = "they have not been loaded"
 
 native: ModuleType | None = None
 """The library's plain functions, :mod:`realuid_fast.ops.native`, or None where it was not built or does not load."""
@@ -56,6 +57,35 @@ def load() -> bool:
         return False
     _loaded, _reason = True, None
     return True
+
+
+def load_nodes() -> bool:
+    """Register the autograd nodes in C++, if they were compiled against this very torch.
+
+    They use torch's own headers, whose types differ from version to version, so their file is named after its torch.
+
+    Returns:
+        Whether the nodes are there. Never raises: :func:`why_no_nodes` has the reason.
+    """
+    global _no_nodes
+    files = Path(__file__).parent.parent.glob("_nodes.*.so")
+    built = {file.name.removeprefix("_nodes.").removesuffix(".so"): file for file in files}
+    if not built:
+        _no_nodes = "they were not built"
+    elif torch.__version__ not in built:
+        _no_nodes = f"they were built with torch {', '.join(sorted(built))}, this is {torch.__version__}"
+    else:
+        try:
+            torch.ops.load_library(str(built[torch.__version__]))
+            _no_nodes = None
+        except (OSError, RuntimeError) as error:
+            _no_nodes = f"they do not load ({str(error).splitlines()[0]})"
+    return _no_nodes is None
+
+
+def why_no_nodes() -> str | None:
+    """Why the autograd nodes in Python serve, as part of a sentence, or None where those in C++ do."""
+    return _no_nodes
 
 
 def repair() -> str:

@@ -56,12 +56,15 @@ class _InterpolateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Any, x: Tensor, coef: Tensor, *rest: Any) -> Tensor:
         ctx.kernel = kernel
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(coef)
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(x, coef, *rest)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 6
         refuse_second_derivative(grad, "interpolate")
         _, want_x, _, _, want_endpoint, _ = ctx.needs_input_grad
         (coef,) = ctx.saved_tensors

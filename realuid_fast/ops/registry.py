@@ -3,6 +3,10 @@
 The library ``realuid_fast`` dispatches on the tensors' device and falls back on the plain torch reference. The library
 ``realuid_fast_reference`` has the same operators with the reference alone, which is what the backend override
 ``"torch"`` selects.
+
+A differentiable operator has an autograd node in Python, which serves every kind of call. The library
+``realuid_fast_node`` has the same operators with nodes in C++ (``csrc/autograd``), for plain calls in eager mode. They
+are there if the package was compiled against the installed torch. Results are the same bits.
 """
 
 from __future__ import annotations
@@ -13,18 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import UserError
-from . import adam, backends, layers, losses
+from . import adam, backends, extension, layers, losses
 from .autograd import LossFunction, refuse_forward_mode
 from .operator import Loss, Operator
 
 KERNELS: tuple[Operator, ...] = (*losses.OPERATORS, *adam.OPERATORS)
 LAYERS: tuple[Operator, ...] = layers.OPERATORS
 LOSSES: tuple[Loss, ...] = losses.LOSSES
+_DIFFERENTIABLE = ("interpolate", *(f"{loss.kernel}_loss" for loss in LOSSES))
 
 # The function that runs a differentiable operator in eager mode, by library and operator.
 _EAGER: dict[tuple[str, str], Callable[..., Any]] = {}
+# The operators with nodes in C++. They stand for those of the library ``realuid_fast``.
+_NODES: dict[str, Callable[..., Any]] = {}
 
 
 def current(device: torch.device) -> Any:
@@ -33,21 +41,51 @@ def current(device: torch.device) -> Any:
     return torch.ops.realuid_fast_reference if reference_only else torch.ops.realuid_fast
 
 
-def run(op: str, device: torch.device, *inputs: Any) -> Any:
-    """Call a differentiable operator of the backend in force, without torch's dispatcher if nothing needs it.
+def plain(op: str, *inputs: Any) -> Tensor | None:
+    """A differentiable operator by its node in C++, or None for a call that has to take the way through Python.
 
-    The dispatcher would reach the same function, but it converts every argument to C++ and back. On a few samples that
-    takes as long as the kernel.
+    The inputs need no check: the node looks whether they fit together, and the checks in Python name what does not.
+    Where the operator has ``noise_rows``, None stands for as many as there are samples.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or op not in _NODES
+        or backends.chosen() is not None
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.overrides.has_torch_function(inputs)
+    ):
+        return None
+    try:
+        result: Tensor | None = _NODES[op](*inputs)
+    except RuntimeError:
+        # The same call through Python ends in a sentence that says more than the dispatcher's.
+        return None
+    return result
+
+
+def run(op: str, device: torch.device, *inputs: Any) -> Any:
+    """Call a differentiable operator of the backend in force on inputs that were checked.
+
+    The dispatcher is passed by if nothing needs it. It would reach the same function, but it converts every argument to
+    C++ and back. On a few samples that takes as long as the kernel.
     """
     namespace = current(device)
     if (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(device.type)
+        or _autocast(device.type)
         or torch._C._are_functorch_transforms_active()
         or torch.overrides.has_torch_function(inputs)
     ):
         return getattr(namespace, op)(*inputs)
-    return _EAGER[namespace.name, op](*inputs)
+    found = plain(op, *inputs)
+    return _EAGER[namespace.name, op](*inputs) if found is None else found
+
+
+def _autocast(device_type: str) -> bool:
+    # torch raises for devices that have no autocast, such as meta.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _checked(library: str, op: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,5 +182,20 @@ def _define(name: str) -> torch.library.Library:
     return library
 
 
+def _define_nodes() -> torch.library.Library:
+    """The schemas that the nodes in C++ implement. A call that is not plain has no result."""
+    library = torch.library.Library("realuid_fast_node", "DEF")
+    for op in _DIFFERENTIABLE:
+        schema = str(getattr(torch.ops.realuid_fast, op).default._schema).partition("::")[2]
+        library.define(schema.replace("int noise_rows", "int? noise_rows") + "?")
+    return library
+
+
+def load_nodes() -> None:
+    """Let :func:`run` use the nodes in C++, where they load."""
+    if extension.load_nodes():
+        _NODES.update({op: getattr(torch.ops.realuid_fast_node, op).default for op in _DIFFERENTIABLE})
+
+
 # The libraries live as long as these names do.
-_LIBRARIES = (_define("realuid_fast"), _define("realuid_fast_reference"))
+_LIBRARIES = (_define("realuid_fast"), _define("realuid_fast_reference"), _define_nodes())

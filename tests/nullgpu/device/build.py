@@ -1,4 +1,6 @@
-"""Builds the null GPU's two libraries: ``python build.py FOLDER``, in an environment with torch's CUDA build.
+"""Builds the null GPU's two libraries and the package's autograd nodes: ``python build.py FOLDER``.
+
+It runs in an environment with torch's CUDA build, and the nodes are for that torch.
 
 The headers of CUDA come with Triton. Functions of cuBLAS and of the driver that torch's libraries ask for, and that no
 source here defines, are written from the libraries' own lists: products are counted, all others do nothing.
@@ -6,11 +8,13 @@ source here defines, are written from the libraries' own lists: products are cou
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 RUNTIME = ["state.cpp", "device.cpp", "memory.cpp", "streams.cpp", "graphs.cpp", "kernels.cpp"]
 HANDLE = "(Handle** handle) { *handle = new Handle; return 0; }"
 ZERO = "(void*, int* mode) { *mode = 0; return 0; }"
@@ -74,6 +78,17 @@ def build(out: Path) -> None:
     subprocess.run([*compiler, "-o", out / "libnullgpu.so", *sources], check=True)
     sources = [HERE / "driver.cpp", out / "others.cpp"]
     subprocess.run([*compiler, "-Wl,-soname,libcuda.so.1", "-o", out / "libcuda.so.1", *sources], check=True)
+    nodes(out)
+
+
+def nodes(out: Path) -> None:
+    """The package's autograd nodes for this torch. Those for other versions of torch stay beside them."""
+    import torch
+    from torch.utils import cpp_extension
+
+    name, source = f"_nodes.{torch.__version__}.so", ROOT / "csrc" / "autograd" / "nodes.cpp"
+    cpp_extension.load("_nodes", str(source), extra_cflags=["-O3"], build_directory=str(out), is_python_module=False)
+    shutil.copy2(out / "_nodes.so", ROOT / "realuid_fast" / name)
 
 
 if __name__ == "__main__":
