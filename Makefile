@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # One OpenMP thread a process: beside a busy neighbour two spin against each other and lose far more than they gain.
 export OMP_NUM_THREADS ?= 1
+# Tests start some hundred processes. Where a shell forbids to keep bytecode, each compiles this package and the tests anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo compare study test docs bench fuzz nullgpu nullgpu-budget nullgpu-networks sanitize dist audit lock clean
 

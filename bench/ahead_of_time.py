@@ -8,9 +8,13 @@ read from the compiler's own assembly.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +55,16 @@ class Code:
     assembly: str
 
 
-def compile_call(call: Any, target: str) -> Code:
-    """Compile a ``kernels.tiles.Call`` for ``target``, one of :data:`TARGETS`."""
-    source, options, _ = specialise(call, target)
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    return _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+def compile_calls(calls: Iterable[Any], target: str) -> list[Code]:
+    """Compile each ``kernels.tiles.Call`` for ``target``, one of :data:`TARGETS`."""
+    compiled = []
+    for call in calls:
+        source, options, _ = specialise(call, target)
+        compiled.append(triton.compile(source, target=TARGETS[target], options=options))
+    if target.startswith("gfx"):
+        return [_amd(each.asm["amdgcn"]) for each in compiled]
+    cubins = [each.asm["cubin"] for each in compiled]
+    return [_nvidia(_resources(cubin), text) for cubin, text in zip(cubins, _disassembled(cubins, target), strict=True)]
 
 
 def specialise(call: Any, target: str) -> tuple[ASTSource, dict[str, Any], str]:
@@ -77,16 +86,49 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _nvidia(compiled: Any) -> Code:
+def _resources(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.run(
             [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-        sass = subprocess.run([_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True)
-    resources = usage.stdout + usage.stderr
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+ )?[A-Z][\w.]*[^;]*);", sass.stdout)
+    return usage.stdout + usage.stderr
+
+
+def _disassembled(cubins: list[bytes], target: str) -> list[str]:
+    """The instructions of each kernel. All kernels go through one process: its start takes longer than its work."""
+    codes = [_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        # Triton asks for an architecture's own features, which the letter stands for, from sm_90 on.
+        binary = target.replace("sm_", "SM") + ("a" if int(target[3:]) >= 90 else "")
+        command = [_tool("nvdisasm"), "--no-dataflow", "--binary", binary, file.name]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    texts: list[list[str]] = [[] for _ in codes]
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    for line in listed:
+        if address := re.match(r"\s*/\*([0-9a-f]{4,})\*/", line):
+            texts[bisect.bisect_right(ends, int(address[1], 16))].append(line)
+    return ["\n".join(lines) for lines in texts]
+
+
+def _code(cubin: bytes) -> bytes:
+    """The machine code of the one kernel in an ELF file of 64 bits: its section ``.text.NAME``."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, naming = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text", sections[naming][4] + name)
+    )
+    return code
+
+
+def _nvidia(resources: str, assembly: str) -> Code:
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+ )?[A-Z][\w.]*[^;]*);", assembly)
     # A jump to itself and the padding behind it close every program.
     names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in lines]
     end = max(i for i, name in enumerate(names) if name.startswith("EXIT")) + 1
@@ -99,7 +141,7 @@ def _nvidia(compiled: Any) -> Code:
         stores=tuple(_width(name) for name in names if name.startswith("STG")),
         special=sum(name.startswith("MUFU") for name in names),
         multiplies=sum(name == "IMAD" or name.startswith(("IMAD.WIDE", "IMAD.HI")) for name in names),
-        assembly=sass.stdout,
+        assembly=assembly,
     )
 
 
@@ -111,8 +153,7 @@ def _width(name: str) -> int:
     return 32
 
 
-def _amd(compiled: Any) -> Code:
-    text = compiled.asm["amdgcn"]
+def _amd(text: str) -> Code:
     code = text[: text.rindex("s_endpgm")]
     names = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", code, re.MULTILINE)
     names = [name for name in names if name not in ("s_nop", "s_waitcnt", "s_endpgm", "s_code_end")]

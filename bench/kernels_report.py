@@ -14,6 +14,7 @@ a key in both calls, or write them once and read them twice. ``realuid_fast/nois
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import triton
 
-from bench.ahead_of_time import TARGETS, Code, compile_call
+from bench.ahead_of_time import TARGETS, Code, compile_calls
 
 BUDGET = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "budget.json"
 
@@ -313,11 +314,19 @@ class Figures:
     code: Code
 
 
-def measure(name: str, target: str) -> Figures:
-    """Compile a variant of :data:`VARIANTS` or :data:`TURNS` and reduce it to the budget's figures."""
-    variant = (VARIANTS | TURNS)[name]
-    call = variant.plan(not target.startswith("gfx"))
-    code = compile_call(call, target)
+@functools.cache
+def measure(target: str, turns: bool = False) -> dict[str, Figures]:
+    """Compile :data:`VARIANTS`, or :data:`TURNS`, and reduce each to the budget's figures."""
+    variants = TURNS if turns else VARIANTS
+    calls = [variant.plan(not target.startswith("gfx")) for variant in variants.values()]
+    codes = compile_calls(calls, target)
+    return {
+        name: _figures(variant, call, code, target)
+        for (name, variant), call, code in zip(variants.items(), calls, codes, strict=True)
+    }
+
+
+def _figures(variant: Variant, call: Any, code: Code, target: str) -> Figures:
     lanes = TARGETS[target].warp_size * call.warps
     rows, columns = ("PIXELS", "LANES") if "PIXELS" in call.constants else ("ROWS", "BLOCK_D")
     elements = call.constants[rows] * call.constants[columns] // lanes
@@ -376,7 +385,7 @@ def noise_of_a_turn(gpu: Gpu, dtype: torch.dtype, rows: str, numel: int) -> tupl
 
     def seconds(*names: str) -> float:
         full = [f"{name}/{dtype}/{rows}" for name in names]
-        return sum(predict(name, measure(name, gpu.target), gpu, numel)[0] for name in full)
+        return sum(predict(name, measure(gpu.target, turns=True)[name], gpu, numel)[0] for name in full)
 
     drawn = seconds("interpolate", "generator")
     return drawn, seconds("write", "interpolate given", "generator given")
@@ -397,7 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGET.name} with these figures")
     arguments = parser.parse_args()
-    figures = {name: {target: measure(name, target) for target in TARGETS} for name in VARIANTS}
+    figures = {name: {target: measure(target)[name] for target in TARGETS} for name in VARIANTS}
     _print_table(figures)
     _print_noise()
     if arguments.update:

@@ -20,7 +20,7 @@ import torch
 import triton
 
 from bench import kernels_report as report
-from bench.ahead_of_time import TARGETS, compile_call, specialise
+from bench.ahead_of_time import TARGETS, compile_calls, specialise
 
 BUDGET = json.loads(report.BUDGET.read_text())
 SAME_COMPILER = triton.__version__ == BUDGET["triton"]
@@ -29,7 +29,7 @@ SAME_COMPILER = triton.__version__ == BUDGET["triton"]
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", report.VARIANTS)
 def test_code_within_budget(name: str, target: str) -> None:
-    figures = report.measure(name, target)
+    figures = report.measure(target)[name]
     assert figures.local == 0, "spills or local memory"
     if report.VARIANTS[name].wide:
         assert figures.wide_loads, figures.code.loads
@@ -59,9 +59,8 @@ def test_single_program_launches_compile(target: str) -> None:
     number, counts = torch.empty((), device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
     norm = optimiser.begin_step_([torch.empty(1 << 20, device="meta")], number, counts)[0][-1]
     loss = reduce.finish(torch.empty(256, 2, device="meta"), torch.empty(256, device="meta"), number, 256)
-    for call in (norm, loss):
-        assert call.grid == (1,)
-        assert compile_call(call, target).local == 0
+    assert norm.grid == loss.grid == (1,)
+    assert [code.local for code in compile_calls((norm, loss), target)] == [0, 0]
 
 
 def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.dtype) -> list[Any]:
@@ -127,8 +126,8 @@ def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.d
 )
 def test_every_kernel_compiles_where_integers_are_one(rows: int, dim: int, noise_rows: int) -> None:
     """An integer argument that is 1 is a constant of the compiler, of another type. The interpreter knows no such."""
-    for call in calls_of_every_operator(rows, dim, noise_rows, torch.float16):
-        assert compile_call(call, "sm_90").local == 0
+    calls = calls_of_every_operator(rows, dim, noise_rows, torch.float16)
+    assert [code.local for code in compile_calls(calls, "sm_90")] == [0] * len(calls)
 
 
 @pytest.mark.parametrize("dim", [1296, 1024])
@@ -189,11 +188,11 @@ def test_the_gate_specialises_as_a_launch_does() -> None:
 def test_figures_of_a_loop_are_those_of_an_element() -> None:
     """The pass over the gradients reads, squares and adds: its loop over eight tiles is unrolled on these targets."""
     for target in ("sm_80", "sm_90"):
-        assert report.measure("begin_step_/float32", target).instructions < 4
+        assert report.measure(target)["begin_step_/float32"].instructions < 4
 
 
 def test_gate_sees_narrow_access() -> None:
     """Rows of odd length cannot be read 128 bits at a time, and the gate says so."""
-    figures = report.measure("generator/float32/odd rows", "sm_90")
+    figures = report.measure("sm_90")["generator/float32/odd rows"]
     assert not figures.wide_loads
     assert not figures.wide_stores
