@@ -267,7 +267,7 @@ def generator_loss(
     if (
         isinstance(objective, Objective)
         and objective.flows == "all"
-        and not (objective.sample_scale or objective.normalised)
+        and not objective.weighs_samples
         and _unguided(teacher_uncond, guidance)
     ):
         rest = (endpoint, None, None, None, *objective.generator_scalars, mean)

@@ -19,13 +19,35 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from .contracts import check_tensor
+from .convex import Distance, SmoothPower, finite
+from .divergences import DIVERGENCES, divergence_weight
 from .errors import UserError
+
+__all__ = [
+    "DIVERGENCES",
+    "DMD",
+    "FGM",
+    "IBMD",
+    "PRESETS",
+    "SDS",
+    "SIM",
+    "UID",
+    "DiffInstruct",
+    "Distance",
+    "FakeRow",
+    "GeneralRealUID",
+    "MomentMatching",
+    "NormalisedRealUID",
+    "Objective",
+    "RealBridge",
+    "RealSiD",
+    "RealUID",
+    "SiD",
+    "SmoothPower",
+    "divergence_weight",
+]
 
 
 class FakeRow(NamedTuple):
@@ -35,40 +57,6 @@ class FakeRow(NamedTuple):
     B: float
     D: float
     C: float
-
-
-class Distance(Protocol):
-    """A convex function of a vector that depends on its length alone, ``d(v) = phi(||v||^2)``."""
-
-    def gain(self, squares: Tensor) -> Tensor:
-        """``2 phi'`` at the squared lengths ``(R,)``, so that the gradient of ``d`` is ``gain v``."""
-
-    def bend(self, squares: Tensor) -> Tensor:
-        """The derivative of :meth:`gain` divided by :meth:`gain`, ``(R,)``."""
-
-
-@dataclass(frozen=True)
-class SmoothPower:
-    """``d(v) = ((||v||^2 + c^2)^(p/2) - c^p) / p``: pseudo-Huber for ``p = 1``, half the square for ``p = 2``.
-
-    Raises:
-        UserError: ``p`` below 1, where it is not convex, or a ``c`` that is negative, or 0 with ``p`` below 2.
-    """
-
-    c: float
-    p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if _finite("p", self.p) < 1:
-            raise UserError(f"p must be at least 1, got {self.p:g}: below it the distance is not convex")
-        if _finite("c", self.c) < 0 or (self.c == 0 and self.p < 2):
-            raise UserError(f"c must be positive, got {self.c:g}: the distance has a kink at 0 without it")
-
-    def gain(self, squares: Tensor) -> Tensor:
-        return (squares + self.c**2) ** (self.p / 2 - 1)
-
-    def bend(self, squares: Tensor) -> Tensor:
-        return (self.p / 2 - 1) / (squares + self.c**2) if self.p != 2 else torch.zeros_like(squares)
 
 
 @dataclass(frozen=True)
@@ -103,6 +91,8 @@ class Objective:
     # beta / 2, 0, 1``, which leaves ``dl/dtgt = w beta (f - f*)``. For a normalised objective they leave
     # ``w <f* - f, alpha f* - beta tgt>``, and so they do with a distance.
     generator_scalars: tuple[float, float, float, float] = field(init=False, repr=False, compare=False)
+    # Whether a generator call has a weight of its own for each sample (realuid_fast.sample_weights).
+    weighs_samples: bool = field(init=False, repr=False, compare=False)
     # The fake loss' scalars for generated rows, and for real rows: all zero when real data plays no part.
     generated: FakeRow = field(init=False, repr=False, compare=False)
     real: FakeRow = field(init=False, repr=False, compare=False)
@@ -114,10 +104,12 @@ class Objective:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma", "Q", "kappa", "sample_scale"):
             # Kernels take doubles, and an int would not match the operator's schema.
-            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
         object.__setattr__(self, "needs_real", self.alpha < 1 or self.gamma < 1)
         self._check()
-        if self.normalised or self.distance is not None:
+        own = self.normalised or self.distance is not None
+        object.__setattr__(self, "weighs_samples", own or self.sample_scale > 0)
+        if own:
             scalars = self.alpha, self.beta, 0.0, 0.5
         elif self.flows == "x":
             scalars = 0.0, self.beta / 2, 0.0, 1.0
@@ -192,52 +184,6 @@ class Objective:
             )
 
 
-# h(r) = r^2 f''(r) with r = p_d / p_g, as a function of u = log r.
-_DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "reverse-kl": torch.ones_like,  # f = -log r
-    "forward-kl": torch.exp,  # f = r log r
-    "jeffreys": lambda u: 1 + torch.exp(u),  # f = (r - 1) log r
-    "jensen-shannon": torch.sigmoid,  # f = r log r - (r + 1) log((r + 1) / 2)
-    "squared-hellinger": lambda u: torch.exp(u / 2) / 2,  # f = (1 - sqrt(r))^2
-    "softened-reverse-kl": lambda u: torch.sigmoid(-u),  # f = (r + 1) log((r + 1) / (2 r))
-    "neyman": lambda u: torch.exp(-u),  # f = (1 - r)^2 / (2 r), half of Neyman's chi^2
-}
-
-
-DIVERGENCES = tuple(_DIVERGENCES)
-
-
-def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
-    """The samples' weights with which distribution matching descends an f-divergence instead of reverse KL.
-
-    ``h(r) = r^2 f''(r)`` for ``D_f = E_{p_g} f(r)``, ``r = p_d / p_g`` at ``x_t``: multiply it into the rows' weights,
-    ``Coefficients(coef).w.mul_(divergence_weight(...))``, for :func:`DiffInstruct` or :func:`DMD`. Source: Xu et al.,
-    f-distill (2502.15681), theorem 1 and table 1.
-
-    Args:
-        divergence: ``"reverse-kl"`` (1: the plain objectives), ``"forward-kl"``, ``"jeffreys"``, ``"jensen-shannon"``,
-            ``"squared-hellinger"``, ``"softened-reverse-kl"`` (``1 / (1 + r)``) or ``"neyman"`` (``1 / r``). FastGen
-            calls them ``rkl``, ``kl``, ``jf``, ``js``, ``sh`` (twice ours), ``sf`` and ``neyman``.
-        log_ratio: ``log p_d(x_t) - log p_g(x_t)``, ``(R,)``, for instance a discriminator's logits.
-
-    Returns:
-        ``(R,)``, without gradient: the weights are held fixed.
-
-    Raises:
-        UserError: another name.
-    """
-    if not isinstance(divergence, str) or divergence not in _DIVERGENCES:
-        raise UserError(f"divergence must be one of {', '.join(_DIVERGENCES)}; got {divergence!r}")
-    check_tensor("log_ratio", log_ratio)
-    return _DIVERGENCES[divergence](log_ratio.detach())
-
-
-def _finite(name: str, value: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, not {value!r}")
-    return float(value)
-
-
 def _fake_row(alpha: float, beta: float, gamma: float, kappa: float) -> FakeRow:
     d = kappa * (gamma * kappa - alpha)
     # If it is zero in exact arithmetic, (1 - gamma) - (1 - alpha) may round to about 1e-17. The difference decides
@@ -296,9 +242,9 @@ def GeneralRealUID(
             ``alpha`` or ``beta``, a ``kappa`` that is neither ``1`` nor ``beta``, or a ``teacher_target`` without real
             rows.
     """
-    if _finite("kappa", kappa) not in (1, _finite("beta", beta)):
+    if finite("kappa", kappa) not in (1, finite("beta", beta)):
         raise UserError(f"kappa must be 1 or beta = {beta:g}, got {kappa:g}")
-    if _finite("gamma", gamma) > 1:
+    if finite("gamma", gamma) > 1:
         raise UserError(f"gamma must lie in (0, 1], got {gamma:g}: real data would have a loss unbounded below")
     return Objective(
         "General RealUID", alpha=alpha, beta=beta, gamma=gamma, Q=gamma, kappa=kappa, teacher_target=teacher_target
@@ -339,9 +285,9 @@ def FGM(l1: float = 1.0, l2: float = 1.0) -> Objective:
     Raises:
         UserError: ``l2`` not positive, or either not a finite number.
     """
-    if _finite("l2", l2) <= 0:
+    if finite("l2", l2) <= 0:
         raise UserError(f"l2 must be positive, got {l2:g}: the loss is divided by it")
-    return Objective("FGM", alpha=1.0, beta=1.0, gamma=1.0, Q=2 - _finite("l1", l1) / l2)
+    return Objective("FGM", alpha=1.0, beta=1.0, gamma=1.0, Q=2 - finite("l1", l1) / l2)
 
 
 def SiD(alpha_sid: float = 1.0, scaled: bool = True) -> Objective:
@@ -371,14 +317,14 @@ def RealSiD(alpha: float, beta: float, alpha_sid: float = 1.0, scaled: bool = Tr
     weight = _sid_weight(alpha_sid, beta)
     scale = 0.5 if scaled else 0.0
     return Objective(
-        "RealSiD", alpha=alpha, beta=beta, gamma=alpha, Q=weight * _finite("alpha", alpha), sample_scale=scale
+        "RealSiD", alpha=alpha, beta=beta, gamma=alpha, Q=weight * finite("alpha", alpha), sample_scale=scale
     )
 
 
 def _sid_weight(alpha_sid: float, beta: float) -> float:
-    if _finite("alpha_sid", alpha_sid) <= 0:
+    if finite("alpha_sid", alpha_sid) <= 0:
         raise UserError(f"alpha_sid must be positive, got {alpha_sid:g}")
-    if alpha_sid >= 1.2 and _finite("beta", beta) != 1:
+    if alpha_sid >= 1.2 and finite("beta", beta) != 1:
         warnings.warn(
             f"alpha_sid = {alpha_sid:g} with beta = {beta:g} is reported unstable: with real data stay below 1.2",
             UserWarning,

@@ -40,7 +40,7 @@ def weighed(
         losses if the operator returns the values of another loss with the same gradients, else None.
     """
     extra = (*guided, None)
-    if not (objective.sample_scale or objective.normalised or objective.distance is not None):
+    if not objective.weighs_samples:
         return coef, extra, None
     namespace, (uncond, scales) = ops.current(x.device), guided
     with torch.no_grad():

@@ -40,7 +40,7 @@ def setting(default: Any, meaning: str, bounds: Range | None = None, choices: Co
 
 @dataclass(frozen=True)
 class LawConfig:
-    """The law of times and the time weight of one turn of ``distill``, where they differ from those of ``path``."""
+    """A law of times and a time weight in ``distill`` where they differ from those of ``path``."""
 
     sampler: str | None = setting(None, "as path.sampler, which holds if this is null", choices=_SAMPLERS)
     sampler_settings: dict[str, Any] = setting(dict, "the numbers of this sampler")
@@ -64,15 +64,18 @@ class PathConfig:
     weight: str = setting("one", "the weight of a time in the loss", choices=paths.WEIGHTS)
     fake: LawConfig = setting(LawConfig, "the times of the fake model's turn and their weight")
     generator: LawConfig = setting(LawConfig, "the times of the generator's turn and their weight")
+    guidance: LawConfig = setting(
+        LawConfig, "the times and the weight of what distill.guidance adds to a gradient in the samples alone"
+    )
 
     def turns(self, teacher: Description | None = None) -> dict[str, Matching]:
-        """:meth:`build` for each turn that has a law of times or a weight of its own.
+        """:meth:`build` for each turn, or the guidance, that has a law of times or a weight of its own.
 
         Raises:
             UserError: as :meth:`build`, with the turn's key, or numbers of a sampler that the turn does not name.
         """
         found = {}
-        for turn in ("fake", "generator"):
+        for turn in ("fake", "generator", "guidance"):
             law: LawConfig = getattr(self, turn)
             if law == LawConfig():
                 continue
@@ -392,6 +395,7 @@ PARITY: dict[str, dict[str, Any]] = {
         "weight": "one",
         "fake": _PARITY_LAW,
         "generator": _PARITY_LAW,
+        "guidance": _PARITY_LAW,
     },
     "teacher": {
         "sampler": None,

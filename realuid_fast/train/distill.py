@@ -29,6 +29,7 @@ from ..optim import Optimiser
 from ..precision import Precision
 from ..tripwires import MOST, Tripwires
 from . import modes, sharding
+from .agreement import check
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .trainer import Setup, Stateful, Trainer
@@ -60,8 +61,8 @@ class Distiller(Trainer):
         guidance: the scale of the teacher's classifier-free guidance; 1 for none.
         labels: ``"drawn"`` from the training set, or those of the real ``"batch"`` in the same row.
         gan: the weights of a discriminator's terms, for a judged fake model.
-        turn_matching: the path with another sampler, or another weight, for the turns ``"fake"`` and ``"generator"``;
-            ``matching`` for a turn that is not named.
+        turn_matching: ``matching`` with another sampler or another weight, for the turns ``"fake"`` and
+            ``"generator"`` and for what ``"guidance"`` adds to the generator's gradient (decoupled DMD).
         divergence: the f-divergence that is descended, one of :data:`realuid_fast.objectives.DIVERGENCES`.
         precisions: the networks' arithmetic in the turns ``"fake"`` and ``"generator"``, one of
             :data:`realuid_fast.precision.PRECISIONS`, float32 by default; ``"teacher"``: ``"bf16"`` for a teacher whose
@@ -111,13 +112,7 @@ class Distiller(Trainer):
         self.judged, self.fake = fake, fake.net if isinstance(fake, Judged) else fake
         self.generator_optimiser, self.fake_optimiser = generator_optimiser, fake_optimiser
         self.guidance, self.gan = guidance, gan
-        _check(objective, fake, gan, divergence)
-        for turn, own in turn_matching.items():
-            path = replace(own.path, sampler=matching.path.sampler)
-            if turn not in TURNS[:2] or replace(own, path=path, weight=matching.weight) != matching:
-                raise UserError(
-                    "turn_matching must give fake or generator a matching of another sampler or weight only"
-                )
+        check(objective, fake, gan, divergence, guidance, matching, turn_matching)
         self._turn_matching = dict(turn_matching)
         self._divergence = None if divergence == "reverse-kl" else divergence
         self.precisions = {turn: Precision(precisions.get(turn, "float32"), self.device) for turn in TURNS}
@@ -304,7 +299,8 @@ class Distiller(Trainer):
                 draw = replace(draw, x_t=x_t.detach())
                 grads = losses.generator_grads(
                     self.objective, self._weighed(draw, logits), teacher_out.detach(), fake_out.detach(),
-                    teacher_uncond=None if uncond is None else uncond.detach(), guidance=self.guidance,
+                    teacher_uncond=None if uncond is None else uncond.detach(),
+                    guidance=1.0 if uncond is None else self.guidance,
                 )  # fmt: skip
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
                 watched = {self.tripwires.names[0]: self.tripwires.sums(draw, asked.detach(), fake_out.detach())}
@@ -316,11 +312,27 @@ class Distiller(Trainer):
                 if self.gan.weight_generator > 0:
                     judged = self.gan.weight_generator * self._seed_scale * seed
             g_x = self._through_networks(grads, draw, x_t, (teacher_out, fake_out, uncond, logits), judged)
+            if "guidance" in self._turn_matching:
+                g_x = g_x + self._guidance_term(x.detach(), y, ends)
             with self.phases("generator backward"):
                 x.backward(g_x)
                 if self._whole and self._seed_scale != 1.0:
                     self.generator_optimiser.scale_grads(1 / self._seed_scale)
             return grads.loss if self._seed_scale == 1.0 else grads.loss / self._seed_scale, watched
+
+    def _guidance_term(self, x: Tensor, labels: Tensor | None, endpoint: Tensor | None) -> Tensor:
+        """The part ``(s - 1) w (u - c)`` of the gradient in ``x``, for the scale ``s``, at times and noise of its own.
+
+        ``c`` and ``u`` are the teacher's predictions with and without the labels.
+        """
+        with self.phases("interpolate"):
+            t, coef = self._times(self._turn_matching["guidance"])
+            Coefficients(coef).w.mul_((self.guidance - 1) * self._seed_scale)
+            draw = self._interpolant(x, self.noise.next_key(), t, coef, endpoint)
+        with self.phases("frozen forward"), torch.no_grad(), self.precisions["generator"].networks():
+            conditional, uncond = self._ask_teacher(self._seen(draw, labels, endpoint))
+        with self.phases("generator loss"), torch.no_grad():
+            return losses.generator_grads(self.objective, draw, conditional, uncond).x
 
     def _ask_frozen(
         self, draw: Interpolant, x: Tensor, labels: Tensor | None, endpoint: Tensor | None
@@ -338,7 +350,7 @@ class Distiller(Trainer):
                 else:
                     fake_out = functional.sample_output(x, replace(draw, x_t=draw.x_t.detach()).read_x_t, draw.coef)
             with torch.set_grad_enabled(backward):
-                teacher_out, uncond = self._ask_teacher(seen)
+                teacher_out, uncond = self._ask_teacher(seen, guided="guidance" not in self._turn_matching)
             if backward and not teacher_out.requires_grad:
                 raise UserError(
                     f"the teacher gives no gradient in x_t, which {self.objective.name} needs: use an objective "
@@ -417,9 +429,9 @@ class Distiller(Trainer):
         out, logits = run(*seen)
         return self._float(out), logits.float()
 
-    def _ask_teacher(self, seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
-        """The teacher's output and, with guidance, the one without labels, from one forward."""
-        guided = self.guidance != 1.0
+    def _ask_teacher(self, seen: tuple[Tensor | None, ...], guided: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The teacher's output and, if it is ``guided`` with a scale, the one without labels, from one forward."""
+        guided = guided and self.guidance != 1.0
         # A teacher stored in float32 computes in the precision of the turn.
         with self.precisions["teacher"].networks():
             out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
@@ -436,16 +448,3 @@ class Distiller(Trainer):
     def _add(self, results: Mapping[str, Tensor]) -> None:
         for name, value in results.items():
             self.meters.add(name, value)
-
-
-def _check(objective: Objective, fake: nn.Module, gan: Gan | None, divergence: str) -> None:
-    """Refuse arguments that do not go together."""
-    if (gan is not None) != isinstance(fake, Judged):
-        raise UserError("gan must be given for a fake model with a discriminator's head, and for no other")
-    if gan is not None and not objective.needs_fake:
-        raise UserError(f"gan judges by the fake model, and {objective.name} has none")
-    if divergence != "reverse-kl" and objective.flows != "x":
-        raise UserError(
-            f"divergence {divergence} needs an objective whose gradient flows through the samples alone, such as dmd, "
-            f"not {objective.name}"
-        )

@@ -128,6 +128,50 @@ def test_each_turn_has_its_own_times_and_weight(monkeypatch):
             assert bool((coef[:, 8] == coef[0, 8]).all())
 
 
+@pytest.mark.parametrize("objective", ["dmd", "diff-instruct", "sds"])
+def test_guidance_at_times_of_its_own_equals_the_two_terms(objective):
+    """Decoupled DMD: ``w (f - c)`` at the turn's times plus ``(s - 1) w' (u - c)`` at the guidance's, DMD's scaled."""
+    law = {"sampler": "beta", "sampler_settings": {"a": 1.0, "b": 2.0}, "weight": "scale"}
+    given = {"objective": {"name": objective}, "guidance": 2.5}
+    trainer = distiller(NULL, path={"match": "x0", "guidance": law}, distill=given)
+    trainer.update()
+    noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+    trainer.generator_backward()
+    explicit = [p.grad.clone() for p in trainer.generator.parameters()]
+
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(draws)
+    trainer.generator_optimiser.zero_grad()
+    labels = trainer._conditions(8)[0]
+    x = trainer.generator(normal(trainer.noise.next_key(), torch.empty(8, 1, 8, 8)), labels)
+    fixed, gradient, no_label = x.detach(), 0, torch.full_like(labels, trainer.teacher.null_label)
+    for sampler, weight, factor in (
+        (trainer.path.sampler, torch.ones_like, 1.0),
+        (paths.samplers.Beta(1.0, 2.0), torch.clone, 1.5),
+    ):
+        t = sampler.draw(8, trainer.path, trainer.draws)
+        coef = trainer.path.coefficients(t, "x0", "velocity")
+        x_t = rf.interpolate(fixed, coef, trainer.noise.next_key())
+        s = t.view(-1, 1, 1, 1)
+        with torch.no_grad():
+            conditional = x_t + (1 - s) * trainer.teacher(t, x_t, labels)
+            if factor == 1.0:
+                other = fixed if objective == "sds" else x_t + (1 - s) * trainer.fake(t, x_t, labels)
+            else:
+                other = x_t + (1 - s) * trainer.teacher(t, x_t, no_label)
+        scale = 1 / (fixed - conditional).abs().mean((1, 2, 3)) if objective == "dmd" else 1.0
+        gradient = gradient + (factor * weight(t) * scale).view(-1, 1, 1, 1) * (other - conditional) / 8
+    x.backward(gradient)
+    for mine, p in zip(explicit, trainer.generator.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("given", [{"objective": {"name": "uid"}, "guidance": 2.0}, {"objective": {"name": "dmd"}}])
+def test_guidance_has_times_of_its_own_only_where_it_adds_a_gradient_in_the_samples(given):
+    with pytest.raises(UserError, match=r"guidance has times of its own only where it is not 1"):
+        distiller(NULL, path={"guidance": {"weight": "scale"}}, distill=given)
+
+
 @pytest.mark.parametrize(
     ("law", "sentence"),
     [

@@ -1,0 +1,45 @@
+"""Refusals of a distiller's arguments that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from ..errors import UserError
+from ..matching import Matching
+from ..networks.discriminator import Gan, Judged
+from ..objectives import Objective
+
+LAWS = ("fake", "generator", "guidance")  # what may have a law of times and a weight of its own
+
+
+def check(
+    objective: Objective,
+    fake: nn.Module,
+    gan: Gan | None,
+    divergence: str,
+    guidance: float,
+    matching: Matching,
+    turn_matching: Mapping[str, Matching],
+) -> None:
+    """Refuse arguments that do not go together."""
+    if (gan is not None) != isinstance(fake, Judged):
+        raise UserError("gan must be given for a fake model with a discriminator's head, and for no other")
+    if gan is not None and not objective.needs_fake:
+        raise UserError(f"gan judges by the fake model, and {objective.name} has none")
+    if divergence != "reverse-kl" and objective.flows != "x":
+        raise UserError(
+            f"divergence {divergence} needs an objective whose gradient flows through the samples alone, such as dmd, "
+            f"not {objective.name}"
+        )
+    for law, own in turn_matching.items():
+        path = replace(own.path, sampler=matching.path.sampler)
+        if law not in LAWS or replace(own, path=path, weight=matching.weight) != matching:
+            raise UserError(f"turn_matching must give {', '.join(LAWS)} a matching of another sampler or weight only")
+    if "guidance" in turn_matching and (guidance == 1.0 or objective.flows != "x"):
+        raise UserError(
+            "guidance has times of its own only where it is not 1, and with an objective whose gradient flows through "
+            f"the samples alone, such as dmd; it is {guidance:g}, with {objective.name}"
+        )
