@@ -315,6 +315,9 @@ class DistillConfig:
         choices=("drawn", "batch"),
     )
     times: tuple[float, ...] = setting((), "times of the generator's further steps, none for one step", FINITE)
+    states: str = setting(
+        "own", "what the generator's steps start from: its own states, or noised real data's", choices=("own", "data")
+    )
     generator: OptimiserConfig = setting(OptimiserConfig, "the generator's optimiser")
     fake: OptimiserConfig = setting(OptimiserConfig, "the fake model's optimiser")
     ema: tuple[float, ...] = setting((0.99,), "decays of the generator's averages", BETWEEN)
@@ -393,15 +396,11 @@ PARITY: dict[str, dict[str, Any]] = {
         "sampler_settings": {},
         "match": "velocity",
         "weight": "one",
-        "fake": _PARITY_LAW,
-        "generator": _PARITY_LAW,
-        "guidance": _PARITY_LAW,
+        **dict.fromkeys(("fake", "generator", "guidance"), _PARITY_LAW),
     },
     "teacher": {
-        "sampler": None,
-        "sampler_settings": {},
+        **_PARITY_LAW,
         "match": None,
-        "weight": None,
         "optimiser": _PARITY_STEP,
         "label_dropout": 0.0,
         "reduction": "mean",
@@ -413,6 +412,7 @@ PARITY: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "labels": "batch",
         "times": (),
+        "states": "own",
         "guidance": 1.0,
         "generator": _PARITY_STEP,
         "fake": _PARITY_STEP,

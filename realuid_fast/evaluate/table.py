@@ -60,7 +60,8 @@ def sampler(model: Model, steps: int = 1, solver: str = "euler", guidance: float
 
 def _generator(model: Model) -> Generator:
     described = model.description
-    return Generator(model.net, described.t_start, described.interpolant(), described.predict, described.times)
+    path, predict, times = described.interpolant(), described.predict, described.times
+    return Generator(model.net, described.t_start, path, predict, times, described.ancestral)
 
 
 def defaults(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

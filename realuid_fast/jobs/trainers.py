@@ -26,6 +26,7 @@ from ..optim import Optimiser
 from ..settings import REGRESSION, Config, OptimiserConfig
 from ..train import distributed, modes, sharding
 from ..train.distill import TURNS, Distiller
+from ..train.moments import MomentTrainer
 from ..train.regression import RegressionTrainer
 from ..train.teacher import TeacherTrainer
 from ..train.trainer import Setup, Trainer
@@ -42,6 +43,8 @@ def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = 
     """
     if job == "train-teacher" or teacher is None:
         return teacher_trainer(config, dataset, command)
+    if config.distill.states == "data":
+        return moments(config, dataset, teacher, command)
     made = regression if config.distill.objective.name == REGRESSION else distiller
     return made(config, dataset, teacher, command)
 
@@ -81,16 +84,7 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
     device, sharded = torch.device(config.run.device), _sharded(config)
     _check(config, dataset, described)
     net = _prepared(teacher.net, config, dataset)
-    trained = copy.deepcopy(net).train().requires_grad_(True)
-    if settings.dropout is not None:
-        for module in trained.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = settings.dropout
-    fake: nn.Module = copy.deepcopy(trained)
-    if settings.fake_start == "fresh":
-        if not described.network:
-            raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
-        fake.load_state_dict(fresh(described.network, seed).state_dict())
+    trained, fake = _copies(net, config, described)
     gan = Gan(**vars(settings.gan)) if settings.gan.weight_fake else None
     if gan is not None:
         fake = Judged(fake, dataset.shape, seed)
@@ -114,6 +108,41 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
             fake_turns=settings.fake_turns, guidance=settings.guidance, labels=settings.labels, gan=gan,
             turn_matching=config.path.turns(described), divergence=settings.divergence,
             precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
+            export=settings.export, description=_of_student(config, dataset, described, generator, command),
+        )  # fmt: skip
+
+
+def moments(config: Config, dataset: Dataset, teacher: Model, command: str = "") -> MomentTrainer:
+    """The trainer of the section ``distill`` with ``states: data``."""
+    settings, described = config.distill, teacher.description
+    refused = {
+        "distill.start": bool(settings.start),
+        "distill.gan": bool(settings.gan.weight_fake),
+        "distill.labels batch": settings.labels == "batch",
+        "distill.generator_precision fp16": settings.generator_precision == "fp16",
+        "distill.fake_precision": settings.fake_precision != settings.generator_precision,
+        f"run.mode {config.run.mode}": config.run.mode != "eager",
+        "run.shard": config.run.shard,
+        "path.fake, path.generator and path.guidance": bool(config.path.turns(described)),
+    }
+    for name, given in refused.items():
+        if given:
+            raise UserError(f"{name} is not for distill.states data")
+    if settings.objective.name == REGRESSION:
+        raise UserError("distill.states data needs an objective such as moment-matching, not regression")
+    _check(config, dataset, described)
+    matching = config.path.build(described)
+    net = _prepared(teacher.net, config, dataset)
+    trained, fake = _copies(net, config, described)
+    generator = _generator(trained, config, matching, settings.times)
+    with _named("distill", settings):
+        return MomentTrainer(
+            _frozen(net, config) if teacher.function is None else teacher.function, fake, generator, matching,
+            settings.objective.build(), dataset,
+            _optimiser(fake, settings.fake, settings.updates * settings.fake_turns),
+            _optimiser(generator.net, settings.generator, settings.updates, settings.ema),
+            _setup(config, settings.batch, settings.updates),
+            fake_turns=settings.fake_turns, guidance=settings.guidance, precision=settings.generator_precision,
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
 
@@ -144,6 +173,22 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
             precision=settings.generator_precision, export=settings.export,
             description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
+
+
+def _copies(net: nn.Module, config: Config, described: Description) -> tuple[nn.Module, nn.Module]:
+    """The networks that are trained: the generator's, a copy of the teacher's, and the fake model's."""
+    settings = config.distill
+    trained = copy.deepcopy(net).train().requires_grad_(True)
+    if settings.dropout is not None:
+        for module in trained.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+    fake: nn.Module = copy.deepcopy(trained)
+    if settings.fake_start == "fresh":
+        if not described.network:
+            raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
+        fake.load_state_dict(fresh(described.network, config.run.seed).state_dict())
+    return trained, fake
 
 
 def fresh(network: dict[str, Any], seed: int) -> nn.Module:
@@ -233,7 +278,8 @@ def _frozen(net: nn.Module, config: Config) -> nn.Module:
 
 
 def _generator(net: nn.Module, config: Config, matching: Matching, times: tuple[float, ...] = ()) -> Generator:
-    return Generator(net, config.distill.t_start, matching.path, matching.predict, times)
+    ancestral = config.distill.states == "data"
+    return Generator(net, config.distill.t_start, matching.path, matching.predict, times, ancestral)
 
 
 def _optimiser(
@@ -256,6 +302,7 @@ def _of_student(
         command=command,
         t_start=generator.t_start,
         times=generator.times,
+        ancestral=generator.ancestral,
         teacher=config.distill.teacher,
         decay=config.distill.export,
     )

@@ -18,7 +18,7 @@ from ..files import check_regular, replacing
 from ..networks import at_most, build
 from .checksums import CHECKSUM, matches, with_checksum
 
-FORMAT = 3  # 2 knows a path's settings, 3 has a checksum
+FORMAT = 4  # 2 knows a path's settings, 3 has a checksum, 4 may be ancestral
 KEY = "realuid_fast"
 SHIPPED = choices.TEACHERS
 ROLES = ("teacher", "student")
@@ -32,9 +32,9 @@ class Description:
 
     ``network`` is the argument of :func:`realuid_fast.networks.build`, ``data`` that of :func:`realuid_fast.data.load`,
     ``path`` and ``path_settings`` those of :func:`realuid_fast.paths.build`; ``predict`` is a prediction on that path.
-    ``t_start`` is a student's start time, ``times`` the times of its further steps (see
-    :class:`.generator.Generator`), and ``teacher`` the teacher that it was distilled from. ``decay`` is the decay of
-    the average that the file holds: 0 for the last weights, None if unknown.
+    ``t_start`` is a student's start time, ``times`` the times of its further steps and ``ancestral`` whether those draw
+    from the posterior (see :class:`.generator.Generator`), and ``teacher`` the teacher that it was distilled from.
+    ``decay`` is the decay of the average that the file holds: 0 for the last weights, None if unknown.
     """
 
     network: dict[str, Any]
@@ -49,9 +49,13 @@ class Description:
     path_settings: dict[str, Any] = field(default_factory=dict)
     times: tuple[float, ...] = ()
     decay: float | None = None
-    format: int = FORMAT
+    ancestral: bool = False
+    format: int = 3
 
     def __post_init__(self) -> None:
+        if self.ancestral:
+            # Earlier versions would draw a student's further states with fresh noise.
+            object.__setattr__(self, "format", FORMAT)
         object.__setattr__(self, "times", tuple(map(float, self.times)))  # JSON has lists
 
     def interpolant(self) -> paths.Path:

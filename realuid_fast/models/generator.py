@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from ..errors import UserError
-from ..paths import COLUMNS, Path
+from ..paths import COLUMNS, Coefficients, OneSidedPath, Path
 from .calls import LINEAR, arguments, ends
 from .one_step import default_start, starting, state_from, step_at, step_from
 
@@ -19,18 +19,22 @@ class Generator(nn.Module):
     """``G(z)``, on a two-sided path ``G(y, z)``: the path's data prediction at ``t0`` from noise, see
     :func:`realuid_fast.sampling.one_step`.
 
-    With further ``times`` ``t1, t2, ...`` the sample is interpolated to each of them with fresh noise, ``x_t = a x +
-    b y + c n``, and predicted again: ``1 + len(times)`` evaluations. The noise is a function of ``z``, and so are a
-    batch's samples. Source: Song et al., Consistency Models (2303.01469), algorithm 1.
+    With further ``times`` ``t1, t2, ...`` the sample is interpolated to each of them with fresh noise, ``x_t = a x + b
+    y + c n``, and predicted again: ``1 + len(times)`` evaluations. The noise is a function of ``z``, and so are a
+    batch's samples. Source: Song et al., Consistency Models (2303.01469), algorithm 1. ``ancestral``, each further
+    state is drawn from the posterior ``q(z_s | z_t, x)`` and so keeps noise of the one before. Source: Salimans et al.,
+    Moment Matching (2406.04103), algorithm 1.
 
     Args:
         net: a network, called as the path says for its prediction; on the linear path as ``net(t, x, y)``.
         t_start: ``t0``; :func:`realuid_fast.sampling.default_start` when None.
         path, predict: the path and the prediction that the network was trained on.
         times: further times, each nearer to the data than the one before.
+        ancestral: whether states are drawn from the posterior, on a one-sided path.
 
     Raises:
-        UserError: a time is out of the path's range, or not nearer to the data than the one before.
+        UserError: a time is out of the path's range, or not nearer to the data than the one before; ancestral on a
+            two-sided path.
     """
 
     _numbers: Tensor
@@ -43,9 +47,10 @@ class Generator(nn.Module):
         path: Path = LINEAR,
         predict: str = "velocity",
         times: Sequence[float] = (),
+        ancestral: bool = False,
     ) -> None:
         super().__init__()
-        self.net, self.path = net, path
+        self.net, self.path, self.ancestral = net, path, ancestral
         self.t_start = float(default_start(path) if t_start is None else t_start)
         self.times = tuple(float(t) for t in times)
         data = ends(path).data
@@ -56,6 +61,12 @@ class Generator(nn.Module):
         numbers = torch.tensor([(s.t, s.c_in, s.k_out, s.k_x) for s in self._starts], dtype=torch.float32)
         later = torch.tensor(self.times, dtype=torch.float32)
         rows = path.coefficients(later, "x0", "x0") if self.times else later.new_zeros(0, len(COLUMNS))
+        if ancestral:
+            if not isinstance(path, OneSidedPath):
+                raise UserError(f"ancestral states are for one-sided paths, not {type(path).__name__}")
+            row, before = Coefficients(rows), torch.tensor((self.t_start, *self.times[:-1])[: len(later)])
+            for column, value in zip((row.a, row.b, row.c), path.posterior(later, before), strict=True):
+                column.copy_(value)
         # Tables are made here and on the device: a captured step cannot copy from the host, and a compiled one cannot
         # make tables.
         device = next(net.parameters()).device
@@ -84,13 +95,14 @@ class Generator(nn.Module):
         if step is None:
             x = step_at(first, self.net, state, labels, endpoint)
             for number, start in enumerate(later, 1):
-                x = step_at(start, self.net, self._noised(number, x, z, endpoint), labels, endpoint)
+                state = self._noised(number, x, z, state if self.ancestral else endpoint)
+                x = step_at(start, self.net, state, labels, endpoint)
             return x
         with torch.no_grad():
             states = [state]
             for number in range(1, self.steps):
                 x = step_at(self._starts[number - 1], self.net, states[-1], labels, endpoint)
-                states.append(self._noised(number, x, z, endpoint))
+                states.append(self._noised(number, x, z, states[-1] if self.ancestral else endpoint))
             state = torch.stack(states)[step, torch.arange(len(z), device=z.device)]
             t, *scales = self._numbers[step].unbind(1)
             c_in, k_out, k_x = (scale.view(-1, *[1] * (z.dim() - 1)) for scale in scales)

@@ -37,7 +37,8 @@ class Loaded:
         self.classes = int(getattr(model.net, "num_classes", 0) or 0)
         self._student: Callable[..., Tensor] | None = None
         if self.is_student:
-            start = (self.description.t_start, self._path, self._predict, self.description.times)
+            told = self.description
+            start = (told.t_start, self._path, self._predict, told.times, told.ancestral)
             self._student = Generator(self.net, *start)
 
     @property

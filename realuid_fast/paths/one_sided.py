@@ -66,6 +66,21 @@ class OneSidedPath(Path):
         """Whether ``a^2 + c^2 = 1``. Then the velocity is ``W`` times the prediction ``v``, and ``x_t`` is not read."""
         return False
 
+    def posterior(self, s: Tensor, t: Tensor) -> Triple:
+        """``(x, z, n)`` with ``z_s = x x + z z_t + n n`` drawn from ``q(z_s | z_t, x)``, ``s`` nearer to the data than
+        ``t``.
+
+        With ``keep = snr(t) / snr(s)`` they are ``a_s (1 - keep), keep a_s / a_t, c_s (1 - keep)^(1/2)``: the
+        diffusion's state at ``s`` between the data and its state at ``t``. At a ``t`` of pure noise it is ``q(z_s |
+        x)``. Source: Ho et al. (2006.11239), equation 7; for any scales Kingma et al. (2107.00630), appendix A.
+        """
+        (a_s, c_s), (a_t, c_t) = self.scales(s), self.scales(t)
+        # At the data's end c is 0, and so is the share that is kept. Rounding must not bring it above 1.
+        tiny = torch.finfo(c_t.dtype).tiny
+        of_a, of_c = a_t / a_s.clamp(min=tiny), c_s / c_t.clamp(min=tiny)
+        keep = ((of_a * of_c) ** 2).clamp(max=1.0)
+        return a_s * (1 - keep), of_a * of_c**2, c_s * (1 - keep).sqrt()
+
     def preconditioning(self, t: Tensor) -> Preconditioning:
         a, c = self.scales(t.clamp(*self.time_range("x0", "edm")))
         variance = a**2 * self.sigma_data**2 + c**2

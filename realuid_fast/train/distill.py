@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, losses, precision, tripwires
+from ..agreement import check
 from ..coefficients import Coefficients
 from ..data import Dataset
 from ..errors import UserError
@@ -29,7 +30,6 @@ from ..optim import Optimiser
 from ..precision import Precision
 from ..tripwires import MOST, Tripwires
 from . import modes, sharding
-from .agreement import check
 from .batches import Batches, endpoints_to_draw, labels_to_draw
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .trainer import Setup, Stateful, Trainer

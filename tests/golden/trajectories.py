@@ -162,6 +162,12 @@ def moment_matching(folder: Path) -> Record:
 
 
 @case
+def moments_steps(folder: Path) -> Record:
+    """Four steps from noised real data, each drawn from the posterior of the one before."""
+    return distilled(folder, "presets/moments-steps")
+
+
+@case
 def packed(folder: Path) -> Record:
     """Images that are read from disk, at 32 pixels in colour with attention; mirrored half of the time."""
     numbers = np.random.default_rng(0)

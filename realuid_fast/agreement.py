@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..errors import UserError
-from ..matching import Matching
-from ..networks.discriminator import Gan, Judged
-from ..objectives import Objective
+from .errors import UserError
+from .matching import Matching
+from .networks.discriminator import Gan, Judged
+from .objectives import Objective
 
 LAWS = ("fake", "generator", "guidance")  # what may have a law of times and a weight of its own
 
