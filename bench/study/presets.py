@@ -28,6 +28,7 @@ from realuid_fast.train.hooks import Interrupted
 from realuid_fast.train.logging import read_csv
 
 from .. import machine
+from . import family
 from .compare import run_all
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0, or 2 for input that cannot be used, or 128 and a signal's number."""
     words = list(sys.argv[1:] if argv is None else argv)
     asked = _parser().parse_args(words)
+    if asked.page:
+        asked.docs.write_text(page(json.loads(asked.out.read_text())))
+        return 0
     try:
         run(asked, shlex.join(["python", "-m", "bench.study.presets", *words]))
     except UserError as error:
@@ -70,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, help="samples of every distance (default: the preset's)")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-presets"), help="working folder")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "presets.json", help="JSON file")
+    parser.add_argument("--page", action="store_true", help="train nothing: write the page from the JSON file")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "presets.md", help="generated table")
     return parser
 
@@ -208,6 +213,15 @@ def page(content: dict[str, Any]) -> str:
         f"held-out data: of the teacher after {STEPS} steps, and of the one-step student as mean ± standard deviation",
         "over seeds.",
         "Those of different data do not compare, and so few updates rank no method: they show that each one trains.",
+        "",
+        "## The family tree",
+        "",
+        r"With $\Delta = f^* - f$. Sums run over a sample's elements, means over the batch",
+        "([the symbols](mathematics.md)). A system with a formula beside it has no public code that it was compared",
+        "with: a test holds value and gradient to the formula, written out in float64. A system without a preset is a",
+        "setting of another's.",
+        "",
+        *family.table(),
         "",
     ]
     rows = content["rows"]

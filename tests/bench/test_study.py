@@ -11,6 +11,7 @@ import yaml
 from bench.study import compare as comparison
 from bench.study import presets
 from realuid_fast import cli, data, teachers
+from realuid_fast.jobs import config as configs
 from realuid_fast.networks import build
 
 NETWORK = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1, "num_classes": 10}
@@ -205,6 +206,14 @@ class Serial:
         future = concurrent.futures.Future()
         future.set_result(call(*arguments))
         return future
+
+
+def test_the_family_tree_names_every_preset_once(tmp_path):
+    """The page is what ``--page`` writes from the committed file and table."""
+    named = [name for system in presets.family.FAMILY for name in system.presets]
+    assert sorted(named) == sorted(configs.presets())
+    assert presets.main(["--page", "--docs", str(tmp_path / "page.md")]) == 0
+    assert (tmp_path / "page.md").read_text() == (presets.ROOT / "docs" / "presets.md").read_text()
 
 
 def test_presets_are_trained_measured_and_taken_up_again(tmp_path, capsys, monkeypatch):
