@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import A, B, C
-from .noise import noise_constants, noise_tile
+from .noise import noise_constants, noise_tile, reads_before_noise
 from .tiles import ROW_COUNTS, Call, column, place, read, tiling, write
 
 
@@ -32,6 +32,7 @@ def _interpolate_kernel(
 ):
     row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
+    reads_before_noise(KEYED, PTX, ALIGN)
     n = noise_tile(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import K_OUT, K_X, P, Q, S, W
-from .noise import noise_constants, noise_tile
+from .noise import noise_constants, noise_tile, reads_before_noise
 from .reduce import finish, loss_outputs
 from .tiles import ROW_COUNTS, Call, column, place, read, read_where, single, tiling, write, write_sum
 
@@ -40,6 +40,7 @@ def _matching_kernel(
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
     k_out = column(coef_ptr, row, n_rows, K_OUT, ROWS, EVEN)
     w = column(coef_ptr, row, n_rows, W, ROWS, EVEN)
+    reads_before_noise(KEYED, PTX, ALIGN)
     n = noise_tile(
         noise_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )

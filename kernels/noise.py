@@ -110,6 +110,16 @@ def _four(g, seed, stream, PTX: tl.constexpr):
 
 
 @triton.jit
+def reads_before_noise(KEYED: tl.constexpr, PTX: tl.constexpr, ALIGN: tl.constexpr):
+    """Keep the reads above this line before the noise that is drawn below it, on NVIDIA.
+
+    The noise needs no tensor, so the compiler would put the reads behind it. Memory then idles while noise is drawn.
+    """
+    if KEYED and PTX and ALIGN >= 4:
+        tl.debug_barrier()
+
+
+@triton.jit
 def noise_tile(
     noise_ptr,
     row,

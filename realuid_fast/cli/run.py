@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace, command: Command | None = None) -> int:
     try:
         code = _answered(arguments, command)
     except Exception:
-        # Nothing but a process group that cannot be ended keeps this from whoever called.
+        # The caller gets the error. Only a process group that could not be ended must end the process here.
         if not distributed.unended():
             raise
         traceback.print_exc()

@@ -262,7 +262,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def _header(file: Path, descriptor: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Where the values of an ``.npy`` file begin; refuses another array than described, or too few bytes."""
+    """The place in an ``.npy`` file where its values begin; refuses another array than described, or too few bytes."""
     with os.fdopen(os.dup(descriptor), "rb") as stream:
         stream.seek(0)
         try:
