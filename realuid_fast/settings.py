@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from . import paths
+from . import parity, paths
 from .bounds import ABOVE_ZERO, BELOW_ONE, BETWEEN, FINITE, NOT_NEGATIVE, POSITIVE, SEED, SHARE, THREADS, WHOLE, Range
 from .choices import MODES, PRECISIONS
 from .errors import UserError
@@ -161,6 +161,12 @@ class TeacherConfig:
         "what the loss does over a sample's elements; Adam does not see the factor between them, the clip does",
         choices=("sum", "mean"),
     )
+    guided: str = setting(
+        "",
+        "the file of a teacher with a null label, whose guided prediction takes the place of the data's targets; the "
+        "network takes the scale (guided distillation)",
+    )
+    scales: tuple[float, float] = setting((1.0, 4.0), "the scales of teacher.guided, drawn uniformly", FINITE)
     coupling: bool = setting(
         False,
         "whether optimal transport pairs each batch with its noise, or with its endpoints where those are not the "
@@ -384,42 +390,7 @@ class RunConfig:
     )
 
 
-_PARITY_LAW: dict[str, Any] = {"sampler": None, "sampler_settings": {}, "weight": None}
-_PARITY_STEP = {"warmup_from_zero": True, "decay": "constant"}
-# Settings that ``run.parity`` makes: docs/parity.md says where each of them comes from.
-PARITY: dict[str, dict[str, Any]] = {
-    "path": {
-        "name": "linear",
-        "settings": {},
-        "predict": "velocity",
-        "sampler": "uniform",
-        "sampler_settings": {},
-        "match": "velocity",
-        "weight": "one",
-        **dict.fromkeys(("fake", "generator", "guidance"), _PARITY_LAW),
-    },
-    "teacher": {
-        **_PARITY_LAW,
-        "match": None,
-        "optimiser": _PARITY_STEP,
-        "label_dropout": 0.0,
-        "reduction": "mean",
-        "ema_warmup": False,
-    },
-    "distill": {
-        "t_start": 0.0,
-        "fake_start": "fresh",
-        "dropout": 0.0,
-        "labels": "batch",
-        "times": (),
-        "states": "own",
-        "guidance": 1.0,
-        "generator": _PARITY_STEP,
-        "fake": _PARITY_STEP,
-        "ema_warmup": False,
-    },
-}
-PARITY_OBJECTIVES = ("uid", "realuid", "general")
+PARITY, PARITY_OBJECTIVES = parity.PARITY, parity.PARITY_OBJECTIVES
 
 
 @dataclass(frozen=True)

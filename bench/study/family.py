@@ -194,6 +194,14 @@ FAMILY = (
         "1, in x0 units",
     ),
     System(
+        "guided distillation, the first stage",
+        ("guided",),
+        r"a teacher's loss: $\|f(z_t, s) - (u + s (c - u))\|^2$, $s$ drawn in each row",
+        "2210.03142, section 3.1",
+        UNREAD,
+        "1; their scale is ours less 1",
+    ),
+    System(
         "trajectory regression",
         ("regression",),
         r"$\|G(z) - x(z)\|^2$, no fake model",

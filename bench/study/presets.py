@@ -93,8 +93,8 @@ def run(asked: argparse.Namespace, command: str) -> None:
     students = {name: {seed: Student(name, seed, asked) for seed in asked.seeds} for name in names}
     every = [student for seeds in students.values() for student in seeds.values()]
     (asked.work / "runs").mkdir(parents=True, exist_ok=True)
-    found = [run for student in every if (run := student.teacher) is not None]
-    run_all({run.name: run.command for run in found if not run.finished}, jobs, asked.work)
+    for found in ([student.source for student in every], [student.teacher for student in every]):
+        run_all({run.name: run.command for run in found if run is not None and not run.finished}, jobs, asked.work)
     run_all({run.name: run.command for run in every if not run.finished}, jobs, asked.work)
     judge = Judge()
     # Rows of other calls stay in the file; each row names the command that made it.
@@ -143,12 +143,19 @@ class Student(Run):
         samples = [] if asked.samples is None else [f"run.evaluate_samples={asked.samples}"]
         updates = asked.updates or UPDATES.get(config.data["name"], POINTS)
         own = [f"run.seed={seed}", f"distill.updates={updates}", f"run.evaluate_every={updates}", *samples]
-        self.preset, self.seed, self.teacher = preset, seed, None
+        self.preset, self.seed = preset, seed
+        self.teacher: Run | None = None
+        self.source: Run | None = None  # the teacher that the teacher learns from
         if config.distill.teacher not in teachers.SHIPPED:
             # runs/presets/NAME/teacher.safetensors: the preset that trains it.
             maker = Path(config.distill.teacher).parent.name
             teaching = [] if asked.teacher_updates is None else [f"teacher.updates={asked.teacher_updates}"]
-            self.teacher = Run(f"teacher-{maker}", maker, [*QUIET, "run.evaluate_every=0", *teaching], asked.work)
+            teaching += [*QUIET, "run.evaluate_every=0"]
+            if guided := configs.load(configs.preset(maker)).teacher.guided:
+                first = Path(guided).parent.name
+                self.source = Run(f"teacher-{first}", first, teaching, asked.work)
+                teaching = [*teaching, f"teacher.guided={self.source.file}"]
+            self.teacher = Run(f"teacher-{maker}", maker, teaching, asked.work)
             own.append(f"distill.teacher={self.teacher.file}")
         super().__init__(f"{preset}-seed{seed}", preset, [*QUIET, *own], asked.work)
 

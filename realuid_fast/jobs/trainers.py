@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import precision
+from .. import precision, teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
@@ -19,7 +19,7 @@ from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..networks import build
-from ..networks.calling import null_labels
+from ..networks.calling import null_labels, takes_guidance
 from ..networks.discriminator import Gan, Judged
 from ..networks.recompute import recompute
 from ..optim import Optimiser
@@ -51,9 +51,16 @@ def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = 
 
 def teacher_trainer(config: Config, dataset: Dataset, command: str = "") -> TeacherTrainer:
     """The trainer of the section ``teacher``, with a fresh network."""
-    settings, matching = config.teacher, config.teachers_path().build()
-    network = network_for(config, dataset)
+    settings, source = config.teacher, None
+    if settings.guided:
+        source = teachers.load_teacher(settings.guided, config.teachers_network(), None, dataset.config)
+    described = None if source is None else source.description
+    matching = config.teachers_path().build(described)
+    network = network_for(config, dataset) if described is None else {**described.network, "guided": True}
     net = fresh(network, config.run.seed)
+    if source is not None:
+        # Layers of the scale are new, and start as if there were none.
+        net.load_state_dict(source.net.state_dict(), strict=False)
     if config.run.checkpoint_activations:
         recompute(net)
     device = torch.device(config.run.device)
@@ -63,11 +70,12 @@ def teacher_trainer(config: Config, dataset: Dataset, command: str = "") -> Teac
         return TeacherTrainer(
             net, matching, dataset, optimiser, _setup(config, settings.batch, settings.updates),
             label_dropout=settings.label_dropout, reduction=settings.reduction, coupling=settings.coupling,
-            export=settings.export,
+            source=None if source is None else _placed(source.net.requires_grad_(False), config, dataset),
+            scales=settings.scales, export=settings.export,
             description=Description(
                 network=network,
-                path=config.path.name or "linear",
-                path_settings=dict(config.path.settings),
+                path=config.path.name or "linear" if described is None else described.path,
+                path_settings=dict(config.path.settings if described is None else described.path_settings),
                 predict=matching.predict,
                 data=dataset.config,
                 preprocessing=dataset.preprocessing,
@@ -259,7 +267,7 @@ def _prepared(net: nn.Module, config: Config, dataset: Dataset) -> nn.Module:
     """The teacher's network as student and fake model are copied from it."""
     if not _sharded(config):
         net = _placed(net, config, dataset)
-    if config.distill.guidance != 1.0:
+    if config.distill.guidance != 1.0 and not takes_guidance(net):
         null_labels(net, torch.zeros(0, dtype=torch.int64))
     if config.run.checkpoint_activations:
         recompute(net)

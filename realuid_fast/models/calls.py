@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..coefficients import Coefficients
 from ..errors import UserError
-from ..networks.calling import arguments, both, null_labels, takes_endpoint
+from ..networks.calling import arguments, both, null_labels, takes_endpoint, takes_guidance
 from ..paths import Linear, OneSidedPath, Path
 
 LINEAR = Linear()
@@ -44,20 +44,24 @@ def call(
     path: Path = LINEAR,
     predict: str = "velocity",
     endpoint: Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: float | Tensor = 1.0,
 ) -> Tensor:
     """``F``: a network's raw output at ``x_t`` and path time ``t``. The path says how it is called for ``predict``.
 
     With a ``guidance`` other than 1 it is ``u + guidance (c - u)``, where ``c`` and ``u`` are the outputs with and
-    without the labels, from one forward pass of twice as many rows.
+    without the labels, from one forward pass of twice as many rows. A network that takes the scale is given it, a
+    number or ``(B,)``, and evaluated once.
     """
     time, x = path.network_time(t, predict), path.network_input(x_t, t, predict)
     seen = arguments(net, time, x, labels, endpoint)
-    if guidance == 1.0:
+    if takes_guidance(net):
+        return net(*seen, guidance=guidance)
+    if not isinstance(guidance, Tensor) and guidance == 1.0:
         return net(*seen)
     null_labels(net, labels)
     conditional, unconditional = net(*both(net, seen)).chunk(2)
-    return torch.lerp(unconditional, conditional, guidance)
+    scale = guidance.view(-1, *[1] * (x_t.dim() - 1)) if isinstance(guidance, Tensor) else guidance
+    return torch.lerp(unconditional, conditional, scale)
 
 
 def follows_flow(path: Path, predict: str) -> bool:

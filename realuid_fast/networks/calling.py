@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,11 @@ from ..errors import UserError
 def takes_endpoint(net: nn.Module) -> bool:
     """Whether a network is called with the endpoint too, as ``net(t, x, labels, endpoint)``."""
     return bool(getattr(net, "endpoint", False))
+
+
+def takes_guidance(net: nn.Module) -> bool:
+    """Whether a network takes the scale of its guidance, as ``net(t, x, labels, guidance=scale)``: one evaluation."""
+    return bool(getattr(net, "guided", False))
 
 
 def arguments(
@@ -26,6 +33,18 @@ def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
     if null is None or labels is None:
         raise UserError("guidance needs a class-conditional network with a null label (teacher.label_dropout)")
     return torch.full_like(labels, null)
+
+
+def outputs(
+    run: Callable[..., Tensor], net: nn.Module, arguments: tuple[Tensor | None, ...], guidance: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """The output of ``run``, which evaluates ``net``, and with guidance by labels also the one without them."""
+    if takes_guidance(net):
+        return run(*arguments, guidance=guidance), None
+    if guidance == 1.0:
+        return run(*arguments), None
+    conditional, unconditional = run(*both(net, arguments)).chunk(2)
+    return conditional, unconditional
 
 
 def both(net: nn.Module, arguments: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

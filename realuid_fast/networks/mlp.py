@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .unet import check_endpoint, check_null_label, in_full, timestep_embedding
+from .unet import check_endpoint, check_null_label, in_full, scale_features, scale_layers, timestep_embedding
 
 
 class MLP(nn.Module):
@@ -30,6 +30,7 @@ class MLP(nn.Module):
         num_classes: labels ``0 .. num_classes - 1``; 0 makes the network unconditional.
         null_label: whether it also knows ``num_classes`` as "no label", for classifier-free guidance.
         endpoint: whether the network also sees a path's other endpoint, beside ``x``.
+        guided: whether it takes the scale of its guidance, a number or ``(B,)``, 1 by default.
 
     Raises:
         UserError: for samples or labels of another shape.
@@ -46,6 +47,7 @@ class MLP(nn.Module):
         num_classes: int = 0,
         endpoint: bool = False,
         null_label: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         if min((width, depth, time_features, *shape), default=0) < 1:
@@ -66,13 +68,23 @@ class MLP(nn.Module):
         self.last = nn.Linear(width, size)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.guided = guided
+        if guided:
+            self.scale_embed = scale_layers(time_features, width)
 
     def forward(
-        self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None, with_features: bool = False
+        self,
+        t: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        endpoint: Tensor | None = None,
+        with_features: bool = False,
+        guidance: float | Tensor = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction shaped like ``x`` ``(B, *shape)`` at times ``t`` ``(B,)`` or ``()``, labels ``y``
         ``(B,)`` if conditional, ``endpoint`` like ``x`` if it takes one; ``with_features`` also the
-        residual stream ``(B, width)`` half-way through the blocks.
+        residual stream ``(B, width)`` half-way through the blocks. ``guidance`` is the scale for a network that takes
+        it.
         """
         if x.shape[1:] != self.shape:
             raise UserError(f"x must have shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
@@ -84,6 +96,8 @@ class MLP(nn.Module):
             raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
         features = timestep_embedding(t * self.time_scale, self.time_features).to(x.dtype)
         embedding = self.time_embed(features)
+        if self.guided:
+            embedding = embedding + self.scale_embed(scale_features(guidance, x, self.time_features).to(x.dtype))
         if y is not None:
             embedding = embedding + self.label_embed(y)
         width = self.first.out_features

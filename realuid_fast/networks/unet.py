@@ -194,6 +194,7 @@ class UNet(nn.Module):
         time_scale: factor on ``t`` before its embedding (1 in the published flow-matching models).
         middle_attention: attention between the two middle blocks (always there in ADM).
         endpoint: whether the network also sees a path's other endpoint, as further input channels.
+        guided: whether it takes the scale of its guidance, a number or ``(B,)``, 1 by default.
 
     Raises:
         UserError: for a shape, width or label that the network cannot take.
@@ -221,6 +222,7 @@ class UNet(nn.Module):
         middle_attention: bool = True,
         endpoint: bool = False,
         null_label: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         in_channels, height, width = _shape(dim)
@@ -230,8 +232,7 @@ class UNet(nn.Module):
         self.dim, self.endpoint, self.num_channels = (in_channels, height, width), endpoint, num_channels
         self.num_classes = num_classes if class_cond else None
         self.null_label = check_null_label(null_label, self.num_classes or 0)
-        self.time_scale = float(time_scale)
-        embedding = 4 * num_channels
+        self.time_scale, self.guided, embedding = float(time_scale), guided, 4 * num_channels
         self.time_embed = nn.Sequential(nn.Linear(num_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         if class_cond:
             self.label_emb = nn.Embedding(num_classes + null_label, embedding)
@@ -279,13 +280,20 @@ class UNet(nn.Module):
         out_channels = 2 * in_channels if learn_sigma else in_channels
         last = _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
         self.out = Output(GroupNorm(norm_groups, channels), nn.SiLU(), last)
+        self.scale_embed = scale_layers(num_channels, embedding) if guided else None
 
     def forward(
-        self, t: Tensor, x: Tensor, y: Tensor | None = None, endpoint: Tensor | None = None, with_features: bool = False
+        self,
+        t: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        endpoint: Tensor | None = None,
+        with_features: bool = False,
+        guidance: float | Tensor = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction for images ``x`` ``(B, C, H, W)`` at times ``t`` ``(B,)`` or ``()``, with labels
         ``y`` ``(B,)`` if conditional and ``endpoint`` like ``x`` if the network takes one; ``with_features`` also the
-        middle's output ``(B, C, H', W')``.
+        middle's output ``(B, C, H', W')``. ``guidance`` is the scale for a network that takes it.
         """
         if x.dim() != 4 or x.shape[1] != self.dim[0]:
             raise UserError(f"x must have shape (batch, {self.dim[0]}, height, width), got {tuple(x.shape)}")
@@ -296,6 +304,8 @@ class UNet(nn.Module):
             raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
         features = timestep_embedding(t * self.time_scale, self.num_channels)
         embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
+        if self.scale_embed is not None:
+            embedding = embedding + self.scale_embed(scale_features(guidance, x, self.num_channels).to(embedding.dtype))
         if y is not None:
             embedding = embedding + self.label_emb(y)
         check_endpoint(self.endpoint, x, endpoint)
@@ -310,6 +320,23 @@ class UNet(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
         out = in_full(self.out, x, next(self.out[-1].parameters()))
         return (out, middle) if with_features else out
+
+
+def scale_layers(features: int, width: int) -> nn.Sequential:
+    """The embedding of a guidance scale. It starts at zero, so the network starts as one that takes no scale."""
+    last = nn.Linear(width, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(features, width), nn.SiLU(), last)
+
+
+def scale_features(scale: float | Tensor, x: Tensor, features: int) -> Tensor:
+    """Sinusoidal features ``(B, features)`` of a guidance scale, one for all rows of ``x`` or one a row."""
+    rows = scale if isinstance(scale, Tensor) else x.new_full((len(x),), scale, dtype=torch.float32)
+    if rows.shape != x.shape[:1]:
+        raise UserError(f"guidance must be a number or have shape ({len(x)},), got {tuple(rows.shape)}")
+    # The fastest feature has the period 2 pi, the range of common scales.
+    return timestep_embedding(rows, features)
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:

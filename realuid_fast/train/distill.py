@@ -22,7 +22,7 @@ from ..matching import Matching
 from ..models.files import Description
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
-from ..networks.calling import arguments, both
+from ..networks.calling import arguments, outputs
 from ..networks.discriminator import Gan, Judged, softplus_term
 from ..noise import normal
 from ..objectives import Objective, divergence_weight
@@ -431,12 +431,10 @@ class Distiller(Trainer):
 
     def _ask_teacher(self, seen: tuple[Tensor | None, ...], guided: bool = True) -> tuple[Tensor, Tensor | None]:
         """The teacher's output and, if it is ``guided`` with a scale, the one without labels, from one forward."""
-        guided = guided and self.guidance != 1.0
         # A teacher stored in float32 computes in the precision of the turn.
         with self.precisions["teacher"].networks():
-            out = self._float(self._run_teacher(*(both(self.teacher, seen) if guided else seen)))
-        conditional, unconditional = out.chunk(2) if guided else (out, None)
-        return conditional, unconditional
+            out, uncond = outputs(self._run_teacher, self.teacher, seen, self.guidance if guided else 1.0)
+        return self._float(out), None if uncond is None else self._float(uncond)
 
     def _run(self, name: str, turn: Turn) -> dict[str, Tensor]:
         if isinstance(turn, Captured) and turn.captured:

@@ -7,15 +7,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import losses
+from .. import functional, losses
 from ..coefficients import Coefficients
 from ..couplings import couple
 from ..data import Dataset
 from ..errors import UserError
+from ..functional import MatchingGrads
+from ..interpolant import Interpolant
 from ..matching import Matching
 from ..models.calls import call, follows_flow
 from ..models.files import Description
 from ..models.solvers import integrate
+from ..networks.calling import takes_guidance
 from ..noise import normal
 from ..optim import Optimiser
 from ..precision import Precision
@@ -38,6 +41,10 @@ class TeacherTrainer(Trainer):
         reduction: ``"sum"`` over a sample's elements, or their ``"mean"``.
         coupling: whether optimal transport pairs each batch with its noise or its endpoints
             (:mod:`realuid_fast.couplings`).
+        source: a frozen teacher with a null label. Its guided prediction ``f* = u + s (c - u)`` takes the place of the
+            data's target, ``w ||f - f*||^2``, and each row has an ``s`` of its own, uniform in ``scales``, which the
+            network takes. Source: Meng et al., On Distillation of Guided Diffusion Models (2210.03142), section 3.1.
+        scales: the least and the largest scale.
         export: the decay of the average that is sampled and saved, 0 for the last weights.
         description: the description of the exported network.
 
@@ -57,6 +64,8 @@ class TeacherTrainer(Trainer):
         label_dropout: float = 0.0,
         reduction: str = "sum",
         coupling: bool = False,
+        source: nn.Module | None = None,
+        scales: tuple[float, float] = (1.0, 4.0),
         export: float = 0.0,
         description: Description | None = None,
     ) -> None:
@@ -69,6 +78,11 @@ class TeacherTrainer(Trainer):
         follows_flow(self.path, matching.predict)
         if label_dropout and getattr(net, "null_label", None) is None:
             raise UserError("label_dropout needs a class-conditional network with null_label: true")
+        if source is not None and (getattr(source, "null_label", None) is None or not takes_guidance(net)):
+            raise UserError("guided needs a class-conditional teacher with a null label, and a network of its kind")
+        if source is not None and (label_dropout or scales[0] >= scales[1]):
+            raise UserError("guided needs label_dropout 0 and scales of which the first is less than the second")
+        self._source, self._scales = source, scales
         self._label_dropout, self._precision = label_dropout, Precision("float32", self.device)
         self._scale = 1 / math.prod(dataset.shape) if reduction == "mean" else 1.0
         self.labels = labels_to_draw(net, dataset, self.device)
@@ -112,13 +126,33 @@ class TeacherTrainer(Trainer):
                     ends = self._coupled_with(x, ends, classes)
             draw = self._interpolant(x, noise, t, coef, ends)
         with self.phases("forward"):
-            y = self._dropped(labels)
-            out = self._laid_out(call(self.net, t, draw.x_t, y, self.path, self.matching.predict, ends))
+            y, scale = self._dropped(labels), None
+            if self._source is not None:
+                low, high = self._scales
+                scale = low + (high - low) * torch.rand(len(x), generator=self.draws, device=self.device)
+            given = 1.0 if scale is None else scale
+            out = self._laid_out(call(self.net, t, draw.x_t, y, self.path, self.matching.predict, ends, given))
         with self.phases("loss"):
-            grads = losses.matching_grads(draw, out.detach())
+            found = out.detach()
+            grads = losses.matching_grads(draw, found) if scale is None else self._guided(draw, found, y, ends, scale)
         with self.phases("backward"):
             out.backward(grads.out)
         self.meters.add("loss", grads.loss)
+
+    def _guided(
+        self, draw: Interpolant, out: Tensor, labels: Tensor | None, endpoint: Tensor | None, scale: Tensor
+    ) -> MatchingGrads:
+        """``w ||f - f*||^2``, which is ``w k_out^2 ||F - F*||^2`` in raw outputs."""
+        assert self._source is not None
+        with torch.no_grad():
+            target = call(self._source, draw.t, draw.x_t, labels, self.path, self.matching.predict, endpoint, scale)
+        given, coef = Coefficients(draw.coef), torch.zeros_like(draw.coef)
+        rows = Coefficients(coef)
+        # With these three set and all others 0 the matching loss has f = F and tgt = x.
+        rows.p.fill_(1.0)
+        rows.k_out.fill_(1.0)
+        rows.w.copy_(given.w * given.k_out**2)
+        return functional.matching_grads(out=out, x=self._laid_out(target), x_t=None, coef=coef, noise=draw.noise)
 
     def _coupled_with(self, x: Tensor, other: Tensor, classes: Tensor | None) -> Tensor:
         """Noise or endpoints ``other``, reordered so that row i is coupled with row i of ``x``.

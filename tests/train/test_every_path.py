@@ -118,8 +118,20 @@ def test_paths_with_an_endpoint_need_data_that_have_one():
         trainers.teacher_trainer(configs.from_mapping(settings("x", path=path, network=MLP)), data.load(POINTS))
 
 
+def short_teacher(file, few, held, folder):
+    """The teacher of ``runs/presets/NAME/teacher.safetensors`` after two updates, and the one that it learns from."""
+    maker = configs.preset(Path(file).parent.name)
+    if source := configs.load(maker).teacher.guided:
+        teachers.save(folder / "source.safetensors", *short_teacher(source, few, held, folder))
+        few = [*few, f"teacher.guided={folder / 'source.safetensors'}"]
+    teacher = trainers.teacher_trainer(configs.load(maker, few), held)
+    for _ in range(2):
+        teacher.update()
+    return teacher.exported()
+
+
 @pytest.mark.parametrize("name", sorted(configs.presets()))
-def test_every_preset_builds_and_runs_two_updates(name):
+def test_every_preset_builds_and_runs_two_updates(name, tmp_path):
     """At its own path, objective and network, with small batches and, where it has none yet, a fresh teacher."""
     few = ["distill.batch=8", "teacher.batch=8", "run.tensorboard=false"]
     config = configs.load(configs.preset(name), few)
@@ -128,11 +140,7 @@ def test_every_preset_builds_and_runs_two_updates(name):
     if config.distill.teacher in teachers.SHIPPED:
         model = teachers.load_teacher(config.distill.teacher)
     else:
-        maker = configs.preset(Path(config.distill.teacher).parent.name)
-        teacher = trainers.teacher_trainer(configs.load(maker, few), held)
-        for _ in range(2):
-            teacher.update()
-        state, description = teacher.exported()
+        state, description = short_teacher(config.distill.teacher, few, held, tmp_path)
         model = teachers.Model(build(description.network), description)
         model.net.load_state_dict(state)
     student = trainers.trainer("distill", config, held, model)

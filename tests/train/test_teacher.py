@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import realuid_fast as rf
-from realuid_fast import data, functional, paths, sampling
+from realuid_fast import data, functional, paths, sampling, teachers
 from realuid_fast.couplings import couple
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
@@ -14,7 +14,7 @@ from realuid_fast.jobs import trainers
 from realuid_fast.noise import normal
 from realuid_fast.train.batches import Batches
 
-from ..helpers import LABELLED, MLP, NULL, POINTS, random_network, settings
+from ..helpers import LABELLED, MLP, NULL, POINTS, UNET, random_network, settings
 
 
 @pytest.mark.parametrize("case", ["noise", "noise inside classes", "endpoints"])
@@ -47,6 +47,87 @@ def test_a_teacher_on_coupled_batches(case, monkeypatch):
     if labels is not None:
         rows = {tuple(row.flatten().tolist()): int(label) for row, label in zip(apart, labels, strict=True)}
         assert [rows[tuple(row.flatten().tolist())] for row in coupled] == labels.tolist()
+
+
+def guided(folder, network=NULL, **teacher):
+    """A trainer that learns a guided teacher, which is saved in ``folder``."""
+    held, source = data.load("digits"), folder / "source.safetensors"
+    teachers.save(source, random_network(network).state_dict(), teachers.Description(network, data=held.config))
+    own = {"guided": str(source), "scales": [1.0, 4.0], **teacher}
+    return trainers.teacher_trainer(configs.from_mapping(settings("x", data={"name": "digits"}, teacher=own)), held)
+
+
+@pytest.mark.parametrize("match", ["velocity", "x0"])
+@pytest.mark.parametrize("network", [NULL, {**UNET, "class_cond": True, "num_classes": 10, "null_label": True}])
+def test_guided_distillation_is_its_paper(network, match, tmp_path):
+    """Meng et al. (2210.03142): ``w ||f(z_t, s) - (u + s (c - u))||^2``, ``s`` uniform in each row, real ``z_t``."""
+    trainer = guided(tmp_path, network, match=match)
+    teacher = teachers.load(tmp_path / "source.safetensors").net
+    # The network starts as the teacher at every scale, and its layers of the scale move with the first step.
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
+    for scale in (1.0, torch.tensor([1.0, 2.0, 3.0, 4.0])):
+        # 1e-5: the trainer's network has its channels last, and sums in another order.
+        torch.testing.assert_close(trainer.net.eval()(t, x, y, guidance=scale), teacher(t, x, y), rtol=1e-5, atol=1e-5)
+    trainer.update()
+    assert not torch.equal(trainer.net(t, x, y, guidance=4.0), trainer.net(t, x, y))
+
+    noise, state, batches = trainer.noise.state_dict(), trainer.draws.get_state(), trainer.batches.state_dict()
+    noise = {name: value.clone() for name, value in noise.items()}
+    trainer._backward()
+    explicit = [p.grad.clone() for p in trainer.net.parameters()]
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(state)
+    trainer.batches.load_state_dict(batches)
+    trainer.optimiser.zero_grad()
+    x, y = trainer.batches.next()
+    t = trainer.path.sample_time(8, trainer.draws)
+    n = normal(trainer.noise.next_key(), x)
+    at = t.view(-1, 1, 1, 1)
+    x_t = at * x + (1 - at) * n
+    s = 1 + 3 * torch.rand(8, generator=trainer.draws)
+    c, u = (teacher(t, x_t, labels).detach() for labels in (y, torch.full_like(y, teacher.null_label)))
+    gap = trainer.net(t, x_t, y, guidance=s) - (u + s.view(-1, 1, 1, 1) * (c - u))
+    # A prediction of x0 is x_t + (1 - t) v.
+    loss = ((gap if match == "velocity" else (1 - at) * gap) ** 2).sum() / 8
+    for mine, p in zip(explicit, torch.autograd.grad(loss, [*trainer.net.parameters()]), strict=True):
+        torch.testing.assert_close(mine, p, rtol=1e-4, atol=1e-5 * float(p.abs().max()) + 1e-7)
+
+
+def test_a_guided_network_is_asked_once_at_any_scale(tmp_path):
+    """By the solvers, and by a distillation with guidance, from its file."""
+    trainer = guided(tmp_path)
+    trainer.update()
+    file = tmp_path / "teacher.safetensors"
+    teachers.save(file, *trainer.exported())
+    model = teachers.load(file)
+    assert model.description.network["guided"]
+    x, t, y, rows = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4), []
+    model.net.register_forward_pre_hook(lambda net, given: rows.append(len(given[1])))
+    out = sampling.call(model.net, t, x, y, guidance=3.0)
+    assert torch.equal(out, model.net(t, x, y, guidance=3.0))
+    assert not torch.equal(out, model.net(t, x, y))
+    made = sampling.integrate(model.net, x, 2, "euler", y, guidance=3.0)
+    assert not torch.equal(made, sampling.integrate(model.net, x, 2, "euler", y))
+    assert set(rows) == {4}
+
+    content = settings("x", data={"name": "digits"}, distill={"objective": {"name": "uid"}, "guidance": 3.0})
+    student = trainers.distiller(configs.from_mapping(content), data.load("digits"), model)
+    asked, uncond = student._ask_teacher((t, x, y))
+    assert uncond is None
+    torch.testing.assert_close(asked, out)
+    student.update()
+    assert all(math.isfinite(value) for value in student.meters.read().values())
+
+
+def test_what_does_not_go_with_a_guided_teacher_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"guided needs a class-conditional teacher with a null label"):
+        guided(tmp_path, LABELLED)
+    with pytest.raises(UserError, match=r"teacher\.guided needs label_dropout 0 and scales of which the first is less"):
+        guided(tmp_path, scales=[2.0, 2.0])
+    net = random_network({**NULL, "guided": True})
+    x = torch.zeros(4, 1, 8, 8)
+    with pytest.raises(UserError, match=r"guidance must be a number or have shape \(4,\), got \(3,\)"):
+        net(torch.zeros(4), x, torch.zeros(4, dtype=torch.int64), guidance=torch.ones(3))
 
 
 def test_couplings_of_what_is_paired_already_are_refused():
