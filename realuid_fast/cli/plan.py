@@ -101,18 +101,18 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = timing.BOU
         model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
         if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
-        regression = config.distill.objective.name == REGRESSION
-        plan = (_regression if regression else _distillation)(config, dataset, model, ranks)
+        plan = (_distillation, _regression)[config.distill.objective.name == REGRESSION](config, dataset, model, ranks)
     else:
+        if (guided := config.teacher.guided) and not Path(guided).exists():
+            missing.append(f"teacher.guided {guided} is not there: the plan leaves its two passes out")
+            config = replace(config, teacher=replace(config.teacher, guided=""))
         if _endpoints_needed(config, dataset):
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         model, plan = None, _teaching(config, dataset, ranks)
     plan = replace(plan, missing=missing, ranks=ranks)
-    if steps and ranks > 1:
-        return replace(plan, unmeasured="updates are timed on one rank alone")
-    return (
-        _with_hours(plan, config, dataset, model, steps, bound) if steps else replace(plan, unmeasured="not asked for")
-    )
+    if not steps or ranks > 1:
+        return replace(plan, unmeasured="updates are timed on one rank alone" if steps else "not asked for")
+    return _with_hours(plan, config, dataset, model, steps, bound)
 
 
 def markdown(plan: Plan) -> str:

@@ -315,7 +315,7 @@ def test_what_the_device_does_not_have_is_not_guessed():
 def test_configurations_of_every_kind_can_be_planned():
     words = ("num_channels=8", "norm_groups=4", "num_head_channels=8", "channel_mult=[1]", "num_res_blocks=1")
     small = [f"network.{word}" for word in words]
-    for name in ("digits_tune", "mixture", "presets/ibmd", "recipes/cifar10_cond_tune"):
+    for name in ("digits_tune", "mixture", "presets/ibmd", "presets/guided", "recipes/cifar10_cond_tune"):
         changes = small if name.startswith("recipes") else []
         for job in ("distill", "train-teacher"):
             found = plan.make(job, configs.load(name, changes), steps=0)
