@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import realuid_fast as rf
+from realuid_fast.jobs import config as configs
 from realuid_fast.paths import (
     COLUMNS,
     DDBMVP,
@@ -154,6 +155,30 @@ def test_inner_maximum_of_uid_is_a_known_multiple_of_the_squared_distance(settin
     )
     # 64 Legendre nodes integrate these rational functions of t to rounding; the rest is polynomial, hence exact.
     assert float(loss) == pytest.approx(distance * gap**2, rel=1e-9)
+
+
+@pytest.mark.parametrize("turn", ["fake", "generator"])
+def test_the_inner_maximum_under_the_law_and_the_weight_of_a_turn(turn):
+    """For unit variances it is ``gap^2`` times the mean of ``w h^2``, ``h = sigma^2 / (1 + sigma^2)``, over the law."""
+    matching, gap, n = configs.load("presets/sid-edm").path.turns()[turn], 0.8, 8192
+    t = matching.path.sampler.quantile((torch.arange(n, dtype=torch.float64) + 0.5) / n, matching.path)
+    # The loss is linear in z and e at a fixed time, so their means do for them: x and x_t are the generator's mean.
+    x = torch.full((n, 1), 0.7, dtype=torch.float64)
+    h = (t**2 / (1 + t**2))[:, None]
+    coef = matching.path.coefficients(t, "x0", "x0", matching.weight)
+    loss = rf.functional.generator_loss(
+        rf.objectives.UID(), teacher_out=x + h * gap, fake_out=x, x=x, x_t=None, coef=coef, noise=torch.zeros_like(x)
+    )
+    if turn == "fake":
+        nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+        sigma, w = np.exp(-1.2 + 1.2 * nodes), lambda s: (s**2 + 0.25) / (0.5 * s) ** 2
+    else:
+        nodes, weights = np.polynomial.legendre.leggauss(64)
+        low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+        sigma, w = (low + 0.8 * (nodes + 1) / 2 * (high - low)) ** 7, np.ones_like
+    expected = (weights * w(sigma) * (sigma**2 / (1 + sigma**2)) ** 2).sum() / weights.sum()
+    # 1e-3: the midpoint rule in the quantiles against the quadrature.
+    assert float(loss) == pytest.approx(gap**2 * expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(("c", "p"), [(0.2, 1.0), (0.5, 1.5), (0.0, 2.0)])
