@@ -23,7 +23,7 @@ class Generator(nn.Module):
     y + c n``, and predicted again: ``1 + len(times)`` evaluations. The noise is a function of ``z``, and so are a
     batch's samples. Source: Song et al., Consistency Models (2303.01469), algorithm 1. ``ancestral``, each further
     state is drawn from the posterior ``q(z_s | z_t, x)`` and so keeps noise of the one before. Source: Salimans et al.,
-    Moment Matching (2406.04103), algorithm 1.
+    Moment Matching (2406.04103), its ancestral sampler.
 
     Args:
         net: a network, called as the path says for its prediction; on the linear path as ``net(t, x, y)``.

@@ -114,8 +114,8 @@ class Karras(QuantileSampler):
     """Noise levels ``sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho``, ``u`` uniform.
 
     With a ``share`` below 1, ``u`` is uniform on ``[0, share]``: the schedule without its largest noise levels. SiD's
-    generator has 0.8, its ``t_max`` of 800 of 1000 (Zhou et al., 2404.04057, section 4.3). Source: Karras et al.
-    (2206.00364), equation 5, read as a law.
+    generator has 0.8, its ``tmax`` of 800 of 1000 (Zhou et al., 2404.04057; mingyuanzhou/SiD at revision 01fbb13,
+    ``run_sid.sh``). Source: Karras et al. (2206.00364), equation 5, read as a law.
     """
 
     sigma_min: float = 0.002
