@@ -6,6 +6,7 @@ Instructions that no kernel of this package uses are refused by name, never gues
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -53,16 +54,8 @@ def build(instruction: Instruction, program: Program) -> Step:
 def source(text: str, kind: Any, program: Program) -> Source:
     """The operand ``text`` read as ``kind``: a register (its low part where it is wider), a constant or an address."""
     kind = np.dtype(kind)
-    if text in ("%tid.x", "%laneid", "%ntid.x") or text.startswith(("%ctaid", "%nctaid")):
-        return lambda machine: machine.special[text].astype(kind)
     if text.startswith("%"):
-        size = register_bytes(text)
-        if size < kind.itemsize:
-            raise Unsupported(f"{text} read as {kind}")
-        if size > kind.itemsize:
-            low = np.dtype(f"u{kind.itemsize}")
-            return lambda machine: machine.read(text).astype(low).view(kind)
-        return lambda machine: machine.read(text).view(kind)
+        return _register(text, kind)
     names = [name for _, name in program.params]
     if text in names or text == "global_smem":
         # A parameter's address is its number times 256; shared memory begins at 0.
@@ -72,6 +65,20 @@ def source(text: str, kind: Any, program: Program) -> Source:
     return lambda machine: value
 
 
+@functools.cache
+def _register(text: str, kind: Any) -> Source:
+    if text in ("%tid.x", "%laneid", "%ntid.x") or text.startswith(("%ctaid", "%nctaid")):
+        return lambda machine: machine.special[text].astype(kind)
+    size = register_bytes(text)
+    if size < kind.itemsize:
+        raise Unsupported(f"{text} read as {kind}")
+    if size > kind.itemsize:
+        low = np.dtype(f"u{kind.itemsize}")
+        return lambda machine: machine.read(text).astype(low).view(kind)
+    return lambda machine: machine.read(text).view(kind)
+
+
+@functools.cache
 def constant(text: str, kind: Any) -> Any:
     if text[:2].lower() in ("0f", "0d"):
         bits = np.uint32 if text[1].lower() == "f" else np.uint64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,15 @@ from .instructions import UNSIGNED, Step, build
 from .memory import TEBIBYTE, Array, Events, Memory, Sparse, Threads
 from .program import Instruction, Program, Unsupported, register_bytes
 
+KINDS = {size: np.dtype(kind) for size, kind in UNSIGNED.items()}
 RUNNING, WAITING, ENDED = 0, 1, 2
 WARP = 32
+
+
+@functools.cache
+def built(program: Program) -> list[list[tuple[Instruction, Step]]]:
+    """The steps of each block: built once for all launches of a kernel."""
+    return [[(each, build(each, program)) for each in block] for block in program.blocks]
 
 
 class Machine:
@@ -66,10 +74,12 @@ class Machine:
         return self.registers[name]
 
     def write(self, name: str, values: Array, active: Array | None) -> None:
-        kind = np.dtype(UNSIGNED[register_bytes(name)])
+        kind = KINDS[register_bytes(name)]
         if values.dtype.itemsize != kind.itemsize:
             raise Unsupported(f"{name} takes {kind.itemsize} bytes, got {values.dtype}")
-        values = np.ascontiguousarray(np.broadcast_to(values, self.lanes)).view(kind)
+        if values.shape != (self.lanes,):
+            values = np.broadcast_to(values, self.lanes)
+        values = np.ascontiguousarray(values).view(kind)
         if active is not None:
             before = self.registers.get(name)
             values = np.where(active, values, kind.type(0) if before is None else before)
@@ -116,7 +126,7 @@ class Machine:
 
     def run(self) -> None:
         """Every thread to its end."""
-        steps = [[(each, build(each, self.program)) for each in block] for block in self.program.blocks]
+        steps = built(self.program)
         block, state = np.zeros(self.lanes, np.int64), np.full(self.lanes, RUNNING)
         warps = range(self.program.threads // WARP)
         groups = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Instruction:
         return self.parts[0] in ("bra", "ret", "exit", "bar")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """One kernel.
 
@@ -52,6 +53,7 @@ class Program:
     labels: dict[str, int]
 
 
+@functools.cache
 def register_bytes(name: str) -> int:
     """Bytes of a register by its prefix; a predicate counts as one."""
     for prefix, size in (("%rs", 2), ("%rd", 8), ("%p", 1), ("%r", 4)):
