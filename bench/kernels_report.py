@@ -222,12 +222,18 @@ def _adam(first_moment: bool, averages: int) -> Variant:
 FEATURES = (256, 128, 32, 32)  # of the CIFAR-10 network's first level
 
 
-def _norm(dtype: torch.dtype, gradients: bool, shape: tuple[int, ...] = FEATURES, groups: int = 32) -> Variant:
+def _norm(
+    dtype: torch.dtype, gradients: bool, shape: tuple[int, ...] = FEATURES, groups: int = 32, silu: bool = True
+) -> Variant:
     def plan(ptx: bool) -> Any:
         from realuid_fast.kernels import norm
 
         x = _meta(shape, dtype).to(memory_format=torch.channels_last)
         weight, shift, statistics = _meta(shape[1:2], F32), _meta(shape[:2], F32), _meta((shape[0], groups, 2), F32)
+        if not silu:
+            if gradients:
+                return norm.group_norm_grads(x, x, weight, statistics)[0][0]
+            return norm.group_norm(x, weight, weight, groups, 1e-5)[0][0]
         if gradients:
             return norm.norm_silu_grads(x, x, shift, weight, weight, statistics)[0][0]
         return norm.norm_silu(x, shift, weight, weight, groups, 1e-5)[0][0]
@@ -282,6 +288,8 @@ VARIANTS: dict[str, Variant] = {
     "norm_silu_grads/bfloat16": _norm(BF16, True),
     "norm_silu_grads/float32": _norm(F32, True),
     "norm_silu_grads/bfloat16/64x64": _norm(BF16, True, (64, 128, 64, 64)),
+    "group_norm/bfloat16": _norm(BF16, False, (256, 256, 16, 16), silu=False),
+    "group_norm_grads/bfloat16": _norm(BF16, True, (256, 256, 16, 16), silu=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""``SiLU(norm(x + shift))`` and its gradients, group normalisation on channels_last images, statistics in float32.
+"""``SiLU(norm(x + shift))`` or ``norm(x)``, and gradients: group normalisation on channels_last images, in float32.
 
 An image is ``[P, C]`` in memory: pixels, and their channels next to each other. A program has all pixels of a few whole
 groups of one image, so that it needs nothing of another program:
@@ -10,10 +10,10 @@ groups of one image, so that it needs nothing of another program:
   many at a time, because the loop and the masks take registers too.
 - Where no pixel and no column is left over (``EVEN``), nothing is masked.
 
-With ``h = x + shift``, ``n = (h - mean) rstd``, ``z = n weight + bias`` and ``y = z sigmoid(z)``, the gradients
-need of an image only each channel's sums of ``g_z`` and ``g_z n``. With ``g_n = g_z weight``, the gradient is ``g_x =
-rstd (g_n - mean(g_n) - n mean(g_n n))``. The sums are the image's part of the gradients in the bias and the weight.
-They are added over the images in a fixed order, so that a gradient has the same bits each time.
+With ``h = x + shift``, ``n = (h - mean) rstd``, ``z = n weight + bias`` and ``y = z sigmoid(z)``, or ``y = z`` without
+SiLU, the gradients need of an image only each channel's sums of ``g_z`` and ``g_z n``. With ``g_n = g_z weight``, the
+gradient is ``g_x = rstd (g_n - mean(g_n) - n mean(g_n n))``. The sums are the image's part of the gradients in the bias
+and the weight. They are added over the images in a fixed order, so that a gradient has the same bits each time.
 """
 
 from __future__ import annotations
@@ -96,6 +96,13 @@ def _vector(pointer, offsets, exists):
 
 
 @triton.jit
+def _activated(z, SILU: tl.constexpr):
+    if SILU:
+        z *= tl.sigmoid(z)
+    return z
+
+
+@triton.jit
 def _norm_silu_kernel(
     x_ptr,
     shift_ptr,
@@ -114,6 +121,7 @@ def _norm_silu_kernel(
     PIXELS: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     image, channel, group, exists, leads = _place(channels, groups, blocks, WIDTH, PADDED, LANES)
     weight, bias = _vector(weight_ptr, channel, exists), _vector(bias_ptr, channel, exists)
@@ -149,22 +157,24 @@ def _norm_silu_kernel(
     scale = rstd * weight
     if WHOLE:
         z = (h - mean[None, :]) * scale[None, :] + bias[None, :]
-        _write(y_ptr, offsets, inside, z * tl.sigmoid(z), EVEN)
+        _write(y_ptr, offsets, inside, _activated(z, SILU), EVEN)
     else:
         for start in range(0, pixels, PIXELS):
             offsets, inside = _tile(start, pixels, channels, channel, exists, PIXELS)
             h = _read(x_ptr, offsets, inside, EVEN) + shift[None, :]
             z = (h - mean[None, :]) * scale[None, :] + bias[None, :]
-            _write(y_ptr, offsets, inside, z * tl.sigmoid(z), EVEN)
+            _write(y_ptr, offsets, inside, _activated(z, SILU), EVEN)
 
 
 @triton.jit
-def _before_silu(x, grad, less, rstd, weight, bias):
+def _before_silu(x, grad, less, rstd, weight, bias, SILU: tl.constexpr):
     """The normalised value and the gradient before SiLU; ``less`` is the group's mean without the shift."""
     n = (x - less[None, :]) * rstd[None, :]
-    z = n * weight[None, :] + bias[None, :]
-    gate = tl.sigmoid(z)
-    return n, grad * gate * (1 + z * (1 - gate))
+    if SILU:
+        z = n * weight[None, :] + bias[None, :]
+        gate = tl.sigmoid(z)
+        grad = grad * gate * (1 + z * (1 - gate))
+    return n, grad
 
 
 @triton.jit
@@ -188,9 +198,12 @@ def _norm_silu_grads_kernel(
     PIXELS: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     image, channel, group, exists, _leads = _place(channels, groups, blocks, WIDTH, PADDED, LANES)
-    weight, bias = _vector(weight_ptr, channel, exists), _vector(bias_ptr, channel, exists)
+    weight, bias = _vector(weight_ptr, channel, exists), tl.zeros((LANES,), tl.float32)
+    if SILU:
+        bias = _vector(bias_ptr, channel, exists)
     of_group = (image * groups + group) * 2
     less, rstd = _vector(statistics_ptr, of_group, exists), _vector(statistics_ptr, of_group + 1, exists)
     if shift_ptr is not None:
@@ -204,7 +217,7 @@ def _norm_silu_grads_kernel(
     if WHOLE:
         offsets, inside = _tile(0, pixels, channels, channel, exists, PIXELS)
         x, grad = _read(x_ptr, offsets, inside, EVEN), _read(grad_ptr, offsets, inside, EVEN)
-        n, g_z = _before_silu(x, grad, less, rstd, weight, bias)
+        n, g_z = _before_silu(x, grad, less, rstd, weight, bias, SILU)
         # The gradient of a pixel that does not exist was read as 0.
         of_z = tl.sum(g_z, axis=0)
         of_zn = tl.sum(g_z * n, axis=0)
@@ -212,7 +225,7 @@ def _norm_silu_grads_kernel(
         for start in range(0, pixels, PIXELS):
             offsets, inside = _tile(start, pixels, channels, channel, exists, PIXELS)
             x, grad = _read(x_ptr, offsets, inside, EVEN), _read(grad_ptr, offsets, inside, EVEN)
-            n, g_z = _before_silu(x, grad, less, rstd, weight, bias)
+            n, g_z = _before_silu(x, grad, less, rstd, weight, bias, SILU)
             of_z += tl.sum(g_z, axis=0)
             of_zn += tl.sum(g_z * n, axis=0)
     tl.store(parts_ptr + image * 2 * channels + channel, of_zn, mask=exists)
@@ -229,7 +242,7 @@ def _norm_silu_grads_kernel(
         for start in range(0, pixels, PIXELS):
             offsets, inside = _tile(start, pixels, channels, channel, exists, PIXELS)
             x, grad = _read(x_ptr, offsets, inside, EVEN), _read(grad_ptr, offsets, inside, EVEN)
-            n, g_z = _before_silu(x, grad, less, rstd, weight, bias)
+            n, g_z = _before_silu(x, grad, less, rstd, weight, bias, SILU)
             g_x = rstd[None, :] * (g_z * weight[None, :] - mean[None, :] - n * slope[None, :])
             _write(g_x_ptr, offsets, inside, g_x, EVEN)
             if g_shift_ptr is not None:
@@ -278,6 +291,37 @@ def norm_silu(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[list[Call], tuple[Tensor, Tensor]]:
     """The launch of the operator ``norm_silu`` and its outputs."""
+    return _forward(x, shift, weight, bias, groups, eps, silu=True)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[list[Call], tuple[Tensor, Tensor]]:
+    """The launch of the operator ``group_norm`` and its outputs."""
+    return _forward(x, None, weight, bias, groups, eps, silu=False)
+
+
+def norm_silu_grads(
+    grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor
+) -> tuple[list[Call], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The launches of the operator ``norm_silu_grads`` and its outputs; without a shift its gradient is empty."""
+    g_shift = weight.new_empty(0) if shift is None else torch.empty_like(shift)
+    calls, (g_x, g_weight, g_bias) = _backward(grad, x, shift, weight, bias, statistics, g_shift)
+    if not calls:
+        g_shift.zero_()
+    return calls, (g_x, g_shift, g_weight, g_bias)
+
+
+def group_norm_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[list[Call], tuple[Tensor, Tensor, Tensor]]:
+    """The launches of the operator ``group_norm_grads`` and its outputs."""
+    return _backward(grad, x, None, weight, None, statistics, None)
+
+
+def _forward(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[list[Call], tuple[Tensor, Tensor]]:
     if x.numel() == 0:
         return [], (torch.empty_like(x), weight.new_zeros(x.shape[0], groups, 2))
     y = torch.empty_like(x)
@@ -285,19 +329,24 @@ def norm_silu(
     programs, arguments, constants, warps = _cut(x, groups)
     tensors = {"x_ptr": x, "shift_ptr": shift, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y}
     tensors |= {"statistics_ptr": statistics}
+    constants["SILU"] = silu
     call = Call(_norm_silu_kernel, (programs,), {**tensors, **arguments, "eps": eps}, constants, warps)
     return [call], (y, statistics)
 
 
-def norm_silu_grads(
-    grad: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, statistics: Tensor
-) -> tuple[list[Call], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The launches of the operator ``norm_silu_grads`` and its outputs; without a shift its gradient is empty."""
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    statistics: Tensor,
+    g_shift: Tensor | None,
+) -> tuple[list[Call], tuple[Tensor, Tensor, Tensor]]:
+    """Launches and gradients in the images, the weight and the bias; without a ``bias`` there is no SiLU."""
     images, channels = x.shape[:2]
     make = torch.zeros_like if x.numel() == 0 else torch.empty_like
-    g_x, g_weight, g_bias = make(x), make(weight), make(bias)
-    g_shift = weight.new_empty(0) if shift is None else make(shift)
-    results = g_x, g_shift, g_weight, g_bias
+    results = g_x, g_weight, g_bias = make(x), make(weight), make(weight)
     if x.numel() == 0:
         return [], results
     programs, arguments, constants, warps = _cut(x, statistics.shape[1])
@@ -305,6 +354,7 @@ def norm_silu_grads(
     tensors = {"grad_ptr": grad, "x_ptr": x, "shift_ptr": shift, "weight_ptr": weight, "bias_ptr": bias}
     tensors |= {"statistics_ptr": statistics, "g_x_ptr": g_x, "parts_ptr": parts}
     tensors["g_shift_ptr"] = None if shift is None else g_shift
+    constants["SILU"] = bias is not None
     adding = {"parts_ptr": parts, "g_weight_ptr": g_weight, "g_bias_ptr": g_bias, "n_rows": images}
     return [
         Call(_norm_silu_grads_kernel, (programs,), {**tensors, **arguments}, constants, warps),

@@ -34,13 +34,14 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, biased: bool = True) -> Tensor:
         if _autocasts(x):
             # Cast the images as autocast does for a convolution. The operator takes its filters in float32.
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = self.bias if biased else None
         if serves(x, self.weight) and self._pays(x):
-            return torch.ops.realuid_fast.conv3x3.default(x, self.weight, self.bias)
-        return super().forward(x)
+            return torch.ops.realuid_fast.conv3x3.default(x, self.weight, bias)
+        return self._conv_forward(x, self.weight, bias)
 
     def joins(self, x: Tensor) -> bool:
         """Whether a call with images like ``x`` runs the operator on them as they are, without a cast or a hook."""
@@ -64,7 +65,7 @@ class Conv1x1(nn.Conv2d):
         super().__init__(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if serves(x, self.weight):
+        if serves(x, self.weight, "conv1x1"):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return super().forward(x)
 
@@ -73,6 +74,9 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation computed in float32 whatever the storage type."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if serves(x, self.weight, "group_norm"):
+            groups, eps = self.num_groups, self.eps
+            return torch.ops.realuid_fast.group_norm.default(x, self.weight, self.bias, groups, eps)[0]
         if x.dtype == torch.float32 or x.dtype == torch.float64:
             return super().forward(x)
         weight, bias = self.weight.float(), self.bias.float()
@@ -88,26 +92,34 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm_silu_conv(
-    norm: GroupNorm, x: Tensor, conv: nn.Module, shift: Tensor | None = None, dropout: float = 0.0
+    norm: GroupNorm,
+    x: Tensor,
+    conv: nn.Module,
+    shift: Tensor | None = None,
+    dropout: float = 0.0,
+    biased: bool = True,
 ) -> Tensor:
     """``conv(dropout(SiLU(norm(x + shift))))``, the shift ``(B, C)`` added to every pixel, ``dropout`` a probability.
 
     If both layers run as operators, the convolution's input is not kept for the backward pass but computed again.
+    Without ``biased``, ``conv`` is a :class:`Conv3x3` that leaves its bias out, for a caller that adds it elsewhere.
     """
     # torch.func's transforms know the two operators, but not the autograd function that joins them.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if isinstance(conv, Conv3x3) and not transformed and conv.joins(x) and serves(x, norm.weight):
+    if biased and isinstance(conv, Conv3x3) and not transformed and conv.joins(x) and serves(x, norm.weight):
         shift = None if shift is None else shift.to(norm.weight.dtype)
         of_norm = (x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
         refuse_forward_mode("norm_silu with conv3x3", (*of_norm, conv.weight, conv.bias))
         return cast(Tensor, NormSiluConv3x3.apply(*of_norm, conv.weight, conv.bias, dropout))
-    return cast(Tensor, conv(F.dropout(norm.silu(x, shift), dropout)))
+    y = F.dropout(norm.silu(x, shift), dropout)
+    return cast(Tensor, conv(y) if biased else conv(y, biased=False))
 
 
 def serves(x: Tensor, weight: Tensor, layer: str = "conv3x3") -> bool:
     """Whether a layer's operator takes images ``x`` with the parameter ``weight``: channels_last, of float types.
 
-    On CUDA that is the normalisation alone, and not in float64; the convolutions are cuDNN's.
+    On CUDA, never in float64, normalisations are operators and 1x1 convolutions linear layers. 3x3 convolutions are
+    cuDNN's.
     """
     return (
         x.is_contiguous(memory_format=torch.channels_last)

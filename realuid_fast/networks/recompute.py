@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ def once_more(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorates the ``forward`` of a :class:`Part`: it runs again in the backward pass if ``recompute`` is set."""
 
     @functools.wraps(forward)
-    def run(self: Part, *inputs: Tensor) -> Tensor:
+    def run(self: Part, *inputs: Any) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
             return forward(self, *inputs)
 
-        def call(*again: Tensor) -> Tensor:
+        def call(*again: Any) -> Tensor:
             return forward(self, *again)
 
         out: Tensor = checkpoint(call, *inputs, use_reentrant=False)

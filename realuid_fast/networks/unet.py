@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
 from ..errors import UserError
+from ..optim import is_sharded
 from .layers import Conv1x1, Conv3x3, GroupNorm, norm_silu_conv
 from .recompute import Part, once_more
 
@@ -50,7 +52,7 @@ class Blocks(Part, nn.Sequential):
     """Modules applied in order; residual blocks also get the time embedding."""
 
     @once_more
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | tuple[Tensor, ...]) -> Tensor:
         for module in self:
             x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
         return x
@@ -66,7 +68,9 @@ class Upsample(nn.Module):
         self.has_conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        # Autocast would double pixels in float32, which the convolution rounds again: the values are the same.
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self.has_conv):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x) if self.has_conv else x
 
 
@@ -87,7 +91,11 @@ class ResBlock(nn.Module):
     With ``scale_shift`` the second norm is modulated, ``norm(h) (1 + scale) + shift``, instead of ``h + e``.
     ``resample`` is ``"up"``, ``"down"`` or ``None``: both branches are resampled before the first
     convolution.
+
+    In place of the embedding, a call may be given what :func:`shifts` computed for all blocks of a network.
     """
+
+    place = 0  # among the network's residual blocks
 
     def __init__(
         self,
@@ -117,13 +125,16 @@ class ResBlock(nn.Module):
         same = out_channels == channels
         self.skip_connection = nn.Identity() if same else Conv1x1(channels, out_channels)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | tuple[Tensor, ...]) -> Tensor:
         norm, conv = cast(GroupNorm, self.in_layers[0]), self.in_layers[2]
+        # What was computed for all blocks at once has the convolution's bias in it, but not beside a scale.
+        biased = self.scale_shift or not isinstance(embedding, tuple)
         if self.resample is None:
-            h = norm_silu_conv(norm, x, conv)
+            h = norm_silu_conv(norm, x, conv, biased=biased)
         else:
-            h, x = conv(self.resample(norm.silu(x))), self.resample(x)
-        shift = self.emb_layers(embedding)
+            h, x = self.resample(norm.silu(x)), self.resample(x)
+            h = conv(h) if biased else conv(h, biased=False)
+        shift = embedding[self.place] if isinstance(embedding, tuple) else self.emb_layers(embedding)
         norm, (_, activation, dropout, conv) = cast(GroupNorm, self.out_layers[0]), self.out_layers
         if self.scale_shift:
             scale, shift = shift.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
@@ -131,6 +142,25 @@ class ResBlock(nn.Module):
         else:
             h = norm_silu_conv(norm, h, conv, shift, cast(nn.Dropout, dropout).p if dropout.training else 0.0)
         return self.skip_connection(x) + h
+
+
+def joins(block: ResBlock) -> bool:
+    """Whether :func:`shifts` may use a block's parameters for it: none is sharded, and no layer replaced or hooked."""
+    linear, conv = cast(nn.Linear, block.emb_layers[1]), block.in_layers[2]
+    plain = type(linear) is nn.Linear and type(conv) is Conv3x3
+    return plain and not (linear._forward_hooks or linear._forward_pre_hooks or is_sharded(linear.weight))
+
+
+def shifts(blocks: Sequence[ResBlock], embedding: Tensor) -> tuple[Tensor, ...]:
+    """The linear layers of all ``blocks`` on the embedding, as one product; without ``scale_shift`` a block's result
+    has its first convolution's bias in it, so that the convolution itself can leave it out.
+    """
+    layers = [cast(nn.Linear, block.emb_layers[1]) for block in blocks]
+    bias = torch.cat([layer.bias for layer in layers])
+    if not blocks[0].scale_shift:
+        bias = bias + torch.cat([cast(Tensor, cast(Conv3x3, block.in_layers[2]).bias) for block in blocks])
+    rows = F.linear(F.silu(embedding), torch.cat([layer.weight for layer in layers]), bias)
+    return rows.split([layer.out_features for layer in layers], dim=1)
 
 
 class Attention(nn.Module):
@@ -154,11 +184,12 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         qkv = F.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias)
         size = channels // self.heads
+        # The three are views of one tensor. Backward, their gradients are laid side by side in one copy.
         if self.split_first:
-            qkv = qkv.view(batch, -1, 3, self.heads, size).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.view(batch, -1, 3, self.heads, size).unbind(2)
         else:
-            qkv = qkv.view(batch, -1, self.heads, 3, size).permute(3, 0, 2, 1, 4)
-        h = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+            q, k, v = qkv.view(batch, -1, self.heads, 3, size).unbind(3)
+        h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         h = h.transpose(1, 2).reshape(batch, -1, channels)
         h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + h.transpose(1, 2).reshape(batch, channels, height, width)
@@ -281,6 +312,9 @@ class UNet(nn.Module):
         last = _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
         self.out = Output(GroupNorm(norm_groups, channels), nn.SiLU(), last)
         self.scale_embed = scale_layers(num_channels, embedding) if guided else None
+        self._residual = tuple(module for module in self.modules() if isinstance(module, ResBlock))
+        for place, block in enumerate(self._residual):
+            block.place = place
 
     def forward(
         self,
@@ -311,13 +345,16 @@ class UNet(nn.Module):
         check_endpoint(self.endpoint, x, endpoint)
         if endpoint is not None:
             x = torch.cat([x, endpoint], dim=1)
+        # On a GPU many small products cost more than one.
+        together = backends.compiled(x.device, "shifts") and all(map(joins, self._residual))
+        told = shifts(self._residual, embedding) if together else embedding
         skips = []
         for block in self.input_blocks:
-            x = block(x, embedding)
+            x = block(x, told)
             skips.append(x)
-        middle = x = self.middle_block(x, embedding)
+        middle = x = self.middle_block(x, told)
         for block in self.output_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), embedding)
+            x = block(torch.cat([x, skips.pop()], dim=1), told)
         out = in_full(self.out, x, next(self.out[-1].parameters()))
         return (out, middle) if with_features else out
 

@@ -42,6 +42,14 @@ def _shapes_norm_silu_grads(
     return _images(x, x.shape[1]), g_shift, weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
 
 
+def _shapes_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Any:
+    return _shapes_norm_silu(x, None, weight, bias, groups, eps)
+
+
+def _shapes_group_norm_grads(grad: Tensor, x: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tensor, ...]:
+    return _images(x, x.shape[1]), weight.new_empty(x.shape[1]), weight.new_empty(x.shape[1])
+
+
 class _Conv3x3Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,6 +95,25 @@ def _norm_silu_backward(grad: Tensor, saved: Sequence[Tensor], wanted: Sequence[
     grad = grad.contiguous(memory_format=torch.channels_last)
     grads = torch.ops.realuid_fast.norm_silu_grads(grad, *saved)
     return [g if want else None for g, want in zip(grads, wanted, strict=True)]
+
+
+class _GroupNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, *_ = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            y, statistics = kernel(*inputs)
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        refuse_second_derivative(grad, "group_norm")
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = torch.ops.realuid_fast.group_norm_grads(grad, *ctx.saved_tensors)
+        wanted = zip(grads, ctx.needs_input_grad[1:4], strict=True)
+        return None, *(g if want else None for g, want in wanted), None, None
 
 
 class NormSiluConv3x3(torch.autograd.Function):
@@ -167,5 +194,18 @@ OPERATORS = (
         "(Tensor g_x, Tensor g_shift, Tensor g_weight, Tensor g_bias)",
         reference.norm_silu_grads,
         _shapes_norm_silu_grads,
+    ),
+    # Group normalisation alone. CPU networks leave it to torch, so only CUDA has a kernel.
+    Operator(
+        "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor y, Tensor statistics)",
+        reference.group_norm,
+        _shapes_group_norm,
+        _GroupNormFunction,
+    ),
+    Operator(
+        "group_norm_grads(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> (Tensor g_x, Tensor g_weight, "
+        "Tensor g_bias)",
+        reference.group_norm_grads,
+        _shapes_group_norm_grads,
     ),
 )

@@ -41,6 +41,8 @@ _HOMES = {
     "generator": _Home("generator", 2, 10, 5),
     "norm_silu": _Home("norm", 0, 4, None),
     "norm_silu_grads": _Home("norm", 1, 6, None),
+    "group_norm": _Home("norm", 0, 3, None),
+    "group_norm_grads": _Home("norm", 1, 4, None),
 }
 # Plans of calls, by what they follow from. A program goes on using few shapes and settings; the bound is for one that
 # does not.

@@ -246,6 +246,8 @@ class Distiller(Trainer):
                 out, logits = self._ask_fake(self._run_fake, seen)
             # Real rows that serve the discriminator alone do not enter the fake model's own loss.
             rows = slice(None) if self.objective.needs_real else slice(self.batch)
+            # A slice of all rows would cost its backward pass a copy.
+            own_out = out if self.objective.needs_real else out[rows]
             own = draw if self.objective.needs_real else draw.generated()
             teacher_out = uncond = None
             if self.objective.needs_teacher:
@@ -254,10 +256,10 @@ class Distiller(Trainer):
                     teacher_out, uncond = self._ask_teacher(asked)
             with self.phases("fake loss"):
                 grads = losses.fake_grads(
-                    self.objective, own, out.detach()[rows], teacher_out=teacher_out, teacher_uncond=uncond,
+                    self.objective, own, own_out.detach(), teacher_out=teacher_out, teacher_uncond=uncond,
                     guidance=self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
-                watched, outs, seeds = {"fake loss": grads.loss}, [out[rows]], [grads.fake_out]
+                watched, outs, seeds = {"fake loss": grads.loss}, [own_out], [grads.fake_out]
                 if self.gan is not None and logits is not None:
                     loss, seed = softplus_term(logits, self._signs, coef, self.gan.least_share, self.batch)
                     watched["discriminator loss"] = loss

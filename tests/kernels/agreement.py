@@ -458,6 +458,18 @@ def check_norm(name: str, dtype: torch.dtype, with_shift: bool) -> None:
         reference.norm_silu_grads(grad.double(), *exact, want[1]),
     )
     compare(f"norm_silu_grads/{tag}", dtype, got, want)
+    if with_shift:
+        return
+    got, want = (
+        run("group_norm", x, *forward[2:], groups, 1e-5),
+        reference.group_norm(exact[0], *exact[2:], groups, 1e-5),
+    )
+    compare(f"group_norm/{tag}", dtype, got, want)
+    got, want = (
+        run("group_norm_grads", grad, x, weight, got[1]),
+        reference.group_norm_grads(grad.double(), exact[0], exact[2], want[1]),
+    )
+    compare(f"group_norm_grads/{tag}", dtype, got, want)
 
 
 def check_norms(names: list[str]) -> None:
@@ -468,6 +480,7 @@ def check_norms(names: list[str]) -> None:
     y, statistics = run("norm_silu", x, None, weight, weight, 2, 1e-5)
     assert (y.shape, statistics.shape) == (x.shape, (0, 2, 2))
     assert run("norm_silu_grads", x, x, None, weight, weight, statistics)[2].tolist() == [0.0] * 4
+    assert run("group_norm_grads", x, x, weight, statistics)[1].tolist() == [0.0] * 4
 
 
 def check_all() -> None:

@@ -116,6 +116,8 @@ def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.d
     planned += [
         norm.norm_silu(images, shift, of_channels, of_channels, 2, 1e-5)[0],
         norm.norm_silu_grads(images, images, shift, of_channels, of_channels, statistics)[0],
+        norm.group_norm(images, of_channels, of_channels, 2, 1e-5)[0],
+        norm.group_norm_grads(images, images, of_channels, statistics)[0],
     ]
     return [call for calls in planned for call in calls]
 

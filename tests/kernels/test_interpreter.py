@@ -41,6 +41,8 @@ def cases() -> dict[str, tuple[float, float]]:
         "adam_",
         "norm_silu",
         "norm_silu_grads",
+        "group_norm",
+        "group_norm_grads",
     ],
 )
 def test_agrees_with_float64(cases: dict[str, tuple[float, float]], op: str) -> None:

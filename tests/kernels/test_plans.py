@@ -67,6 +67,8 @@ def arguments(op: str, dim: int, alike: bool, offset: int = 0, dtype: torch.dtyp
         ),
         "norm_silu": lambda: (x(), shift, weight, weight if alike else torch.randn(dim), 2, 1e-5),
         "norm_silu_grads": lambda: (x(), x(), None, weight, torch.randn(dim), torch.randn(6, 2, 2)),
+        "group_norm": lambda: (x(), weight, weight if alike else torch.randn(dim), 2, 1e-5),
+        "group_norm_grads": lambda: (x(), x(), weight, torch.randn(6, 2, 2)),
         "scale_grads_": lambda: ([x(), x(), x()], scales),
     }[op]()
 

@@ -49,6 +49,8 @@ def arguments(op: str, device: str, dtype: torch.dtype, gaps: bool = False) -> t
         "generator": (x, x, x, None, coef, key, *[None] * 4, 0.9, 0.8, 1.0, 1.0, True, True, True, True, False, False),
         "norm_silu": (images, shift, weight, weight, 4, 1e-5),
         "norm_silu_grads": (images, images, shift, weight, weight, statistics),
+        "group_norm": (images, weight, weight, 4, 1e-5),
+        "group_norm_grads": (images, images, weight, statistics),
     }[op]
 
 
@@ -81,9 +83,11 @@ def launches(traced: torch.fx.Graph) -> list[str]:
 def test_the_graph_holds_the_launches(op: str) -> None:
     traced, results, expected = graph(op, "cuda", torch.float32)
     kernels = launches(traced)
-    assert kernels[0] == {"normal_like": "_normal_kernel", "mean_abs_error": "_error_kernel"}.get(op, f"_{op}_kernel")
+    others = {"normal_like": "normal", "mean_abs_error": "error"}
+    others |= {"group_norm": "norm_silu", "group_norm_grads": "norm_silu_grads"}
+    assert kernels[0] == f"_{others.get(op, op)}_kernel"
     second = dict.fromkeys(("mean_abs_error", "matching", "fake", "generator"), "_finish_kernel")
-    second["norm_silu_grads"] = "_add_images_kernel"
+    second |= dict.fromkeys(("norm_silu_grads", "group_norm_grads"), "_add_images_kernel")
     assert kernels[1:] == ([second[op]] if op in second else [])
     assert not [node for node in traced.nodes if "realuid_fast" in str(node.target)]
     for mine, theirs in zip(results, expected, strict=True):

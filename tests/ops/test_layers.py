@@ -163,13 +163,17 @@ def test_norm_silu_of_extremes():
         torch.testing.assert_close(y.flatten(), F.silu(value).reshape(1), rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", ["conv3x3", "norm_silu"])
+@pytest.mark.parametrize("op", ["conv3x3", "norm_silu", "group_norm"])
 def test_gradcheck(op):
     x, shift = draw(2, 4, 5, 3, dtype=torch.float64).requires_grad_(), draw(2, 4, dtype=torch.float64, seed=1)
     weight, bias = draw(6, 4, 3, 3, dtype=torch.float64, seed=2), draw(6, dtype=torch.float64, seed=3)
     if op == "conv3x3":
         inputs = (x, weight.requires_grad_(), bias.requires_grad_())
         assert torch.autograd.gradcheck(ops.conv3x3, inputs)
+    elif op == "group_norm":
+        inputs = (x, bias[:4].clone().requires_grad_(), bias[2:].clone().requires_grad_())
+        assert torch.autograd.gradcheck(lambda *a: ops.group_norm(*a, 2, 1e-5)[0], inputs)
+        torch.testing.assert_close(ops.group_norm(*inputs, 2, 1e-5)[0], F.group_norm(x, 2, *inputs[1:], 1e-5))
     else:
         inputs = (x, shift.requires_grad_(), bias[:4].clone().requires_grad_(), bias[2:].clone().requires_grad_())
         assert torch.autograd.gradcheck(lambda *a: ops.norm_silu(*a, 2, 1e-5)[0], inputs)
@@ -188,6 +192,8 @@ def test_opcheck(library, dtype):
     detached = [t.detach() for t in inputs]
     statistics = namespace.norm_silu(*detached, groups, 1e-5)[1]
     torch.library.opcheck(namespace.norm_silu_grads.default, (grad, *detached, statistics))
+    torch.library.opcheck(namespace.group_norm.default, (inputs[0], *inputs[2:], groups, 1e-5))
+    torch.library.opcheck(namespace.group_norm_grads.default, (grad, detached[0], detached[2], statistics))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5), (2, 0, 4, 5)], ids=str)
