@@ -349,6 +349,9 @@ class RunConfig:
     )
     threads: int = setting(1, "torch's CPU threads, 0 to leave their number as it is", THREADS)
     channels_last: bool = setting(True, "whether image networks have their channels last in memory")
+    cudnn_benchmark: bool = setting(
+        False, "whether cuDNN chooses each convolution's algorithm by timing them all in its first call, on CUDA"
+    )
     log_every: int = setting(10, "updates between two rows of log.csv", POSITIVE)
     sample_every: int = setting(0, "updates between two pictures of samples, 0 for none", WHOLE)
     evaluate_every: int = setting(0, "updates between two evaluations, 0 for none", WHOLE)

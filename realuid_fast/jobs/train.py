@@ -128,6 +128,8 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     config = replace(asked, run=replace(asked.run, device=distributed.device(asked.run.device)))
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    if config.run.cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
     device = usable_device("run.device", config.run.device)
     if device.type == "cuda" and device.index is not None:
         # Make it the default for events, streams and generators that are created without a device.

@@ -85,7 +85,7 @@ class GroupNorm(nn.GroupNorm):
     def silu(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """``SiLU(norm(x + shift))``, the shift ``(B, C)`` added to every pixel."""
         if serves(x, self.weight, "norm_silu"):
-            shift = None if shift is None else shift.to(self.weight.dtype)
+            shift = _of_kind(shift, self.weight)
             groups, eps = self.num_groups, self.eps
             return torch.ops.realuid_fast.norm_silu.default(x, shift, self.weight, self.bias, groups, eps)[0]
         return F.silu(self(x if shift is None else x + shift.to(x.dtype)[:, :, None, None]))
@@ -107,7 +107,7 @@ def norm_silu_conv(
     # torch.func's transforms know the two operators, but not the autograd function that joins them.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if biased and isinstance(conv, Conv3x3) and not transformed and conv.joins(x) and serves(x, norm.weight):
-        shift = None if shift is None else shift.to(norm.weight.dtype)
+        shift = _of_kind(shift, norm.weight)
         of_norm = (x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
         refuse_forward_mode("norm_silu with conv3x3", (*of_norm, conv.weight, conv.bias))
         return cast(Tensor, NormSiluConv3x3.apply(*of_norm, conv.weight, conv.bias, dropout))
@@ -121,12 +121,19 @@ def serves(x: Tensor, weight: Tensor, layer: str = "conv3x3") -> bool:
     On CUDA, never in float64, normalisations are operators and 1x1 convolutions linear layers. 3x3 convolutions are
     cuDNN's.
     """
+    # A linear layer takes parameters of the images' type too, which they have where a network's casts were one.
+    parameters = x.dtype if layer == "conv1x1" and x.is_cuda and weight.dtype == x.dtype else _PARAMETERS.get(x.dtype)
     return (
         x.is_contiguous(memory_format=torch.channels_last)
-        and weight.dtype == _PARAMETERS.get(x.dtype)
+        and weight.dtype == parameters
         and not (x.is_cuda and x.dtype == torch.float64)
         and backends.compiled(x.device, layer)
     )
+
+
+def _of_kind(shift: Tensor | None, weight: Tensor) -> Tensor | None:
+    """A shift as the operators read it: in the parameters' type, without gaps."""
+    return None if shift is None else shift.to(weight.dtype).contiguous()
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..errors import UserError
-from ..optim import is_sharded
+from . import together
 from .layers import Conv1x1, Conv3x3, GroupNorm, norm_silu_conv
 from .recompute import Part, once_more
 
@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
     ``resample`` is ``"up"``, ``"down"`` or ``None``: both branches are resampled before the first
     convolution.
 
-    In place of the embedding, a call may be given what :func:`shifts` computed for all blocks of a network.
+    In place of the embedding, a call may be given what :func:`~.together.shifts` computed for all blocks of a network.
     """
 
     place = 0  # among the network's residual blocks
@@ -142,25 +142,6 @@ class ResBlock(nn.Module):
         else:
             h = norm_silu_conv(norm, h, conv, shift, cast(nn.Dropout, dropout).p if dropout.training else 0.0)
         return self.skip_connection(x) + h
-
-
-def joins(block: ResBlock) -> bool:
-    """Whether :func:`shifts` may use a block's parameters for it: none is sharded, and no layer replaced or hooked."""
-    linear, conv = cast(nn.Linear, block.emb_layers[1]), block.in_layers[2]
-    plain = type(linear) is nn.Linear and type(conv) is Conv3x3
-    return plain and not (linear._forward_hooks or linear._forward_pre_hooks or is_sharded(linear.weight))
-
-
-def shifts(blocks: Sequence[ResBlock], embedding: Tensor) -> tuple[Tensor, ...]:
-    """The linear layers of all ``blocks`` on the embedding, as one product; without ``scale_shift`` a block's result
-    has its first convolution's bias in it, so that the convolution itself can leave it out.
-    """
-    layers = [cast(nn.Linear, block.emb_layers[1]) for block in blocks]
-    bias = torch.cat([layer.bias for layer in layers])
-    if not blocks[0].scale_shift:
-        bias = bias + torch.cat([cast(Tensor, cast(Conv3x3, block.in_layers[2]).bias) for block in blocks])
-    rows = F.linear(F.silu(embedding), torch.cat([layer.weight for layer in layers]), bias)
-    return rows.split([layer.out_features for layer in layers], dim=1)
 
 
 class Attention(nn.Module):
@@ -308,13 +289,10 @@ class UNet(nn.Module):
                     shrink //= 2
                 self.output_blocks.append(Blocks(*layers))
 
-        out_channels = 2 * in_channels if learn_sigma else in_channels
-        last = _zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+        last = _zeroed(nn.Conv2d(channels, in_channels * (1 + learn_sigma), 3, padding=1))
         self.out = Output(GroupNorm(norm_groups, channels), nn.SiLU(), last)
         self.scale_embed = scale_layers(num_channels, embedding) if guided else None
-        self._residual = tuple(module for module in self.modules() if isinstance(module, ResBlock))
-        for place, block in enumerate(self._residual):
-            block.place = place
+        self._residual = _numbered(self)
 
     def forward(
         self,
@@ -336,6 +314,8 @@ class UNet(nn.Module):
         t = t.expand(x.shape[0]) if t.dim() == 0 else t
         if t.shape != x.shape[:1]:
             raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
+        if together.casts(self, x, self.out):
+            return cast(Tensor, together.with_casts(self, self.out, (t, x, y, endpoint, with_features, guidance)))
         features = timestep_embedding(t * self.time_scale, self.num_channels)
         embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
         if self.scale_embed is not None:
@@ -346,8 +326,8 @@ class UNet(nn.Module):
         if endpoint is not None:
             x = torch.cat([x, endpoint], dim=1)
         # On a GPU many small products cost more than one.
-        together = backends.compiled(x.device, "shifts") and all(map(joins, self._residual))
-        told = shifts(self._residual, embedding) if together else embedding
+        at_once = backends.compiled(x.device, "shifts") and all(map(together.joins, self._residual))
+        told = together.shifts(self._residual, embedding) if at_once else embedding
         skips = []
         for block in self.input_blocks:
             x = block(x, told)
@@ -374,6 +354,14 @@ def scale_features(scale: float | Tensor, x: Tensor, features: int) -> Tensor:
         raise UserError(f"guidance must be a number or have shape ({len(x)},), got {tuple(rows.shape)}")
     # The fastest feature has the period 2 pi, the range of common scales.
     return timestep_embedding(rows, features)
+
+
+def _numbered(net: nn.Module) -> tuple[ResBlock, ...]:
+    """The residual blocks of a network, each told its place among them."""
+    blocks = tuple(module for module in net.modules() if isinstance(module, ResBlock))
+    for place, block in enumerate(blocks):
+        block.place = place
+    return blocks
 
 
 def check_null_label(wanted: bool, classes: int) -> int | None:

@@ -16,7 +16,8 @@ from . import extension
 
 NAMES = ("torch", "cpp", "triton")
 _SERVES = {"cpp": "cpu", "triton": "cuda"}
-_LAYERS = {"cuda": ("norm_silu", "group_norm", "conv1x1", "shifts"), "cpu": ("norm_silu", "conv3x3", "conv1x1")}
+_CUDA_ALONE = ("group_norm", "shifts", "casts")
+_CUDA_LAYERS = ("norm_silu", "conv1x1", *_CUDA_ALONE)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # A plain global: torch.compile guards on it, which it cannot do on a context variable.
@@ -101,11 +102,13 @@ def select(device: torch.device) -> str | None:
     return name
 
 
-def compiled(device: torch.device, layer: str) -> bool:
+def compiled(device: torch.device, layer: str = "") -> bool:
     """Whether the networks compute a layer their own way on ``device``. Otherwise the layer is torch's."""
-    if _chosen == "torch" or layer not in _LAYERS.get(device.type, ()):
+    if _chosen == "torch":
         return False
-    return _HAS_TRITON if device.type == "cuda" else extension.why_missing() is None
+    if device.type == "cuda":
+        return layer in _CUDA_LAYERS and _HAS_TRITON
+    return device.type == "cpu" and layer not in _CUDA_ALONE and extension.why_missing() is None
 
 
 def load() -> None:

@@ -1,8 +1,9 @@
 """What the networks of the CIFAR-10 recipe launch, move and hold: ``make nullgpu-networks`` writes network_counts.json.
 
 The recipe is ``recipes/cifar10_fast``: a U-Net of 36 million parameters, batch 256, bf16 fake turns, fp16 generator's
-turns. Each of its turns runs once, settled, in three ways: networks as written; the same through torch.compile; and
-networks on torch's own layers.
+turns. Each of its turns runs once, settled, in these ways: networks as written; the same through torch.compile; on
+torch's own layers; in float32, which is ``recipes/cifar10``; and by the published loop, which is float32 too and makes
+a fake turn's samples inside the turn (``bench/published.py``).
 
 **Bytes** are those moved outside convolutions, products and attention. An operator that launches nothing, such as a
 view, moves none. Any other moves each of its tensors once: its arguments are read, its results written, and an argument
@@ -25,8 +26,9 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from bench import readme
+from bench import published, readme
 from realuid_fast import backends
 
 from . import device, turns
@@ -80,12 +82,13 @@ class Counted(TorchDispatchMode):
     Attributes:
         launches: times by a kernel's name.
         moved: bytes by the operator's name.
+        operations: of convolutions, products and attention, by torch's formulas.
         between: copies between layouts.
     """
 
     def __init__(self):
         super().__init__()
-        self.launches, self.moved, self.between = Counter(), Counter(), 0
+        self.launches, self.moved, self.between, self.operations = Counter(), Counter(), 0, 0
         device.reset()
 
     @classmethod
@@ -108,10 +111,13 @@ class Counted(TorchDispatchMode):
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
         if name in ("convolution", "convolution_backward"):
             with self:
-                return getattr(device.cudnn, name)(*args, **kwargs)
-        result = func(*args, **kwargs)
+                result = getattr(device.cudnn, name)(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         launched = self.drain()
-        if launched and name not in PRODUCTS and "attention" not in name:
+        if launched and name not in PRODUCTS and not name.startswith("convolution") and "attention" not in name:
             self._moves(func, name, args, kwargs, result, launched)
         return result
 
@@ -169,6 +175,7 @@ def counted(call):
         "launches": found.launches.total(),
         "by class": {name: classes[name] for name in CLASSES},
         "copies between layouts": found.between,
+        "teraflop": round(found.operations / 1e12, 2),
         "gigabytes moved": round(sum(found.moved.values()) / 1e9, 2),
         "by operator": {name: round(moved / 1e9, 2) for name, moved in found.moved.most_common() if moved > 5e6},
         "held before, gigabytes": round(before / 1e9, 2),
@@ -196,6 +203,24 @@ def torch_layers():
         return eager()
 
 
+def float32():
+    trainer = made(base="recipes/cifar10")
+    return {turn: counted(getattr(trainer, name)) for turn, name in TURNS.items()}
+
+
+def published_loop():
+    torch.manual_seed(0)
+    config, *rest = turns.ingredients({"base": "recipes/cifar10"}, cifar=True)
+    loop = published.Published(config, *rest)
+    loop.update()
+    z, y, t, n, real = loop._draws()
+    with backends.backend("torch"):
+        return {
+            "fake turn": counted(lambda: loop.fake_turn(z, y, t, n, real)),
+            "generator's turn": counted(lambda: loop.generator_turn(z, y, t, n)),
+        }
+
+
 def compiled():
     torch._inductor.config.benchmark_kernel = True  # inductor then says what a kernel moves
     device.inductor.Kernel = Kernel
@@ -204,20 +229,27 @@ def compiled():
     return {turn: counted(getattr(trainer, name)) for turn, name in TURNS.items()}
 
 
-WAYS = {"eager": eager, "eager, torch's own layers": torch_layers, "compiled": compiled}
+WAYS = {
+    "eager": eager,
+    "compiled": compiled,
+    "eager, torch's own layers": torch_layers,
+    "eager, float32": float32,
+    "published loop": published_loop,
+}
 
 
 def tables(found):
     """The counts for the documents."""
-    shown = ("convolutions and products", "normalisation", "copies and casts")
-    lines = ["| turn | launches | " + " | ".join(shown) + " | others | copies between layouts | GB moved |"]
-    lines.append("|---|" + "---:|" * (len(shown) + 4))
+    shown = ("normalisation", "copies and casts")
+    head = ("turn", "launches", *shown, "others", "copies between layouts", "GB moved", "peak GB")
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for way, rows in found["ways"].items():
         for turn, row in rows.items():
             cells = [row["launches"], *(row["by class"][each] for each in shown)]
             cells += [row["launches"] - sum(cells[1:]), row["copies between layouts"]]
             numbers = [f"{cell:,}" for cell in cells]
-            lines.append(f"| {way}: {turn} | {' | '.join(numbers)} | {row['gigabytes moved']:.1f} |")
+            numbers += [f"{row['gigabytes moved']:.1f}", f"{row['peak, gigabytes']:.1f}"]
+            lines.append(f"| {way}: {turn} | {' | '.join(numbers)} |")
     return "\n".join([*lines, "", f"`{found['command']}` at revision {found['revision']}, torch {found['torch']}."])
 
 

@@ -14,12 +14,11 @@ from realuid_fast.train.checkpoint import Checkpoints
 from . import device
 
 
-def trainer(content, job="distill", cifar=False):
-    """The trainer that a configuration asks for, on the null GPU.
+def ingredients(content, cifar=False):
+    """The configuration, the data and a teacher for a trainer on the null GPU.
 
     Args:
         content: sections of a configuration, and the shipped one below them as ``base``, by default ``digits``.
-        job: ``distill`` or ``train-teacher``.
         cifar: whether images of CIFAR-10's size stand in for the configured data.
     """
     content = configs.merge(content, {"run": {"device": "cuda"}})
@@ -30,11 +29,14 @@ def trainer(content, job="distill", cifar=False):
         dataset = data.Dataset("cifar10", pixels, pixels[:8], torch.arange(512) % 10, torch.arange(8))
     else:
         dataset = data.load(config.data)
-    if job == "train-teacher":
-        return trainers.trainer(job, config, dataset)
     network = trainers.network_for(config, dataset)
-    teacher = teachers.Model(build(network), teachers.Description(network, data=dataset.config))
-    return trainers.trainer(job, config, dataset, teacher)
+    return config, dataset, teachers.Model(build(network), teachers.Description(network, data=dataset.config))
+
+
+def trainer(content, job="distill", cifar=False):
+    """The trainer of a job, ``distill`` or ``train-teacher``, on :func:`ingredients`."""
+    config, dataset, teacher = ingredients(content, cifar)
+    return trainers.trainer(job, config, dataset, *([] if job == "train-teacher" else [teacher]))
 
 
 class Watched:
