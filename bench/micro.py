@@ -28,9 +28,10 @@ from . import machine, peers, plots, report, timing
 from .report import COPIES, OURS, Row
 from .timing import Case, Way
 
-TINY, DIGITS, CIFAR, LARGE = (2, 4), (128, 1, 8, 8), (256, 3, 32, 32), (2048, 3, 32, 32)
-SIZES = (TINY, (8, 1, 8, 8), DIGITS, (16, 3, 32, 32), CIFAR, LARGE, (1024, 4, 128, 128))
-SMALL_PARTS = ("operator alone", "empty autograd.Function")  # ways that show where the time of a small call goes
+TINY, DIGITS, SMALL, CIFAR, LARGE = (2, 4), (128, 1, 8, 8), (64, 3, 32, 32), (256, 3, 32, 32), (2048, 3, 32, 32)
+SIZES = (TINY, (8, 1, 8, 8), DIGITS, (16, 3, 32, 32), SMALL, CIFAR, LARGE, (1024, 4, 128, 128))
+# Ways that show where the time of a small call goes. The second is torch's own floor, on one number of each input.
+SMALL_PARTS = ("operator alone", "torch.addcmul and backward")
 LONG = 2**22  # from so many elements on a call is larger than the caches and much longer than the clock's resolution
 
 
@@ -49,7 +50,7 @@ def entries(quick: bool = False) -> Iterator[Entry]:
     """The cases: every call over sizes in float32, and over types and layouts at the sizes of training batches."""
     for call in CALLS:
         for shape in (TINY, DIGITS, CIFAR) if quick else SIZES:
-            yield Entry(call, shape, compiled=shape == CIFAR or (not quick and shape in (DIGITS, LARGE)))
+            yield Entry(call, shape, compiled=shape == CIFAR or (not quick and shape in (DIGITS, SMALL, LARGE)))
         yield Entry(call, CIFAR, torch.bfloat16, compiled=not quick)
         if not quick:
             yield Entry(call, CIFAR, torch.float16)
@@ -222,8 +223,9 @@ def build(entry: Entry) -> Case:
     ways = [Way(OURS, call.ours, ours=True)]
     if call.loss is not None and call.alone is not None:
         ways.append(Way(f"{OURS}, autograd", runner(call, Peer("", call.loss, draws=False))))
-        if entry.shape == TINY:
-            parts = call.alone, runner(call, Peer("", peers.nothing, draws=False))
+        if entry.shape in (TINY, SMALL):
+            numbers = tuple(torch.ones(()) for _ in call.inputs)
+            parts = call.alone, runner(replace(call, inputs=numbers), Peer("", peers.least, draws=False))
             ways += [Way(name, part) for name, part in zip(SMALL_PARTS, parts, strict=True)]
     for peer in call.peers:
         if peer.eager:

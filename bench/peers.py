@@ -7,8 +7,6 @@ the table asks for: the hardest peers to beat. Half-precision tensors are widene
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,23 +15,10 @@ from realuid_fast.paths import Coefficients
 ALPHA, BETA = 0.92, 0.94
 
 
-class _HandsOver(torch.autograd.Function):
-    """Computes nothing: its result and its gradients are uninitialised memory."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*map(torch.empty_like, inputs))
-        return inputs[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return ctx.saved_tensors
-
-
-def nothing(*inputs: Tensor) -> Tensor:
-    """Times autograd's own cost of a custom function, on so few samples that other work does not show."""
-    loss: Tensor = _HandsOver.apply(*inputs)
-    return loss
+def least(*numbers: Tensor) -> Tensor:
+    """The least that autograd takes for a function of some tensors: one operation of torch on a number of each."""
+    product: Tensor = torch.addcmul(numbers[0], numbers[-1], numbers[len(numbers) // 2])
+    return product
 
 
 def generator_table(teacher_out: Tensor, fake_out: Tensor, x: Tensor, noise: Tensor, coef: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ WAYS = [
     pytest.param(entry, way.name, id=f"{entry.call} {entry.shape} {str(entry.dtype)[6:]}: {way.name}")
     for entry in ENTRIES
     for way in micro.build(replace(entry, shape=micro.TINY)).ways
-    if not way.times_itself and (entry.shape == micro.TINY or way.name not in micro.SMALL_PARTS)
+    if not way.times_itself and (entry.shape in (micro.TINY, micro.SMALL) or way.name not in micro.SMALL_PARTS)
 ]
 built = functools.lru_cache(maxsize=1)(micro.build)
 
