@@ -118,7 +118,7 @@ def test_any_shape_agrees_with_float64(rows, sizes, dtype, seed, keyed):
 @pytest.mark.parametrize("predict", ["velocity", "x0", "noise", "score"])
 def test_gradcheck(backend, match, predict):
     generator = torch.Generator().manual_seed(4)
-    tensors = torch.randn(5, 4, 3, 2, dtype=torch.float64, generator=generator)
+    tensors = torch.randn(5, 4, 3, dtype=torch.float64, generator=generator)
     teacher, fake, x, x_t, uncond = (v.clone().requires_grad_() for v in tensors)
     scales = torch.tensor([0.0, 1.0, 1.5, 4.0], dtype=torch.float64)
     t = 0.2 + 0.6 * torch.rand(4, dtype=torch.float64, generator=generator)
