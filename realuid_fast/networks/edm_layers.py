@@ -114,14 +114,14 @@ class Block(Part):
 
     @once_more
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
+        h = self.conv0(_activated(self.norm0, x))
         shift = self.affine(embedding).to(h.dtype)[:, :, None, None]
         if self.modulated:
             scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm1(h), 1.0 + scale)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), 1.0 + scale))
         else:
-            h = self.norm1(h + shift)
-        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+            h = _activated(self.norm1, h, shift)
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = self._scaled(h + (x if self.skip is None else self.skip(x)))
         return self._scaled(x + self._attention(x)) if self.heads else x
 
@@ -130,12 +130,39 @@ class Block(Part):
 
     def _attention(self, x: Tensor) -> Tensor:
         # The projection's channels run head by head and, inside, (q, k, v) for each channel.
+        if x.is_cuda:
+            return self._attention_of_pixels(x)
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(batch, self.heads, channels // self.heads, 3, height * width)
         # Attention's fused kernels take contiguous rows only.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(2, 3).reshape(batch, channels, height, width))
+
+    def _attention_of_pixels(self, x: Tensor) -> Tensor:
+        """The same on channels_last images without a copy: the filters are sorted by (q, k, v), not the pixels."""
+        batch, channels, height, width = x.shape
+        assert self.qkv.weight is not None
+        assert self.proj.weight is not None
+
+        def sort(rows: Tensor) -> Tensor:
+            return rows.reshape(self.heads, channels // self.heads, 3, -1).permute(2, 0, 1, 3).reshape(3 * channels, -1)
+
+        pixels = self.norm2(x).permute(0, 2, 3, 1).flatten(1, 2)
+        qkv = F.linear(pixels, sort(self.qkv.weight), sort(self.qkv.bias)[:, 0])
+        q, k, v = (
+            part.transpose(1, 2) for part in qkv.view(batch, -1, 3, self.heads, channels // self.heads).unbind(2)
+        )
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, -1, channels)
+        h = F.linear(h, self.proj.weight.flatten(1), self.proj.bias)
+        return h.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def _activated(norm: GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``SiLU(norm(x + shift))``, the shift ``(B, C, 1, 1)``; one kernel on a GPU."""
+    if x.is_cuda:
+        return norm.silu(x, None if shift is None else shift[:, :, 0, 0])
+    return F.silu(norm(x if shift is None else x + shift))
 
 
 class Positions(nn.Module):

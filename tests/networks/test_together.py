@@ -1,4 +1,4 @@
-"""What the U-Net does at once on a GPU, here on a CPU: all shifts as one product, all casts as one."""
+"""What the U-Nets do otherwise on a GPU, here on a CPU: shifts as one product, casts as one, attention of pixels."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from realuid_fast.networks import recompute, together
+from realuid_fast.networks.edm_layers import Block
 from realuid_fast.networks.unet import UNet
 from realuid_fast.ops import backends
 
@@ -101,3 +102,10 @@ def test_when_parameters_are_cast_at_once(as_on_a_gpu):
     assert wanted()
     net.time_embed[0].weight.data = net.time_embed[0].weight.data.bfloat16()
     assert not wanted()
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_of_pixels_is_that_of_images(heads):
+    block = Block(16, 16, 8, heads=heads).double()
+    x = torch.randn(2, 16, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(block._attention_of_pixels(x.to(memory_format=LAST)), block._attention(x))
