@@ -155,7 +155,9 @@ class Kernel(device.inductor.Kernel):
             tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
             kind = self.name.split("_")[1]
             self.counted.moved[f"inductor {kind}"] += self.bytes or sum(map(size, tensors))
-            self.counted.between += len(layouts(tensors)) == 2
+            # inductor lays images out as tensors [B, H, W, C] too, so only tensors of one shape tell.
+            shapes = {each.shape for each in tensors}
+            self.counted.between += any(len(layouts(t for t in tensors if t.shape == s)) == 2 for s in shapes)
         super().run(*arguments, stream=stream, **options)
 
 
