@@ -13,8 +13,8 @@ import pytest
 
 # The longest files are begun first: two processes share the files, and one begun last would run alone.
 LONGEST = [
-    "kernels/test_executed.py",
     "train/ranks/test_runs.py",
+    "kernels/test_executed.py",
     "kernels/test_ahead_of_time.py",
     "cli/test_plan.py",
     "golden/test_trajectories.py",
