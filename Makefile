@@ -53,7 +53,7 @@ nullgpu: $(NULLGPU)/libnullgpu.so
 nullgpu-budget: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.budget
 
-# What the networks of the CIFAR-10 recipe launch, move and hold, into bench/results. Compiling takes minutes.
+# Counts the launches, bytes and memory of the CIFAR-10 recipe's networks, into bench/results. Compiling takes minutes.
 nullgpu-networks: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.networks
 

@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What the modules made stays to the end: plans collect garbage often, and need not look through it each time."""
+    """The modules' objects stay to the end: plans collect garbage often, and need not look through them each time."""
     gc.collect()
     gc.freeze()
 

@@ -68,13 +68,13 @@ void scale_by(const Tensor& incoming, variable_list& grads) {
   // A second backward will come for the same gradients, so this one must not scale them in place.
   if (torch::autograd::get_current_graph_task_keep_graph())
     for (Tensor& grad : grads) grad = grad.clone();
-  // Known on the host, and the usual value: a loss that backward() is called on.
+  // A loss that backward() is called on has the incoming gradient 1, and on the CPU the host can read it.
   if (is_one(incoming)) return;
   static const auto scale_grads = find("scale_grads_").typed<void(at::TensorList, const Tensor&)>();
   scale_grads.call(grads, incoming.contiguous());
 }
 
-// Where an operator's arguments stand: ops/losses.py has their names. All tensors that are not listed here are like x.
+// Positions of an operator's arguments: ops/losses.py has their names. All tensors that are not listed here are like x.
 struct Matching {
   static constexpr const char *kernel = "matching", *call = "matching_loss";
   static constexpr size_t x = 1, coef = 3, noise = 4, noise_rows = 6, n_real = NONE;

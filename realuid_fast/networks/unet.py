@@ -127,7 +127,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | tuple[Tensor, ...]) -> Tensor:
         norm, conv = cast(GroupNorm, self.in_layers[0]), self.in_layers[2]
-        # What was computed for all blocks at once has the convolution's bias in it, but not beside a scale.
+        # The shift that was computed for all blocks at once has the convolution's bias in it, but not beside a scale.
         biased = self.scale_shift or not isinstance(embedding, tuple)
         if self.resample is None:
             h = norm_silu_conv(norm, x, conv, biased=biased)

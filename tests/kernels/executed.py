@@ -60,7 +60,7 @@ def main() -> None:
     torch.manual_seed(0)
     executor = Executor(target)
     install(executor)
-    # What was imported is no garbage, and every kernel makes so many objects that it would be looked through for each.
+    # Imported modules are no garbage. Without this the collector looks through them again for every kernel.
     gc.freeze()
     gc.set_threshold(100_000, 50)
     {"short": short, "full": full}[which](executor)

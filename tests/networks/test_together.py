@@ -1,4 +1,4 @@
-"""What the U-Nets do otherwise on a GPU, here on a CPU: shifts as one product, casts as one, attention of pixels."""
+"""The U-Nets' ways on a GPU, here run on a CPU: shifts as one product, casts as one, attention of pixels."""
 
 import copy
 

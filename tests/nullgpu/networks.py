@@ -1,4 +1,4 @@
-"""What the networks of the CIFAR-10 recipe launch, move and hold: ``make nullgpu-networks`` writes network_counts.json.
+"""Launches, bytes and memory of the CIFAR-10 recipe's networks: ``make nullgpu-networks`` writes network_counts.json.
 
 The recipe is ``recipes/cifar10_fast``: a U-Net of 36 million parameters, batch 256, bf16 fake turns, fp16 generator's
 turns. Each of its turns runs once, settled, in these ways: networks as written; the same through torch.compile; on
