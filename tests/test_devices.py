@@ -37,7 +37,7 @@ UNET = {
     "num_res_blocks": 1,
     "norm_groups": 4,
 }
-# Of one level: the cases with the networks above prove every layer, the others what their objective adds.
+# This network has one level. The cases with the networks above prove every layer, these what their objective adds.
 SMALL = {**UNET, "channel_mult": [1]}
 LABELLED = {**UNET, "num_classes": 10, "class_cond": True}
 NULL = {**LABELLED, "null_label": True}

@@ -36,7 +36,11 @@ class MomentTrainer(Trainer):
     """Trains a generator of ``k`` steps and its fake model in turns; each turn reads a batch of real data.
 
     The arguments are those of :class:`~realuid_fast.train.distill.Distiller`; ``precision``, any but fp16, is that of
-    all turns. Raises :class:`UserError` where they are not as the first lines below want them.
+    all turns.
+
+    Raises:
+        UserError: a two-sided path, another match space than x0, a generator that is not ancestral, or an objective
+            that is not of moment matching's kind: a gradient in the samples alone, no real rows, a teacher.
     """
 
     def __init__(

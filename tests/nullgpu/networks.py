@@ -96,7 +96,7 @@ class Counted(TorchDispatchMode):
         return True
 
     def drain(self):
-        """What was launched since the last call."""
+        """The launches since the last call."""
         found = device.counts().done
         device.reset()
         self.launches += found

@@ -17,6 +17,7 @@ from ..functional.calls import GENERAL, KEY, REAL, UID, batch, zero_k_x
 
 WAYS = ("C++", "Python")
 AWAY = f"there are no nodes in C++: {extension.why_no_nodes()}"
+# The nodes are bound to one version of torch, and a build without them is a sound one. `make dist` asks for them.
 needs_nodes = pytest.mark.skipif(extension.why_no_nodes() is not None, reason=AWAY)
 
 
