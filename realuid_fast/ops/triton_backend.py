@@ -113,7 +113,7 @@ def _planned(key: tuple[Any, ...], plan_calls: Callable[..., Any], arguments: tu
     key = (device, *key)
     plan = PLANS.get(key)
     if plan is not None:
-        return plan.run(arguments, like)
+        return plan.run(arguments)
     results, plan = _kernels("plans").run_and_record(plan_calls, arguments, like)
     if plan is not None and torch.version.hip is None:
         if len(PLANS) >= _MOST_PLANS:

@@ -1,6 +1,7 @@
 """Calls planned once: a plan hands its kernels what planning the same call anew would, whatever tensors it is given."""
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import torch
 from triton.compiler import CompiledKernel
 
-from realuid_fast.kernels import tiles
+from realuid_fast.kernels import plans, tiles
 from realuid_fast.ops import triton_backend
 
 LAUNCHES: list[tuple[Any, ...]] = []
@@ -161,3 +162,40 @@ def test_a_call_without_launches_has_no_plan() -> None:
         loss, *_ = triton_backend.launcher("matching")(x, x, None, coef, torch.tensor([1, 2]), None, 0, True, True)
         assert loss == 0
     assert not triton_backend.PLANS
+
+
+class Launcher:
+    """Like Triton's: it hands what never changes to ``launch``, with the stream and the kernel's arguments between."""
+
+    def __init__(self, launch: Any, packed: bool) -> None:
+        self.launch, self.packed = launch, packed
+
+    def __call__(self, x: int, y: int, z: int, stream: Any, function: int, *rest: Any) -> None:
+        constants, arguments = rest[:4], rest[4:]
+        self.launch(x, y, z, stream, function, *constants, *((arguments,) if self.packed else arguments))
+
+
+@pytest.mark.parametrize(("packed", "change"), [(True, None), (True, "hook"), (False, None), (True, "scratch")])
+def test_a_planned_launch_calls_the_driver(packed: bool, change: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is passed by, but not where it has something to do besides or calls the driver in another way."""
+    native: list[Any] = []
+    by_triton: list[Any] = []
+    run = Launcher(lambda *given: native.append(given), packed)
+    if change == "scratch":
+        run.global_scratch_size = 128
+    if change == "hook":
+        monkeypatch.setattr(plans.knobs.runtime, "launch_enter_hook", print)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+
+    class Kernel(SimpleNamespace):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given: by_triton.append((grid, given))
+
+    launch = plans._launch(Kernel(run=run, function=5, packed_metadata="packed"), (2, 3, 1), torch.device("cuda", 1))
+    launch("pointer", 0.5)
+    if packed and change is None:
+        assert native == [(2, 3, 1, 71, 5, "packed", None, None, None, ("pointer", 0.5))]
+        assert not by_triton
+    else:
+        assert by_triton == [((2, 3, 1), ("pointer", 0.5))]
+        assert not native
