@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from realuid_fast.backends import backend
 from realuid_fast.data import Dataset
+from realuid_fast.models.conditions import labels_to_draw
 from realuid_fast.sampling import LINEAR, default_start, one_step
 from realuid_fast.settings import Config, OptimiserConfig
 from realuid_fast.teachers import Model
-from realuid_fast.train.batches import Batches, labels_to_draw
+from realuid_fast.train.batches import Batches
 
 from .timing import Stopwatch
 

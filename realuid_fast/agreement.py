@@ -9,6 +9,9 @@ from torch import nn
 
 from .errors import UserError
 from .matching import Matching
+from .models.calls import needs_endpoint
+from .models.generator import Generator
+from .models.pairs import Pairs
 from .networks.discriminator import Gan, Judged
 from .objectives import Objective
 
@@ -19,6 +22,8 @@ def check(
     objective: Objective,
     fake: nn.Module,
     gan: Gan | None,
+    pairs: Pairs | None,
+    generator: Generator,
     divergence: str,
     guidance: float,
     matching: Matching,
@@ -29,6 +34,8 @@ def check(
         raise UserError("gan must be given for a fake model with a discriminator's head, and for no other")
     if gan is not None and not objective.needs_fake:
         raise UserError(f"gan judges by the fake model, and {objective.name} has none")
+    if pairs is not None and (generator.steps > 1 or needs_endpoint(generator.net, generator.path)):
+        raise UserError("regression.pairs are for a student of one step that starts from noise alone")
     if divergence != "reverse-kl" and objective.flows != "x":
         raise UserError(
             f"divergence {divergence} needs an objective whose gradient flows through the samples alone, such as dmd, "

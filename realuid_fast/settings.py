@@ -256,10 +256,16 @@ class GanConfig:
 
 @dataclass(frozen=True)
 class RegressionConfig:
-    """The teacher's trajectories for ``objective: {name: regression}``, which has no fake model or discriminator."""
+    """The teacher's trajectories: of the baseline ``objective: {name: regression}``, or stored, beside an objective."""
 
-    steps: int = setting(20, "steps of the solver", POSITIVE)
-    solver: str = setting("euler", "the solver", choices=SOLVERS)
+    steps: int = setting(20, "steps of the baseline's solver", POSITIVE)
+    solver: str = setting("euler", "the baseline's solver", choices=SOLVERS)
+    pairs: str = setting(
+        "",
+        "a file of realuid-fast sample --pairs; the student of another objective is also fitted to its samples, as in "
+        "DMD, by their mean square times the number of elements",
+    )
+    weight: float = setting(0.25, "the weight of distill.regression.pairs, DMD's if not given", ABOVE_ZERO)
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,14 @@ FAMILY = (
         "1",
     ),
     System(
+        "DMD with its regression on stored pairs",
+        ("dmd-pairs",),
+        r"the next row's, and $\lambda D\,\mathrm{mean}\,d(G(z), x(z))$, $\lambda = 0.25$, $d$ any distance",
+        "2311.18828, equation 7 and section 3.2",
+        FORMULA,
+        "the number of elements $D$, as for the gradient, so $\\lambda$ is theirs",
+    ),
+    System(
         "DMD, DMD2 without its discriminator",
         ("dmd",),
         r"$\partial_x = (f - f^*) / \mathrm{mean}\,|x - f^*|$",

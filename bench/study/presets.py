@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from realuid_fast import data, teachers
+from realuid_fast import cli, data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.evaluate.table import sampler
@@ -95,6 +95,8 @@ def run(asked: argparse.Namespace, command: str) -> None:
     (asked.work / "runs").mkdir(parents=True, exist_ok=True)
     for found in ([student.source for student in every], [student.teacher for student in every]):
         run_all({run.name: run.command for run in found if run is not None and not run.finished}, jobs, asked.work)
+    for student in every:
+        student.make_pairs()
     run_all({run.name: run.command for run in every if not run.finished}, jobs, asked.work)
     judge = Judge()
     # Rows of other calls stay in the file; each row names the command that made it.
@@ -157,7 +159,18 @@ class Student(Run):
                 teaching = [*teaching, f"teacher.guided={self.source.file}"]
             self.teacher = Run(f"teacher-{maker}", maker, teaching, asked.work)
             own.append(f"distill.teacher={self.teacher.file}")
+        self._pairs = None
+        if config.distill.regression.pairs:
+            self._pairs = asked.work / Path(config.distill.regression.pairs).name
+            own.append(f"distill.regression.pairs={self._pairs}")
         super().__init__(f"{preset}-seed{seed}", preset, [*QUIET, *own], asked.work)
+
+    def make_pairs(self) -> None:
+        """Write the pairs that the preset reads, where they are not there yet, as its file says."""
+        if self._pairs is not None and not self._pairs.is_file():
+            words = ["sample", "--model", self.config.distill.teacher, "--count", "2000", "--steps", "20", "--pairs"]
+            if cli.main([*words, "--out", str(self._pairs)]):
+                raise UserError(f"the pairs {self._pairs} could not be made")
 
 
 class Judge:

@@ -22,6 +22,7 @@ from ..evaluate.measure import WARMING, Measure, class_by_class, generate
 from ..jobs import config as configs
 from ..jobs.train import usable_device
 from ..models import convert as conversion
+from ..models import pairs
 from ..models.calls import needs_endpoint
 from ..models.files import SHIPPED, Model
 from ..models.pictures import picture, save_png
@@ -74,6 +75,8 @@ def sample(arguments: argparse.Namespace) -> None:
             raise UserError(f"--out {file} exists: give --overwrite or another name")
         if not file.parent.is_dir():
             raise UserError(f"--out {file}: there is no folder {file.parent}")
+        if arguments.pairs and file.suffix != ".safetensors":
+            raise UserError(f"--out {file} must end in .safetensors with --pairs")
     for name, value in (("count", arguments.count), ("steps", arguments.steps)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
@@ -93,6 +96,8 @@ def sample(arguments: argparse.Namespace) -> None:
     like = torch.empty(arguments.count, *common.shape(model), device=device)
     labels, endpoint = class_by_class(model.net, arguments.count), None
     if needs_endpoint(model.net, path):
+        if arguments.pairs:
+            raise UserError("--pairs is for models that start from noise alone")
         labels, endpoint = Measure(data.load(model.description.data)).shown(model.net, arguments.count)
     if arguments.label is not None:
         classes = int(getattr(model.net, "num_classes", 0) or 0)
@@ -108,22 +113,25 @@ def sample(arguments: argparse.Namespace) -> None:
     with bar(made * number, "evaluation", unit_scale=True, delay=2) as shown, counting(model.net, shown):
         samples, speed = generate(draw, noise, labels, endpoint)
     for file in arguments.out:
-        _write_samples(samples, file)
+        try:
+            if arguments.pairs:
+                pairs.write(file, noise, samples, labels, f"{arguments.model}, {number} evaluations by {solver}")
+            else:
+                _write_samples(samples, file)
+        except OSError as error:
+            raise UserError(f"--out {file} cannot be written: {error.strerror or error}") from None
     print(f"{arguments.count} samples, {speed:,.0f} a second, written to {', '.join(map(str, arguments.out))}")
 
 
 def _write_samples(samples: Tensor, file: Path) -> None:
-    try:
-        if file.suffix == ".png":
-            save_png(picture(samples), file)
-        elif file.suffix == ".npy":
-            np.save(file, samples.numpy())
-        else:
-            from safetensors.torch import save_file
+    if file.suffix == ".png":
+        save_png(picture(samples), file)
+    elif file.suffix == ".npy":
+        np.save(file, samples.numpy())
+    else:
+        from safetensors.torch import save_file
 
-            save_file({"samples": samples.contiguous()}, str(file))
-    except OSError as error:
-        raise UserError(f"--out {file} cannot be written: {error.strerror or error}") from None
+        save_file({"samples": samples.contiguous()}, str(file))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -110,6 +110,9 @@ def _add_sample(add: Add) -> None:
         "--guidance", type=float, default=1.0, help="a teacher's guidance by labels (default: 1, none)"
     )
     command.add_argument("--label", type=int, help="class of all samples (default: one after another)")
+    command.add_argument(
+        "--pairs", action="store_true", help="write a .safetensors with the noise too, for distill.regression.pairs"
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     command.add_argument("--device", default="cpu", help="default: cpu")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")

@@ -33,7 +33,7 @@ from ..models.solvers import evaluations
 from ..networks import memory
 from ..networks.recompute import recompute
 from ..precision import Precision
-from ..settings import REGRESSION, Config, OptimiserConfig
+from ..settings import REGRESSION, Config, OptimiserConfig, RegressionConfig
 from ..train import distributed, sharding
 from ..train.trainer import Trainer
 from . import timing
@@ -246,7 +246,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
 
     batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
     part = batch // (ranks * config.run.accumulate)
-    rows = 1 + counted.takes_real
+    rows, twice = 1 + counted.takes_real, bool(settings.regression.pairs)
     backward = objective.flows == "all"
     judged = counted.gan is not None and counted.gan.weight_generator > 0
     fake_kept, shape, device = 0, dataset.shape, config.run.device
@@ -270,7 +270,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
         state["teacher"] = _bytes(counted.teacher)
     gathered = [counted.generator.net] if share > 1 else [counted.teacher] if config.run.offload_teacher else []
     # Rows of one fake turn; noise and samples of all fake turns; noise, samples and interpolants of the generator turn.
-    buffers = rows * part + 2 * made // ranks + 3 * part
+    buffers = rows * part + 2 * made // ranks + (3 + 3 * twice) * part
 
     one = _operations(model.description.network, config.run.checkpoint_activations)
     frozen = asked * (one.input if backward else one.forward)
@@ -279,7 +279,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     if turns:
         each = one.training + (asked * one.forward if objective.needs_teacher else 0)
         operations[f"fake turns ({settings.fake_turns})"] = made * rows * each
-    operations["generator turn"] = batch * (one.training + (steps - 1) * one.forward + frozen)
+    operations["generator turn"] = batch * ((1 + twice) * one.training + (steps - 1) * one.forward + frozen)
     return Plan(
         job="distill",
         parameters=parameters,
@@ -333,12 +333,9 @@ def _to_count(config: Config, batch: int) -> Config:
     run = replace(config.run, device="cpu", mode="eager", timings=False, shard=False, offload_teacher=False)
     if batch % run.accumulate:
         return replace(config, run=run)
-    return _with_batch(
-        replace(
-            config, run=run, distill=replace(config.distill, fake_precision="float32", generator_precision="float32")
-        ),
-        run.accumulate,
-    )
+    plain: dict[str, Any] = {"fake_precision": "float32", "generator_precision": "float32"}
+    plain["regression"] = RegressionConfig()
+    return _with_batch(replace(config, run=run, distill=replace(config.distill, **plain)), run.accumulate)
 
 
 def _with_batch(config: Config, batch: int) -> Config:

@@ -15,6 +15,7 @@ from .. import precision, teachers
 from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
+from ..models import pairs
 from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
@@ -106,7 +107,7 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
         generator = _generator(sharding.shard(generator.net, device), config, matching, settings.times)
     teacher_net = _frozen(net, config) if teacher.function is None else teacher.function
     warms_up = not settings.start if settings.ema_warmup is None else settings.ema_warmup
-    turns = max(settings.fake_turns * objective.needs_fake, 1)
+    turns, stored = max(settings.fake_turns * objective.needs_fake, 1), settings.regression
     with _named("distill", settings):
         return Distiller(
             teacher_net, fake, generator, matching, objective, dataset,
@@ -114,6 +115,7 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
             _optimiser(generator.net, settings.generator, settings.updates, settings.ema, warms_up),
             _setup(config, settings.batch, settings.updates),
             fake_turns=settings.fake_turns, guidance=settings.guidance, labels=settings.labels, gan=gan,
+            pairs=pairs.Pairs(pairs.read(stored.pairs), stored.weight) if stored.pairs else None,
             turn_matching=config.path.turns(described), divergence=settings.divergence,
             precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
@@ -126,6 +128,7 @@ def moments(config: Config, dataset: Dataset, teacher: Model, command: str = "")
     refused = {
         "distill.start": bool(settings.start),
         "distill.gan": bool(settings.gan.weight_fake),
+        "distill.regression.pairs": bool(settings.regression.pairs),
         "distill.labels batch": settings.labels == "batch",
         "distill.generator_precision fp16": settings.generator_precision == "fp16",
         "distill.fake_precision": settings.fake_precision != settings.generator_precision,
@@ -162,6 +165,7 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
         "distill.times": bool(settings.times),
         "distill.start": bool(settings.start),
         "distill.gan": bool(settings.gan.weight_fake),
+        "distill.regression.pairs": bool(settings.regression.pairs),
         "distill.generator_precision fp16": settings.generator_precision == "fp16",
         f"run.mode {config.run.mode}": modes.captures(config.run.mode),
     }
@@ -241,7 +245,7 @@ def _named(section: str, settings: Any) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        first = str(error).partition(" ")[0]
+        first = str(error).partition(" ")[0].partition(".")[0]
         if first in {field.name for field in fields(settings)}:
             raise UserError(f"{section}.{error}") from None
         raise

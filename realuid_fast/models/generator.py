@@ -78,6 +78,12 @@ class Generator(nn.Module):
         """Network evaluations a sample."""
         return len(self._starts)
 
+    def draw_steps(self, count: int, draws: torch.Generator) -> Tensor | None:
+        """The step that each of ``count`` rows comes from in training, ``(count,)``; None for one step."""
+        if self.steps == 1:
+            return None
+        return torch.randint(self.steps, (count,), generator=draws, device=draws.device)
+
     def forward(
         self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None, step: Tensor | None = None
     ) -> Tensor:

@@ -14,14 +14,16 @@ the ``x_t`` of the turn itself.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..coefficients import Coefficients
+from ..divergences import divergence_weight
 from ..errors import UserError
+from ..interpolant import Interpolant
 from .calling import takes_endpoint
 from .unet import GroupNorm
 
@@ -120,3 +122,12 @@ def softplus_term(logits: Tensor, signs: Tensor, coef: Tensor, least_share: floa
     signed = signs[:, None] * logits
     value = (judged[:, None] * F.softplus(signed)).sum()
     return value, (judged * signs)[:, None] * torch.sigmoid(signed)
+
+
+def weighed(draw: Interpolant, divergence: str | None, logits: Tensor | None) -> Interpolant:
+    """``draw`` with the rows' weights of the divergence, whose density ratio the logits give."""
+    if divergence is None or logits is None:
+        return draw
+    coef = draw.coef.clone()
+    Coefficients(coef).w.mul_(divergence_weight(divergence, logits.mean(1)))
+    return replace(draw, coef=coef)

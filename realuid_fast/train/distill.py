@@ -19,19 +19,22 @@ from ..errors import UserError
 from ..functional import GeneratorGrads
 from ..interpolant import Interpolant
 from ..matching import Matching
+from ..models.conditions import endpoints_to_draw, labels_to_draw
 from ..models.files import Description
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
+from ..models.pairs import Pairs
 from ..networks.calling import arguments, outputs
-from ..networks.discriminator import Gan, Judged, softplus_term
+from ..networks.discriminator import Gan, Judged, softplus_term, weighed
 from ..noise import normal
-from ..objectives import Objective, divergence_weight
+from ..objectives import Objective
 from ..optim import Optimiser
 from ..precision import Precision
 from ..tripwires import MOST, Tripwires
 from . import modes, sharding
-from .batches import Batches, endpoints_to_draw, labels_to_draw
+from .batches import Batches
 from .modes import Captured, CudaRecorder, Recorder, Turn
+from .pairs import PairTerm
 from .trainer import Setup, Stateful, Trainer
 
 TURNS = ("fake", "generator", "teacher")  # where networks may compute in a precision of their own
@@ -44,9 +47,9 @@ class Distiller(Trainer):
     its own step, so its samples for all fake turns come from one forward without gradient.
 
     An update is three turns in the sense of :mod:`.modes`: making samples, one fake turn ``fake_turns`` times, and the
-    generator's. Every turn reads and writes tensors at fixed addresses, so ``setup.mode`` can run it call by call or
-    replay it as a graph. The mode changes no number beyond rounding, with one exception: torch.compile draws dropout
-    masks its own way. Real samples come from the host and are copied to the device between turns.
+    generator's. Every turn reads and writes tensors at fixed addresses, so that it can be replayed as a graph. The mode
+    changes no number beyond rounding, except that torch.compile draws dropout masks its own way. Real samples are
+    copied to the device between turns.
 
     Args:
         teacher: the frozen teacher, called as ``teacher(t, x, labels)`` as the path and its prediction say.
@@ -61,6 +64,7 @@ class Distiller(Trainer):
         guidance: the scale of the teacher's classifier-free guidance; 1 for none.
         labels: ``"drawn"`` from the training set, or those of the real ``"batch"`` in the same row.
         gan: the weights of a discriminator's terms, for a judged fake model.
+        pairs: stored pairs, whose regression is added to the generator's loss (DMD).
         turn_matching: ``matching`` with another sampler or another weight, for the turns ``"fake"`` and
             ``"generator"`` and for what ``"guidance"`` adds to the generator's gradient (decoupled DMD).
         divergence: the f-divergence that is descended, one of :data:`realuid_fast.objectives.DIVERGENCES`.
@@ -90,6 +94,7 @@ class Distiller(Trainer):
         guidance: float = 1.0,
         labels: str = "drawn",
         gan: Gan | None = None,
+        pairs: Pairs | None = None,
         turn_matching: Mapping[str, Matching] = MappingProxyType({}),
         divergence: str = "reverse-kl",
         precisions: Mapping[str, str] = MappingProxyType({}),
@@ -102,6 +107,7 @@ class Distiller(Trainer):
             names = ["fake loss", names[0], "fake gradient", *names[1:]]
         if gan is not None:
             names += ["discriminator loss", "adversarial loss"]
+        names += ["regression loss"] * (pairs is not None)
         description = description or Description({}, "student", predict=matching.predict, t_start=generator.t_start)
         optimisers = {"fake": fake_optimiser, "generator": generator_optimiser}
         super().__init__(
@@ -112,7 +118,8 @@ class Distiller(Trainer):
         self.judged, self.fake = fake, fake.net if isinstance(fake, Judged) else fake
         self.generator_optimiser, self.fake_optimiser = generator_optimiser, fake_optimiser
         self.guidance, self.gan = guidance, gan
-        check(objective, fake, gan, divergence, guidance, matching, turn_matching)
+        check(objective, fake, gan, pairs, generator, divergence, guidance, matching, turn_matching)
+        self.pairs = None if pairs is None else PairTerm(pairs, self._like, generator.net, 2 * setup.seed + 1)
         self._turn_matching = dict(turn_matching)
         self._divergence = None if divergence == "reverse-kl" else divergence
         self.precisions = {turn: Precision(precisions.get(turn, "float32"), self.device) for turn in TURNS}
@@ -135,6 +142,7 @@ class Distiller(Trainer):
         owners: dict[str, Stateful | None] = {"generator": generator.net, "fake": self.fake, "batches": self.batches}
         owners |= {"generator_optimiser": generator_optimiser, "fake_optimiser": fake_optimiser}
         owners["head"] = fake.head if isinstance(fake, Judged) else None
+        owners["pairs"] = None if self.pairs is None else self.pairs.batches
         self.kept = {name: owner for name, owner in owners.items() if owner is not None}
         self._make_buffers(dataset.shape)
         self._run_generator, self._run_fake = self._compiled(generator), self._compiled(self.judged)
@@ -187,6 +195,9 @@ class Distiller(Trainer):
                 _, labels, _ = self._ahead.popleft()
                 if self._given_turn is not None and labels is not None:
                     self._given_turn.copy_(labels)
+            if self.pairs is not None:
+                with self.phases("data"):
+                    self.pairs.read()
             self.generator_turn()
         self.step += 1
 
@@ -225,10 +236,10 @@ class Distiller(Trainer):
     def _generate_rows(self) -> dict[str, Tensor]:
         """Samples, and their labels, for all fake turns of an update."""
         with self.phases("generate"), torch.no_grad(), self.precisions["fake"].turn():
-            y, ends = self._given_or_drawn(self._rows_made, self._given_cycle)
+            y, ends = self._conditions(self._rows_made, self._given_cycle)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self.precisions["fake"].networks():
-                x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
+                x = self._run_generator(z, y, ends, self.generator.draw_steps(len(z), self.draws))
             made = {"x": self._float(x), "labels": y, "endpoint": ends}
             return {name: rows for name, rows in made.items() if rows is not None}
 
@@ -285,10 +296,10 @@ class Distiller(Trainer):
         """
         with self.precisions["generator"].turn():
             with self.phases("generator forward"):
-                y, ends = self._given_or_drawn(self.batch, self._given_turn)
+                y, ends = self._conditions(self.batch, self._given_turn)
                 z = normal(self.noise.next_key(), self._like)
                 with self.precisions["generator"].networks():
-                    x = self._run_generator(z, y, ends, self._draw_steps(len(z)))
+                    x = self._run_generator(z, y, ends, self.generator.draw_steps(len(z), self.draws))
                 x = self._float(x)
             with self.phases("interpolate"):
                 t, coef = self._times(self._turn_matching.get("generator"))
@@ -300,7 +311,7 @@ class Distiller(Trainer):
             with self.phases("generator loss"), torch.no_grad():
                 draw = replace(draw, x_t=x_t.detach())
                 grads = losses.generator_grads(
-                    self.objective, self._weighed(draw, logits), teacher_out.detach(), fake_out.detach(),
+                    self.objective, weighed(draw, self._divergence, logits), teacher_out.detach(), fake_out.detach(),
                     teacher_uncond=None if uncond is None else uncond.detach(),
                     guidance=1.0 if uncond is None else self.guidance,
                 )  # fmt: skip
@@ -317,7 +328,12 @@ class Distiller(Trainer):
             if "guidance" in self._turn_matching:
                 g_x = g_x + self._guidance_term(x.detach(), y, ends)
             with self.phases("generator backward"):
-                x.backward(g_x)
+                outs, seeds = [x], [g_x]
+                if self.pairs is not None:
+                    networks = self.precisions["generator"].networks
+                    loss, *more = self.pairs.grads(self._run_generator, networks, self._seed_scale)
+                    watched["regression loss"], outs, seeds = loss, [x, more[0]], [g_x, more[1]]
+                torch.autograd.backward(outs, seeds)
                 if self._whole and self._seed_scale != 1.0:
                     self.generator_optimiser.scale_grads(1 / self._seed_scale)
             return grads.loss if self._seed_scale == 1.0 else grads.loss / self._seed_scale, watched
@@ -383,14 +399,6 @@ class Distiller(Trainer):
                 g_x_t = g_x_t + grads.x_t
             return torch.addcmul(grads.x, Coefficients(draw.coef, like=x_t).a, g_x_t)
 
-    def _weighed(self, draw: Interpolant, logits: Tensor | None) -> Interpolant:
-        """``draw`` with the rows' weights of the divergence, whose density ratio the discriminator gives."""
-        if self._divergence is None or logits is None:
-            return draw
-        coef = draw.coef.clone()
-        Coefficients(coef).w.mul_(divergence_weight(self._divergence, logits.mean(1)))
-        return replace(draw, coef=coef)
-
     def concern(self, row: Mapping[str, float]) -> str | None:
         coarsest = max(("generator", "teacher"), key=lambda turn: self.precisions[turn].gradient_error(row["gap"]))
         concern = self.precisions[coarsest].concern(row["gap"])
@@ -409,16 +417,6 @@ class Distiller(Trainer):
         for turn in (self._generate, self._fake_step, self._generator_step):
             if isinstance(turn, Captured):
                 turn.reset()
-
-    def _given_or_drawn(self, count: int, given: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints of ``count`` rows; labels that are ``given`` are taken as they are."""
-        return self._conditions(count) if given is None else (given, None)
-
-    def _draw_steps(self, count: int) -> Tensor | None:
-        """The step of the generator that each of ``count`` rows comes from; None for a one-step generator."""
-        if self.generator.steps == 1:
-            return None
-        return torch.randint(self.generator.steps, (count,), generator=self.draws, device=self.device)
 
     def _seen(self, draw: Interpolant, labels: Tensor | None, endpoint: Tensor | None) -> tuple[Tensor | None, ...]:
         """The arguments that teacher and fake model are called with at ``x_t``."""

@@ -22,13 +22,14 @@ from ..errors import UserError
 from ..interpolant import Interpolant
 from ..matching import Matching
 from ..models.calls import call, converted, ends
+from ..models.conditions import labels_to_draw
 from ..models.files import Description
 from ..models.generator import Generator
 from ..objectives import Objective
 from ..optim import Optimiser
 from ..paths import OneSidedPath
 from ..precision import Precision
-from .batches import Batches, labels_to_draw
+from .batches import Batches
 from .trainer import Setup, Trainer
 
 

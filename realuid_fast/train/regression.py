@@ -19,6 +19,7 @@ from ..data import Dataset
 from ..errors import UserError
 from ..matching import Matching
 from ..models.calls import follows_flow
+from ..models.conditions import endpoints_to_draw, labels_to_draw
 from ..models.files import Description
 from ..models.generator import Generator
 from ..models.solvers import check_solver, integrate
@@ -26,7 +27,6 @@ from ..noise import normal
 from ..optim import Optimiser
 from ..paths import COLUMNS
 from ..precision import Precision
-from .batches import endpoints_to_draw, labels_to_draw
 from .trainer import Setup, Trainer
 
 

@@ -16,13 +16,14 @@ from ..functional import MatchingGrads
 from ..interpolant import Interpolant
 from ..matching import Matching
 from ..models.calls import call, follows_flow
+from ..models.conditions import endpoints_to_draw, labels_to_draw
 from ..models.files import Description
 from ..models.solvers import integrate
 from ..networks.calling import takes_guidance
 from ..noise import normal
 from ..optim import Optimiser
 from ..precision import Precision
-from .batches import Batches, endpoints_to_draw, labels_to_draw
+from .batches import Batches
 from .trainer import Setup, Trainer
 
 SAMPLING_STEPS = 20  # Euler steps of the samples and distances a run shows while it trains

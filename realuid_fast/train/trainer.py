@@ -16,15 +16,15 @@ from ..errors import UserError
 from ..interpolant import Interpolant
 from ..matching import Matching
 from ..meters import Meters
+from ..models.conditions import picked
 from ..models.files import Description
 from ..noise import NoiseStream
 from ..optim import Optimiser
 from ..optim.mean import average
 from ..paths import OneSidedPath
+from ..phases import Phases
 from ..precision import Precision
 from . import distributed, modes, sharding
-from .batches import picked
-from .phases import Phases
 
 
 @dataclass(frozen=True)
@@ -245,9 +245,14 @@ class Trainer(ABC):
         """``net`` as the mode calls it."""
         return modes.compiled(net) if modes.compiles(self.mode) else net
 
-    def _conditions(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions."""
-        return picked(self.labels, self.endpoints, count, self.draws, self._layout)
+    def _conditions(self, count: int, given: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions.
+
+        Labels that are ``given`` are taken as they are.
+        """
+        return (
+            (given, None) if given is not None else picked(self.labels, self.endpoints, count, self.draws, self._layout)
+        )
 
     def _times(self, matching: Matching | None = None) -> tuple[Tensor, Tensor]:
         """Path times ``(B,)`` and coefficient rows ``(B, 9)``, by :attr:`matching` where none is given."""

@@ -13,9 +13,10 @@ from realuid_fast.errors import UserError
 from realuid_fast.evaluate import measure
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs.train import train
+from realuid_fast.models.conditions import labels_to_draw
 from realuid_fast.train import batches as batches_module
 from realuid_fast.train import distill, distributed
-from realuid_fast.train.batches import AHEAD, Batches, labels_to_draw
+from realuid_fast.train.batches import AHEAD, Batches
 
 from ..data.test_packed import write
 

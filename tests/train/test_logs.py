@@ -11,9 +11,9 @@ from realuid_fast import data, teachers
 from realuid_fast.meters import Fetched, Meters
 from realuid_fast.models.pictures import convergence_plot, grid, picture
 from realuid_fast.noise import normal
+from realuid_fast.phases import Phases
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.logging import CsvLog, Events, plot_distances, read_csv
-from realuid_fast.train.phases import Phases
 from realuid_fast.tripwires import Tripwires
 
 from ..helpers import LABELLED, distiller, results, run_in, save_teacher, settings
@@ -137,7 +137,7 @@ def test_phases_time_on_request_only():
 
 
 def test_phases_need_no_nvtx(monkeypatch):
-    monkeypatch.setattr("realuid_fast.train.phases.nvtx", None)
+    monkeypatch.setattr("realuid_fast.phases.nvtx", None)
     phases = Phases(timings=True)
     with phases("work"):
         pass
