@@ -14,7 +14,7 @@ import torch
 from agreement import F16, F32, KEY, compare
 from ptx.launch import Executor
 
-from realuid_fast.kernels import fake, generator, interpolate, matching, scale
+from realuid_fast.kernels import fake, generator, interpolate, matching, optimiser, scale
 from realuid_fast.ops import reference
 from realuid_fast.ops.philox import normals
 
@@ -121,9 +121,14 @@ def agree(name: str, op: str, found: dict[int, Any], rows: int, dim: int, dtype:
             2:
         ],
     }[op]()[output]
+    compare(f"large/{name}", dtype, (numbers(found, index, dtype).view(n, dim),), (want.view(n, dim),))
+
+
+def numbers(found: dict[int, Any], index: Any, dtype: torch.dtype) -> torch.Tensor:
+    """What was stored at ``index``, in float32."""
     bits = np.array([found[k] for k in index.tolist()])
-    got = bits.astype(np.uint32).view(np.float32) if dtype == F32 else bits.astype(np.uint16).view(np.float16)
-    compare(f"large/{name}", dtype, (torch.from_numpy(got.astype(np.float32)).view(n, dim),), (want.view(n, dim),))
+    stored = bits.astype(np.uint32).view(np.float32) if dtype == F32 else bits.astype(np.uint16).view(np.float16)
+    return torch.from_numpy(stored.astype(np.float32))
 
 
 def check_scale(executor: Executor, x: torch.Tensor, rows: int, dim: int, dtype: torch.dtype) -> None:
@@ -134,7 +139,61 @@ def check_scale(executor: Executor, x: torch.Tensor, rows: int, dim: int, dtype:
     (sparse,) = (buffer for buffer in stored if getattr(buffer, "found", None))
     index = np.array(sorted(sparse.found))
     assert index[-1] == rows * dim - 1
-    bits = np.array([sparse.found[k] for k in index.tolist()])
-    got = bits.astype(np.uint32).view(np.float32) if dtype == F32 else bits.astype(np.uint16).view(np.float16)
     want = torch.from_numpy(number(SALTS["x"], index)) * torch.tensor(0.37).double()
-    compare(f"large/scale/{dim}/{dtype}", dtype, (torch.from_numpy(got.astype(np.float32)),), (want,))
+    compare(f"large/scale/{dim}/{dtype}", dtype, (numbers(sparse.found, index, dtype),), (want,))
+
+
+def check_optimiser(executor: Executor) -> None:
+    """A step over one tensor of more than 2^32 elements, with averages and without, of even and odd size."""
+    check_step(executor, 2**32 + 4096 + 64, decays=[0.9, 0.9999], beta1=0.9)
+    check_step(executor, 2**32 + 4099, decays=[], beta1=0.0)
+
+
+def check_step(executor: Executor, size: int, decays: list[float], beta1: float) -> None:
+    param = torch.empty(size, device="meta")
+    emas = [torch.empty(len(decays), size, device="meta")] if decays else []
+    norm, step, counts = torch.tensor(9.0), torch.tensor(3.0), torch.tensor([4, 1])
+    lr, averaged = torch.tensor([0.1, 0.2, 0.05], dtype=torch.float64), torch.tensor(decays, dtype=torch.float64)
+    given = {"param_ptr": 1, "grad_ptr": 2, "exp_avg_ptr": 3, "exp_avg_sq_ptr": 4, "ema_ptr": 5}
+
+    def element(name: str, index: Any) -> Any:
+        value = number(given[name], index)
+        return abs(value) if name == "exp_avg_sq_ptr" else value
+
+    fills = {name: lambda index, name=name: element(name, index).astype(np.float32) for name in given}
+    marks = (0, 2**31, 2**32, size - 1)
+    tag = f"{size - 2**32}"
+
+    calls, _ = optimiser.begin_step_([param], step, counts)
+    share = optimiser.TILE * optimiser._STEPS
+    chosen = sorted({mark // share for mark in marks})
+    executor.run(calls[0], chosen, fills)
+    squares = [np.sum(element("grad_ptr", np.arange(i * share, min((i + 1) * share, size))) ** 2) for i in chosen]
+    compare(f"large/begin_step_/{tag}", F32, (calls[0].arguments["partial_ptr"][chosen],), (torch.tensor(squares),))
+
+    settings = 2.0, beta1, 0.999, 1e-8, 0.01, False, False
+    moments = [param.clone()] if beta1 else []
+    (call,) = optimiser.adam_(
+        [param], [param.clone()], moments, [param.clone()], emas, norm, step, lr, counts, averaged, *settings
+    )
+    tile = optimiser.TILE
+    chosen = sorted({mark // tile for mark in marks})
+    stored = executor.run(call, chosen, fills)
+    found = {buffer.name: buffer.found for buffer in stored if getattr(buffer, "found", None)}
+    place = np.concatenate([np.arange(i * tile, min((i + 1) * tile, size)) for i in chosen])
+    twin = {name: torch.from_numpy(element(name, place)) for name in given}
+    rows = [torch.from_numpy(element("ema_ptr", k * size + place)) for k in range(len(decays))]
+    kept = [torch.stack(rows)] if rows else []
+    reference.adam_(
+        [twin["param_ptr"]], [twin["grad_ptr"]], [twin["exp_avg_ptr"]] if beta1 else [], [twin["exp_avg_sq_ptr"]],
+        kept, norm.double(), step.double(), lr, counts, averaged, *settings,
+    )  # fmt: skip
+    want = {"param_ptr": twin["param_ptr"], "exp_avg_sq_ptr": twin["exp_avg_sq_ptr"]}
+    want |= {"exp_avg_ptr": twin["exp_avg_ptr"]} if beta1 else {}
+    want |= {"ema_ptr": kept[0].flatten()} if rows else {}
+    places = {"ema_ptr": np.concatenate([k * size + place for k in range(len(decays))])} if rows else {}
+    assert found.keys() == want.keys()
+    for name, values in want.items():
+        index = places.get(name, place)
+        assert sorted(found[name]) == index.tolist(), f"{name}: the chosen programs' elements and no others are stored"
+        compare(f"large/adam_/{tag}/{name}", F32, (numbers(found[name], index, F32),), (values,))
