@@ -170,6 +170,14 @@ FAMILY = (
         "the number of elements of a sample: theirs are means over them",
     ),
     System(
+        "DMD2",
+        ("dmd2",),
+        r"DMD's, and $\lambda$ softplus of a head's logits on the fake model; states by its own earlier steps",
+        "2405.14867, sections 4.2 to 4.5",
+        f"{DMD2}, without the several steps",
+        r"the number of elements of a sample, so $\lambda$ is as many times theirs",
+    ),
+    System(
         "f-distill",
         (),
         r"DMD's with $h(r) = r^2 f''(r)$ (`distill.divergence`)",

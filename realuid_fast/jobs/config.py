@@ -392,8 +392,6 @@ def _check(config: Config) -> None:
             "run.checkpoint_activations must be false with run.shard: a sharded fake model is frozen in its forward "
             "pass alone"
         )
-    if run.shard and distill.gan.weight_fake:
-        raise UserError("run.shard must be false with distill.gan, whose head reads inside of the fake model")
     whole = not (run.shard or run.offload_teacher or distill.teacher_precision == "bf16")
     if distill.objective.name == REGRESSION and not whole:
         raise UserError(

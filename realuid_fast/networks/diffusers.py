@@ -64,12 +64,27 @@ class Diffusers(nn.Module):
             # Training code drops labels on purpose. Dropped inside the model, they would change a teacher's output.
             if type(module).__name__ == "LabelEmbedding":
                 module.__dict__["dropout_prob"] = 0.0
+        if (middle := self._middle()) is not None:
+            middle.register_forward_hook(_keep)
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Prediction like ``x`` ``(B, C, H, W)`` at the model's timesteps ``t`` ``(B,)`` or ``()``.
+    def _middle(self) -> nn.Module | None:
+        """The block whose output a discriminator reads: a U-Net's middle one, or that half-way in a transformer."""
+        if self.transformer:
+            blocks = list(self.net.transformer_blocks)  # type: ignore[arg-type]
+            return blocks[(len(blocks) - 1) // 2]
+        return self.net.mid_block  # type: ignore[return-value]
+
+    def forward(
+        self, t: Tensor, x: Tensor, y: Tensor | None = None, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Prediction like ``x`` ``(B, C, H, W)`` at the model's timesteps ``t`` ``(B,)`` or ``()``; ``with_features``
+        also the middle block's output ``(B, F, h, w)``.
 
         The channels of a learned variance are left off.
         """
+        middle = self._middle() if with_features else None
+        if with_features and middle is None:
+            raise UserError("distill.gan reads a U-Net's middle block, and this one has none (mid_block_type)")
         if x.shape[1:] != self.dim:
             raise UserError(f"x must have shape (batch, {', '.join(map(str, self.dim))}), got {tuple(x.shape)}")
         if (y is None) != (self.num_classes is None):
@@ -82,8 +97,24 @@ class Diffusers(nn.Module):
             arguments["encoder_hidden_states"] = None
         if y is not None:
             arguments["class_labels"] = y
+        if middle is not None:
+            middle.__dict__["kept"] = []
         out: Tensor = self.net(x, timestep=t, **arguments)[0][:, : self.dim[0]]
-        return -out if self.negate else out
+        out = -out if self.negate else out
+        if middle is None:
+            return out
+        (features,) = middle.__dict__.pop("kept")
+        if self.transformer:
+            # Tokens lie row by row.
+            rows = self.dim[1] // self.net.patch_size  # type: ignore[operator]
+            features = features.transpose(1, 2).unflatten(2, (rows, -1))
+        return out, features
+
+
+def _keep(block: nn.Module, _: object, out: Tensor) -> None:
+    """A hook of the middle block: its output, while somebody waits for it."""
+    if (kept := block.__dict__.get("kept")) is not None:
+        kept.append(out)
 
 
 def _class(name: str) -> Callable[..., nn.Module]:

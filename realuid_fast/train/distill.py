@@ -126,7 +126,7 @@ class Distiller(Trainer):
         fp16 = self.precisions["generator"].name == "fp16"
         self._seed_scale = precision.seed_scale(self.batch) if fp16 else 1.0
         # Views come after the optimisers, which may move the parameters into one buffer.
-        self.frozen_fake: Any = sharding.frozen(self.fake) if self.sharded else frozen_view(self.judged)
+        self.frozen_fake: Any = sharding.frozen(fake) if self.sharded else frozen_view(self.judged)
         self.student = Generator(self._exported, generator.t_start, self.path, matching.predict, generator.times)
         self.takes_real = objective.needs_real or gan is not None
         self._labels_of_batch = labels == "batch"

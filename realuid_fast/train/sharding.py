@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.frozen import frozen_view
+from ..networks.discriminator import Judged
 from ..optim import is_sharded
 from . import distributed
 
@@ -58,19 +59,22 @@ def is_sharded_net(net: nn.Module) -> bool:
 
 def parts(net: nn.Module) -> list[nn.Module]:
     """The blocks of a network that :func:`shard` gathers, each on its own."""
+    if isinstance(net, Judged):
+        # The head reads what the network returns, so both are called as modules.
+        return [*parts(net.net), net.net, net.head]
     containers = (nn.ModuleList, nn.ModuleDict)
     children = [m for child in net.children() for m in (child.children() if isinstance(child, containers) else [child])]
     return [m for m in children if any(True for _ in m.parameters())]
 
 
-def frozen(net: nn.Module) -> Callable[..., Tensor]:
+def frozen(net: nn.Module) -> Callable[..., Any]:
     """A function that calls a sharded network in training as if it were frozen, without gradients for its parameters.
 
     Whenever FSDP2 gathers a parameter, the gathered one takes ``requires_grad`` from its share. So the network's next
     ordinary call trains again.
     """
 
-    def call(*arguments: Tensor | None) -> Tensor:
+    def call(*arguments: Tensor | None) -> Any:
         net.requires_grad_(False)
         try:
             return net(*arguments)

@@ -1,5 +1,6 @@
 """diffusers' models as teachers: outputs of the converted file, schedulers as paths, and what is refused."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,7 +12,11 @@ from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.models.convert import convert, diffusers_folder
+from realuid_fast.networks import build
 from realuid_fast.networks import diffusers as adapter
+from realuid_fast.networks.discriminator import Judged
+
+from ..helpers import random_network
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -220,6 +225,36 @@ def test_a_student_is_distilled_from_a_converted_model(name, flow, tmp_path):
         path=student.description.interpolant(), predict=student.description.predict,
     )  # fmt: skip
     assert torch.isfinite(samples).all()
+
+
+@pytest.mark.parametrize("name", ["unet", "transformer"])
+def test_a_discriminator_reads_the_middle_block(name):
+    """The head sees what the block returns, with the same output, in copies and compiled networks too."""
+    class_name, config = MODELS[name]
+    network = {"kind": "diffusers", "class_name": class_name, "config": config, "dim": [1, 8, 8]}
+    net = random_network(network)
+    judged = Judged(net, (1, 8, 8), seed=0)
+    t, x, y = torch.rand(3), torch.randn(3, 1, 8, 8), torch.arange(3) if net.num_classes else None
+    seen = []
+    block = net.net.mid_block if name == "unet" else net.net.transformer_blocks[0]
+    block.register_forward_hook(lambda _, given, out: seen.append(out))
+    out, logits = judged(t, x, y)
+    assert torch.equal(out, net(t, x, y))
+    features = seen[0] if name == "unet" else seen[0].transpose(1, 2).reshape(3, 16, 4, 4)
+    assert torch.equal(logits, judged.head(features))
+    assert torch.equal(copy.deepcopy(judged)(t, x, y)[1], logits)
+    if name == "transformer":  # which compiles faster
+        compiled = torch.compile(judged, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(t, x, y)[1], logits)
+    (g,) = torch.autograd.grad(logits.sum(), next(block.parameters()))
+    assert g.abs().max() > 0
+
+
+def test_a_network_without_a_middle_block_has_no_head():
+    class_name, config = MODELS["conditional unet, labels"]
+    net = build({"kind": "diffusers", "class_name": class_name, "config": config, "dim": [1, 8, 8]})
+    with pytest.raises(UserError, match=r"distill.gan reads a U-Net's middle block, and this one has none"):
+        Judged(net, (1, 8, 8), seed=0)
 
 
 def edited(file, **changes):

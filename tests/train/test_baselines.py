@@ -18,6 +18,7 @@ from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
+from realuid_fast.models.generator import _key
 from realuid_fast.networks import build
 from realuid_fast.networks.discriminator import Head, Judged, softplus_term
 from realuid_fast.noise import normal
@@ -190,6 +191,42 @@ def test_generator_turn_with_a_discriminator_equals_plain_autograd(objective, ma
     assert float((mine - theirs).norm() / theirs.norm()) < slack
     if precision == "float32":
         torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_dmd2s_turn_is_the_papers():
+    """Yin et al. (2405.14867): sections 4.3 (the discriminator) and 4.5 (states by the student's own earlier steps)."""
+    times = [0.25, 0.5, 0.75]
+    settings = {"gan": GAN, "objective": {"name": "dmd"}, "t_start": 0.0, "times": times}
+    trainer = trainer_of(MLP, POINTS, path={"match": "x0"}, **settings)
+    trainer.update()
+    noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+    trainer.generator_backward()
+    explicit = [p.grad.clone() for p in trainer.generator.net.parameters()]
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(draws)
+
+    def student(t, x_t):
+        return x_t + (1 - t[:, None]) * trainer.generator.net(t, x_t)
+
+    z = normal(trainer.noise.next_key(), torch.empty(8, 2))
+    step = torch.randint(4, (8,), generator=trainer.draws)
+    assert len(step.unique()) > 2
+    states, starts = [z], torch.tensor([0.0, *times])
+    with torch.no_grad():
+        for number, t in enumerate(times, 1):
+            x = student(starts[number - 1].expand(8), states[-1])
+            states.append(t * x + (1 - t) * normal(_key(z, number), z))
+    x = student(starts[step], torch.stack(states)[step, torch.arange(8)])
+    t = trainer.path.sample_time(8, trainer.draws)
+    x_t = t[:, None] * x + (1 - t[:, None]) * normal(trainer.noise.next_key(), x)
+    out, logits = trainer.judged.requires_grad_(False)(t, x_t)
+    teacher, fake = (x_t + (1 - t[:, None]) * f for f in (trainer.teacher(t, x_t), out))
+    direction = (fake - teacher) / (x - teacher).abs().mean(1, keepdim=True)
+    adversarial = ((t >= 0.3).float()[:, None] * F.softplus(-logits)).mean()
+    plain = (x * direction.detach()).sum() / 8 + 2.0 * adversarial
+    expected = torch.autograd.grad(plain, [*trainer.generator.net.parameters()])
+    for mine, p in zip(explicit, expected, strict=True):
+        torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
 
 
 def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():

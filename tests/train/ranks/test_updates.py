@@ -56,8 +56,8 @@ GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0}, "objective": {"name
 
 @pytest.mark.parametrize(
     ("place", "shard", "settings"),
-    [("points", False, {}), ("images", False, {}), ("images", True, {}), ("points", False, GAN)],
-    ids=["points", "images", "images-shard", "gan"],
+    [("points", False, {}), ("images", False, {}), ("images", True, {}), ("points", False, GAN), ("images", True, GAN)],
+    ids=["points", "images", "images-shard", "gan", "gan-shard"],
     indirect=["place"],
 )
 @pytest.mark.parametrize("size", [2, 4])
