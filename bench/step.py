@@ -51,10 +51,14 @@ class Problem:
     config: str = "digits"
     distill: Mapping[str, Any] = field(default_factory=dict)
 
+    def settings(self) -> dict[str, Any]:
+        """The network's settings."""
+        return {**self.network, "dim": list(self.shape)} | ({"num_classes": self.classes} if self.classes else {})
+
     def make(self) -> tuple[Config, Dataset, Model]:
         """A configuration, images and a teacher, the same at every call."""
         draws = torch.Generator().manual_seed(0)
-        settings = {**self.network, "dim": list(self.shape)} | ({"num_classes": self.classes} if self.classes else {})
+        settings = self.settings()
         net = networks.build(settings)
         with torch.no_grad():
             for parameter in net.parameters():

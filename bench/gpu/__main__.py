@@ -1,22 +1,26 @@
 """Measures the GPU path in nine minutes: ``python -m bench.gpu``; writes gpu.json and gpu.md, prints a summary last.
 
-Sections run in order, each in a process of its own with a time limit. A row is on disk as soon as it is measured, so a
-section that hangs, fails or runs out of time loses only the rest of its rows, and the summary says so. Time that a
-section leaves over goes to the next one. ``--only`` with a longer ``--seconds`` gives long sections more time. The
-tests' output is beside the results, in NAME.tests.log, NAME.sanitizer.log and NAME.slow.log.
+Sections run in order, each in a process of its own with a time limit. What a user is told to run comes first. A row is
+on disk as soon as it is measured, so a section that hangs, fails or runs out of time loses only the rest of its rows;
+each of these stands in the results with the reason. Time that a section leaves over goes to the next one. ``--only``
+with a longer ``--seconds`` gives long sections more time. The tests' output is beside the results, in NAME.tests.log,
+NAME.sanitizer.log and NAME.slow.log.
 
 ========= ==========================================================================================
-build     the C++ extension, where it is missing
+build     the C++ libraries, where they are missing
 tests     those marked gpu, on several processes where pytest-xdist is installed; the kernels' smallest under
           compute-sanitizer where that is; those that compile networks
 kernels   copy bandwidth; each fused call against it, the plain formulas and torch.compile of them
 optimiser the optimiser step against torch's fused pieces
-cycle-256 the CIFAR-10 recipe at batch 256: turns and cycles in every mode
+cycle-256 the CIFAR-10 recipe at batch 256: turns and cycles as published and as recommended, graphs of eager networks
 cycle-8   the same at batch 8
+variants  the recommended way with one thing changed: cuDNN's benchmark, attention, torch's layers, NCHW, no graphs
+compiled  the recipe with compiled networks, only where the time for compiling them is left
 tune      kernels over tile sizes; only when asked for
 ========= ==========================================================================================
 
-``--dry`` runs the same code on the CPU with tiny shapes and no figures.
+``--dry`` runs the same code on the CPU with tiny shapes and no figures. ``make nullgpu-rehearsal`` runs all of it on a
+CUDA that runs nothing (docs/without_gpu.md).
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,15 +54,50 @@ from . import kernels, steps
 from .device import Cuda, Deadline, Device, Dry
 
 Write = Callable[[Row], None]
-SECTIONS: dict[str, Callable[[Device, Deadline, Write], None]] = {
-    "kernels": kernels.measure,
-    "optimiser": steps.optimiser,
-    "cycle-256": functools.partial(steps.updates, batch=256),
-    "cycle-8": functools.partial(steps.updates, batch=8),
-    "tune": kernels.tune,
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a section measures, and its rows without figures, in the order of measuring."""
+
+    measure: Callable[[Device, Deadline, Write], None]
+    planned: Callable[[bool], Iterable[Row]]
+
+
+def _updates(case: str, batch: int, ways: Sequence[steps.Way]) -> Section:
+    return Section(
+        functools.partial(steps.updates, case=case, batch=batch, ways=ways),
+        functools.partial(steps.planned_updates, case, batch, ways),
+    )
+
+
+SECTIONS = {
+    "kernels": Section(kernels.measure, kernels.planned),
+    "optimiser": Section(steps.optimiser, steps.planned_optimiser),
+    "cycle-256": _updates("update, batch 256", 256, steps.MAIN),
+    "cycle-8": _updates("update, batch 8", 8, steps.MAIN),
+    "variants": _updates("one thing changed, batch 256", 256, steps.VARIANTS),
+    "compiled": _updates("update, batch 256", 256, steps.COMPILED),
+    "tune": Section(kernels.tune, lambda dry: ()),
 }
-# Seconds of a full run; what is left over moves on.
-SHARES = {"build": 70, "tests": 110, "kernels": 110, "optimiser": 30, "cycle-256": 130, "cycle-8": 80}
+CALLS = ("kernels", "optimiser", "tune")  # the other sections measure whole updates
+# Seconds of a full run; what is left over moves on. "compiled" has what all others leave.
+SHARES = {
+    "build": 60,
+    "tests": 90,
+    "kernels": 75,
+    "optimiser": 20,
+    "cycle-256": 90,
+    "cycle-8": 60,
+    "variants": 110,
+    "compiled": 0,
+}
+# Compiling one network of the recipe, forward and backward, took 75 s of one processor core, and a trainer has four
+# compiled functions. On several cores, which share the kernels, half of that is expected.
+COMPILING = 150
+# How a section and the tests are started in processes of their own; a rehearsal has a module of its own for either.
+COMMAND = [sys.executable, "-m", "bench.gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider"]
 TESTS, SANITIZED = ("tests/gpu", "tests/optim"), "tests/gpu/test_kernels.py"
 
 
@@ -103,12 +143,12 @@ def run_section(name: str, device: Device, seconds: float, part: Path) -> None:
             print(_line(row), flush=True)
 
         if not device.dry:
-            SECTIONS[name](device, Deadline(seconds), write)
+            SECTIONS[name].measure(device, Deadline(seconds), write)
             return
         # Trace, but generate no code: that takes minutes on a CPU and is not what a GPU would run.
         compiled = functools.partial(modes.compiled, backend="eager")
         with mock.patch.object(modes, "compiled", compiled), mock.patch.object(kernels, "BACKEND", "eager"):
-            SECTIONS[name](device, Deadline(seconds), write)
+            SECTIONS[name].measure(device, Deadline(seconds), write)
 
 
 def _line(row: Row) -> str:
@@ -116,18 +156,14 @@ def _line(row: Row) -> str:
     if "left_out" in row:
         return " | ".join([*words, f"left out: {row['left_out']}"])
     named = (("median_ms", "ms"), ("GBps", "GB/s"), ("share_of_copy", "of the copy"), ("ratio", "times realuid_fast"))
-    steps_named = (
-        ("published_over_this", "times as fast as published"),
-        ("idle_share", "idle"),
-        ("launches", "launches"),
-    )
+    steps_named = (("idle_share", "idle"), ("launches", "launches"))
     figures = [f"{report.number(row[key])} {unit}" for key, unit in (*named, *steps_named) if row.get(key) is not None]
     return " | ".join([*words, *figures])
 
 
 def _in_a_process(name: str, dry: bool, seconds: float, part: Path) -> str:
     """Run a section apart from this process; how it ended."""
-    command = [sys.executable, "-m", "bench.gpu", "--section", name, "--seconds", f"{seconds:.0f}", "--part", str(part)]
+    command = [*COMMAND, "--section", name, "--seconds", f"{seconds:.0f}", "--part", str(part)]
     # The limit is longer than the section's own, because the section reads its clock only between measurements.
     return _ended([*command, *(["--dry"] if dry else [])], seconds + 15)
 
@@ -174,10 +210,9 @@ def build(seconds: float) -> str:
 def tests(dry: bool, seconds: float, out: Path, name: str) -> dict[str, str]:
     """Run tests/gpu: all that compile no network, the kernels' on small tensors under compute-sanitizer, the rest."""
     end = time.monotonic() + seconds
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider"]
     # Most of their time is compiling kernels, on one core a process.
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-    quick = [*command, *parallel, "-m", "gpu and not slow", *(["--collect-only"] if dry else []), *TESTS]
+    parallel = ["-n", "auto", "--maxprocesses", "8"] if importlib.util.find_spec("xdist") is not None else []
+    quick = [*PYTEST, *parallel, "-m", "gpu and not slow", *(["--collect-only"] if dry else []), *TESTS]
     ended = {"tests": _ended(quick, seconds, log=out / f"{name}.tests.log")}
 
     def then(run: list[str], log: str, needed: float, environment: dict[str, str] | None = None) -> str:
@@ -192,9 +227,9 @@ def tests(dry: bool, seconds: float, out: Path, name: str) -> dict[str, str]:
         # Without torch's caching allocator every tensor is an allocation whose bounds are watched. Torch asks the
         # driver for things that it may not have: that is no error.
         watch = [str(sanitizer), "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
-        small = [*watch, *command, "-x", "-m", "gpu", SANITIZED, "-k", "small"]
+        small = [*watch, *PYTEST, "-x", "-m", "gpu", SANITIZED, "-k", "small"]
         ended["compute-sanitizer"] = then(small, "sanitizer", 20, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    ended["slow tests"] = then([*command, "-m", "gpu and slow", *TESTS], "slow", 60)
+    ended["slow tests"] = then([*PYTEST, "-m", "gpu and slow", *TESTS], "slow", 60)
     return ended
 
 
@@ -205,10 +240,12 @@ def summary(content: dict[str, Any]) -> str:
     lines = [f"{head}, triton {described['triton']}, revision {described['revision']}", ""]
     if content["dry"]:
         lines += ["A dry run on the CPU: no figures.", ""]
-    lines += [f"- {name}: {state}" for name, state in content["sections"].items()]
+    for name, state in content["sections"].items():
+        seconds = content["seconds"].get(name)
+        lines.append(f"- {name}: {state}" + ("" if seconds is None else f" ({seconds:.0f} s)"))
     header = ["case", "shape", "type", "way", "ms", "GB/s", "of the copy", "times realuid_fast", "call, ms", "left out"]
     keys = ("median_ms", "GBps", "share_of_copy", "ratio", "call_ms")
-    plain = [row for row in content["rows"] if not row["section"].startswith("cycle")]
+    plain = [row for row in content["rows"] if row["section"] in CALLS]
     cells = [
         [row["case"], report.shape(row), row["dtype"], row["way"], *_figures(row, keys), row.get("left_out", "")]
         for row in plain
@@ -219,7 +256,7 @@ def summary(content: dict[str, Any]) -> str:
     cells = [
         [row["case"], row["way"], *_figures(row, (*turns, "published_over_this")), row.get("left_out", "")]
         for row in content["rows"]
-        if row["section"].startswith("cycle")
+        if row["section"] not in CALLS
     ]
     return "\n".join([*lines, report.markdown(["case", "way", *names, "left out"], cells, words=2)])
 
@@ -256,23 +293,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {"format": report.FORMAT, "benchmark": "gpu", "dry": args.dry, "sections": {}, "rows": []}
+    content: dict[str, Any] = {"format": report.FORMAT, "benchmark": "gpu", "dry": args.dry}
+    content |= {"sections": {}, "seconds": {}, "rows": []}
     content["machine"] = describe(Dry() if args.dry else Cuda(), args.revision)
     if not args.dry:
         torch.cuda.empty_cache()
     chosen = [name for name in (*SHARES, "tune") if name in args.only]
     for i, name in enumerate(chosen):
-        left = args.seconds - (time.monotonic() - start)
+        begun = time.monotonic()
+        left = args.seconds - (begun - start)
         seconds = left - sum(SHARES.get(later, 60) for later in chosen[i + 1 :])
         seconds = min(left, max(seconds, SHARES.get(name, 60)))
-        if seconds < 5:
-            content["sections"][name] = "left out: no time"
-        elif name == "build":
-            content["sections"][name] = build(seconds)
+        if name == "build":
+            content["sections"][name] = build(seconds) if seconds > 5 else "left out: no time"
         elif name == "tests":
             content["sections"] |= tests(args.dry, seconds, args.out, args.name)
         else:
             _section(content, name, args.dry, seconds, args.out / f"{args.name}.{name}.rows")
+        content["seconds"][name] = round(time.monotonic() - begun, 1)
+        _compare(content["rows"])
         (args.out / f"{args.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     text = summary(content)
     (args.out / f"{args.name}.md").write_text(text)
@@ -280,12 +319,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["case"], tuple(row["shape"]), row["dtype"], row["way"]
+
+
 def _section(content: dict[str, Any], name: str, dry: bool, seconds: float, part: Path) -> None:
+    """Run a section and add its rows, measured or with the reason why not."""
     part.unlink(missing_ok=True)
-    content["sections"][name] = _in_a_process(name, dry, seconds, part)
+    needed = COMPILING if name == "compiled" and not dry else 5
+    if seconds < needed:
+        state = f"left out: no time, it needs {needed} s"
+    else:
+        state = _in_a_process(name, dry, seconds, part)
+    content["sections"][name] = state
+    measured = {}
     if part.exists():
-        content["rows"] += [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
+        found = [json.loads(line) for line in part.read_text().splitlines() if line.endswith("}")]
+        measured = {_key(row): row for row in found}
         part.unlink()
+    reason = "no time in its section" if state == "done" else state.removeprefix("left out: ")
+    for row in SECTIONS[name].planned(dry):
+        missing = {"section": name, **row, "left_out": reason}
+        content["rows"].append(measured.pop(_key(row), missing))
+    content["rows"] += measured.values()
+
+
+def _compare(rows: Sequence[Row]) -> None:
+    """Say of every update how many times as fast it is as the published one of its batch."""
+    updates = [row for row in rows if row["section"] not in CALLS]
+    published = {row["shape"][0]: row["median_ms"] for row in updates if row["way"] == steps.PUBLISHED.name}
+    for row in updates:
+        first = published.get(row["shape"][0])
+        row["published_over_this"] = first / row["median_ms"] if first and row["median_ms"] else None
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from .. import peers
 from ..report import OURS, Row
 from .device import Deadline, Device, Function, Times, reason
 
-SHAPES = ((256, 3, 32, 32), (2048, 3, 32, 32), (64, 4, 128, 128), (16, 16, 21, 60, 104), (16384, 4, 32, 32))
-DRY_SHAPES = ((4, 3, 8, 8), (2, 4, 3, 4, 4))
+# The first two are measured before all others: one fills the GPU many times over, one is CIFAR-10's batch.
+SHAPES = ((16384, 4, 32, 32), (256, 3, 32, 32), (2048, 3, 32, 32), (64, 4, 128, 128), (16, 16, 21, 60, 104))
+DRY_SHAPES = ((2, 4, 3, 4, 4), (4, 3, 8, 8))
 DTYPES = (torch.bfloat16, torch.float32)
 COPY_BYTES = 1 << 31
 BACKEND = "inductor"
@@ -146,32 +147,62 @@ def _compiled(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Fu
     return lambda: call(*arguments)
 
 
+def _copy_bytes(dry: bool) -> int:
+    return 1 << 12 if dry else COPY_BYTES
+
+
 def copy(device: Device) -> Row:
     """The bandwidth of a large copy, which every kernel is held against."""
-    size = 1 << 12 if device.dry else COPY_BYTES
+    size = _copy_bytes(device.dry)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device.device)
     target = torch.empty_like(source)
     times = device.time(lambda: target.copy_(source))
-    return _row("copy", (size,), torch.uint8, "Tensor.copy_", False, times, 2 * size, None)
+    return _row("copy", (size,), torch.uint8, "Tensor.copy_", False, times, 2 * size)
+
+
+def _passes(dry: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, str | None]]:
+    """Shape, type and what is compiled, in the order of measuring.
+
+    Two sizes come first without what compiles, then the compiled ways of the largest, then the other sizes, and what
+    has to be compiled for them.
+    """
+    first, second, *others = DRY_SHAPES if dry else SHAPES
+    compiling = (BY_HAND, COMPILED, "torch.compile")
+    yield from ((shape, dtype, None) for shape in (first, second) for dtype in DTYPES)
+    yield from ((first, DTYPES[0], name) for name in compiling)
+    yield from ((shape, dtype, None) for shape in others for dtype in DTYPES)
+    later = [(first, DTYPES[1]), *((shape, dtype) for shape in (second, *others) for dtype in DTYPES)]
+    yield from ((shape, dtype, name) for name in compiling for shape, dtype in later)
+
+
+def _in_pass(call: Call, compiled: str | None) -> list[Way]:
+    return [way for way in call.ways if (way.name == compiled if way.compiles else compiled is None)]
+
+
+def planned(dry: bool) -> Iterator[Row]:
+    """The rows of :func:`measure` in their order, without figures."""
+    none = Times(None, None, None)
+    yield _row("copy", (_copy_bytes(dry),), torch.uint8, "Tensor.copy_", False, none, 0)
+    named = list(calls(Inputs(DRY_SHAPES[0], torch.float32, torch.device("cpu"))))
+    for shape, dtype, compiled in _passes(dry):
+        for call in named:
+            for way in _in_pass(call, compiled):
+                yield _row(call.name, shape, dtype, way.name, way.name == OURS, none, 0)
 
 
 def measure(device: Device, deadline: Deadline, write: Callable[[Row], None]) -> None:
-    """Every call at every size: all ways of the largest first, then of the others what needs no compiling."""
+    """Every call at every size, in the order of :func:`_passes`, until the time is over."""
     copied = copy(device)
     write(copied)
-    first, *others = [(shape, dtype) for shape in (DRY_SHAPES if device.dry else SHAPES[::-1]) for dtype in DTYPES]
-    compiling = (BY_HAND, COMPILED, "torch.compile")
-    passes = [(first, None), *((first, name) for name in compiling), *((case, None) for case in others)]
-    passes += [(case, name) for name in compiling for case in others]
     ours: dict[tuple[Any, ...], float | None] = {}
-    for (shape, dtype), compiled in passes:
+    for shape, dtype, compiled in _passes(device.dry):
         if deadline.left < 0:
             return
         size = math.prod(shape) * dtype.itemsize
         for call in calls(Inputs(shape, dtype, device.device)):
-            for way in call.ways:
-                if deadline.left < 0 or (way.name != compiled if way.compiles else compiled is not None):
-                    continue
+            for way in _in_pass(call, compiled):
+                if deadline.left < 0:
+                    return
                 left_out = None
                 try:
                     times = device.time(way.run)
@@ -199,7 +230,6 @@ def _row(
     ours: bool,
     times: Times,
     size: float,
-    ratio: float | None = None,
 ) -> Row:
     return {
         "case": case,
@@ -210,7 +240,7 @@ def _row(
         "median_ms": times.device_ms,
         "min_ms": times.min_ms,
         "call_ms": times.call_ms,
-        "ratio": ratio,
+        "ratio": None,
         "GBps": size / times.device_ms / 1e6 if times.device_ms else None,
     }
 
@@ -221,7 +251,7 @@ def tune(device: Device, deadline: Deadline, write: Callable[[Row], None]) -> No
         return
     tiles = importlib.import_module("realuid_fast.kernels.tiles")
     for dtype in DTYPES:
-        inputs = Inputs(SHAPES[-1], dtype, device.device)
+        inputs = Inputs(SHAPES[0], dtype, device.device)
         for call in list(calls(inputs))[:2]:
             module = importlib.import_module(f"realuid_fast.kernels.{call.name.split()[0]}")
             for block in (1024, 2048, 4096):
@@ -239,6 +269,6 @@ def tune(device: Device, deadline: Deadline, write: Callable[[Row], None]) -> No
                     with mock.patch.object(module, "tiling", cut):
                         times = device.time(call.ways[0].run)
                     triton_backend.PLANS.clear()
-                    size = math.prod(SHAPES[-1]) * dtype.itemsize * (call.reads + call.writes)
+                    size = math.prod(SHAPES[0]) * dtype.itemsize * (call.reads + call.writes)
                     way = f"tile {block}, {per_thread} a thread"
-                    write(_row(call.name, SHAPES[-1], dtype, way, False, times, size))
+                    write(_row(call.name, SHAPES[0], dtype, way, False, times, size))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from realuid_fast import networks
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
+from realuid_fast.networks import layers
 from realuid_fast.optim import Optimiser
 from realuid_fast.train.distill import Distiller
 from realuid_fast.train.modes import WARM_UP, captures, compiles
@@ -22,8 +27,8 @@ from ..report import OURS, Row
 from ..step import PROBLEMS, Problem
 from .device import Deadline, Device, reason
 
+FOREACH = "Adam(fused), foreach clip, foreach averages"
 DECAYS = (0.999, 0.9996, 0.9999)
-BATCHES = (256, 8)
 HALF = {"fake_precision": "bf16", "generator_precision": "fp16"}
 # A network of one resolution: a dry run goes through every call, and tracing a block a second time shows nothing.
 TINY = replace(
@@ -34,51 +39,107 @@ TINY = replace(
 )
 
 
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way of making an update: whose trainer, with which settings and ``run.mode``."""
+    """One way of making an update.
+
+    Attributes:
+        name: of its row.
+        distill: settings of the trainer's; None for the algorithm as published.
+        run: settings of the run's.
+        within: a context that all updates are made in.
+    """
 
     name: str
-    distill: dict[str, Any] | None = None  # None for the algorithm as published
-    mode: str = "eager"
-    autocast: bool = False
+    distill: dict[str, Any] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    within: Context = contextlib.nullcontext
+
+    @property
+    def mode(self) -> str:
+        return str(self.run.get("mode", "eager"))
 
 
-# The most telling first, what needs a compiler last: time may run out. Compiled code is found again in torch's cache.
-WAYS = (
-    Way("as published, eager float32 (torch's defaults: TF32 convolutions)"),
-    Way(f"{OURS}, graphs of eager networks, bf16 and fp16 turns", HALF, mode="graphs-eager"),
-    Way("as published, eager under bf16 autocast", autocast=True),
-    Way(f"{OURS}, eager, bf16 and fp16 turns", HALF),
-    Way(f"{OURS}, eager, float32", {}),
-    Way(f"{OURS}, compiled, bf16 and fp16 turns", HALF, mode="compiled"),
-    Way(f"{OURS}, graphs, bf16 and fp16 turns", HALF, mode="graphs"),
+GRAPHS = {"mode": "graphs-eager"}
+
+
+def _autocast() -> contextlib.AbstractContextManager[Any]:
+    # The cache of rounded weights would live until the context is left, here after many updates.
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, cache_enabled=False)
+
+
+def _benchmark() -> contextlib.AbstractContextManager[Any]:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
+
+
+def _serves_not(*arguments: Any) -> bool:
+    # A mock with a return value would keep the tensors that it is called with.
+    return False
+
+
+def _torch_layers() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(layers, "serves", _serves_not)
+
+
+PUBLISHED = Way("as published, eager float32 (torch's defaults: TF32 convolutions)")
+RECOMMENDED = Way(f"{OURS}, graphs of eager networks, bf16 and fp16 turns", HALF, GRAPHS)
+# What a user is told to run, and what it is compared with.
+MAIN = (PUBLISHED, RECOMMENDED, Way("as published, eager under bf16 autocast", within=_autocast))
+# The recommended way with one thing changed each, beside itself.
+VARIANTS = (
+    RECOMMENDED,
+    Way("cudnn.benchmark on", HALF, GRAPHS, _benchmark),
+    Way("attention by cuDNN", HALF, GRAPHS, functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)),
+    Way("networks on torch's own layers", HALF, GRAPHS, _torch_layers),
+    Way("images NCHW, on torch's own layers", HALF, {**GRAPHS, "channels_last": False}),
+    Way("without graphs", HALF),
+    Way("without graphs, float32", {}),
 )
+# What needs minutes of a compiler before it can be measured. Compiled code is found again in torch's cache.
+COMPILED = (Way(f"{OURS}, graphs of compiled networks, bf16 and fp16 turns", HALF, {"mode": "graphs"}),)
+
+
+def planned_updates(case: str, batch: int, ways: Sequence[Way], dry: bool) -> Iterator[Row]:
+    """The rows of :func:`updates`, without figures."""
+    for way in ways:
+        row: Row = {"case": case, "shape": [batch], "dtype": "float32", "way": way.name}
+        yield row | {"ours": way.distill is not None, "median_ms": None}
+
+
+def planned_optimiser(dry: bool) -> Iterator[Row]:
+    """The rows of :func:`optimiser`, without figures."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in networks.build(_updated(dry).settings()).parameters())
+    for name in (OURS, FOREACH):
+        row: Row = {"case": "optimiser step", "shape": [count], "dtype": "float32", "way": name}
+        yield row | {"ours": name == OURS, "median_ms": None}
+
+
+def _updated(dry: bool) -> Problem:
+    return TINY if dry else PROBLEMS["cifar10"]
 
 
 def optimiser(device: Device, deadline: Deadline, write: Callable[[Row], None]) -> None:
     """One step with clip and three averages on the CIFAR-10 network's parameters, against torch's fused pieces."""
-    problem = TINY if device.dry else PROBLEMS["cifar10"]
     settings = {"lr": 1e-4, "betas": (0.0, 0.999), "clip": 1.0}
     ours: float | None = None
-    for name, make in ((OURS, _ours), ("Adam(fused), foreach clip, foreach averages", _foreach)):
-        net = problem.make()[2].net.to(device.device).requires_grad_(True)
+    makers = (_ours, _foreach)
+    for row, make in zip(planned_optimiser(device.dry), makers, strict=True):
+        net = _updated(device.dry).make()[2].net.to(device.device).requires_grad_(True)
         step = make(net, settings)
         for p in net.parameters():
             p.grad = 1e-3 * torch.randn_like(p)
-        count = sum(p.numel() for p in net.parameters())
         times = device.time(step)
-        if name == OURS:
+        if row["ours"]:
             ours = times.device_ms
         # Gradient, parameter, second moment and averages are read, all but the gradient written; the norm reads again.
-        size = 4 * count * (2 * (2 + len(DECAYS)) + 2)
+        size = 4 * row["shape"][0] * (2 * (2 + len(DECAYS)) + 2)
         write(
-            {
-                "case": "optimiser step",
-                "shape": [count],
-                "dtype": "float32",
-                "way": name,
-                "ours": name == OURS,
+            row
+            | {
                 "median_ms": times.device_ms,
                 "min_ms": times.min_ms,
                 "call_ms": times.call_ms,
@@ -109,26 +170,22 @@ def _foreach(net: nn.Module, settings: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
-def updates(device: Device, deadline: Deadline, write: Callable[[Row], None], batch: int) -> None:
+def updates(
+    device: Device, deadline: Deadline, write: Callable[[Row], None], case: str, batch: int, ways: Sequence[Way]
+) -> None:
     """Updates of ``batch``: ms of either turn and of a cycle, launches, idle share, peak memory."""
-    first: float | None = None
     slowest = 0.0
-    for way in WAYS:
+    for way, row in zip(ways, planned_updates(case, batch, ways, device.dry), strict=True):
         # Warm-up, cycle and parts of one that is as slow as the slowest so far.
         if deadline.left < 8e-3 * slowest:
             return
         device.forget_memory()
-        row: Row = {"case": f"update, batch {batch}", "shape": [batch], "dtype": "float32", "way": way.name}
-        row |= {"ours": way.distill is not None, "median_ms": None}
         try:
             row |= _measure(device, way, batch, deadline)
         except Exception as error:
             # One way that does not run, out of memory say, must not cost the others.
             row["left_out"] = reason(error)
         slowest = max(slowest, row["median_ms"] or 0.0)
-        if way is WAYS[0]:
-            first = row["median_ms"]
-        row["published_over_this"] = first / row["median_ms"] if first and row["median_ms"] else None
         row["peak_MB"] = device.peak_MB()
         write(row)
         gc.collect()
@@ -142,30 +199,24 @@ def _problem(device: Device, batch: int) -> Problem:
     return replace(problem, distill={**problem.distill, "batch": batch, "fake_turns": 5, "ema": DECAYS})
 
 
-def _trainer(
-    device: Device, way: Way, batch: int
-) -> tuple[Distiller | Published, contextlib.AbstractContextManager[Any]]:
+def _trainer(device: Device, way: Way, batch: int) -> Distiller | Published:
     config, dataset, teacher = _problem(device, batch).make()
     # A dry run's device has no graphs: a recorder of its own stands for them.
     dry = device.dry and captures(way.mode)
     mode = ("compiled" if compiles(way.mode) else "eager") if dry else way.mode
-    run = replace(config.run, device=str(device.device), mode=mode)
+    run = replace(config.run, device=str(device.device), **{**way.run, "mode": mode})
     if way.distill is None:
-        published = Published(replace(config, run=run), dataset, teacher)
-        kind = device.device.type
-        # Its cache of rounded weights lives until the context is left, here after many updates.
-        rounded = torch.autocast(kind, torch.bfloat16, cache_enabled=False)
-        return published, rounded if way.autocast else contextlib.nullcontext()
+        return Published(replace(config, run=run), dataset, teacher)
     changed = configs.merge(configs.to_mapping(replace(config, run=run)), {"distill": way.distill})
     distiller = trainers.distiller(configs.from_mapping(changed), dataset, teacher)
     if dry:
         distiller.capture(device.recorder())
-    return distiller, contextlib.nullcontext()
+    return distiller
 
 
 def _measure(device: Device, way: Way, batch: int, deadline: Deadline) -> Row:
-    trainer, context = _trainer(device, way, batch)
-    with context:
+    trainer = _trainer(device, way, batch)
+    with way.within():
         # Until its turns are captured where they are to be.
         for _ in range(1 if device.dry else WARM_UP + 2 if captures(way.mode) else 2):
             trainer.update()

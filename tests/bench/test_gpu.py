@@ -17,7 +17,7 @@ from realuid_fast.train.modes import MODES
 
 
 def test_dry_run_goes_everywhere_and_has_no_figures(tmp_path, capfd):
-    only = ["build", "tests", "kernels", "optimiser", "cycle-8"]
+    only = ["build", "tests", "kernels", "optimiser", "cycle-8", "variants", "compiled"]
     assert suite.main(["--dry", "--out", str(tmp_path), "--only", *only]) == 0
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["dry"] is True
@@ -35,7 +35,9 @@ def test_dry_run_goes_everywhere_and_has_no_figures(tmp_path, capfd):
     assert all(row[key] is None for row in rows for key in ("median_ms", "GBps", "busy_ms", "idle_share") if key in row)
     by_section = {name: {row["way"] for row in rows if row["section"] == name} for name in only[2:]}
     assert by_section["kernels"] >= {OURS, kernels.GIVEN, kernels.EAGER, kernels.COMPILED, kernels.BY_HAND}
-    assert by_section["cycle-8"] == {way.name for way in steps.WAYS}
+    assert by_section["cycle-8"] == {way.name for way in steps.MAIN}
+    assert by_section["variants"] == {way.name for way in steps.VARIANTS}
+    assert by_section["compiled"] == {way.name for way in steps.COMPILED}
     assert len(by_section["optimiser"]) == 2
     cases = {row["case"] for row in rows if row["section"] == "kernels"}
     assert cases == {
@@ -59,8 +61,8 @@ def test_the_measured_networks_are_those_that_the_results_describe():
     said = " ".join((Path(steps.__file__).parents[1] / "results" / "README.md").read_text().split())
     assert "head width 64, dropout 0 as the recipe distils it" in said
     assert (teacher.net.num_channels, teacher.net.dim) == (128, (3, 32, 32))
-    assert next(way for way in steps.WAYS if way.name.startswith(OURS)).mode == "graphs-eager"
-    assert {way.mode for way in steps.WAYS} == set(MODES)
+    assert next(way for way in steps.MAIN if way.name.startswith(OURS)).mode == "graphs-eager"
+    assert {way.mode for way in (*steps.MAIN, *steps.VARIANTS, *steps.COMPILED)} == set(MODES) - {"compiled"}
 
 
 def test_a_section_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch):
@@ -71,7 +73,8 @@ def test_a_section_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     assert states == ["failed with 1: out of memory", "stopped after 1 s"]
 
     def half_done(name, dry, seconds, part):
-        part.write_text('{"section": "kernels", "case": "copy"}\n{"section": "ker')
+        row = {"case": "copy", "shape": [4096], "dtype": "uint8", "way": "Tensor.copy_", "median_ms": 1.0}
+        part.write_text(json.dumps({"section": "kernels", **row}) + '\n{"section": "ker')
         return "stopped after 9 s"
 
     monkeypatch.setattr(suite, "_in_a_process", half_done)
@@ -80,16 +83,41 @@ def test_a_section_that_fails_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     part.write_text("of an earlier run")
     suite._section(content, "kernels", True, 9, part)
     assert not part.exists()
-    assert content == {
-        "sections": {"kernels": "stopped after 9 s"},
-        "rows": [{"section": "kernels", "case": "copy"}],
-    }
+    assert content["sections"] == {"kernels": "stopped after 9 s"}
+    copied, *others = content["rows"]
+    assert copied["median_ms"] == 1
+    assert "left_out" not in copied
+    assert others
+    assert {row["left_out"] for row in others} == {"stopped after 9 s"}
 
 
-def test_no_time_leaves_sections_out(tmp_path):
-    assert suite.main(["--dry", "--out", str(tmp_path), "--only", "kernels", "--seconds", "1", "--name", "short"]) == 0
+def test_every_row_that_was_not_measured_has_its_reason(tmp_path):
+    only = ["kernels", "cycle-256", "cycle-8"]
+    assert suite.main(["--dry", "--out", str(tmp_path), "--only", *only, "--seconds", "1", "--name", "short"]) == 0
     content = json.loads((tmp_path / "short.json").read_text())
-    assert content["sections"] == {"kernels": "left out: no time"}
+    reasons = {row["left_out"] for row in content["rows"]}
+    assert reasons == {"no time, it needs 5 s"}
+    assert set(content["sections"].values()) == {f"left out: {reason}" for reason in reasons}
+    assert set(content["seconds"]) == set(only)
+    ways = [row["way"] for row in content["rows"] if row["section"] == "cycle-8"]
+    assert ways == [way.name for way in steps.MAIN]
+
+
+def test_what_is_recommended_is_measured_before_what_is_compiled(tmp_path):
+    """Two sizes of every call first; whole updates with compiled networks only in the time that all others leave."""
+    rows = list(kernels.planned(dry=False))
+    shapes = [tuple(row["shape"]) for row in rows if row["way"] not in (kernels.BY_HAND, kernels.COMPILED)]
+    assert list(dict.fromkeys(shapes))[1:3] == list(kernels.SHAPES[:2])
+    first_compiled = next(i for i, row in enumerate(rows) if row["way"] == kernels.BY_HAND)
+    of_two = [row for row in rows if tuple(row["shape"]) in kernels.SHAPES[:2] and row["way"] == OURS]
+    assert len(of_two) == 2 * 2 * 5
+    assert all(rows.index(row) < first_compiled for row in of_two)
+    assert list(suite.SHARES)[-1] == "compiled"
+    assert sum(suite.SHARES.values()) <= 530
+    content = {"sections": {}, "rows": []}
+    suite._section(content, "compiled", False, suite.COMPILING - 1, tmp_path / "rows")
+    assert content["sections"]["compiled"] == "left out: no time, it needs 150 s"
+    assert [row["way"] for row in content["rows"]] == [way.name for way in steps.COMPILED]
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
