@@ -38,6 +38,12 @@ class Precision:
     device: torch.device
 
     @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around the making of samples, without gradients: :meth:`turn` and :meth:`networks` in one."""
+        with torch.no_grad(), self.turn(), self.networks():
+            yield
+
+    @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Around a whole turn with its backward passes: whether float32 products may be TF32."""
         with _tf32(self.name == "tf32") if self.device.type == "cuda" else contextlib.nullcontext():
@@ -124,6 +130,11 @@ def why_not(name: str, device: torch.device | str) -> str | None:
     if torch.version.hip is None and major < 8 and name in ("tf32", "bf16"):
         return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
     return None
+
+
+def in_words(name: str) -> str:
+    """An addition to the name of a distance, which says what its samples were computed in; empty for float32."""
+    return "" if name == "float32" else f", samples made in {name}"
 
 
 def seed_scale(batch: int) -> float:

@@ -362,6 +362,9 @@ class RunConfig:
     sample_every: int = setting(0, "updates between two pictures of samples, 0 for none", WHOLE)
     evaluate_every: int = setting(0, "updates between two evaluations, 0 for none", WHOLE)
     evaluate_samples: int = setting(2000, "samples of an evaluation", Range(2))
+    evaluate_precision: str = setting(
+        "float32", "the networks' precision where an evaluation makes its samples", choices=PRECISIONS
+    )
     inception: str = setting("", "a file of Inception weights, in whose features images are evaluated")
     classifier: str = setting(
         "",

@@ -370,6 +370,7 @@ def test_a_fast_recipe_changes_no_hyper_parameter(name):
     assert [fast["distill"].pop(f"{turn}_precision") for turn in ("fake", "generator")] == ["bf16", "fp16"]
     for turn in ("fake", "generator"):
         assert plain["distill"].pop(f"{turn}_precision") == "float32"
+    assert (fast["run"].pop("evaluate_precision"), plain["run"].pop("evaluate_precision")) == ("fp16", "float32")
     del plain["run"]["device"], plain["run"]["mode"]
     assert plain == fast
 

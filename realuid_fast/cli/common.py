@@ -18,6 +18,7 @@ from ..evaluate import table as evaluation
 from ..evaluate.measure import Measure
 from ..extras import extra
 from ..models.files import Model
+from ..precision import in_words
 
 with extra():
     from tqdm import tqdm
@@ -55,14 +56,15 @@ def show_table(
     count: int,
     steps: Sequence[int] = evaluation.STEPS,
     device: torch.device | str = "cpu",
+    precision: str = "float32",
 ) -> tuple[list[evaluation.Row], str]:
     """Measure and print the table; its rows and what its distance is."""
     table = []
-    for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps, device, progress=True):
+    for row in evaluation.rows(measure, dataset.shape, teacher, student, count, steps, device, True, precision):
         # Said as it comes: a teacher's hundred steps take a while.
         tqdm.write(f"measured: {row.name}", file=sys.stderr)
         table.append(row)
-    metric = f"{measure.name}, to held-out data ({count:,} samples)"
+    metric = f"{measure.name}, to held-out data ({count:,} samples{in_words(precision)})"
     print("\n" + evaluation.markdown(table, metric))
     return table, metric
 

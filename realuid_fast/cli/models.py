@@ -20,7 +20,7 @@ from ..evaluate import table as evaluation
 from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import WARMING, Measure, class_by_class, generate
 from ..jobs import config as configs
-from ..jobs.train import usable_device
+from ..jobs.train import usable_device, usable_precision
 from ..models import convert as conversion
 from ..models import pairs
 from ..models.calls import needs_endpoint
@@ -83,6 +83,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if not math.isfinite(arguments.guidance):
         raise UserError(f"--guidance must be finite, got {arguments.guidance}")
     device = usable_device("--device", arguments.device)
+    usable_precision("--precision", arguments.precision, device)
     common.use_threads(arguments.threads)
     model = common.model(arguments.model)
     student = model.description.role == "student"
@@ -91,7 +92,7 @@ def sample(arguments: argparse.Namespace) -> None:
     usual = 18 if arguments.solver == "edm" else 100
     steps = usual if arguments.steps is None else arguments.steps
     path, predict = model.description.interpolant(), model.description.predict
-    draw = evaluation.sampler(model, steps, arguments.solver or "euler", arguments.guidance)
+    draw = evaluation.sampler(model, steps, arguments.solver or "euler", arguments.guidance, arguments.precision)
     model.net.to(device)
     like = torch.empty(arguments.count, *common.shape(model), device=device)
     labels, endpoint = class_by_class(model.net, arguments.count), None
@@ -154,6 +155,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if folder is not None:
         _open_results(folder, arguments.overwrite)
     device = usable_device("--device", arguments.device)
+    usable_precision("--precision", arguments.precision, device)
     common.use_threads(arguments.threads)
     student = None if arguments.student is None else common.model(arguments.student)
     name = arguments.teacher
@@ -185,7 +187,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _inception_table(arguments, dataset, teacher, student, count)
     else:
         measure = Measure(dataset, classifier=arguments.classifier)
-        table, metric = common.show_table(measure, dataset, teacher, student, count, arguments.steps, device)
+        of = dataset, teacher, student, count, arguments.steps
+        table, metric = common.show_table(measure, *of, device, arguments.precision)
         if folder is not None:
             evaluation.write(folder, table, metric, samples=count, **common.context())
     if folder is not None:
@@ -218,8 +221,9 @@ def _inception_table(
     features = Inception(arguments.inception_weights, arguments.device)
     settings = {"split": arguments.real_split, "labels": arguments.labels, "batch": arguments.batch}
     judge = fidelity.Fidelity(dataset, features, cache=arguments.cache, progress=True, **settings)
-    table = list(fidelity.rows(judge, teacher, student, count, arguments.steps, arguments.repeats))
-    protocol = judge.protocol(count, arguments.repeats)
+    how = arguments.repeats, arguments.precision
+    table = list(fidelity.rows(judge, teacher, student, count, arguments.steps, *how))
+    protocol = judge.protocol(count, *how)
     print("\n" + fidelity.markdown(table, protocol))
     if arguments.out is not None:
         fidelity.write(arguments.out, table, protocol, **common.context())

@@ -115,6 +115,8 @@ def _add_sample(add: Add) -> None:
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     command.add_argument("--device", default="cpu", help="default: cpu")
+    text = "what the networks compute in (default: float32)"
+    command.add_argument("--precision", choices=choices.PRECISIONS, default="float32", help=text)
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
@@ -158,6 +160,8 @@ def _add_evaluate(add: Add) -> None:
     text = f"the teacher's Euler steps (default: {steps}; of larger images the first two)"
     command.add_argument("--steps", type=int, nargs="+", help=text)
     command.add_argument("--device", default="cpu", help="default: cpu")
+    text = "what the networks compute in (default: float32)"
+    command.add_argument("--precision", choices=choices.PRECISIONS, default="float32", help=text)
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")

@@ -141,12 +141,16 @@ class Fidelity:
             _write(file, found, described)
         return found
 
-    def protocol(self, count: int, repeats: int) -> dict[str, Any]:
-        """How the scores are measured, in plain values. Distances of different protocols cannot be compared."""
+    def protocol(self, count: int, repeats: int, precision: str = "float32") -> dict[str, Any]:
+        """How the scores are measured, in plain values. Distances of different protocols cannot be compared.
+
+        ``precision`` is what the networks make the samples in.
+        """
         real, conditional = self.real, self._dataset.classes
         return {
             **self._inception.protocol(),
             "generated_samples": count,
+            "precision": precision,
             "noise": f"{repeats} seed(s) from {NOISE_SEED} up, drawn in batches of {self._batch}",
             "labels": f"{self.labels}, of class-conditional networks" if conditional else "none",
             "real_split": self.split,
@@ -243,22 +247,28 @@ class Row:
 
 
 def rows(
-    fidelity: Fidelity, teacher: Model | None, student: Model | None, count: int, steps: Sequence[int], repeats: int
+    fidelity: Fidelity,
+    teacher: Model | None,
+    student: Model | None,
+    count: int,
+    steps: Sequence[int],
+    repeats: int,
+    precision: str = "float32",
 ) -> Iterator[Row]:
     """The table's rows one by one: the real images of the other split, a teacher in each of ``steps``, a student.
 
-    Each is measured on ``count`` samples of every one of ``repeats`` seeds.
+    Each is measured on ``count`` samples of every one of ``repeats`` seeds, which the networks make in ``precision``.
     """
     other = "heldout" if fidelity.split == "train" else "train"
     real = fidelity.of_split(other)
     yield Row(f"real {other} images ({real.count:,})", [fidelity.scores(real)])
     if teacher is not None:
         for number in steps:
-            draw = sampler(teacher, number)
+            draw = sampler(teacher, number, precision=precision)
             scores = [fidelity(draw, teacher.net, count, seed) for seed in range(repeats)]
             yield Row(f"teacher, {number} Euler step{'s' if number > 1 else ''}", scores, evaluations(number))
     if student is not None:
-        number, draw = 1 + len(student.description.times), sampler(student)
+        number, draw = 1 + len(student.description.times), sampler(student, precision=precision)
         scores = [fidelity(draw, student.net, count, seed) for seed in range(repeats)]
         yield Row(f"student, {'one step' if number == 1 else f'{number} steps'}", scores, number)
 

@@ -19,6 +19,7 @@ from ..models.calls import needs_endpoint
 from ..models.files import Model
 from ..models.generator import Generator
 from ..models.solvers import evaluations, integrate
+from ..precision import Precision
 from ..progress import bar, counting
 from .measure import MOST, WARMING, Distances, Measure, Sampler, evaluation_noise, generate
 
@@ -36,9 +37,12 @@ class Row:
     samples_per_second: float | None = None
 
 
-def sampler(model: Model, steps: int = 1, solver: str = "euler", guidance: float = 1.0) -> Sampler:
+def sampler(
+    model: Model, steps: int = 1, solver: str = "euler", guidance: float = 1.0, precision: str = "float32"
+) -> Sampler:
     """A function that turns noise and labels into samples. A student takes its own steps; a teacher takes ``steps``
-    steps of ``solver``, and a ``guidance`` above 1 pulls its samples further towards the labels.
+    steps of ``solver``, and a ``guidance`` above 1 pulls its samples further towards the labels. The network computes
+    in ``precision``, one of :data:`~realuid_fast.precision.PRECISIONS`, on the noise's device.
     """
     if guidance != 1.0 and model.description.role == "student":
         raise UserError("guidance is for teachers only: a student has learnt the guidance that it was distilled with")
@@ -49,11 +53,12 @@ def sampler(model: Model, steps: int = 1, solver: str = "euler", guidance: float
 
     def draw(z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         endpoint = endpoint if needed else None
-        if student is not None:
-            return student(z, labels, endpoint)
-        return integrate(
-            net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint, guidance=guidance
-        )
+        with Precision(precision, z.device).sampling():
+            if student is not None:
+                return student(z, labels, endpoint)
+            return integrate(
+                net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint, guidance=guidance
+            )
 
     return draw
 
@@ -83,6 +88,7 @@ def rows(
     steps: Sequence[int] = STEPS,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    precision: str = "float32",
 ) -> Iterator[Row]:
     """The table's rows one by one, each from ``count`` samples made on the thread count that is set.
 
@@ -95,6 +101,7 @@ def rows(
         steps: step counts of the teacher.
         device: where the networks are, and their samples are made.
         progress: whether to show a bar of network evaluations over all rows.
+        precision: what the networks compute in.
     """
     yield Row(f"real training data ({len(measure.train)})", measure.floor())
     noise = evaluation_noise(shape, count, device)
@@ -111,7 +118,9 @@ def rows(
         for name, model, number, evaluated in wanted:
             shown.set_description(name)
             with counting(model.net, shown):
-                samples, speed = generate(sampler(model, number), noise, *measure.conditions(model.net, count))
+                samples, speed = generate(
+                    sampler(model, number, precision=precision), noise, *measure.conditions(model.net, count)
+                )
             yield Row(name, measure(samples), evaluated, speed)
 
 

@@ -16,6 +16,7 @@ from ..evaluate import fidelity
 from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import Measure
 from ..lock import held
+from ..precision import Precision, in_words, why_not
 from ..settings import REGRESSION, Config
 from ..train import distributed
 from ..train.folder import open_folder, require_run
@@ -84,6 +85,17 @@ def usable_device(argument: str, name: str) -> torch.device:
     return device
 
 
+def usable_precision(argument: str, name: str, device: torch.device) -> Precision:
+    """The precision ``name`` on a device. ``argument`` is the setting or option that it came from, for the error.
+
+    Raises:
+        UserError: the device does not compute in it.
+    """
+    if (reason := why_not(name, device)) is not None:
+        raise UserError(f"{argument} {name} does not run on {device}: {reason}")
+    return Precision(name, device)
+
+
 def warn_of_warmup(job: str, config: Config) -> None:
     """Warn if the learning rate still rises during more than a fifth of a run's steps."""
     if job == "train-teacher":
@@ -134,6 +146,7 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
     if device.type == "cuda" and device.index is not None:
         # Make it the default for events, streams and generators that are created without a device.
         torch.cuda.set_device(device)
+    usable_precision("run.evaluate_precision", config.run.evaluate_precision, device)
     dataset, settings = data.load(config.data), config.distill
     # No local name keeps the teacher alive: the trainer may have its own copy (offloaded or in bf16), and two would
     # not fit.
@@ -147,6 +160,7 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         command,
     )
     measure = _measure(config, dataset)
+    measure.name += in_words(config.run.evaluate_precision)
     if distributed.rank() == 0:
         warn_of_warmup(job, config)
     with contextlib.ExitStack() as stack:

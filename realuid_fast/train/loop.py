@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import secrets
@@ -218,7 +219,8 @@ class _Run:
         """The main distance of fresh samples, written down with the others."""
         trainer = self.trainer
         noise = evaluation_noise(self.shape, self.settings.evaluate_samples, trainer.device)
-        samples, _ = generate(trainer.sample, noise, *self.measure.conditions(trainer.network, len(noise)))
+        sample = functools.partial(trainer.sample, precision=self.settings.evaluate_precision)
+        samples, _ = generate(sample, noise, *self.measure.conditions(trainer.network, len(noise)))
         values = self.measure(samples).as_dict() if self.leader else {"distance": math.inf}
         if self.leader:
             self.check()

@@ -169,10 +169,12 @@ class TeacherTrainer(Trainer):
         gone = torch.rand(len(labels), generator=self.draws, device=self.device) < self._label_dropout
         return torch.where(gone, torch.full_like(labels, self.net.null_label), labels)  # type: ignore[arg-type]
 
-    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+    def sample(
+        self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None, precision: str = "float32"
+    ) -> Tensor:
         """Samples of the exported network in Euler steps, for noise ``z`` and the endpoints if it has them."""
         endpoint = endpoint if self._endpoint else None
-        with self._exporting(), self._precision.turn():
+        with self._exporting(), Precision(precision, self.device).sampling():
             return integrate(
                 self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self.matching.predict, endpoint
             )

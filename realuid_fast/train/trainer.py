@@ -190,9 +190,11 @@ class Trainer(ABC):
     def update(self) -> None:
         """One update of every network."""
 
-    def sample(self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
+    def sample(
+        self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None, precision: str = "float32"
+    ) -> Tensor:
         """Samples of the network that would be exported now, from noise ``z`` and, if it takes them, endpoints."""
-        with torch.no_grad(), self._exporting(), Precision("float32", self.device).turn():
+        with self._exporting(), Precision(precision, self.device).sampling():
             return self.student(z, labels, None if self.endpoints is None else endpoint)
 
     def concern(self, row: Mapping[str, float]) -> str | None:
