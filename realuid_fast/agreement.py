@@ -12,6 +12,7 @@ from .matching import Matching
 from .models.calls import needs_endpoint
 from .models.generator import Generator
 from .models.pairs import Pairs
+from .networks.critic import Critic
 from .networks.discriminator import Gan, Judged
 from .objectives import Objective
 
@@ -22,6 +23,7 @@ def check(
     objective: Objective,
     fake: nn.Module,
     gan: Gan | None,
+    critic: Critic | None,
     pairs: Pairs | None,
     generator: Generator,
     divergence: str,
@@ -30,10 +32,12 @@ def check(
     turn_matching: Mapping[str, Matching],
 ) -> None:
     """Refuse arguments that do not go together."""
-    if (gan is not None) != isinstance(fake, Judged):
-        raise UserError("gan must be given for a fake model with a discriminator's head, and for no other")
-    if gan is not None and not objective.needs_fake:
-        raise UserError(f"gan judges by the fake model, and {objective.name} has none")
+    if [isinstance(fake, Judged), critic is not None].count(True) != (gan is not None):
+        raise UserError("gan must be given for a fake model with a discriminator's head or for a critic, and no other")
+    if isinstance(fake, Judged) and not objective.needs_fake:
+        raise UserError(f"gan judges by the fake model, and {objective.name} has none: give gan.features")
+    if gan is not None and critic is not None and (gan.least_share or divergence != "reverse-kl"):
+        raise UserError("gan.features see clean samples; gan.least_share and divergence need a head on the fake model")
     if pairs is not None and (generator.steps > 1 or needs_endpoint(generator.net, generator.path)):
         raise UserError("regression.pairs are for a student of one step that starts from noise alone")
     if divergence != "reverse-kl" and objective.flows != "x":

@@ -243,7 +243,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class GanConfig:
-    """A discriminator's head on the fake model (:mod:`realuid_fast.networks.discriminator`), none while both are 0."""
+    """A discriminator, none while both weights are 0: a head on the fake model, or heads on frozen features.
+
+    See :mod:`realuid_fast.networks.discriminator` and :mod:`realuid_fast.networks.critic`.
+    """
 
     weight_fake: float = setting(0.0, "the weight of the head's loss in the fake turn", NOT_NEGATIVE)
     weight_generator: float = setting(
@@ -252,6 +255,13 @@ class GanConfig:
     least_share: float = setting(
         0.0, "the least share of data in an interpolant that is judged, on the linear path its time", SHARE
     )
+    loss: str = setting("softplus", "the loss of both turns", choices=("softplus", "hinge"))
+    features: str = setting(
+        "",
+        "the frozen network that judges clean samples in place of the fake model: 'digits', the shipped classifier, or "
+        "a file of realuid-fast train-classifier; heads on its layers train in the fake turns, by distill.fake",
+    )
+    r1: float = setting(0.0, "the weight of the gradient penalty on real samples, with features alone", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)

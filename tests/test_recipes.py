@@ -13,7 +13,7 @@ from realuid_fast import cli, data, teachers
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.networks import build
-from realuid_fast.networks.discriminator import softplus_term
+from realuid_fast.networks.discriminator import adversarial_term
 
 # The paper's alpha, beta, rate and batch; those of celeba64_gan are run.sh's.
 PUBLISHED = {
@@ -321,7 +321,7 @@ def test_a_discriminator_weighs_as_much_as_the_published_one(name):
     late = logits[coef[:, 0] >= 0.8]
     assert len(late) == 200
     for weight, published, sign in zip((gan.weight_generator, gan.weight_fake), GAN[name], (-1.0, 1.0), strict=True):
-        value, _ = softplus_term(logits, torch.full((rows,), sign), coef, gan.least_share, rows)
+        value, _ = adversarial_term(logits, torch.full((rows,), sign), coef, gan.least_share, rows)
         torch.testing.assert_close(weight * value, published * torch.nn.functional.softplus(sign * late).mean())
 
 

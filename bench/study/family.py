@@ -210,6 +210,14 @@ FAMILY = (
         "1, in x0 units",
     ),
     System(
+        "ADD, adversarial diffusion distillation",
+        ("add",),
+        r"SDS, and $\lambda \sum_k \mathrm{mean}\,\psi(-h_k(F_k(x)))$ of heads $h_k$ on frozen features $F_k$, hinge",
+        "2311.17042, section 3",
+        UNREAD,
+        r"$\lambda$, in the preset $\frac{D}{5}$ for $D$ elements: their distance is read as a mean over them",
+    ),
+    System(
         "guided distillation, the first stage",
         ("guided",),
         r"a teacher's loss: $\|f(z_t, s) - (u + s (c - u))\|^2$, $s$ drawn in each row",

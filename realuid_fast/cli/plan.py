@@ -237,9 +237,11 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     size = _count(model.net)
     parameters = {"teacher": size, "generator": _count(counted.generator.net)}
     trained = {"generator": (parameters["generator"], settings.generator, settings.ema)}
-    if turns:
-        parameters["fake model"] = _count(counted.judged)
-        trained["fake model"] = (parameters["fake model"], settings.fake, ())
+    fakes = objective.needs_fake
+    heads = {"fake model": counted.judged} if fakes else {}
+    for name, net in (heads | ({} if counted.critic is None else {"discriminator": counted.critic})).items():
+        parameters[name] = _count(net)
+        trained[name] = (parameters[name], settings.fake, ())
     kept: dict[str, int] = {}
     for of_one in (_kept(*each) for each in trained.values()):
         kept = {name: kept.get(name, 0) + value for name, value in of_one.items()}
@@ -248,14 +250,14 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     part = batch // (ranks * config.run.accumulate)
     rows, twice = 1 + counted.takes_real, bool(settings.regression.pairs)
     backward = objective.flows == "all"
-    judged = counted.gan is not None and counted.gan.weight_generator > 0
+    judged = counted.gan is not None and counted.critic is None and counted.gan.weight_generator > 0
     fake_kept, shape, device = 0, dataset.shape, config.run.device
     with Precision(settings.fake_precision, CPU).networks():
-        if turns:
+        if fakes:
             fake_kept = _activations(counted.judged, shape, rows * part, device)
     with Precision(settings.generator_precision, CPU).networks():
         generator_kept = _activations(counted.generator.net, shape, part, device)
-        if turns and (backward or judged):
+        if fakes and (backward or judged):
             generator_kept += _activations(counted.frozen_fake, shape, part, device, to_input=True)
         if backward:
             rounded = settings.teacher_precision != "float32"
@@ -274,9 +276,9 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
 
     one = _operations(model.description.network, config.run.checkpoint_activations)
     frozen = asked * (one.input if backward else one.forward)
-    frozen += bool(turns) * (one.input if backward or judged else one.forward)
+    frozen += fakes * (one.input if backward or judged else one.forward)
     operations = {"samples for the fake turns": made * steps * one.forward} if turns else {}
-    if turns:
+    if fakes:
         each = one.training + (asked * one.forward if objective.needs_teacher else 0)
         operations[f"fake turns ({settings.fake_turns})"] = made * rows * each
     operations["generator turn"] = batch * ((1 + twice) * one.training + (steps - 1) * one.forward + frozen)

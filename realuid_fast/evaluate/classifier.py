@@ -49,10 +49,13 @@ class Classifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features ``(N, 64)`` of images ``(N, channels, size, size)``."""
-        h = F.silu(self.conv1(x))
-        h = F.avg_pool2d(F.silu(self.conv2(h)), 2)
-        h = F.avg_pool2d(F.silu(self.conv3(h)), 2)
-        return F.silu(self.project(h.flatten(1)))
+        return self.maps(x)[-1]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The activations of the second and the third convolution, and the features."""
+        second = F.silu(self.conv2(F.silu(self.conv1(x))))
+        third = F.silu(self.conv3(F.avg_pool2d(second, 2)))
+        return [second, third, F.silu(self.project(F.avg_pool2d(third, 2).flatten(1)))]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, classes)``."""

@@ -401,6 +401,8 @@ def _check(config: Config) -> None:
     if run.offload_teacher and run.device == "cpu":
         raise UserError("run.offload_teacher must be false with run.device cpu: the teacher is in host memory there")
     gan = distill.gan
+    if gan.r1 and not gan.features:
+        raise UserError("distill.gan.r1 is a penalty of heads on frozen features: set distill.gan.features")
     if gan.weight_generator and not gan.weight_fake:
         raise UserError("distill.gan.weight_generator needs a weight_fake: nothing else trains the discriminator")
     if distill.divergence != "reverse-kl" and not gan.weight_fake:

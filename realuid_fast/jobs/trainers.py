@@ -14,6 +14,7 @@ from torch import nn
 from .. import precision, teachers
 from ..data import Dataset
 from ..errors import UserError
+from ..evaluate import classifier
 from ..matching import Matching
 from ..models import pairs
 from ..models.files import Description, Model
@@ -21,6 +22,7 @@ from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..networks import build
 from ..networks.calling import null_labels, takes_guidance
+from ..networks.critic import Critic
 from ..networks.discriminator import Gan, Judged
 from ..networks.recompute import recompute
 from ..optim import Optimiser
@@ -94,8 +96,8 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
     _check(config, dataset, described)
     net = _prepared(teacher.net, config, dataset)
     trained, fake = _copies(net, config, described)
-    gan = Gan(**vars(settings.gan)) if settings.gan.weight_fake else None
-    if gan is not None:
+    gan, critic = _gan(config, dataset)
+    if gan is not None and critic is None:
         fake = Judged(fake, dataset.shape, seed)
     generator = _generator(trained, config, matching, settings.times)
     if settings.start:
@@ -107,7 +109,8 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
         generator = _generator(sharding.shard(generator.net, device), config, matching, settings.times)
     teacher_net = _frozen(net, config) if teacher.function is None else teacher.function
     warms_up = not settings.start if settings.ema_warmup is None else settings.ema_warmup
-    turns, stored = max(settings.fake_turns * objective.needs_fake, 1), settings.regression
+    turns = max(settings.fake_turns * (objective.needs_fake or critic is not None), 1)
+    stored = settings.regression
     with _named("distill", settings):
         return Distiller(
             teacher_net, fake, generator, matching, objective, dataset,
@@ -115,11 +118,30 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
             _optimiser(generator.net, settings.generator, settings.updates, settings.ema, warms_up),
             _setup(config, settings.batch, settings.updates),
             fake_turns=settings.fake_turns, guidance=settings.guidance, labels=settings.labels, gan=gan,
+            critic=critic,
+            critic_optimiser=None if critic is None else _optimiser(critic, settings.fake, settings.updates * turns),
             pairs=pairs.Pairs(pairs.read(stored.pairs), stored.weight) if stored.pairs else None,
             turn_matching=config.path.turns(described), divergence=settings.divergence,
             precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
+
+
+def _gan(config: Config, dataset: Dataset) -> tuple[Gan | None, Critic | None]:
+    """The discriminator's weights, and its heads where it stands alone."""
+    settings = config.distill.gan
+    if not settings.weight_fake:
+        return None, None
+    gan = Gan(settings.weight_fake, settings.weight_generator, settings.least_share, settings.loss)
+    if not settings.features:
+        return gan, None
+    net = classifier.digit_classifier() if settings.features == "digits" else classifier.read(settings.features)[0]
+    if net.shape != dataset.shape:
+        raise UserError(
+            f"distill.gan.features {settings.features} are of images {net.shape}, the data have {dataset.shape}"
+        )
+    net, like = copy.deepcopy(net).to(config.run.device), torch.zeros(1, *dataset.shape, device=config.run.device)
+    return gan, Critic(net.maps, like, config.run.seed, settings.loss, settings.r1)
 
 
 def moments(config: Config, dataset: Dataset, teacher: Model, command: str = "") -> MomentTrainer:

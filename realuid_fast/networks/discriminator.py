@@ -1,14 +1,14 @@
-"""A discriminator on the fake model: a small head on its features, and softplus GAN terms in both turns.
+"""A discriminator on the fake model: a small head on its features, and adversarial terms in both turns.
 
 The head reads features that the fake model computes anyway, so the turns make no further pass. With its logits ``h``::
 
     fake turn        + weight_fake      (mean m softplus(h(generated)) + mean m softplus(-h(real)))
     generator turn   + weight_generator  mean m softplus(-h(generated))
 
-over interpolants ``x_t``; ``m`` is 1 for an ``x_t`` that holds at least ``least_share`` of data, else 0. Source: the
-published RealUID code's comparison with a GAN, after DMD2 (Yin et al., 2405.14867, section 4.3). That code draws
-separate ``x_t`` for the discriminator, at times in [0.8, 1], with weights of 15 and 5. Here the discriminator judges
-the ``x_t`` of the turn itself.
+over interpolants ``x_t``, or hinge in place of softplus; ``m`` is 1 for an ``x_t`` that holds at least ``least_share``
+of data, else 0. Source: the published RealUID code's comparison with a GAN, after DMD2 (Yin et al., 2405.14867, section
+4.3). That code draws separate ``x_t`` for the discriminator, at times in [0.8, 1], with weights of 15 and 5. Here the
+discriminator judges the ``x_t`` of the turn itself.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Gan:
         weight_fake: the weight of the head's loss in the fake turn.
         weight_generator: the weight of the generator's term, 0 for a head that a divergence alone reads.
         least_share: the least share of data in an interpolant that is judged.
+        loss: ``"softplus"``, or ``"hinge"``: ``max(0, 1 + u)`` in the fake turn and ``u`` in the generator's.
     """
 
     weight_fake: float = 1.0
     weight_generator: float = 0.0
     least_share: float = 0.0
+    loss: str = "softplus"
 
 
 class Head(nn.Module):
@@ -53,7 +55,7 @@ class Head(nn.Module):
     hidden layer and one logit.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], norm: type[nn.Module] = GroupNorm) -> None:
         super().__init__()
         channels, *sides = shape
         layers: list[nn.Module] = []
@@ -62,7 +64,7 @@ class Head(nn.Module):
                 if min(sides) < 2:
                     break
                 groups = channels // GROUP if channels % GROUP == 0 else 1
-                layers += [nn.Conv2d(channels, channels, 2, stride=2), GroupNorm(groups, channels), nn.SiLU()]
+                layers += [nn.Conv2d(channels, channels, 2, stride=2), norm(groups, channels), nn.SiLU()]
                 sides = [side // 2 for side in sides]
             layers.append(nn.Conv2d(channels, 1, 1))
         else:
@@ -106,8 +108,23 @@ class Judged(nn.Module):
         return out, self.head(features)
 
 
-def softplus_term(logits: Tensor, signs: Tensor, coef: Tensor, least_share: float, count: int) -> tuple[Tensor, Tensor]:
-    """``sum_i m_i mean softplus(signs_i logits_i) / count`` ``()`` and its gradient in ``logits`` ``(R, n)``.
+def psi(u: Tensor, loss: str, generator: bool = False) -> tuple[Tensor, Tensor]:
+    """``softplus(u)`` or, for hinge, ``max(0, 1 + u)`` and, of the ``generator``, ``u``; and the derivative."""
+    if loss == "softplus":
+        return F.softplus(u), torch.sigmoid(u)
+    return (u, torch.ones_like(u)) if generator else (F.relu(1 + u), (u > -1).to(u))
+
+
+def adversarial_term(
+    logits: Tensor,
+    signs: Tensor,
+    coef: Tensor,
+    least_share: float,
+    count: int,
+    loss: str = "softplus",
+    generator: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``sum_i m_i mean psi(signs_i logits_i) / count`` ``()`` and its gradient in ``logits`` ``(R, n)``.
 
     Args:
         logits: the head's output.
@@ -115,13 +132,13 @@ def softplus_term(logits: Tensor, signs: Tensor, coef: Tensor, least_share: floa
         coef: the rows' coefficients ``(R, 9)``, which give each row's share of data.
         least_share: the share of data from which on ``m`` is 1.
         count: rows of one half, generated or real.
+        loss, generator: the arguments of :func:`psi`.
     """
     logits = logits.detach()
     row = Coefficients(coef)
     judged = (row.a.abs() >= least_share * row.scales.abs().sum(1)).to(logits) / (count * logits.shape[1])
-    signed = signs[:, None] * logits
-    value = (judged[:, None] * F.softplus(signed)).sum()
-    return value, (judged * signs)[:, None] * torch.sigmoid(signed)
+    value, slope = psi(signs[:, None] * logits, loss, generator)
+    return (judged[:, None] * value).sum(), (judged * signs)[:, None] * slope
 
 
 def weighed(draw: Interpolant, divergence: str | None, logits: Tensor | None) -> Interpolant:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,6 @@ from ..agreement import check
 from ..coefficients import Coefficients
 from ..data import Dataset
 from ..errors import UserError
-from ..functional import GeneratorGrads
 from ..interpolant import Interpolant
 from ..matching import Matching
 from ..models.conditions import endpoints_to_draw, labels_to_draw
@@ -25,7 +24,8 @@ from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..models.pairs import Pairs
 from ..networks.calling import arguments, outputs
-from ..networks.discriminator import Gan, Judged, softplus_term, weighed
+from ..networks.critic import Critic
+from ..networks.discriminator import Gan, Judged, adversarial_term, weighed
 from ..noise import normal
 from ..objectives import Objective
 from ..optim import Optimiser
@@ -33,6 +33,7 @@ from ..precision import Precision
 from ..tripwires import MOST, Tripwires
 from . import modes, sharding
 from .batches import Batches
+from .flows import through_networks
 from .modes import Captured, CudaRecorder, Recorder, Turn
 from .pairs import PairTerm
 from .trainer import Setup, Stateful, Trainer
@@ -63,7 +64,8 @@ class Distiller(Trainer):
         fake_turns: steps of the fake model in an update.
         guidance: the scale of the teacher's classifier-free guidance; 1 for none.
         labels: ``"drawn"`` from the training set, or those of the real ``"batch"`` in the same row.
-        gan: the weights of a discriminator's terms, for a judged fake model.
+        gan: the weights of a discriminator's terms, for a judged fake model or a critic.
+        critic, critic_optimiser: a discriminator that stands alone, trained in the fake turns, and its optimiser.
         pairs: stored pairs, whose regression is added to the generator's loss (DMD).
         turn_matching: ``matching`` with another sampler or another weight, for the turns ``"fake"`` and
             ``"generator"`` and for what ``"guidance"`` adds to the generator's gradient (decoupled DMD).
@@ -94,6 +96,8 @@ class Distiller(Trainer):
         guidance: float = 1.0,
         labels: str = "drawn",
         gan: Gan | None = None,
+        critic: Critic | None = None,
+        critic_optimiser: Optimiser | None = None,
         pairs: Pairs | None = None,
         turn_matching: Mapping[str, Matching] = MappingProxyType({}),
         divergence: str = "reverse-kl",
@@ -101,15 +105,17 @@ class Distiller(Trainer):
         export: float = 0.0,
         description: Description | None = None,
     ) -> None:
-        self.turns = fake_turns * objective.needs_fake
+        self.turns = fake_turns * (objective.needs_fake or critic is not None)
         names = ["generator loss", "generator gradient", *tripwires.names(heldout=True)]
-        if self.turns:
+        if objective.needs_fake:
             names = ["fake loss", names[0], "fake gradient", *names[1:]]
         if gan is not None:
             names += ["discriminator loss", "adversarial loss"]
         names += ["regression loss"] * (pairs is not None)
         description = description or Description({}, "student", predict=matching.predict, t_start=generator.t_start)
         optimisers = {"fake": fake_optimiser, "generator": generator_optimiser}
+        if critic is not None and critic_optimiser is not None:
+            optimisers["critic"], names = critic_optimiser, [*names, "critic gradient"]
         super().__init__(
             generator.net, matching, dataset, setup, optimisers, names, export, generator_optimiser, description
         )  # fmt: skip
@@ -117,8 +123,8 @@ class Distiller(Trainer):
         # The fake model with the discriminator's head, where there is one.
         self.judged, self.fake = fake, fake.net if isinstance(fake, Judged) else fake
         self.generator_optimiser, self.fake_optimiser = generator_optimiser, fake_optimiser
-        self.guidance, self.gan = guidance, gan
-        check(objective, fake, gan, pairs, generator, divergence, guidance, matching, turn_matching)
+        self.guidance, self.gan, self.critic = guidance, gan, critic
+        check(objective, fake, gan, critic, pairs, generator, divergence, guidance, matching, turn_matching)
         self.pairs = None if pairs is None else PairTerm(pairs, self._like, generator.net, 2 * setup.seed + 1)
         self._turn_matching = dict(turn_matching)
         self._divergence = None if divergence == "reverse-kl" else divergence
@@ -142,6 +148,7 @@ class Distiller(Trainer):
         owners: dict[str, Stateful | None] = {"generator": generator.net, "fake": self.fake, "batches": self.batches}
         owners |= {"generator_optimiser": generator_optimiser, "fake_optimiser": fake_optimiser}
         owners["head"] = fake.head if isinstance(fake, Judged) else None
+        owners |= {"critic": critic, "critic_optimiser": critic_optimiser}
         owners["pairs"] = None if self.pairs is None else self.pairs.batches
         self.kept = {name: owner for name, owner in owners.items() if owner is not None}
         self._make_buffers(dataset.shape)
@@ -244,14 +251,27 @@ class Distiller(Trainer):
             return {name: rows for name, rows in made.items() if rows is not None}
 
     def _fake_step_plain(self) -> dict[str, Tensor]:
-        """The fake turn on :attr:`_rows`."""
-        y, ends, networks = self._row_labels, self._row_ends, self.precisions["fake"].networks
+        """The turn of the fake model and of a critic on :attr:`_rows`."""
+        watched = self._fake_turn_plain() if self.objective.needs_fake else {}
+        if self.critic is not None and self.gan is not None:
+            with self.precisions["fake"].turn(), self.phases("critic"), self.precisions["fake"].networks():
+                generated, real = self._rows.chunk(2)
+                loss = self.critic.backward(generated, real, self.gan.weight_fake)
+            watched |= {"discriminator loss": loss, **self._advance("critic")}
+        return watched
+
+    def _fake_turn_plain(self) -> dict[str, Tensor]:
+        # Real rows pass the fake model for its own loss or for a head on it, and not for a critic.
+        n_real = self._n_real if self.objective.needs_real or isinstance(self.judged, Judged) else 0
+        given, networks = (self._rows, self._row_labels, self._row_ends), self.precisions["fake"].networks
+        x, y, ends = (None if rows is None else rows[: self.batch + n_real] for rows in given)
+        assert x is not None
         with self.precisions["fake"].turn():
             with self.phases("interpolate"):
                 t, coef = self._times(self._turn_matching.get("fake"))
-                if self._n_real:
+                if n_real:
                     t, coef = t.repeat(2), coef.repeat(2, 1)
-                draw = self._interpolant(self._rows, self.noise.next_key(), t, coef, ends, self._n_real)
+                draw = self._interpolant(x, self.noise.next_key(), t, coef, ends, n_real)
                 seen = self._seen(draw, y, ends)
             with self.phases("fake forward"), networks():
                 out, logits = self._ask_fake(self._run_fake, seen)
@@ -271,10 +291,10 @@ class Distiller(Trainer):
                     guidance=self.guidance if uncond is not None else 1.0,
                 )  # fmt: skip
                 watched, outs, seeds = {"fake loss": grads.loss}, [own_out], [grads.fake_out]
-                if self.gan is not None and logits is not None:
-                    loss, seed = softplus_term(logits, self._signs, coef, self.gan.least_share, self.batch)
+                if (gan := self.gan) is not None and logits is not None:
+                    loss, seed = adversarial_term(logits, self._signs, coef, gan.least_share, self.batch, gan.loss)
                     watched["discriminator loss"] = loss
-                    outs, seeds = [*outs, logits], [*seeds, self.gan.weight_fake * seed]
+                    outs, seeds = [*outs, logits], [*seeds, gan.weight_fake * seed]
             with self.phases("fake backward"):
                 torch.autograd.backward(outs, seeds)
         return {**watched, **self._advance("fake")}
@@ -318,13 +338,19 @@ class Distiller(Trainer):
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
                 watched = {self.tripwires.names[0]: self.tripwires.sums(draw, asked.detach(), fake_out.detach())}
             judged = None
-            if self.gan is not None and logits is not None:
+            if (gan := self.gan) is not None and logits is not None:
                 # The signs of real rows: the generator wants its rows to be judged real.
-                loss, seed = softplus_term(logits, self._signs[-self.batch :], coef, self.gan.least_share, self.batch)
+                signs = self._signs[-self.batch :]
+                loss, seed = adversarial_term(logits, signs, coef, gan.least_share, self.batch, gan.loss, True)
                 watched["adversarial loss"] = loss
-                if self.gan.weight_generator > 0:
-                    judged = self.gan.weight_generator * self._seed_scale * seed
-            g_x = self._through_networks(grads, draw, x_t, (teacher_out, fake_out, uncond, logits), judged)
+                if gan.weight_generator > 0:
+                    judged = gan.weight_generator * self._seed_scale * seed
+            with self.phases("frozen backward"):
+                g_x = through_networks(grads, draw, x_t, (teacher_out, fake_out, uncond, logits), judged)
+            if gan is not None and self.critic is not None:
+                with self.phases("critic"), self.precisions["generator"].networks():
+                    watched["adversarial loss"], pull = self.critic.pull(x)
+                g_x = g_x + gan.weight_generator * self._seed_scale * pull
             if "guidance" in self._turn_matching:
                 g_x = g_x + self._guidance_term(x.detach(), y, ends)
             with self.phases("generator backward"):
@@ -358,12 +384,12 @@ class Distiller(Trainer):
         """The frozen networks at ``x_t``: the fake model's output and logits, the teacher's output and unguided one."""
         # If the gradient flows through x alone, neither teacher nor fake model needs a backward pass.
         backward = self.objective.flows == "all"
-        adversarial = self.gan is not None and self.gan.weight_generator > 0
+        adversarial = self.critic is None and self.gan is not None and self.gan.weight_generator > 0
         with self.phases("frozen forward"), self.precisions["generator"].networks():
             logits = None
             with torch.set_grad_enabled(backward or adversarial):
                 seen = self._seen(draw, labels, endpoint)
-                if self.turns:
+                if self.objective.needs_fake:
                     fake_out, logits = self._ask_fake(self._run_frozen_fake, seen)
                 else:
                     fake_out = functional.sample_output(x, replace(draw, x_t=draw.x_t.detach()).read_x_t, draw.coef)
@@ -376,29 +402,6 @@ class Distiller(Trainer):
                 )
         return fake_out, logits, teacher_out, uncond
 
-    def _through_networks(
-        self,
-        grads: GeneratorGrads,
-        draw: Interpolant,
-        x_t: Tensor,
-        outs: Sequence[Tensor | None],
-        judged: Tensor | None,
-    ) -> Tensor:
-        """The loss' whole gradient in ``x``: the direct one, and ``a`` times the one in ``x_t`` through the networks.
-
-        ``outs`` are the teacher's, the fake model's and the unguided output and the discriminator's logits, whose
-        gradient is ``judged``.
-        """
-        seeds = (grads.teacher_out, grads.fake_out, grads.teacher_uncond, judged)
-        pairs = [(out, seed) for out, seed in zip(outs, seeds, strict=True) if out is not None and seed is not None]
-        if not pairs:
-            return grads.x
-        with self.phases("frozen backward"):
-            (g_x_t,) = torch.autograd.grad([out for out, _ in pairs], x_t, [seed for _, seed in pairs])
-            if grads.x_t is not None:
-                g_x_t = g_x_t + grads.x_t
-            return torch.addcmul(grads.x, Coefficients(draw.coef, like=x_t).a, g_x_t)
-
     def concern(self, row: Mapping[str, float]) -> str | None:
         coarsest = max(("generator", "teacher"), key=lambda turn: self.precisions[turn].gradient_error(row["gap"]))
         concern = self.precisions[coarsest].concern(row["gap"])
@@ -408,8 +411,7 @@ class Distiller(Trainer):
         """Run the turns as CUDA graphs from now on, whatever the mode was; ``recorder`` replaces CUDA's."""
         recorder = recorder or CudaRecorder(self.device, [self.draws])
         self._generate = Captured(self._generate_rows, recorder)
-        # Fake turns run several times an update. Count their warm-up in updates too, so that all three turns are
-        # captured in the same update, in the order in which they run.
+        # The warm-up of fake turns counts updates too: all turns are captured in the same update, in their order.
         self._fake_step = Captured(self._fake_step_plain, recorder, modes.WARM_UP * max(self.turns, 1))
         self._generator_step = Captured(self._generator_step_plain, recorder)
 
@@ -424,7 +426,7 @@ class Distiller(Trainer):
 
     def _ask_fake(self, run: Callable[..., Any], seen: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
         """The fake model's output, and the logits ``(R, n)`` of its discriminator's head; None without a head."""
-        if self.gan is None:
+        if not isinstance(self.judged, Judged):
             return self._float(run(*seen)), None
         out, logits = run(*seen)
         return self._float(out), logits.float()

@@ -19,7 +19,7 @@ from ..meters import Meters
 from ..models.conditions import picked
 from ..models.files import Description
 from ..noise import NoiseStream
-from ..optim import Optimiser
+from ..optim import Optimiser, is_sharded
 from ..optim.mean import average
 from ..paths import OneSidedPath
 from ..phases import Phases
@@ -156,7 +156,8 @@ class Trainer(ABC):
         self.optimisers = dict(optimisers)
         for each in self.optimisers.values():
             # FSDP2 averages the gradients of a sharded network over the ranks during the backward pass.
-            average(each, 1 if self.sharded else distributed.size(), self.parts)
+            sharded = any(map(is_sharded, each.adam.param_groups[0]["params"]))
+            average(each, 1 if sharded else distributed.size(), self.parts)
         kept = optimiser.ema.get(export)
         if export and kept is None:
             raise UserError(f"export must be 0 or a decay of the optimiser's averages, got {export:g}")

@@ -20,7 +20,7 @@ from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
 from realuid_fast.models.generator import _key
 from realuid_fast.networks import build
-from realuid_fast.networks.discriminator import Head, Judged, softplus_term
+from realuid_fast.networks.discriminator import Head, Judged, adversarial_term
 from realuid_fast.noise import normal
 from realuid_fast.sampling import integrate
 from realuid_fast.train.distill import Distiller
@@ -119,7 +119,7 @@ def test_softplus_term_is_its_formula():
     coef[:, 0] = torch.tensor([0.1, 0.9, 0.5, 0.1, 0.9, 0.5])
     coef[:, 2] = 1 - coef[:, 0]
     signs = torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=torch.float64)
-    value, gradient = softplus_term(logits, signs, coef, 0.5, 3)
+    value, gradient = adversarial_term(logits, signs, coef, 0.5, 3)
     literal = F.softplus(logits[1:3]).sum() / 6 + F.softplus(-logits[4:]).sum() / 6
     torch.testing.assert_close(value, literal.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(literal, logits)[0])
