@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests start some hundred processes. Where a shell forbids to keep bytecode, each compiles this package and the tests anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo compare study test docs bench fuzz nullgpu nullgpu-budget nullgpu-networks nullgpu-rehearsal sanitize dist audit lock clean
+.PHONY: demo compare study test checks docs bench fuzz nullgpu nullgpu-budget nullgpu-networks nullgpu-rehearsal sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
@@ -20,12 +20,17 @@ DATA ?= data/mnist
 study: $(VENV)/.installed
 	$(BIN)/python -m bench.study.mnist --data $(DATA)
 
+# The checks run beside the tests, on a processor that these leave free now and then. What they say comes last.
 test: $(VENV)/.installed
+	@mkdir -p build; make --no-print-directory checks > build/checks.log 2>&1 & checks=$$!; \
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --by-file --durations 15; \
+	tests=$$?; wait $$checks; checks=$$?; cat build/checks.log; exit $$((tests | checks))
+
+checks: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	! $(BIN)/python -m pip check | grep -vE '^(torchcfm |torch-fidelity |flow-matching |accelerate |lightning |No broken)'
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --by-file --durations 15
 
 # The site, without the network: a warning, such as a link that leads nowhere, is an error. It ends in build/docs/index.html.
 docs: $(VENV)/.installed
