@@ -65,10 +65,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+def pytest_collectstart():
+    """What the test files import stays: looking through it for garbage takes a quarter of the imports' time."""
+    gc.disable()
+
+
 def pytest_collection_finish():
     """The modules' objects stay to the end: plans collect garbage often, and need not look through them each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 class ByFile:

@@ -37,23 +37,27 @@ UNET = {
     "num_res_blocks": 1,
     "norm_groups": 4,
 }
-# This network has one level. The cases with the networks above prove every layer, these what their objective adds.
+# One level: the network above proves those between the levels.
 SMALL = {**UNET, "channel_mult": [1]}
-LABELLED = {**UNET, "num_classes": 10, "class_cond": True}
-NULL = {**LABELLED, "null_label": True}
+LABELLED = {**SMALL, "num_classes": 10, "class_cond": True}
+# The cases with the networks above prove every layer, those with these what their objective adds to a network's calls.
+MLP = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1}
+CLASSES = {**MLP, "num_classes": 10}
+NULL = {**CLASSES, "null_label": True}
 GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}
 CASES = {
     "realuid": (UNET, {}),
     "labels": (LABELLED, {}),
-    "labels of the batch": (LABELLED, {"labels": "batch"}),
+    "labels of the batch": (CLASSES, {"labels": "batch"}),
     "guidance": (NULL, {"guidance": 2.0}),
-    "sid": (SMALL, {"objective": {"name": "sid", "alpha_sid": 1.0}}),
-    "normalised": (SMALL, {"objective": {"name": "normalised", "alpha": 0.9, "beta": 0.95}}),
-    "dmd": (SMALL, {"objective": {"name": "dmd"}}),
-    "sds": (SMALL, {"objective": {"name": "sds"}}),
+    "sid": (MLP, {"objective": {"name": "sid", "alpha_sid": 1.0}}),
+    "normalised": (MLP, {"objective": {"name": "normalised", "alpha": 0.9, "beta": 0.95}}),
+    "dmd": (MLP, {"objective": {"name": "dmd"}}),
+    "sds": (MLP, {"objective": {"name": "sds"}}),
+    # A discriminator's head on an image network has a convolution of its own.
     "gan": (SMALL, GAN),
-    "several steps": (LABELLED, {"times": [0.5, 0.8]}),
-    "regression": (SMALL, {"objective": {"name": "regression"}}),
+    "several steps": (CLASSES, {"times": [0.5, 0.8]}),
+    "regression": (MLP, {"objective": {"name": "regression"}}),
 }
 
 

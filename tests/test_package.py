@@ -108,8 +108,8 @@ import realuid_fast as rf
 """
 
 
-def test_calls_need_torch_numpy_and_safetensors_alone():
-    code = """
+def test_calls_need_torch_numpy_and_safetensors_alone_and_a_missing_extra_is_named():
+    calls = """
 path, objective, stream = rf.paths.Linear(), rf.objectives.RealUID(0.92, 0.94), rf.NoiseStream(0)
 net = torch.nn.Linear(3, 3)
 optimiser = rf.optim.FusedAdam(net.parameters(), lr=0.1, clip=1.0, ema_decays=(0.9,))
@@ -128,13 +128,11 @@ optimiser.load_state_dict(optimiser.state_dict())
 assert "torch._dynamo" not in sys.modules
 teacher = rf.teachers.load_teacher("digits").net
 teacher(torch.rand(2), torch.randn(2, 1, 8, 8), torch.tensor([1, 2]))
-assert not {*PACKAGES, "nvtx", "triton"} & set(sys.modules)
+# This one is installed and could be imported.
+rf.models.hub, rf.load("digits")
+assert not {*PACKAGES, "nvtx", "triton", "huggingface_hub"} & set(sys.modules)
 """
-    fresh(BLOCKED + code)
-
-
-def test_a_missing_extra_is_named():
-    code = """
+    extras = """
 import runpy
 from realuid_fast import cli, data, paths
 from realuid_fast.errors import UserError
@@ -154,7 +152,8 @@ for call, package in (
     assert sentence(call) == f"{package} is not installed: run pip install 'realuid-fast[train]'", sentence(call)
 assert cli.main(["info"]) == 2
 """
-    done = subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=False)
+    code = BLOCKED + calls + extras
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.endswith("is not installed: run pip install 'realuid-fast[train]'\n")

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from bench import kills
 from realuid_fast import teachers
 from realuid_fast.train import hooks
 from realuid_fast.train.checkpoint import Checkpoints
@@ -21,13 +20,15 @@ from realuid_fast.train.logging import read_csv
 from .runs import ROOT, end_of
 
 
-def test_a_run_killed_again_and_again_ends_as_if_left_alone(tmp_path):
+def killed(tmp_path, *words):
+    """The result of the command. Its lives are forked from this process, which has imported what they need."""
     out = tmp_path / "kills.json"
-    command = [sys.executable, "-m", "bench.kills", "--kills", "5", "--updates", "24", "--every", "0"]
-    command += ["--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
+    assert kills.main([*words, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_a_run_killed_again_and_again_ends_as_if_left_alone(tmp_path):
+    result = killed(tmp_path, "--kills", "5", "--updates", "24", "--every", "0")
     assert result["same"] is True
     assert result["checkpoints_lost"] == 0
     assert len(result["kills"]) == 5
@@ -38,13 +39,7 @@ def test_a_run_killed_at_every_call_that_changes_its_folder_ends_as_if_left_alon
     settings = tmp_path / "c.yaml"
     content = yaml.safe_load((run("run") / "config.yaml").read_text())
     settings.write_text(yaml.safe_dump({key: content[key] for key in ("data", "distill")}))
-    out = tmp_path / "kills.json"
-    command = [sys.executable, "-m", "bench.kills", "--kills", "0", "--every", "8"]
-    done = subprocess.run(
-        [*command, "--config", str(settings), "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(out.read_text())["calls"]
+    told = killed(tmp_path, "--kills", "0", "--every", "8", "--config", str(settings))["calls"]
     made = {kill["call"] for each in told.values() for kill in each["kills"]}
     assert {call.split()[0] for call in made} >= {"fsync", "replace", "mkdir", "unlink"}
     assert all(kill["wrong"] == [] for each in told.values() for kill in each["kills"])

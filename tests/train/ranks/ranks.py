@@ -2,14 +2,17 @@
 
 import os
 import signal
+import sys
 import time
+import traceback
 
 import torch
 import torch._dynamo  # here, like fsdp, so that forked ranks need not: sharding imports it
 import torch.distributed as dist
 import torch.distributed.fsdp
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from realuid_fast import data, teachers
+from realuid_fast import cli, data, teachers
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
@@ -74,8 +77,6 @@ def on_ranks(place, size, work):
                 dist.destroy_process_group()
                 code = 0
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -83,6 +84,34 @@ def on_ranks(place, size, work):
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert codes == [0] * size
     return [torch.load(f"{meeting}.{rank}", weights_only=False) for rank in range(size)]
+
+
+def torchrun(place, words, said, interpreters):
+    """A process in which torchrun's agent runs the command on two ranks and starts them again: its number.
+
+    Without ``interpreters`` the agent's process is forked from this one, and its ranks from it. So they need not import
+    what this process has imported, which takes longer than all that they do.
+    """
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.chdir(place)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        if interpreters:
+            agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            agent += ["--max-restarts=3", "-m", "realuid_fast.cli"]
+            os.execv(agent[0], [*agent, *words])
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        settings = LaunchConfig(
+            1, 1, 2, run_id="forked", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork"
+        )
+        elastic_launch(settings, lambda: sys.exit(cli.main(words)))()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def trainer_in(place, cls, **sections):
