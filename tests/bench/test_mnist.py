@@ -1,5 +1,6 @@
 """The study on MNIST: its criterion on numbers made by hand, its scores, and the whole command on a tiny set."""
 
+import functools
 import gzip
 import json
 import struct
@@ -12,6 +13,7 @@ import torch
 from bench.study.mnist import __main__ as study
 from bench.study.mnist import arms, criterion, judge
 from realuid_fast import cli, metrics
+from realuid_fast.cli import training
 
 TINY = [
     *("data.size=8", "network.num_channels=4", "network.channel_mult=[1]", "network.norm_groups=2"),
@@ -84,6 +86,10 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
         assert [cli.main(command[3:]) for command in commands.values()] == [0] * len(commands)
 
     monkeypatch.setattr(study, "run_all", here)
+    # What other tests prove is done less often: draws of the bootstrap, rounds of the clock, a picture of every run.
+    monkeypatch.setattr(judge, "bootstrap", functools.partial(judge.bootstrap, repeats=20))
+    monkeypatch.setattr(study, "costs", functools.partial(study.costs, rounds=3))
+    monkeypatch.setattr(training, "plot_distances", lambda *_: None)
     words = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     words += ["--seeds", "0", "1", "--samples", "40", "--set", *TINY]
     assert study.main(words) == 0

@@ -11,6 +11,7 @@ import yaml
 from bench.study import compare as comparison
 from bench.study import presets
 from realuid_fast import cli, data, teachers
+from realuid_fast.cli import training
 from realuid_fast.jobs import config as configs
 from realuid_fast.networks import build
 
@@ -27,6 +28,8 @@ CONFIG = {
 def place(tmp_path, monkeypatch):
     """A folder with a configuration and a teacher in it, as the working directory."""
     monkeypatch.chdir(tmp_path)
+    # The picture of every run takes longer than the run.
+    monkeypatch.setattr(training, "plot_distances", lambda *_: None)
     torch.manual_seed(0)
     described = teachers.Description(NETWORK, data={"name": "digits"})
     teachers.save("teacher.safetensors", build(NETWORK).state_dict(), described)
@@ -173,7 +176,8 @@ def test_sensitivity_finds_arrivals_and_writes_its_table(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sensitivity, "ALPHAS", (0.9,))
     monkeypatch.setattr(sensitivity, "RATIOS", (0.96, 1.04))
-    monkeypatch.setattr(sensitivity, "SETTINGS", [*sensitivity.SETTINGS, "teacher.updates=3", "run.progress=false"])
+    small = ["teacher.updates=3", "run.progress=false", "data.n=300", "data.n_heldout=50"]
+    monkeypatch.setattr(sensitivity, "SETTINGS", [*sensitivity.SETTINGS, *small])
     words = ["--out", tmp_path / "runs", "--results", tmp_path, "--seeds", 0, 1, "--updates", 4, "--every", 2]
     monkeypatch.setattr(sensitivity, "ProcessPoolExecutor", Serial)
     assert sensitivity.main([str(word) for word in [*words, "--samples", 50]]) == 0

@@ -111,16 +111,19 @@ def runnable():
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    """The tests of agreement, once more in a process that is held to one instruction set."""
+    """The tests of agreement and of layers, once more in a process that is held to one instruction set."""
     if isa not in runnable():
         pytest.skip(f"this processor does not run {isa}")
     if extension.isa() == isa:
         pytest.skip(f"{isa} is what those tests run on")
     shapes = "9001 or 67 or 16 or values or mantissa or position"
-    files = [str(Path(__file__).with_name(name)) for name in ("test_extension.py", "test_extension_noise.py")]
+    names = ("test_extension.py", "test_extension_noise.py", "test_layers.py")
+    files = [str(Path(__file__).with_name(name)) for name in names]
+    layers = "test_layers and ((test_conv3x3 and filters and last) or test_norm_silu or test_empty)"
     code = "import sys, pytest; from realuid_fast.ops import extension; print('held to', extension.isa()); "
     code += "sys.exit(pytest.main(sys.argv[1:]))"
-    command = ["-c", code, "-q", "-p", "no:cacheprovider", *files, "-k", f"(agree or normals) and ({shapes})"]
+    chosen = f"((agree or normals) and ({shapes})) or ({layers})"
+    command = ["-c", code, "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     result = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "REALUID_FAST_CPU_ISA": isa},

@@ -1,8 +1,4 @@
-"""The networks' operators against torch in float64: values, gradients, types, odd sizes, instruction sets, refusals."""
-
-import os
-import subprocess
-import sys
+"""The networks' operators against torch in float64: values, gradients, types, odd sizes, refusals."""
 
 import pytest
 import torch
@@ -289,18 +285,6 @@ def test_there_is_no_second_derivative():
     for y in (ops.conv3x3(x, weight, bias), ops.norm_silu(x, None, ones, ones, 3, 1e-5)[0]):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(y.sum(), x, create_graph=True)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_every_instruction_set(isa):
-    """The tests above, run by a fresh process on code for less than this processor has."""
-    if os.environ.get("REALUID_FAST_CPU_ISA"):
-        pytest.skip("already a chosen instruction set")
-    environment = {**os.environ, "REALUID_FAST_CPU_ISA": isa}
-    chosen = ["-k", "(test_conv3x3 and filters and last) or test_norm_silu or test_empty"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, *chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def assert_module(module, plain, x, *arguments):

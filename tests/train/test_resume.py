@@ -94,7 +94,7 @@ def test_rows_after_the_checkpoint_are_cut_when_a_run_died_without_saving(tmp_pa
 
 def test_a_killed_process_continues_bit_for_bit(tmp_path):
     config = settings(save_teacher(tmp_path / "t.safetensors"))
-    config["distill"]["updates"] = 400
+    config["distill"]["updates"] = 200
     config["run"] = {**config["run"], "evaluate_every": 0, "log_every": 1}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "run"

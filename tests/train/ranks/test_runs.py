@@ -60,7 +60,7 @@ def test_a_device_with_a_number_is_refused_where_ranks_have_their_own(monkeypatc
 
 @pytest.mark.parametrize(
     ("place", "shard", "ranks"),
-    [("points", False, 4), ("points", True, 4), ("labelled images", True, 2)],
+    [("points", False, 4), ("points", True, 4), ("shallow images", True, 2)],
     ids=["points", "points-shard", "images-shard"],
     indirect=["place"],
 )

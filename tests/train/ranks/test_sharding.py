@@ -40,7 +40,7 @@ def test_a_sharded_run_ends_as_one_with_whole_copies(place, job):
         # A sharded U-Net adds the gradients of its skip connections in another order, which bf16 rounds to 0.5 %, and
         # its filters are contiguous in whatever layout the images are.
         sections = {"run": {"accumulate": 2, "sample_every": 4, "channels_last": False}}
-        sections |= {"distill": {"updates": 4}, "teacher": {"updates": 4}}
+        sections |= {"distill": {"updates": 4, "fake_turns": 1}, "teacher": {"updates": 4}}
     apart = run_on_ranks(place, "apart", 2, job=job, **configs.merge(sections, {"run": SHARD}))
     copies = run_on_ranks(place, "copies", 2, job=job, **sections)
     name = "student" if job == "distill" else "teacher"
