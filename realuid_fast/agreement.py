@@ -40,10 +40,12 @@ def check(
         raise UserError("gan.features see clean samples; gan.least_share and divergence need a head on the fake model")
     if pairs is not None and (generator.steps > 1 or needs_endpoint(generator.net, generator.path)):
         raise UserError("regression.pairs are for a student of one step that starts from noise alone")
-    if divergence != "reverse-kl" and objective.flows != "x":
+    # The published weights of Uni-Instruct's other divergences add terms of another kind.
+    mixed = objective.name == "SiD" and divergence in ("forward-kl", "jeffreys")
+    if divergence != "reverse-kl" and objective.flows != "x" and not mixed:
         raise UserError(
             f"divergence {divergence} needs an objective whose gradient flows through the samples alone, such as dmd, "
-            f"not {objective.name}"
+            f"or, for forward-kl and jeffreys, sid; not {objective.name}"
         )
     for law, own in turn_matching.items():
         path = replace(own.path, sampler=matching.path.sampler)

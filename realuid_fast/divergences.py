@@ -31,7 +31,8 @@ def divergence_weight(divergence: str, log_ratio: Tensor) -> Tensor:
     ``h(r) = r^2 f''(r)`` for ``D_f = E_{p_g} f(r)``, ``r = p_d / p_g`` at ``x_t``: multiply it into the rows' weights,
     ``Coefficients(coef).w.mul_(divergence_weight(...))``, for :func:`~realuid_fast.objectives.DiffInstruct` or
     :func:`~realuid_fast.objectives.DMD`. Source: Xu et al.,
-    f-distill (2502.15681), theorem 1 and table 1.
+    f-distill (2502.15681), theorem 1 and table 1. With :func:`~realuid_fast.objectives.SiD` the weights of forward KL
+    and Jeffreys' divergence are those of Uni-Instruct (Wang et al., 2505.20755), as its public code has them.
 
     Args:
         divergence: ``"reverse-kl"`` (1: the plain objectives), ``"forward-kl"``, ``"jeffreys"``, ``"jensen-shannon"``,

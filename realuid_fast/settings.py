@@ -306,8 +306,8 @@ class DistillConfig:
     gan: GanConfig = setting(GanConfig, "a discriminator beside the objective")
     divergence: str = setting(
         "reverse-kl",
-        "the f-divergence that an objective descends whose gradient flows through the samples alone; others than "
-        "reverse-kl take their ratio from the discriminator",
+        "the f-divergence that an objective descends whose gradient flows through the samples alone, or sid for "
+        "forward-kl and jeffreys; others than reverse-kl take their ratio from the discriminator",
         choices=DIVERGENCES,
     )
     regression: RegressionConfig = setting(RegressionConfig, "the baseline's trajectories")

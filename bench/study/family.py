@@ -106,6 +106,14 @@ FAMILY = (
         "1; 2 without the scale",
     ),
     System(
+        "Uni-Instruct, forward KL and Jeffreys",
+        ("uni-instruct",),
+        r"SiD at $\alpha = 1$ times $r$ or $1 + r$, the density ratio, and softplus of a head's logits",
+        "2505.20755, theorem 3.2, as its code has it",
+        "a-little-hoof/Uni_Instruct at 3cdf92e, the branch Forward-KL, by its formula",
+        r"1 but for $r$: theirs is normed over the batch; of Jeffreys theirs has $\frac{2}{5}$ and $\frac{3}{5}$",
+    ),
+    System(
         "RealSiD",
         ("realsid",),
         r"RealUID with $Q = 2\alpha_{sid}\alpha$, scaled as SiD",

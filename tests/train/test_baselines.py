@@ -20,7 +20,7 @@ from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
 from realuid_fast.models.generator import _key
 from realuid_fast.networks import build
-from realuid_fast.networks.discriminator import Head, Judged, adversarial_term
+from realuid_fast.networks.discriminator import Head, Judged, adversarial_term, weighed
 from realuid_fast.noise import normal
 from realuid_fast.sampling import integrate
 from realuid_fast.train.distill import Distiller
@@ -193,6 +193,28 @@ def test_generator_turn_with_a_discriminator_equals_plain_autograd(objective, ma
         torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_uni_instructs_forward_kl_is_its_code():
+    """``r (y_real - y_fake) (y_fake - y) / mean |y - y_real|``, the ratio ``r`` and the mean held fixed, in float64.
+
+    a-little-hoof/Uni_Instruct at 3cdf92e, fsim_training/fsim_loss.py and the loop's branch Forward-KL.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, n = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+    path, logits = rf.paths.VE(), torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    sigma = torch.linspace(0.1, 3, 5, dtype=torch.float64)
+    x = x.requires_grad_()
+    draw = path.draw(x, n, match="x0", predict="x0", t=sigma)
+    outs = torch.tanh(draw.x_t), torch.sin(draw.x_t) * sigma[:, None]
+    mine = rf.generator_loss(rf.objectives.SiD(1.0), weighed(draw, "forward-kl", logits), *outs)
+    y_t = x + sigma[:, None] * n
+    y_real, y_fake = torch.tanh(y_t), torch.sin(y_t) * sigma[:, None]
+    factor = (x - y_real).abs().mean(1, keepdim=True).detach()
+    theirs = (logits.exp() * (y_real - y_fake) * (y_fake - x) / factor).sum() / 5
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    grads = (torch.autograd.grad(loss, x)[0] for loss in (mine, theirs))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
 def test_dmd2s_turn_is_the_papers():
     """Yin et al. (2405.14867): sections 4.3 (the discriminator) and 4.5 (states by the student's own earlier steps)."""
     times = [0.25, 0.5, 0.75]
@@ -229,9 +251,10 @@ def test_dmd2s_turn_is_the_papers():
         torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
 
 
-def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
+@pytest.mark.parametrize("objective", ["dmd", "sid"])
+def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio(objective):
     """With every logit ``c``, the ratio is ``e^c`` for all rows, and the generator's gradient as much larger."""
-    settings = {"gan": {"weight_fake": 1.0}, "objective": {"name": "dmd"}}
+    settings = {"gan": {"weight_fake": 1.0}, "objective": {"name": objective}, "generator": {"clip": 0.0}}
 
     def gradient(**more):
         trainer = trainer_of(MLP, POINTS, path={"match": "x0"}, **settings, **more)
@@ -243,7 +266,10 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
         trainer.generator_backward()
         return torch.cat([p.grad.flatten() for p in trainer.generator.parameters()])
 
-    torch.testing.assert_close(gradient(divergence="forward-kl"), math.exp(0.7) * gradient())
+    for divergence, factor in (("forward-kl", math.exp(0.7)), ("jeffreys", 1 + math.exp(0.7))):
+        torch.testing.assert_close(gradient(divergence=divergence), factor * gradient())
+    with pytest.raises(UserError, match=r"distill.divergence jensen-shannon needs an objective .* sid; not RealUID"):
+        trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="jensen-shannon")
     with pytest.raises(UserError, match="forward-kl needs an objective whose gradient flows through the samples"):
         trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="forward-kl")
 
