@@ -82,9 +82,18 @@ def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Ten
     (Dowson and Landau, 1982; Heusel et al., 2017, arXiv:1706.08500).  Symmetric matrices are decomposed, so
     that no complex square root appears.
     """
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return frechet_from_root(mean_a, cov_a, root_of(cov_a), mean_b, cov_b)
+
+
+def root_of(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a covariance ``(D, D)``."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet_from_root(mean_a: Tensor, cov_a: Tensor, root_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """:func:`frechet_of_moments`, given the root of ``cov_a``, which takes most of its time."""
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(distance.item(), 0.0)
 

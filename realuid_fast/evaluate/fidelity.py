@@ -5,6 +5,7 @@ Images and features are streamed: only running moments of all samples are kept, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import statistics
@@ -26,7 +27,7 @@ from ..models.files import Model
 from ..models.solvers import evaluations
 from ..noise import NoiseStream, normal
 from ..progress import bar
-from .distances import Moments, Statistics, frechet_of_moments, kernel_distance, precision_recall
+from .distances import Moments, Statistics, frechet_from_root, kernel_distance, precision_recall, root_of
 from .inception import Inception
 from .measure import NOISE_SEED, Sampler
 from .table import sampler
@@ -105,11 +106,16 @@ class Fidelity:
     def scores(self, found: Statistics) -> Scores:
         """Scores of features against the real ones."""
         real, device = self.real, self._inception.device
-        moments = (each.to(device) for each in (found.mean, found.covariance, real.mean, real.covariance))
+        moments = (each.to(device) for each in (real.mean, real.covariance, self._root, found.mean, found.covariance))
         ours, theirs = found.features.to(device), real.features.to(device)
         precision, recall = precision_recall(theirs, ours, NEIGHBOURS)
         kernel, error = kernel_distance(ours, theirs, SUBSETS, SUBSET_SIZE)
-        return Scores(frechet_of_moments(*moments), kernel, error, precision, recall)
+        return Scores(frechet_from_root(*moments), kernel, error, precision, recall)
+
+    @functools.cached_property
+    def _root(self) -> Tensor:
+        """Of the real images' covariance, decomposed once for all scores."""
+        return root_of(self.real.covariance.to(self._inception.device))
 
     def of_split(self, split: str) -> Statistics:
         """Statistics of all real images of a split, from the cache if it has them."""
