@@ -3,6 +3,7 @@
 import gc
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 import types
@@ -11,27 +12,31 @@ from pathlib import Path
 
 import pytest
 
+# What the processor can do decides alone what code inductor makes for it. To ask the compiler too takes eight seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 # The longest files are begun first: two processes share the files, and one begun last would run alone.
 LONGEST = [
-    "train/ranks/test_runs.py",
     "kernels/test_executed.py",
     "kernels/test_ahead_of_time.py",
+    "train/ranks/test_runs.py",
+    "networks/test_recompute.py",
+    "train/test_modes.py",
     "cli/test_plan.py",
-    "golden/test_trajectories.py",
-    "faults/test_kills.py",
     "test_devices.py",
-    "test_closed_forms.py",
     "train/ranks/test_sharding.py",
+    "golden/test_trajectories.py",
+    "bench/test_study.py",
+    "bench/test_gpu.py",
+    "faults/test_kills.py",
+    "test_closed_forms.py",
     "train/test_parity.py",
     "test_fuzz.py",
-    "bench/test_gpu.py",
     "functional/test_agreement.py",
     "evaluate/test_fidelity.py",
     "cli/test_cli.py",
-    "networks/test_recompute.py",
     "functional/test_autograd.py",
     "train/ranks/test_sharded_checkpoints.py",
-    "bench/test_study.py",
     "kernels/test_interpreter.py",
     "train/test_baselines.py",
     "bench/test_mnist.py",
@@ -39,7 +44,6 @@ LONGEST = [
     "train/ranks/test_updates.py",
     "ops/test_layers.py",
     "train/test_turns.py",
-    "train/test_modes.py",
     "ops/test_extension_build.py",
 ]
 

@@ -28,7 +28,7 @@ CONTENT = {
     },
     "run": {"parity": True},
 }  # fmt: skip
-UPDATES = 20
+UPDATES = 10
 
 
 def configured(*changes, **sections):

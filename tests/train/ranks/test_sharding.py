@@ -31,8 +31,16 @@ from .ranks import (
 )
 
 
-@pytest.mark.parametrize("job", ["distill", "train-teacher"])
-@pytest.mark.parametrize("place", ["points", "labelled images"], indirect=True)
+@pytest.mark.parametrize(
+    ("place", "job"),
+    [
+        ("points", "distill"),
+        ("points", "train-teacher"),
+        ("labelled images", "distill"),
+        ("shallow images", "train-teacher"),
+    ],
+    indirect=["place"],
+)
 def test_a_sharded_run_ends_as_one_with_whole_copies(place, job):
     # With clip, accumulation, a rounded teacher, evaluation, pictures, and the average that is exported.
     sections = {"run": {"accumulate": 2, "sample_every": 4}, "distill": {"teacher_precision": "bf16"}}
