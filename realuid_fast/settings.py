@@ -322,6 +322,10 @@ class DistillConfig:
         choices=("float32", "bf16"),
     )
     t_start: float | None = setting(None, "the time that the generator starts from, the path's own if null", FINITE)
+    shared_draws: bool = setting(
+        True,
+        "whether a real sample of the fake turn has the time and the noise of a generated one, as published",
+    )
     fake_start: str = setting(
         "teacher",
         "the fake model's first weights: the teacher's or an untrained network's",

@@ -104,5 +104,6 @@ def drawn_again(trainer, state):
     trainer.noise.load_state_dict(state["noise"])
     trainer.batches.load_state_dict(state["batches"])
     real, labels = trainer.batches.next()
-    t = trainer.path.sample_time(8, trainer.draws).repeat(2)
+    t = trainer.path.sample_time(8, trainer.draws)
+    t = torch.cat([t, t if trainer.shared_draws else trainer.path.sample_time(8, trainer.draws)])
     return real, labels, t, trainer.path.coefficients(t), trainer.noise.next_key()

@@ -173,7 +173,9 @@ def test_values_of_data_and_networks_go_on_as_they_are_written():
 
 def test_everything_is_listed_with_its_meaning():
     rows = {(section.of, row.key): row for section in listing.sections() for row in section.rows}
-    assert {key for of, key in rows if not of} == {key for key, _, _ in FIELDS} | {"data.flip", "data.balance"}
+    assert {key for of, key in rows if not of} == {key for key, _, _ in FIELDS} | {
+        f"data.{key}" for key in ("flip", "balance", "classes")
+    }
     for kinds, name in ((data.LOADERS, "data"), (networks.KINDS, "network")):
         for kind, made in kinds.items():
             assert {key for of, key in rows if of == kind} == {
@@ -201,7 +203,7 @@ def test_a_setting_of_data_or_network_is_given_without_its_mark(tmp_path):
     assert "  #limit: null\n" in text
     (tmp_path / "c.yaml").write_text(re.sub(r"^  #(?!dim)(\w+:)", r"  \1", text, flags=re.MULTILINE))
     config = configs.load(tmp_path / "c.yaml")
-    assert set(config.data) == {"name", "flip", "balance", *inspect.signature(data.folder).parameters}
+    assert set(config.data) == {"name", "flip", "balance", "classes", *inspect.signature(data.folder).parameters}
     assert set(config.network) == {"kind", *inspect.signature(networks.UNet).parameters} - {"dim"}
     nameless = replace(config, network={"width": 8})
     assert yaml.safe_load(listing.as_yaml(nameless))["network"] == {"width": 8}

@@ -88,7 +88,8 @@ def sections(cls: type = Config, name: str = "", default: Any = None) -> Iterato
     for key, (_, kinds) in NAMED.items() if cls is Config else ():
         yield from (Section(key, kind, _first(made), _rows_of(key, made)) for kind, made in kinds.items())
         if key == "data":
-            every = [Row(f"data.{k}", _words(bool), False, "", text) for k, text in configs.EVERY_DATA_SET.items()]
+            settings = configs.EVERY_DATA_SET.items()
+            every = [Row(f"data.{key}", _words(kind), usual, "", text) for key, (kind, usual, text) in settings]
             yield Section(key, "", "Every data set takes", every)
     for key in known:
         if key not in plain_ones:

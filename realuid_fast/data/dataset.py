@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -53,6 +53,28 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def keep(self, classes: Sequence[int]) -> None:
+        """Leave out every sample, training and held-out, whose label is none of ``classes``. Labels keep their numbers.
+
+        Raises:
+            UserError: no labels, a set on disk, or a number that is no label of the training samples.
+        """
+        if self.train_labels is None or self.heldout_labels is None:
+            raise UserError(f"data.classes is for data with labels, '{self.name}' has none")
+        if not isinstance(self.train, Tensor) or not isinstance(self.heldout, Tensor):
+            raise UserError("data.classes is for sets held in memory: pack the folders of these classes alone")
+        whole = isinstance(classes, (list, tuple)) and all(type(label) is int for label in classes)
+        known = set(self.train_labels.tolist())
+        if not whole or not classes or len(set(classes)) < len(classes) or not known.issuperset(classes):
+            raise UserError(f"data.classes must be different labels of '{self.name}', got {classes!r:.60}")
+        wanted = torch.tensor(classes)
+        for split in ("train", "heldout"):
+            rows = torch.isin(getattr(self, f"{split}_labels"), wanted)
+            for name in (split, f"{split}_labels", f"{split}_endpoints"):
+                if (values := getattr(self, name)) is not None:
+                    setattr(self, name, values[rows])
+        self.preprocessing += f"; classes {', '.join(map(str, sorted(classes)))} alone"
 
     def pixels(self, split: str = "train", most: int | None = None) -> Tensor:
         """Samples of ``"train"`` or ``"heldout"`` as float32: all, or ``most`` at even distances where there are

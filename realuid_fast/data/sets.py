@@ -27,12 +27,13 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "idx", "path": ...}`` MNIST's
     files, ``{"name": "cifar10", "path": ...}`` the binary files, ``{"name": "packed", "path": ...}`` what
     ``realuid-fast pack`` has written.  Every
-    set takes ``flip`` and ``balance``.  Raises :class:`UserError` for an unknown name, an argument its loader
-    does not take, or bad files.
+    set takes ``flip``, ``balance`` and ``classes``, the labels that are kept.  Raises :class:`UserError` for an unknown
+    name, an argument its loader does not take, or bad files.
     """
     settings = {"name": config} if isinstance(config, str) else dict(config)
     name = settings.pop("name", None)
     choices = {key: settings.pop(key) for key in ("flip", "balance") if key in settings}
+    kept: Any = settings.pop("classes", None)
     if name not in LOADERS:
         raise UserError(f"data set name must be one of {', '.join(LOADERS)}; got {name!r}")
     for key, value in settings.items():
@@ -45,6 +46,9 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
     except TypeError as error:
         raise UserError(f"data set '{name}' was given an argument it cannot use: {error}") from None
     dataset.config = {"name": name, **settings, **choices}
+    if kept is not None:
+        dataset.keep(kept)
+        dataset.config["classes"] = list(kept)
     for key, value in choices.items():
         if not isinstance(value, bool):
             raise UserError(f"data.{key} must be true or false, got {value!r}")

@@ -31,10 +31,11 @@ _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 # Limits of a configuration: a noise schedule of 4,000 numbers takes 4,000 nodes and 100 KB of them.
 _MOST_BYTES, _MOST_NODES, _MOST_DEPTH, _MOST_BASES = 2**20, 20_000, 32, 64
 _MOST_TEXT = 10_000  # characters of one value
-# Settings that every data set takes beside its own.
-EVERY_DATA_SET = {
-    "flip": "whether a run mirrors half of its images at random",
-    "balance": "whether a run draws all classes alike often",
+# Settings that every data set takes beside its own: type, default, meaning.
+EVERY_DATA_SET: dict[str, tuple[Any, Any, str]] = {
+    "flip": (bool, False, "whether a run mirrors half of its images at random"),
+    "balance": (bool, False, "whether a run draws all classes alike often"),
+    "classes": (Sequence[int] | None, None, "the labels whose samples are kept, training and held-out, all if null"),
 }
 
 
@@ -211,7 +212,7 @@ def _filled(content: Mapping[str, Any]) -> Config:
     config = _fill(Config, content, "")
     return replace(
         config,
-        data=_named(config.data, "data", "name", data.LOADERS, dict.fromkeys(EVERY_DATA_SET, bool)),
+        data=_named(config.data, "data", "name", data.LOADERS, {key: row[0] for key, row in EVERY_DATA_SET.items()}),
         network=_named(config.network, "network", "kind", networks.KINDS, {}),
         distill=replace(
             config.distill,

@@ -275,7 +275,8 @@ def _named(section: str, settings: Any) -> Iterator[None]:
 
 def _setup(config: Config, batch: int, updates: int) -> Setup:
     run = config.run
-    return Setup(batch, updates, run.accumulate, run.seed, run.mode, run.channels_last, run.timings)
+    of_run = run.accumulate, run.seed, run.mode, run.channels_last, run.timings
+    return Setup(batch, updates, *of_run, config.distill.shared_draws)
 
 
 def _sharded(config: Config) -> bool:

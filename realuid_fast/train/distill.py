@@ -268,9 +268,7 @@ class Distiller(Trainer):
         assert x is not None
         with self.precisions["fake"].turn():
             with self.phases("interpolate"):
-                t, coef = self._times(self._turn_matching.get("fake"))
-                if n_real:
-                    t, coef = t.repeat(2), coef.repeat(2, 1)
+                t, coef = self._times(self._turn_matching.get("fake"), 2 if n_real else 1)
                 draw = self._interpolant(x, self.noise.next_key(), t, coef, ends, n_real)
                 seen = self._seen(draw, y, ends)
             with self.phases("fake forward"), networks():

@@ -39,6 +39,7 @@ class Setup:
         mode: how turns run, one of :data:`realuid_fast.train.modes.MODES`.
         channels_last: whether images have their channels last in memory.
         timings: whether the phases of an update are timed, which makes the host wait for a GPU.
+        shared_draws: whether a real row has the time and the noise of its generated row, as published.
     """
 
     batch: int = 64
@@ -48,6 +49,7 @@ class Setup:
     mode: str = "eager"
     channels_last: bool = True
     timings: bool = False
+    shared_draws: bool = True
 
     def rows(self) -> int:
         """Rows of one forward pass on this rank; raises :class:`UserError` if the batch does not divide."""
@@ -152,6 +154,7 @@ class Trainer(ABC):
         self.device = next(net.parameters()).device
         self.sharded = sharding.is_sharded_net(net)
         self.batch, self.parts, self.updates, self.mode = setup.rows(), setup.parts, setup.updates, setup.mode
+        self.shared_draws = setup.shared_draws
         self.step = 0
         self.optimisers = dict(optimisers)
         for each in self.optimisers.values():
@@ -257,20 +260,24 @@ class Trainer(ABC):
             (given, None) if given is not None else picked(self.labels, self.endpoints, count, self.draws, self._layout)
         )
 
-    def _times(self, matching: Matching | None = None) -> tuple[Tensor, Tensor]:
-        """Path times ``(B,)`` and coefficient rows ``(B, 9)``, by :attr:`matching` where none is given."""
+    def _times(self, matching: Matching | None = None, halves: int = 1) -> tuple[Tensor, Tensor]:
+        """Path times ``(halves B,)`` and coefficient rows ``(halves B, 9)``; by :attr:`matching` if none is given."""
         matching = matching or self.matching
-        t = matching.path.sample_time(self.batch, self.draws, self.device)
-        return t, matching.coefficients(t)
+        draws = [matching.path.sample_time(self.batch, self.draws, self.device)]
+        if halves == 1 or self.shared_draws:
+            t, coef = draws[0], matching.coefficients(draws[0])
+            return (t, coef) if halves == 1 else (t.repeat(halves), coef.repeat(halves, 1))
+        draws += [matching.path.sample_time(self.batch, self.draws, self.device) for _ in range(halves - 1)]
+        return torch.cat(draws), matching.coefficients(torch.cat(draws))
 
     def _interpolant(
         self, x: Tensor, noise: Tensor, t: Tensor, coef: Tensor, endpoint: Tensor | None, n_real: int = 0
     ) -> Interpolant:
-        """The batch ``x`` at its times; row ``i`` has the noise of row ``i mod B``."""
-        y = endpoint if self._on_path else None
-        x_t = rf.interpolate(x, coef, noise, y, noise_rows=self.batch)
+        """The batch ``x`` at its times; where draws are shared, row ``i`` has the noise of row ``i mod B``."""
+        y, rows = endpoint if self._on_path else None, self.batch if self.shared_draws else len(x)
+        x_t = rf.interpolate(x, coef, noise, y, noise_rows=rows)
         match, predict = self.matching.match, self.matching.predict
-        return Interpolant(self.path, match, predict, x, x_t, t, coef, noise, self.batch, y, n_real)
+        return Interpolant(self.path, match, predict, x, x_t, t, coef, noise, rows, y, n_real)
 
     def _optimise(self, name: str, phase: str) -> Tensor:
         """One step of an optimiser; the norm of its gradient."""

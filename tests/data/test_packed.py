@@ -206,6 +206,32 @@ def test_descriptors_are_closed(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_classes_leave_the_other_labels_out(tmp_path):
+    whole, kept = data.load("digits"), data.load({"name": "digits", "classes": [3, 0]})
+    for split in ("train", "heldout"):
+        labels = getattr(whole, f"{split}_labels")
+        rows = (labels == 0) | (labels == 3)
+        assert torch.equal(getattr(kept, split), getattr(whole, split)[rows])
+        assert torch.equal(getattr(kept, f"{split}_labels"), labels[rows])
+    assert kept.config == {"name": "digits", "classes": [3, 0]}
+    assert kept.preprocessing.endswith("; classes 0, 3 alone")
+    # A pair stays a pair.
+    pairs, of = data.load({"name": "digit_pairs", "classes": [7]}), data.load("digit_pairs")
+    assert torch.equal(pairs.train_endpoints, of.train_endpoints[of.train_labels == 7])
+    write(tmp_path)
+    for config, sentence in (
+        ({"name": "digits", "classes": []}, r"data.classes must be different labels of 'digits', got \[\]"),
+        ({"name": "digits", "classes": [1, 1]}, "data.classes must be different labels"),
+        ({"name": "digits", "classes": [10]}, "data.classes must be different labels"),
+        ({"name": "digits", "classes": 3}, "data.classes must be different labels"),
+        ({"name": "packed", "path": str(tmp_path), "classes": [0]}, "data.classes is for sets held in memory"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            data.load(config)
+    with pytest.raises(UserError, match=r"data\.classes is for data with labels, 'unlabelled' has none"):
+        data.Dataset("unlabelled", whole.train, whole.heldout).keep([0])
+
+
 def test_flip_and_balance_need_what_they_work_on(tmp_path):
     write(tmp_path, classes=())
     for config, sentence in (

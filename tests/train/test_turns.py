@@ -69,10 +69,11 @@ def test_generator_turn_equals_plain_autograd(objective, match):
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_fake_turn_equals_plain_autograd(labelled):
+@pytest.mark.parametrize(("labelled", "shared"), [(False, True), (True, True), (False, False)])
+def test_fake_turn_equals_plain_autograd(labelled, shared):
     objective = {"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8, "kappa": 1.0}
-    trainer = distiller(LABELLED if labelled else UNET, distill={"objective": objective})
+    distill = {"objective": objective, "shared_draws": shared}
+    trainer = distiller(LABELLED if labelled else UNET, distill=distill)
     state = copy.deepcopy(trainer.state_dict())
     generated = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8) if labelled else None
@@ -85,7 +86,9 @@ def test_fake_turn_equals_plain_autograd(labelled):
     real, real_labels, t, coef, key = drawn_again(trainer, state)
     x = torch.cat([generated, real])
     y = torch.cat([labels, real_labels]) if labelled else None
-    x_t = rf.interpolate(x, coef, key, noise_rows=8)
+    rows = 8 if shared else 16
+    assert torch.equal(t[:8], t[8:]) == shared
+    x_t = rf.interpolate(x, coef, key, noise_rows=rows)
     teacher_out = trainer.teacher(t, x_t, y)
     loss = rf.functional.fake_loss(
         trainer.objective,
@@ -96,7 +99,7 @@ def test_fake_turn_equals_plain_autograd(labelled):
         noise=key,
         n_real=8,
         teacher_out=teacher_out,
-        noise_rows=8,
+        noise_rows=rows,
     )
     loss.backward()
     assert trainer.meters.read()["fake loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
