@@ -130,6 +130,28 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     assert started == []
     assert len(measured) == 1
     assert json.loads((tmp_path / "results" / "main.json").read_text()) == {**content, "machine": ANY}
+    # The other groups begin from these runs.
+    monkeypatch.setattr(judge.Judge, "__call__", measure)
+    monkeypatch.setattr(arms, "SECOND", ("distill.updates=2", *arms.SECOND[1:]))
+    monkeypatch.setitem(arms.TEACHERS, "early", ("teacher.updates=1",))
+    one = ["--seeds", "0", *words[words.index("--samples") :]]
+    for group in ("ablations", "others"):
+        started.clear()
+        assert study.main([*words[:6], "--group", group, *one]) == 0
+        found = json.loads((tmp_path / "results" / f"{group}.json").read_text())
+        rows = {row["name"]: row for row in found["rows"]}
+        made = [name.removesuffix("-seed0") for name in started if name.endswith("-seed0")]
+        assert list(rows)[-len(made) :] == made
+        best = study._best(tmp_path / "results" / "main.json")
+        assert len(made) == len(arms.OTHERS if group == "others" else arms.ablations(best))
+        assert set(started) - {f"{name}-seed0" for name in made} == (
+            {"teacher-half", "teacher-early"} if group == "ablations" else set()
+        )
+        assert (tmp_path / "results" / f"{group}.png").stat().st_size > 1000
+        for row in rows.values():
+            if row["against"]:
+                assert row["less"]["verdict"] == "one seed, no verdict"
+                assert row["less"]["mean"] == pytest.approx(row["final"][0] - rows[row["against"]]["final"][0])
     # A run of other settings is not taken for a finished one.
     capsys.readouterr()
     assert study.main([*words, "distill.batch=5", "--only", "report"]) == 2

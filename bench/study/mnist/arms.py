@@ -1,10 +1,13 @@
-"""The runs of the study: what each arm changes in the configuration ``mnist``, and the command that makes it."""
+"""The runs of the study: what each arm changes in the configuration ``mnist``, and the command that makes it.
+
+``registered.md`` says of the main comparison, and ``registered_more.md`` of the other groups, what is asked and why.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realuid_fast.jobs import config as configs
@@ -17,11 +20,23 @@ QUIET = ("run.threads=1", "run.progress=false", "run.tensorboard=false")
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train a student: its folder's name, its title in tables, and the settings that it changes."""
+    """One way to train a student.
+
+    Attributes:
+        name: the name of its folders.
+        title: its name in tables.
+        changes: the settings that it changes.
+        teacher: the teacher that it is distilled from, one of :data:`TEACHERS`.
+        start: the arm whose student of the same seed the generator goes on from; empty for the teacher's weights.
+        against: the arm that it is compared with.
+    """
 
     name: str
     title: str
     changes: tuple[str, ...]
+    teacher: str = "teacher"
+    start: str = ""
+    against: str = ""
 
 
 def _realuid(alpha: float, beta: float) -> Arm:
@@ -36,6 +51,66 @@ MAIN = (
     _realuid(0.98, 0.96),
     _realuid(0.92, 0.92),
     _realuid(0.8, 1.0),
+)
+
+
+# The teachers by name, with what each changes: the study's own, one that saw half of the digits, one stopped early.
+TEACHERS: dict[str, tuple[str, ...]] = {
+    "teacher": (),
+    "half": ("data.classes=[0,1,2,3,4]",),
+    "early": ("teacher.updates=500",),
+}
+# A second stage as the paper fine-tunes: a fifth of the updates, a third of the rate, the fake model from the teacher.
+SECOND = (
+    "distill.updates=500",
+    "distill.generator.lr=1.667e-4",
+    "distill.fake.lr=1.667e-4",
+    "distill.fake_start=teacher",
+)
+
+
+def ablations(best: Arm) -> tuple[Arm, ...]:
+    """One thing changed at a time in the best arm of the main comparison, and damaged teachers."""
+    changed = (
+        ("fake-at-teacher", "fake model from the teacher's weights", "distill.fake_start=teacher"),
+        ("one-fake-turn", "one fake turn", "distill.fake_turns=1"),
+        ("three-fake-turns", "three fake turns", "distill.fake_turns=3"),
+        ("draws-apart", "real samples with times and noise of their own", "distill.shared_draws=false"),
+    )
+    arms = [
+        Arm(name, f"{best.title}, {title}", (*best.changes, change), against=best.name)
+        for name, title, change in changed
+    ]
+    uid, repairs = MAIN[0], (_realuid(0.8, 1.0), _realuid(0.5, 1.0))
+    arms += [
+        Arm("then-uid", "UID's student, then UID", (*uid.changes, *SECOND), start=UID, against=UID),
+        Arm("then-real", f"UID's student, then {best.title}", (*best.changes, *SECOND), start=UID, against="then-uid"),
+    ]
+    words = {"half": "teacher of digits 0 to 4", "early": "teacher of 500 updates"}
+    for teacher, title in words.items():
+        for arm in dict.fromkeys((uid, best, *repairs)):
+            against = "" if arm is uid else f"{UID}-{teacher}"
+            own = replace(arm, name=f"{arm.name}-{teacher}", title=f"{arm.title}, {title}", teacher=teacher)
+            arms.append(replace(own, against=against))
+    return tuple(arms)
+
+
+def _objective(name: str, title: str, *changes: str, **settings: float) -> Arm:
+    numbers = "".join(f", {key}: {value}" for key, value in settings.items())
+    return Arm(name, title, (f"distill.objective={{name: {name}{numbers}}}", *changes), against=UID)
+
+
+# Other systems on the same networks, at five fake turns where they have a fake model.
+OTHERS = (
+    _objective("sid", "SiD (1)", "path.match=x0", alpha_sid=1.0),
+    _objective("dmd", "DMD", "path.match=x0", "path.weight=scale"),
+    _objective("diff-instruct", "Diff-Instruct", "path.match=x0"),
+    _objective("moment-matching", "moment matching", "path.match=x0"),
+    replace(
+        _objective(UID, "UID with a discriminator (0.3, 1)", "distill.gan={weight_generator: 0.3, weight_fake: 1.0}"),
+        name="gan",
+    ),
+    _objective("regression", "regression of 20 Euler steps"),
 )
 
 
@@ -56,9 +131,9 @@ class Place:
     def classifier(self) -> Path:
         return self.out / "classifier.safetensors"
 
-    @property
-    def teacher(self) -> Path:
-        return self.out / "teacher" / "teacher.safetensors"
+    def teacher(self, name: str = "teacher") -> Path:
+        """The file of a teacher of :data:`TEACHERS`."""
+        return self.out / (name if name == "teacher" else f"teacher-{name}") / "teacher.safetensors"
 
     def run(self, arm: Arm, seed: int) -> Path:
         """The folder of one student's run."""
@@ -70,7 +145,10 @@ class Place:
 
     def settings(self, arm: Arm, seed: int, extra: list[str]) -> list[str]:
         """Everything that a student's run changes in the configuration, ``extra`` before what makes the arm."""
-        return [*self.common(), f"distill.teacher={self.teacher}", f"run.seed={seed}", *extra, *arm.changes]
+        own = [f"distill.teacher={self.teacher(arm.teacher)}", f"run.seed={seed}"]
+        if arm.start:
+            own.append(f"distill.start={self.out / 'runs' / f'{arm.start}-seed{seed}' / 'student.safetensors'}")
+        return [*self.common(), *own, *extra, *arm.changes]
 
 
 def classifier_command(place: Place, extra: list[str]) -> list[str]:
@@ -83,10 +161,10 @@ EPOCHS = 8
 TEACHER_SAMPLES = 2000  # of an evaluation on the teacher's way, whose samples take 100 evaluations of the network each
 
 
-def teacher_command(place: Place, extra: list[str]) -> list[str]:
-    """The command that trains the teacher, or goes on with it."""
-    own = [*place.common(), f"run.evaluate_samples={TEACHER_SAMPLES}", *extra]
-    return _command("train-teacher", place.out / "teacher", own)
+def teacher_command(place: Place, name: str, extra: list[str]) -> list[str]:
+    """The command that trains a teacher, or goes on with it."""
+    own = [*place.common(), f"run.evaluate_samples={TEACHER_SAMPLES}", *extra, *TEACHERS[name]]
+    return _command("train-teacher", place.teacher(name).parent, own)
 
 
 def student_commands(place: Place, arms: tuple[Arm, ...], seeds: tuple[int, ...], extra: list[str]) -> Iterator[Run]:

@@ -20,11 +20,12 @@ ROUNDS = 15
 def costs(place: Place, arms: tuple[Arm, ...], extra: list[str], rounds: int = ROUNDS) -> dict[str, Any]:
     """Seconds of an update by arm, and their ratio to UID's."""
     torch.set_num_threads(1)
-    ways, dataset, teacher = [], None, teachers.load_teacher(place.teacher)
+    ways, dataset = [], None
     for arm in arms:
         config = configs.load("mnist", place.settings(arm, 0, extra))
         dataset = data.load(config.data) if dataset is None else dataset
-        trainer = trainers.distiller(config, dataset, teacher)
+        teacher = teachers.load_teacher(place.teacher(arm.teacher))
+        trainer = trainers.trainer("distill", config, dataset, teacher)
         ways.append(Way(arm.name, trainer.update, ours=arm.name == UID))
     rows = measure(Case("update", dataset.shape if dataset else (), ways), rounds=rounds, calls=1)
     return {

@@ -39,9 +39,11 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, object]:
 
 
 def verdict(difference: dict[str, object]) -> str:
-    """The verdict on a paired difference of distances: smaller is better."""
+    """The verdict on a paired difference of distances: smaller is better. One seed has no interval and no verdict."""
     interval = difference["interval"]
     assert isinstance(interval, list)
+    if math.isnan(interval[0]):
+        return "one seed, no verdict"
     if interval[1] < 0:
         return "better"
     if interval[0] > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from realuid_fast.models.pictures import grid, save_png
 
-from .arms import UID, Arm
+from .arms import MAIN, UID, Arm
 from .criterion import arrival, end, paired, verdict
 
+COLUMNS = 5  # panels of a row of curves
 Scored = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm, every seed's scores and curve
 
 
@@ -67,6 +69,51 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def group(results: Scored, arms: Sequence[Arm], costs: Mapping[str, float], updates: int) -> list[dict[str, Any]]:
+    """Of every arm: final distances, their paired difference to another arm's, cost, and distance in UID's time.
+
+    Args:
+        results: ``scores`` and ``curve`` of every seed, by arm.
+        arms: the arms, with those that they are compared with.
+        costs: an update's cost in updates of UID, by arm.
+        updates: UID's updates, whose time is the common one.
+    """
+    final = {name: [run["scores"]["distance"] for run in runs] for name, runs in results.items()}
+    rows = []
+    for arm in arms:
+        row: dict[str, Any] = {"name": arm.name, "title": arm.title, "final": final[arm.name], "against": arm.against}
+        if arm.against:
+            difference = paired(final[arm.name], final[arm.against])
+            row["less"] = {**difference, "verdict": verdict(difference)}
+        if (cost := costs.get(arm.name)) is not None:
+            row["cost"] = cost
+            row["in_time"] = [_within(run["curve"], updates / cost) for run in results[arm.name]]
+        rows.append(row)
+    return rows
+
+
+def _within(curve: Sequence[tuple[int, float]], updates: float) -> float:
+    """The distance at a curve's last point up to a number of updates."""
+    return [distance for update, distance in curve if update <= updates][-1]
+
+
+def group_markdown(rows: Sequence[Mapping[str, Any]], updates: int) -> str:
+    """The table of :func:`group`."""
+    titles = {row["name"]: row["title"] for row in rows}
+    lines = [
+        "| | final distance (each seed) | less another arm's: mean, 95 % interval | cost of an update | distance on "
+        f"the way, when {updates:,} updates of UID would be over |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        less = ""
+        if (found := row.get("less")) is not None:
+            less = f"{titles[row['against']]}: {_interval(found)}"
+        cost = f"{row['cost']:.2f} | {_each(row['in_time'])}" if "cost" in row else " | "
+        lines.append(f"| {row['title']} | {_each(row['final'])} | {less} | {cost} |")
+    return "\n".join(lines) + "\n"
+
+
 def _arrivals(values: Sequence[int | None]) -> str:
     return ", ".join("never" if value is None else f"{value:,}" for value in values)
 
@@ -78,8 +125,12 @@ def _each(values: Sequence[float]) -> str:
 def _apart(row: Mapping[str, Any], other: str) -> str:
     if (found := row.get(f"less_{other}")) is None:
         return ""
+    return _interval(found)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
     low, high = found["interval"]
-    return f"{found['mean']:+.2f}, {low:+.2f} to {high:+.2f}: {found['verdict']}"
+    return f"{found['mean']:+.2f}{'' if math.isnan(low) else f', {low:+.2f} to {high:+.2f}'}: {found['verdict']}"
 
 
 def _scores(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -94,24 +145,29 @@ def _scores(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curves(results: Scored, arms: Sequence[Arm], teacher: float, floor: float, file: Path) -> None:
-    """One panel an arm: its seeds' curves beside UID's, the teacher and the training images as lines."""
+    """One panel an arm: its seeds' curves beside those of the arm that it is compared with, UID if none is named.
+
+    The teacher and the training images are lines.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    others = [arm for arm in arms if arm.name != UID]
-    figure = Figure(figsize=(3.1 * len(others), 3.4), dpi=110, layout="constrained")
+    shown = [(arm, arm.against or UID) for arm in arms if arm.name != UID]
+    rows = -(-len(shown) // COLUMNS)
+    figure = Figure(figsize=(3.1 * min(COLUMNS, len(shown)), 3.4 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for index, arm in enumerate(others):
-        axes = figure.add_subplot(1, len(others), index + 1)
-        for name, colour in ((UID, "0.35"), (arm.name, "C1")):
+    titles = {arm.name: arm.title for arm in (*MAIN, *arms)}
+    for index, (arm, other) in enumerate(shown):
+        axes = figure.add_subplot(rows, min(COLUMNS, len(shown)), index + 1)
+        for name, colour in ((other, "0.35"), (arm.name, "C1")):
             for run in results[name]:
                 points = [point for point in run["curve"] if point[0]]
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1)
         axes.axhline(teacher, linestyle="--", color="C0", linewidth=1)
         axes.axhline(floor, linestyle=":", color="C2", linewidth=1)
-        axes.set(title=f"{arm.title}\norange, UID grey", xlabel="updates", yscale="log")
-        axes.title.set_fontsize(9)
-        if index == 0:
+        axes.set(title=f"{arm.title}\norange; grey: {titles[other]}", xlabel="updates", yscale="log")
+        axes.title.set_fontsize(9 if len(arm.title) < 30 else 6)
+        if index % COLUMNS == 0:
             axes.set_ylabel("Fréchet distance to held-out images\nteacher dashed, training images dotted", fontsize=8)
     figure.savefig(file, format="png")
 
