@@ -41,7 +41,9 @@ def _generator_kernel(
 ):  # fmt: skip
     two_kappa_alpha, two_kappa_beta = single(two_kappa_alpha), single(two_kappa_beta)
     q_kappa2, scale = single(q_kappa2), single(scale)
-    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, begin = place(
+        n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN, noise_rows, KEYED, SHARED
+    )
     teacher = read(teacher_ptr, start, offsets, inside, ROWS, EVEN)
     if uncond_ptr is not None:
         scales = row_number(guidance_ptr, row, n_rows, ROWS, EVEN)

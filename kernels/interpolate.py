@@ -30,7 +30,9 @@ def _interpolate_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, begin = place(
+        n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN, noise_rows, KEYED, SHARED
+    )
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
     reads_before_noise(KEYED, PTX, ALIGN)
     n = noise_tile(

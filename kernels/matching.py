@@ -35,7 +35,9 @@ def _matching_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, begin = place(
+        n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN, noise_rows, KEYED, SHARED
+    )
     out = read(out_ptr, start, offsets, inside, ROWS, EVEN)
     x = read(x_ptr, start, offsets, inside, ROWS, EVEN)
     k_out = column(coef_ptr, row, n_rows, K_OUT, ROWS, EVEN)

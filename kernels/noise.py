@@ -10,9 +10,9 @@ absolute: beside a radius near zero it is larger, 1.7e-4 of it at worst.
 On AMD and in the interpreter logarithm and square root are those of Triton's library, which on AMD are single
 instructions. Sine and cosine are polynomials, because the accuracy of AMD's instructions for them is not documented.
 
-The cost of a key: if ``D`` is divisible by four, one Philox call serves four elements. That takes about 20 instructions
-an element on NVIDIA and 40 on AMD. Otherwise rows begin inside a group of four and each element draws a group for
-itself, which takes about 80.
+The cost of a key: one Philox call serves four elements if ``D`` is divisible by four, and in tiles inside one row,
+which begin at a multiple of four for it. That takes about 20 instructions an element on NVIDIA and 40 on AMD. Short
+rows of another length begin inside a group of four, and each element draws a group for itself, which takes about 80.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import ROW_COUNTS, Call, place, row_length, tiling, write
+from .tiles import ROW_COUNTS, Call, noise_row, place, row_length, tiling, write
 
 # Inline PTX works only with a compiler for NVIDIA, not in the interpreter and not on ROCm.
 _PTX = torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -138,16 +138,13 @@ def noise_tile(
 ):
     """The tile's normals in float32: read from a tensor, or drawn from the key at ``noise_ptr``."""
     dim = row_length(units, ALIGN, ROWS)
-    if SHARED == 1:
-        row = tl.where(row >= noise_rows, row - noise_rows, row)
-    elif SHARED == 2:
-        # 64-bit division costs a hundred instructions.
-        row = (row.to(tl.uint32) % noise_rows.to(tl.uint32)).to(tl.int64)
+    row = noise_row(row, noise_rows, SHARED)
     if KEYED:
         seed = tl.load(noise_ptr)
         stream = tl.load(noise_ptr + 1)
-        if ALIGN >= 4:
+        if ALIGN >= 4 or ROWS == 1:
             if ROWS == 1:
+                # A multiple of 4, by :func:`place`.
                 g = (row * dim + begin >> 2) + tl.arange(0, BLOCK_D // 4)
             else:
                 g = (row * dim >> 2) + tl.arange(0, BLOCK_D // 4)[None, :]
@@ -158,10 +155,7 @@ def noise_tile(
             else:
                 noise = tl.reshape(quads, (ROWS, BLOCK_D))
         else:
-            if ROWS == 1:
-                i = row * dim + begin + offsets
-            else:
-                i = row * dim + tl.arange(0, BLOCK_D)[None, :]
+            i = row * dim + tl.arange(0, BLOCK_D)[None, :]
             w0, w1, w2, w3 = _philox(i >> 2, seed, stream)
             late = (i & 2) != 0
             cosine, sine = _pair(tl.where(late, w2, w0), tl.where(late, w3, w1), PTX)
@@ -194,7 +188,9 @@ def _normal_kernel(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    row, start, offsets, inside, fresh, begin = place(n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN)
+    row, start, offsets, inside, fresh, begin = place(
+        n_rows, units, ALIGN, ROWS, BLOCK_D, EVEN, noise_rows, KEYED, SHARED
+    )
     n = noise_tile(
         key_ptr, row, begin, offsets, inside, noise_rows, units, KEYED, SHARED, PTX, ALIGN, ROWS, BLOCK_D, EVEN
     )

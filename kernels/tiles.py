@@ -6,7 +6,8 @@ A launch sees ``[R, D]`` in memory order. The rule, in closed form, no autotunin
   the last tile of a row overlap the one before by at most 1/16 of the row (512 if none does). The last tile is moved
   back to end with its row, so that every read is whole and unmasked. What it repeats is summed and written by the tile
   before alone: the compiler may compute an element by other instructions in another place of a tile, and two programs
-  that wrote it could differ in its last bit.
+  that wrote it could differ in its last bit. If noise is drawn and ``D`` is no multiple of 4, tiles begin at multiples
+  of 4 of the noise instead, reads and writes are masked, and up to three elements at either end are not the row's.
 - ``D < 512``: a program works on ``ROWS = 2048 / BLOCK_D`` whole rows, ``BLOCK_D`` the power of two from ``D`` up,
   under a mask of the rows and, where ``BLOCK_D`` is not ``D``, of the columns.
 
@@ -70,9 +71,11 @@ def tiling(rows: int, dim: int) -> Tiling:
     """The tiling of ``[rows, dim]``, both at least 1, by the rule above."""
     align = math.gcd(dim, 16)
     if dim >= 512:
-        fits = (block for block in (2048, 1024) if block <= dim and -dim % block <= dim // 16)
+        # A tile of noise may begin up to three elements early (:func:`place`), and the last one has to reach the end.
+        reach = dim + 3 if align < 4 else dim
+        fits = (block for block in (2048, 1024) if block <= dim and -reach % block <= dim // 16)
         block_d, tile_rows = next(fits, 512), 1
-        blocks = -(-dim // block_d)
+        blocks = -(-reach // block_d)
         even = dim % block_d == 0
         grid = (blocks, *over_two_axes(rows))
     else:
@@ -118,11 +121,33 @@ def grid_row():
 
 
 @triton.jit
-def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
-    """The program's place: row, first element, offsets from it, mask of elements that exist, mask to sum, first column.
+def noise_row(row, noise_rows, SHARED: tl.constexpr):
+    """The row whose noise ``row`` has (``SHARED`` as of :func:`noise.noise_constants`)."""
+    if SHARED == 1:
+        row = tl.where(row >= noise_rows, row - noise_rows, row)
+    elif SHARED == 2:
+        # 64-bit division costs a hundred instructions.
+        row = (row.to(tl.uint32) % noise_rows.to(tl.uint32)).to(tl.int64)
+    return row
 
-    Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``; over short rows ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``.
-    What to sum is also what to write.
+
+@triton.jit
+def place(
+    n_rows,
+    units,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+    noise_rows=0,
+    KEYED: tl.constexpr = False,
+    SHARED: tl.constexpr = 0,
+):
+    """The program's place: row, first element, offsets from it, mask of elements to read, mask to sum, first column.
+
+    Inside a row ``row`` is a scalar and the rest ``[BLOCK_D]``, and so is the mask of elements to read if all exist.
+    Over short rows they are ``[ROWS, 1]`` and ``[ROWS, BLOCK_D]``. What to sum is also what to write. A call that draws
+    noise gives the last three arguments.
     """
     dim = row_length(units, ALIGN, ROWS)
     if ROWS == 1:
@@ -134,6 +159,14 @@ def place(n_rows, units, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.co
         if EVEN:
             begin = first
             fresh = inside
+        elif KEYED and ALIGN < 4:
+            # Noise is drawn for four elements at a time. So the tile begins where four of its noise do, up to three
+            # elements early, and ends up to three after its row.
+            top = noise_row(row, noise_rows, SHARED) * dim
+            first -= top & 3
+            begin = tl.minimum(first, dim - BLOCK_D + (-(top + dim) & 3))
+            inside = offsets < (dim - begin).to(tl.int32)
+            fresh = inside & (offsets >= (tl.maximum(first, 0) - begin).to(tl.int32))
         else:
             # ALIGN divides both arguments of the minimum. The compiler cannot see that, so it is told.
             begin = tl.multiple_of(tl.minimum(first, dim - BLOCK_D), ALIGN)
@@ -184,7 +217,7 @@ def guide(conditional, uncond_ptr, scale, start, offsets, inside, ROWS: tl.const
 @triton.jit
 def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """A tile of storage in float32."""
-    if ROWS == 1:
+    if ROWS == 1 and not inside.type.is_block():
         value = tl.load(pointer + start + offsets)
     else:
         value = tl.load(pointer + start + offsets, mask=inside, other=0.0)
@@ -194,10 +227,12 @@ def read(pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr
 @triton.jit
 def read_where(wanted, pointer, start, offsets, inside, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """A tile in float32. If the row's ``wanted`` is false, memory is not read and the tile is zeros."""
-    if ROWS == 1:
-        mask = wanted
-    else:
+    if ROWS > 1:
         mask = wanted & inside
+    elif inside.type.is_block():
+        mask = tl.where(wanted, inside, False)
+    else:
+        mask = wanted
     return tl.load(pointer + start + offsets, mask=mask, other=0.0).to(tl.float32)
 
 

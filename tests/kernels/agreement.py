@@ -33,7 +33,7 @@ SHAPES = {
     "power_of_two": ((35, 64), torch.contiguous_format),
     "one_row_even": ((2, 3, 16, 32), torch.channels_last),
     "overlapping_tail": ((2, 1300), torch.contiguous_format),
-    "odd_row": ((3, 1027), torch.contiguous_format),
+    "odd_row": ((3, 1023), torch.contiguous_format),  # tiles of noise with none, one and two elements of their own
     "video": ((2, 4, 5, 6, 7), torch.channels_last_3d),
 }
 
