@@ -166,7 +166,13 @@ class TeacherConfig:
         "the file of a teacher with a null label, whose guided prediction takes the place of the data's targets; the "
         "network takes the scale (guided distillation)",
     )
-    scales: tuple[float, float] = setting((1.0, 4.0), "the scales of teacher.guided, drawn uniformly", FINITE)
+    scales: tuple[float, float] = setting((1.0, 4.0), "the scales of a guided network, drawn uniformly", FINITE)
+    halved: str = setting(
+        "",
+        "the file of a teacher whose DDIM steps, two by two, take the place of the data's targets; the network starts "
+        "at its weights (progressive halving)",
+    )
+    steps: int = setting(8, "the steps of the network that learns from teacher.halved, half of that one's", POSITIVE)
     coupling: bool = setting(
         False,
         "whether optimal transport pairs each batch with its noise, or with its endpoints where those are not the "
@@ -243,10 +249,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class GanConfig:
-    """A discriminator, none while both weights are 0: a head on the fake model, or heads on frozen features.
-
-    See :mod:`realuid_fast.networks.discriminator` and :mod:`realuid_fast.networks.critic`.
-    """
+    """A discriminator, none while both weights are 0: a head on the fake model, or heads on frozen features."""
 
     weight_fake: float = setting(0.0, "the weight of the head's loss in the fake turn", NOT_NEGATIVE)
     weight_generator: float = setting(
@@ -272,8 +275,7 @@ class RegressionConfig:
     solver: str = setting("euler", "the baseline's solver", choices=SOLVERS)
     pairs: str = setting(
         "",
-        "a file of realuid-fast sample --pairs; the student of another objective is also fitted to its samples, as in "
-        "DMD, by their mean square times the number of elements",
+        "a file of realuid-fast sample --pairs, to whose samples the student of another objective is fitted too (DMD)",
     )
     weight: float = setting(0.25, "the weight of distill.regression.pairs, DMD's if not given", ABOVE_ZERO)
 

@@ -328,7 +328,7 @@ def test_edms_sampler_takes_every_prediction_and_follows_the_exact_flow():
 
 def test_midpoint_and_ddim_are_their_formulas():
     net, x = Posterior(paths.VP(), "noise"), torch.randn(5, 3, dtype=torch.float64)
-    path, times = paths.VP(), [t for t, _ in solvers._grid(paths.VP(), 1.0, 1e-5, 3)] + [1e-5]
+    path, times = paths.VP(), [t for t, _ in solvers.grid(paths.VP(), 1.0, 1e-5, 3)] + [1e-5]
     ddim = x * float(path.scales(torch.tensor([1.0], dtype=torch.float64))[1])
     for now, then in itertools.pairwise(times):
         (a, c), (a_s, c_s) = (path.scales(torch.tensor([t], dtype=torch.float64)) for t in (now, then))

@@ -234,6 +234,14 @@ FAMILY = (
         "1; their scale is ours less 1",
     ),
     System(
+        "progressive halving, guided distillation's second stage",
+        (),
+        r"a teacher's loss: $\|f(z_t) - \tilde f\|^2$, $\tilde f$ leads in one step as its two do (`teacher.halved`)",
+        "2202.00512, algorithm 2; 2210.03142, section 3.2",
+        UNREAD,
+        "1, in x0 space with their weight",
+    ),
+    System(
         "trajectory regression",
         ("regression",),
         r"$\|G(z) - x(z)\|^2$, no fake model",

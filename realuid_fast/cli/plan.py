@@ -103,9 +103,9 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = timing.BOU
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         plan = (_distillation, _regression)[config.distill.objective.name == REGRESSION](config, dataset, model, ranks)
     else:
-        if (guided := config.teacher.guided) and not Path(guided).exists():
-            missing.append(f"teacher.guided {guided} is not there: the plan leaves its two passes out")
-            config = replace(config, teacher=replace(config.teacher, guided=""))
+        if (file := config.teacher.guided or config.teacher.halved) and not Path(file).exists():
+            missing.append(f"the teacher's own {file} is not there: the plan leaves its two passes out")
+            config = replace(config, teacher=replace(config.teacher, guided="", halved=""))
         if _endpoints_needed(config, dataset):
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
         model, plan = None, _teaching(config, dataset, ranks)

@@ -20,6 +20,7 @@ from ..models import pairs
 from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
+from ..models.halving import Halving
 from ..networks import build
 from ..networks.calling import null_labels, takes_guidance
 from ..networks.critic import Critic
@@ -55,11 +56,14 @@ def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = 
 def teacher_trainer(config: Config, dataset: Dataset, command: str = "") -> TeacherTrainer:
     """The trainer of the section ``teacher``, with a fresh network."""
     settings, source = config.teacher, None
-    if settings.guided:
-        source = teachers.load_teacher(settings.guided, config.teachers_network(), None, dataset.config)
+    if settings.guided and settings.halved:
+        raise UserError("teacher.guided and teacher.halved are two stages: give one of them")
+    if file := settings.guided or settings.halved:
+        source = teachers.load_teacher(file, config.teachers_network(), None, dataset.config)
     described = None if source is None else source.description
     matching = config.teachers_path().build(described)
-    network = network_for(config, dataset) if described is None else {**described.network, "guided": True}
+    network = network_for(config, dataset) if described is None else dict(described.network)
+    network |= {"guided": True} if settings.guided else {}
     net = fresh(network, config.run.seed)
     if source is not None:
         # Layers of the scale are new, and start as if there were none.
@@ -69,12 +73,15 @@ def teacher_trainer(config: Config, dataset: Dataset, command: str = "") -> Teac
     device = torch.device(config.run.device)
     net = sharding.shard(net, device) if _sharded(config) else _placed(net, config, dataset)
     optimiser = _optimiser(net.train(), settings.optimiser, settings.updates, settings.ema, settings.ema_warmup)
+    frozen = None if source is None else _placed(source.net.requires_grad_(False), config, dataset)
     with _named("teacher", settings):
+        halving = None
+        if settings.halved and frozen is not None:
+            halving = Halving(frozen, settings.steps, matching.path, matching.predict, device)
         return TeacherTrainer(
             net, matching, dataset, optimiser, _setup(config, settings.batch, settings.updates),
             label_dropout=settings.label_dropout, reduction=settings.reduction, coupling=settings.coupling,
-            source=None if source is None else _placed(source.net.requires_grad_(False), config, dataset),
-            scales=settings.scales, export=settings.export,
+            source=frozen if halving is None else None, scales=settings.scales, halving=halving, export=settings.export,
             description=Description(
                 network=network,
                 path=config.path.name or "linear" if described is None else described.path,

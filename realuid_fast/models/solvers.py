@@ -94,7 +94,7 @@ def integrate(
     else:
         check_start(path, t_start)
         x = noise
-    times = _grid(path, t_start, data, steps)
+    times = grid(path, t_start, data, steps)
     if not ordinary or solver == "ddim":
         return _walk(net, x, times, labels, path, predict, endpoint, stream, guidance)
     convert = predict != "velocity"
@@ -214,8 +214,8 @@ def _trapezoid_to_data(path: Path, predict: str) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float, float], ...]:
-    """The time of every step, and its signed length."""
+def grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float, float], ...]:
+    """The time of every one of :func:`integrate`'s ``steps`` steps, and its signed length."""
     if isinstance(path, (VE, DDBMVE)):
         high, low = start ** (1 / RHO), data ** (1 / RHO)
         times = [(high + i / steps * (low - high)) ** RHO for i in range(steps + 1)]

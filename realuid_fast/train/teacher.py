@@ -18,6 +18,7 @@ from ..matching import Matching
 from ..models.calls import call, follows_flow
 from ..models.conditions import endpoints_to_draw, labels_to_draw
 from ..models.files import Description
+from ..models.halving import Halving
 from ..models.solvers import integrate
 from ..networks.calling import takes_guidance
 from ..noise import normal
@@ -46,6 +47,7 @@ class TeacherTrainer(Trainer):
             data's target, ``w ||f - f*||^2``, and each row has an ``s`` of its own, uniform in ``scales``, which the
             network takes. Source: Meng et al., On Distillation of Guided Diffusion Models (2210.03142), section 3.1.
         scales: the least and the largest scale.
+        halving: times and targets of a network of half as many steps, in the place of the data's.
         export: the decay of the average that is sampled and saved, 0 for the last weights.
         description: the description of the exported network.
 
@@ -67,6 +69,7 @@ class TeacherTrainer(Trainer):
         coupling: bool = False,
         source: nn.Module | None = None,
         scales: tuple[float, float] = (1.0, 4.0),
+        halving: Halving | None = None,
         export: float = 0.0,
         description: Description | None = None,
     ) -> None:
@@ -83,7 +86,9 @@ class TeacherTrainer(Trainer):
             raise UserError("guided needs a class-conditional teacher with a null label, and a network of its kind")
         if source is not None and (label_dropout or scales[0] >= scales[1]):
             raise UserError("guided needs label_dropout 0 and scales of which the first is less than the second")
-        self._source, self._scales = source, scales
+        if halving is not None and (source is not None or label_dropout or coupling):
+            raise UserError("halved goes with neither guided nor label_dropout nor coupling")
+        self._source, self._scales, self._halving = source, scales, halving
         self._label_dropout, self._precision = label_dropout, Precision("float32", self.device)
         self._scale = 1 / math.prod(dataset.shape) if reduction == "mean" else 1.0
         self.labels = labels_to_draw(net, dataset, self.device)
@@ -115,7 +120,7 @@ class TeacherTrainer(Trainer):
             x, labels = self.batches.next()
             x, ends = self._laid_out(x), self.batches.endpoints() if self._endpoint else None
             ends = None if ends is None else self._laid_out(ends)
-            t, coef = self._times()
+            t, coef = self._times() if self._halving is None else self._halving.times(self.matching, len(x), self.draws)
             if self._scale != 1.0:
                 Coefficients(coef).w.mul_(self._scale)
             noise = self.noise.next_key()
@@ -128,25 +133,31 @@ class TeacherTrainer(Trainer):
             draw = self._interpolant(x, noise, t, coef, ends)
         with self.phases("forward"):
             y, scale = self._dropped(labels), None
-            if self._source is not None:
+            if self._source is not None or (self._halving is not None and takes_guidance(self.net)):
                 low, high = self._scales
                 scale = low + (high - low) * torch.rand(len(x), generator=self.draws, device=self.device)
             given = 1.0 if scale is None else scale
             out = self._laid_out(call(self.net, t, draw.x_t, y, self.path, self.matching.predict, ends, given))
         with self.phases("loss"):
             found = out.detach()
-            grads = losses.matching_grads(draw, found) if scale is None else self._guided(draw, found, y, ends, scale)
+            if self._source is None and self._halving is None:
+                grads = losses.matching_grads(draw, found)
+            else:
+                grads = self._taught(draw, found, y, ends, given)
         with self.phases("backward"):
             out.backward(grads.out)
         self.meters.add("loss", grads.loss)
 
-    def _guided(
-        self, draw: Interpolant, out: Tensor, labels: Tensor | None, endpoint: Tensor | None, scale: Tensor
+    def _taught(
+        self, draw: Interpolant, out: Tensor, labels: Tensor | None, endpoint: Tensor | None, scale: float | Tensor
     ) -> MatchingGrads:
         """``w ||f - f*||^2``, which is ``w k_out^2 ||F - F*||^2`` in raw outputs."""
-        assert self._source is not None
         with torch.no_grad():
-            target = call(self._source, draw.t, draw.x_t, labels, self.path, self.matching.predict, endpoint, scale)
+            if self._halving is not None:
+                target = self._halving.target(draw.t, draw.x_t, labels, scale)
+            else:
+                assert self._source is not None
+                target = call(self._source, draw.t, draw.x_t, labels, self.path, self.matching.predict, endpoint, scale)
         given, coef = Coefficients(draw.coef), torch.zeros_like(draw.coef)
         rows = Coefficients(coef)
         # With these three set and all others 0 the matching loss has f = F and tgt = x.
@@ -172,9 +183,8 @@ class TeacherTrainer(Trainer):
     def sample(
         self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None, precision: str = "float32"
     ) -> Tensor:
-        """Samples of the exported network in Euler steps, for noise ``z`` and the endpoints if it has them."""
+        """Samples of the exported network, for noise ``z`` and the endpoints if it has them; a halved one's by DDIM."""
+        how = (SAMPLING_STEPS, "euler") if self._halving is None else (self._halving.steps, "ddim")
         endpoint = endpoint if self._endpoint else None
         with self._exporting(), Precision(precision, self.device).sampling():
-            return integrate(
-                self.averaged, z, SAMPLING_STEPS, "euler", labels, None, self.path, self.matching.predict, endpoint
-            )
+            return integrate(self.averaged, z, *how, labels, None, self.path, self.matching.predict, endpoint)

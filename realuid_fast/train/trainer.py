@@ -252,10 +252,7 @@ class Trainer(ABC):
         return modes.compiled(net) if modes.compiles(self.mode) else net
 
     def _conditions(self, count: int, given: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and endpoints of ``count`` training samples picked at random, in the data's proportions.
-
-        Labels that are ``given`` are taken as they are.
-        """
+        """Labels that are ``given``, or labels and endpoints of ``count`` random samples, in the data's proportions."""
         return (
             (given, None) if given is not None else picked(self.labels, self.endpoints, count, self.draws, self._layout)
         )

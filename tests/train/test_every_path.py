@@ -12,6 +12,7 @@ from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
+from realuid_fast.models import pairs
 from realuid_fast.networks import build
 
 from ..helpers import (
@@ -143,6 +144,12 @@ def test_every_preset_builds_and_runs_two_updates(name, tmp_path):
         state, description = short_teacher(config.distill.teacher, few, held, tmp_path)
         model = teachers.Model(build(description.network), description)
         model.net.load_state_dict(state)
+    if config.distill.regression.pairs:
+        few = [*few, f"distill.regression.pairs={tmp_path / 'pairs.safetensors'}"]
+        pairs.write(
+            tmp_path / "pairs.safetensors", *torch.randn(2, 20, *held.shape), torch.zeros(20, dtype=torch.int64)
+        )
+        config = configs.load(configs.preset(name), few)
     student = trainers.trainer("distill", config, held, model)
     for _ in range(2):
         student.update()
