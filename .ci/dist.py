@@ -30,6 +30,8 @@ PACKAGE = (
     "realuid_fast/jobs/config.py",
     "realuid_fast/assets/digits_teacher.safetensors",
     "realuid_fast/assets/digits_classifier.safetensors",
+    "realuid_fast/assets/mnist_student.safetensors",
+    "realuid_fast/assets/README.md",
     "realuid_fast/configs/digits.yaml",
     "realuid_fast/kernels/generator.py",
     "realuid_fast/kernels/__init__.py",

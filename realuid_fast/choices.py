@@ -8,6 +8,7 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
 TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors"}  # the shipped teachers
+STUDENTS = {"mnist": ASSETS / "mnist_student.safetensors"}  # and students
 SOLVERS = ("euler", "heun", "midpoint", "ddim", "edm")
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # filters that scale images
 SOURCES = ("images", "celeba", "idx", "cifar10")  # kinds of sources that `pack` reads

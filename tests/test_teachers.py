@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import realuid_fast as rf
 from realuid_fast import data, paths, sampling, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
@@ -70,6 +71,21 @@ def test_shipped_digits_teacher_draws_digits():
     x = torch.zeros(2, 1, 8, 8)
     labels = torch.tensor([3, 4]) if getattr(model.net, "num_classes", 0) else None
     assert torch.isfinite(model.net(torch.tensor([0.2, 0.9]), x, labels)).all()
+
+
+def test_the_shipped_mnist_student_draws_images_at_once():
+    student = rf.load("mnist")
+    described = student.description
+    assert (described.role, described.data["name"], described.teacher) == ("student", "idx", "")
+    assert described.data["path"] == "data/mnist"
+    x = student(torch.randn(200, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    # MNIST's mean is 0.1307 of white, and means over areas keep it.
+    assert float(x.mean()) == pytest.approx(2 * 0.1307 - 1, abs=0.05)
+    # Strokes are white, the frame is black, and the images differ from each other.
+    assert float((x > 0.5).float().mean()) > 0.05
+    assert float(x[:, :, [0, -1]].mean()) < -0.95
+    assert float(x.std(0).mean()) > 0.3
+    assert rf.sample("mnist", 3).shape == (3, 1, 16, 16)
 
 
 def test_missing_and_foreign_files(tmp_path, saved, net):

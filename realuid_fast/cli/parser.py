@@ -100,7 +100,9 @@ def _add_convert(add: Add) -> None:
 def _add_sample(add: Add) -> None:
     command = add("sample", "models.sample", "draw samples from a student or a teacher")
     command.add_argument(
-        "--model", required=True, help=f"a file, a finished run's folder, or: {', '.join(choices.TEACHERS)}"
+        "--model",
+        required=True,
+        help=f"a file, a finished run's folder, or: {', '.join(choices.TEACHERS | choices.STUDENTS)}",
     )
     command.add_argument("--out", required=True, nargs="+", type=Path, help="files to write: .png, .npy, .safetensors")
     command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")

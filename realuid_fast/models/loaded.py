@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..choices import STUDENTS
 from ..errors import UserError
 from ..noise import NoiseStream, normal
 from . import files, published
@@ -91,7 +92,8 @@ class Loaded:
 
 
 def load(source: str | Path) -> Loaded:
-    """A student or a teacher from a ``.safetensors`` file, a finished run's folder, or a shipped name (``"digits"``).
+    """A student or a teacher from a ``.safetensors`` file, a finished run's folder, or a shipped name: ``"digits"``, a
+    teacher, or ``"mnist"``, a student whose samples are images of 16x16.
 
     ``load("student.safetensors")(z, labels)`` are samples. Nothing is downloaded, and no code in a file runs.
 
@@ -105,6 +107,8 @@ def open_model(source: str | Path) -> Model:
     """The network with its description, which :func:`load` wraps."""
     if str(source) in SHIPPED:
         return published.load_teacher(str(source))
+    if str(source) in STUDENTS:
+        return files.load(STUDENTS[str(source)], role="student")
     place = Path(source)
     if not place.is_dir():
         return files.load(place)
