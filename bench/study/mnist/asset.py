@@ -1,6 +1,7 @@
 """Writes the shipped student ``rf.load("mnist")``: ``python -m bench.study.mnist.asset RUN``.
 
-RUN is a finished run's folder. The description keeps what makes samples, and names no folder of the machine that trained the student.
+RUN is a finished run's folder. The description keeps what makes samples, and names no folder of the machine that
+trained the student.
 """
 
 import sys
