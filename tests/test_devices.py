@@ -45,9 +45,11 @@ MLP = {"kind": "mlp", "shape": [1, 8, 8], "width": 8, "depth": 1}
 CLASSES = {**MLP, "num_classes": 10}
 NULL = {**CLASSES, "null_label": True}
 GAN = {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}
+# A second fake turn is the first one once more: the networks that take seconds make one, all others two.
+ONE = {"fake_turns": 1}
 CASES = {
-    "realuid": (UNET, {}),
-    "labels": (LABELLED, {}),
+    "realuid": (UNET, ONE),
+    "labels": (LABELLED, ONE),
     "labels of the batch": (CLASSES, {"labels": "batch"}),
     "guidance": (NULL, {"guidance": 2.0}),
     "sid": (MLP, {"objective": {"name": "sid", "alpha_sid": 1.0}}),
@@ -55,7 +57,7 @@ CASES = {
     "dmd": (MLP, {"objective": {"name": "dmd"}}),
     "sds": (MLP, {"objective": {"name": "sds"}}),
     # A discriminator's head on an image network has a convolution of its own.
-    "gan": (SMALL, GAN),
+    "gan": (SMALL, {**GAN, **ONE}),
     "several steps": (CLASSES, {"times": [0.5, 0.8]}),
     "regression": (MLP, {"objective": {"name": "regression"}}),
 }
@@ -66,6 +68,13 @@ class Generator(torch.Generator):
 
     def __new__(cls, device=None):
         return super().__new__(cls)
+
+    def __init__(self, device="cpu"):
+        self._device = torch.device(device)
+
+    @property
+    def device(self):
+        return self._device
 
 
 @contextlib.contextmanager
