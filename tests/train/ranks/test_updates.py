@@ -11,6 +11,7 @@ from torch import nn
 from realuid_fast import data, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import trainers
+from realuid_fast.models import pairs
 from realuid_fast.noise import normal
 from realuid_fast.optim import FusedAdam, Optimiser, mean
 from realuid_fast.train import distill, distributed, regression
@@ -277,3 +278,31 @@ def test_seeds_of_ranks_differ(monkeypatch):
     assert all(0 <= seed < 2**63 for seed in seeds)
     monkeypatch.undo()
     assert distributed.seed(7) == 7
+
+
+@pytest.mark.parametrize("place", ["labelled images"], indirect=True)
+def test_what_stands_beside_an_objective_is_averaged_over_ranks(place):
+    """A critic and stored pairs, sharded and whole: after two updates each network is the same."""
+    pairs.write(place / "pairs.safetensors", *torch.randn(2, 64, 1, 8, 8), torch.arange(64) % 10)
+    gan = {"weight_fake": 1.0, "weight_generator": 2.0, "features": "digits", "loss": "hinge", "r1": 0.5}
+    distill = {"objective": {"name": "dmd"}, "gan": gan, "regression": {"pairs": str(place / "pairs.safetensors")}}
+
+    def work(rank):
+        found = []
+        for shard in (False, True):
+            sections = {"path": {"match": "x0"}, "run": {"shard": shard, "channels_last": False}}
+            trainer = trainer_in(place, Distiller, distill=distill, **sections)
+            for _ in range(2):
+                trainer.update()
+            nets = trainer.generator, trainer.fake, trainer.critic
+            found.append([[whole(p).detach().clone() for p in net.parameters()] for net in nets])
+        return found
+
+    ranks = on_ranks(place, 2, work)
+    for mode in range(2):
+        one, other = ([p for net in found[mode] for p in net] for found in ranks)
+        assert all(map(torch.equal, one, other))
+    for copies, shards in zip(*ranks[0], strict=True):
+        for one, other in zip(copies, shards, strict=True):
+            # Sums in another order; Adam divides a gradient by its size.
+            assert torch.linalg.vector_norm(one - other) <= 1e-3 * torch.linalg.vector_norm(one) + 1e-5
