@@ -1,6 +1,9 @@
 """Every mode of the trainers on the null GPU: captures that CUDA accepts, and updates that wait for nothing."""
 
 import pytest
+import torch
+
+from realuid_fast.models import pairs
 
 from . import device, turns
 from .alone import alone
@@ -36,6 +39,15 @@ CASES = {
     "points": {"base": "mixture"},
     "a network of EDM": {"network": EDM, "distill": {"objective": {"name": "uid"}}},
     "sid": {"distill": {"objective": {"name": "sid"}, "t_start": 0.5}},
+    "heads on frozen features": {
+        "network": {"class_cond": False},
+        "distill": {
+            "objective": {"name": "sds"},
+            "gan": {"weight_fake": 1.0, "weight_generator": 1.0, "loss": "hinge", "features": "digits", "r1": 0.1},
+        },
+    },
+    "stored pairs": {"network": {"class_cond": False}, "distill": {"regression": {"pairs": "FILE"}}},
+    "real samples' own draws": {"distill": {"shared_draws": False}},
 }
 SMALL = {"distill": {"batch": 16, "updates": 100, "fake_turns": 2}}
 
@@ -58,7 +70,12 @@ def check_captures(found, names):
 
 @pytest.mark.parametrize("case", CASES)
 def test_eager_networks_captured(case, tmp_path):
-    found = alone(turns.run, content(CASES[case], "graphs-eager"), tmp_path)
+    made = content(CASES[case], "graphs-eager")
+    if case == "stored pairs":
+        file = tmp_path / "pairs.safetensors"
+        pairs.write(file, torch.randn(64, 1, 8, 8), torch.randn(64, 1, 8, 8))
+        made["distill"]["regression"]["pairs"] = str(file)
+    found = alone(turns.run, made, tmp_path)
     names = {"generate_rows", "fake_step_plain", "generator_step_plain"}
     check_captures(found, {"generator_step_plain"} if case == "no fake model" else names)
 
