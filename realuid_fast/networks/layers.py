@@ -115,6 +115,23 @@ def norm_silu_conv(
     return cast(Tensor, conv(y) if biased else conv(y, biased=False))
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Images of twice the sides, every pixel four times (nearest neighbour).
+
+    On CUDA, channels_last images become so by views and one copy. torch's own operator would do the same forwards, but
+    torch.compile adds up its gradient in float32 and in NCHW, which costs copies back.
+    """
+    if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+        return _doubled_pixels(x)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _doubled_pixels(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+    return pixels.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
 def serves(x: Tensor, weight: Tensor, layer: str = "conv3x3") -> bool:
     """Whether a layer's operator takes images ``x`` with the parameter ``weight``: channels_last, of float types.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..errors import UserError
 from . import together
-from .layers import Conv1x1, Conv3x3, GroupNorm, norm_silu_conv
+from .layers import Conv1x1, Conv3x3, GroupNorm, doubled, norm_silu_conv
 from .recompute import Part, once_more
 
 # Multipliers by image side, as the published configurations choose them.
@@ -70,7 +70,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Autocast would double pixels in float32, which the convolution rounds again: the values are the same.
         with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self.has_conv):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = doubled(x)
         return self.conv(x) if self.has_conv else x
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from realuid_fast.errors import UserError
-from realuid_fast.networks import MLP, UNet, build
+from realuid_fast.networks import MLP, UNet, build, layers
 
 SMALL = {"dim": (3, 8, 8), "num_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
 VARIANTS = {
@@ -71,6 +71,21 @@ def test_unet_is_the_same_function_in_channels_last(name):
     net = net.to(memory_format=torch.channels_last)
     actual = net(t, x.contiguous(memory_format=torch.channels_last), y)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_doubled_by_views_equal_torchs_operator(dtype):
+    """As on CUDA: values to the bit, the gradient within its rounding, and both stay channels_last."""
+    x = torch.randn(3, 5, 4, 6).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seed = torch.randn(3, 5, 8, 12).to(dtype).contiguous(memory_format=torch.channels_last)
+    ours, theirs = layers._doubled_pixels(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(ours, theirs)
+    (g_ours,), (g_theirs,) = (torch.autograd.grad(out, x, seed) for out in (ours, theirs))
+    # Both add four numbers: two roundings of sums of at most some units.
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(g_ours, g_theirs, rtol=tolerance, atol=4 * tolerance)
+    for tensor in (ours, g_ours):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_unet_gradients_agree_with_differences_in_float64():
