@@ -60,6 +60,7 @@ TEACHERS: dict[str, tuple[str, ...]] = {
     "half": ("data.classes=[0,1,2,3,4]",),
     "early": ("teacher.updates=500",),
 }
+DAMAGED = {"half": "teacher of digits 0 to 4", "early": "teacher of 500 updates"}
 # A second stage as the paper fine-tunes: a fifth of the updates, a third of the rate, the fake model from the teacher.
 SECOND = (
     "distill.updates=500",
@@ -86,8 +87,7 @@ def ablations(best: Arm) -> tuple[Arm, ...]:
         Arm("then-uid", "UID's student, then UID", (*uid.changes, *SECOND), start=UID, against=UID),
         Arm("then-real", f"UID's student, then {best.title}", (*best.changes, *SECOND), start=UID, against="then-uid"),
     ]
-    words = {"half": "teacher of digits 0 to 4", "early": "teacher of 500 updates"}
-    for teacher, title in words.items():
+    for teacher, title in DAMAGED.items():
         for arm in dict.fromkeys((uid, best, *repairs)):
             against = "" if arm is uid else f"{UID}-{teacher}"
             own = replace(arm, name=f"{arm.name}-{teacher}", title=f"{arm.title}, {title}", teacher=teacher)
