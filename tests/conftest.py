@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# What the processor can do decides alone what code inductor makes for it. To ask the compiler too takes eight seconds.
+# The processor alone decides which code inductor makes for it. To ask the compiler too takes eight seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # The longest files are begun first: two processes share the files, and one begun last would run alone.

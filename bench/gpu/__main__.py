@@ -58,7 +58,7 @@ Write = Callable[[Row], None]
 
 @dataclass(frozen=True)
 class Section:
-    """What a section measures, and its rows without figures, in the order of measuring."""
+    """A section: the function that measures, and its rows without figures, in the order of measuring."""
 
     measure: Callable[[Device, Deadline, Write], None]
     planned: Callable[[bool], Iterable[Row]]

@@ -86,7 +86,7 @@ def _torch_layers() -> contextlib.AbstractContextManager[Any]:
 
 PUBLISHED = Way("as published, eager float32 (torch's defaults: TF32 convolutions)")
 RECOMMENDED = Way(f"{OURS}, graphs of eager networks, bf16 and fp16 turns", HALF, GRAPHS)
-# What a user is told to run, and what it is compared with.
+# The recommended way, and those that it is compared with.
 MAIN = (PUBLISHED, RECOMMENDED, Way("as published, eager under bf16 autocast", within=_autocast))
 # The recommended way with one thing changed each, beside itself.
 VARIANTS = (
@@ -98,7 +98,7 @@ VARIANTS = (
     Way("without graphs", HALF),
     Way("without graphs, float32", {}),
 )
-# What needs minutes of a compiler before it can be measured. Compiled code is found again in torch's cache.
+# This way needs minutes of a compiler before it can be measured. Compiled code is found again in torch's cache.
 COMPILED = (Way(f"{OURS}, graphs of compiled networks, bf16 and fp16 turns", HALF, {"mode": "graphs"}),)
 
 

@@ -114,7 +114,7 @@ class Fidelity:
 
     @functools.cached_property
     def _root(self) -> Tensor:
-        """Of the real images' covariance, decomposed once for all scores."""
+        """The real images' covariance, decomposed once for all scores."""
         return root_of(self.real.covariance.to(self._inception.device))
 
     def of_split(self, split: str) -> Statistics:

@@ -32,7 +32,7 @@ def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Te
     if not by_name and not any(tensor in given for tensor in own.values()):
         raise UserError("state must hold tensors of this network's parameters: these are another network's")
     shared = given if by_name else {name: given.get(tensor, tensor) for name, tensor in own.items()}
-    # What is replaced below is not copied first: a network's memory is not taken twice, not even for a moment.
+    # The tensors replaced below are not copied first: a network's memory is not taken twice, not even for a moment.
     view = copy.deepcopy(net, {id(tensor): tensor for tensor in own.values()})
     for prefix, module in view.named_modules():
         for name in list(module._parameters):

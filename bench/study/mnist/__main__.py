@@ -176,11 +176,7 @@ def _report(place: Place, arms: tuple[Arm, ...], asked: argparse.Namespace, comm
         pictures.append(judge.made_by(first))
     last = arms[-1].name
     content = {
-        "command": command,
-        "machine": machine.describe(),
-        "metric": judge.measure.name,
-        "samples": asked.samples,
-        "seeds": asked.seeds,
+        **_about(asked, command, judge),
         "updates": config.distill.updates,
         "longer": last,
         "arms": [{"name": arm.name, "title": arm.title, "changes": list(arm.changes)} for arm in arms],
@@ -214,6 +210,17 @@ def _results(
     return results
 
 
+def _about(asked: argparse.Namespace, command: str, judge: Judge) -> dict[str, Any]:
+    """The part of a results file that says how it was made."""
+    return {
+        "command": command,
+        "machine": machine.describe(),
+        "metric": judge.measure.name,
+        "samples": asked.samples,
+        "seeds": asked.seeds,
+    }
+
+
 def _report_group(place: Place, arms: tuple[Arm, ...], asked: argparse.Namespace, command: str) -> None:
     """Tables and curves of the arms of a group, each beside the arm that it is compared with."""
     _require(place, arms, asked)
@@ -228,11 +235,7 @@ def _report_group(place: Place, arms: tuple[Arm, ...], asked: argparse.Namespace
         file = place.teacher(name)
         of_teachers[name] = _scores(file.parent / "scores.json", judge, teachers.load_teacher(file), 100)
     content = {
-        "command": command,
-        "machine": machine.describe(),
-        "metric": judge.measure.name,
-        "samples": asked.samples,
-        "seeds": asked.seeds,
+        **_about(asked, command, judge),
         "updates": config.distill.updates,
         "arms": [{"name": arm.name, "title": arm.title, "changes": list(arm.changes)} for arm in shown],
         "costs": priced,

@@ -70,7 +70,7 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def group(results: Scored, arms: Sequence[Arm], costs: Mapping[str, float], updates: int) -> list[dict[str, Any]]:
-    """Of every arm: final distances, their paired difference to another arm's, cost, and distance in UID's time.
+    """Rows of arms: final distances, their paired difference to another arm's, cost, and distance in UID's time.
 
     Args:
         results: ``scores`` and ``curve`` of every seed, by arm.
