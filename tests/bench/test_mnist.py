@@ -86,7 +86,7 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
         assert [cli.main(command[3:]) for command in commands.values()] == [0] * len(commands)
 
     monkeypatch.setattr(study, "run_all", here)
-    # Other tests prove these, so they are done less often here: draws of the bootstrap, rounds of the clock, a picture of every run.
+    # Other tests prove these, so there are fewer here: draws of the bootstrap, rounds of the clock, pictures of runs.
     monkeypatch.setattr(judge, "bootstrap", functools.partial(judge.bootstrap, repeats=20))
     monkeypatch.setattr(study, "costs", functools.partial(study.costs, rounds=3))
     monkeypatch.setattr(training, "plot_distances", lambda *_: None)

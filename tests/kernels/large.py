@@ -125,7 +125,7 @@ def agree(name: str, op: str, found: dict[int, Any], rows: int, dim: int, dtype:
 
 
 def numbers(found: dict[int, Any], index: Any, dtype: torch.dtype) -> torch.Tensor:
-    """What was stored at ``index``, in float32."""
+    """The values stored at ``index``, in float32."""
     bits = np.array([found[k] for k in index.tolist()])
     stored = bits.astype(np.uint32).view(np.float32) if dtype == F32 else bits.astype(np.uint16).view(np.float16)
     return torch.from_numpy(stored.astype(np.float32))
