@@ -12,7 +12,7 @@ from .alone import alone
 
 
 def launched():
-    """The arguments that Triton's launcher and then plans give the driver in the same calls; and launches that a hook saw."""
+    """The arguments that Triton's launcher and then plans give the driver in the same calls; and hooked launches."""
     x, out, other = torch.randn(3, 64, 3, 32, 32, device="cuda")
     path, objective = rf.paths.Linear(), rf.objectives.RealUID(0.92, 0.94)
     coef, key = path.coefficients(torch.rand(64, device="cuda")), rf.NoiseStream(0, "cuda").next_key()
