@@ -25,6 +25,7 @@ import torch
 import triton
 
 from bench.ahead_of_time import TARGETS, Code, compile_calls
+from realuid_fast.objectives import RealUID
 
 BUDGET = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "budget.json"
 
@@ -175,7 +176,7 @@ def _generator(
 
         x, coef = _meta(shape, dtype), _meta((shape[0], 9), F32)
         noise, state, other = _noise(shape, dtype, keyed), x if x_t else None, x if endpoint else None
-        inputs, scalars = (x, x, x, state, coef, noise, other), (0.92, 0.94, 0.92, 1.0)
+        inputs, scalars = (x, x, x, state, coef, noise, other), RealUID(0.92, 0.94).generator_scalars
         switches = (True, wants > 0, wants > 1, wants > 2, x_t)
         uncond, numbers = x if guided else None, _meta((shape[0],), F32)
         extra = (uncond, numbers if guided else None, numbers if q_rows else None)

@@ -87,7 +87,7 @@ def test_opcheck(backend, layout):
     namespace = torch.ops.realuid_fast if backend == "cpp" else torch.ops.realuid_fast_reference
     b = batch((4, 3, 4, 2), torch.float32, layout)
     grad = [v.clone().requires_grad_() for v in (b.teacher, b.fake, b.x, b.x_t)]
-    scalars = (GENERAL.alpha, GENERAL.beta, GENERAL.Q, GENERAL.kappa)
+    scalars = GENERAL.generator_scalars
     halves = (*GENERAL.generated, *GENERAL.real)
     cases = [
         (namespace.normal_like, (KEY, b.x, 4)),

@@ -76,7 +76,7 @@ def results(case, device, double):
     x, out, other, coef, noise, shared = case.on(device, double)
     rows = x.shape[0]
     generated = rows - case.half
-    fakes, scalars = (0.9, 1.0, 0.0, 1.2, 0.1, 0.1, 0.0, 0.4), (0.92, 0.94, 0.92, 1.0)
+    fakes, scalars = (0.9, 1.0, 0.0, 1.2, 0.1, 0.1, 0.0, 0.4), rf.objectives.RealUID(0.92, 0.94).generator_scalars
     op = torch.ops.realuid_fast_reference if double else torch.ops.realuid_fast
     return {
         "interpolate": [op.interpolate(x, coef, noise, None, rows)],

@@ -15,6 +15,7 @@ import torch
 
 from realuid_fast import ops
 from realuid_fast.kernels import tiles
+from realuid_fast.objectives import Objective
 from realuid_fast.ops import reference, triton_backend
 from realuid_fast.optim import FusedAdam
 
@@ -134,6 +135,7 @@ def compare(name: str, dtype: torch.dtype, got: tuple[torch.Tensor, ...], want: 
     print(json.dumps({"case": name, "error": worst, "tolerance": TOLERANCE[dtype]}), flush=True)
 
 
+SCALARS = Objective("any", alpha=0.92, beta=0.94, gamma=0.92, Q=0.8, kappa=1.1).generator_scalars
 # A generator's call as it is, with guidance, and with a Q of each row's own.
 GENERATORS = ("generator", "guided_generator", "q_rows_generator")
 
@@ -147,8 +149,7 @@ def check_generator(
     kinds: tuple[str, ...] = GENERATORS,
 ) -> None:
     def arguments(c: Case) -> tuple[object, ...]:
-        scalars = (0.92, 0.94, 0.8, 1.1)
-        return c.out, c.other, c.x, c.x_t, c.coef, c.noise, c.endpoint, *scalars, mean, *wants
+        return c.out, c.other, c.x, c.x_t, c.coef, c.noise, c.endpoint, *SCALARS, mean, *wants
 
     if case.noise.is_floating_point() and case.noise.shape[0] != case.x.shape[0]:
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from agreement import F16, F32, KEY, compare
+from agreement import F16, F32, KEY, SCALARS, compare
 from ptx.launch import Executor
 
 from realuid_fast.kernels import fake, generator, interpolate, matching, optimiser, scale
@@ -45,7 +45,7 @@ def check_one(executor: Executor, dim: int, dtype: torch.dtype) -> None:
     rows = 2**32 // dim + 3
     x = torch.empty(rows, dim, dtype=dtype, device="meta")
     coef = torch.empty(rows, 9, device="meta")
-    settings = (None, None, None, 0.92, 0.94, 0.8, 1.1, False, True, True, True, False, False)
+    settings = (None, None, None, *SCALARS, False, True, True, True, False, False)
     planned = {
         "interpolate/key": interpolate.interpolate(x, coef, KEY, None, rows, ptx=True),
         "interpolate/tensor": interpolate.interpolate(x, coef, x, None, rows, ptx=True),
@@ -110,7 +110,7 @@ def agree(name: str, op: str, found: dict[int, Any], rows: int, dim: int, dtype:
         drawn = [normals(KEY, dim + 4, torch.float64, at - at % 4)[at % 4 :][:dim] for at in (some * dim).tolist()]
         noise = torch.stack(drawn)
     x, n = given["x"], len(some)
-    settings = (None, None, None, 0.92, 0.94, 0.8, 1.1, False, True, True, True, False, False)
+    settings = (None, None, None, *SCALARS, False, True, True, True, False, False)
     want = {
         "interpolate": lambda: (reference.interpolate(x, coef, noise, None, n),),
         "matching": lambda: reference.matching(given["out"], x, None, coef, noise, None, n, False, True)[2:],

@@ -21,6 +21,7 @@ import triton
 
 from bench import kernels_report as report
 from bench.ahead_of_time import TARGETS, compile_calls, specialise
+from realuid_fast.objectives import RealUID
 
 BUDGET = json.loads(report.BUDGET.read_text())
 SAME_COMPILER = triton.__version__ == BUDGET["triton"]
@@ -84,7 +85,7 @@ def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.d
     x, coef, key = meta(rows, dim), meta(rows, 9, of=torch.float32), meta(2, of=torch.int64)
     drawn, numbers = meta(noise_rows, dim), meta(rows, of=torch.float32)
     number = meta(of=torch.float32)
-    halves = (0.9, 1.0, 0.1, 1.2, 0.1, 0.1, 0.1, 0.4)
+    halves, scalars = (0.9, 1.0, 0.1, 1.2, 0.1, 0.1, 0.1, 0.4), RealUID(0.9, 0.94).generator_scalars
     planned = [noise.normal_like(key, x, noise_rows)[0]]
     for given in (key, drawn):
         planned += [
@@ -96,9 +97,9 @@ def calls_of_every_operator(rows: int, dim: int, noise_rows: int, dtype: torch.d
         interpolate.interpolate_grads(x, coef, True, True)[0],
         error.mean_abs_error(x, x, x, coef, x, numbers)[0],
         generator.generator(
-            x, x, x, x, coef, key, x, x, numbers, numbers, 0.9, 0.9, 1.0, 1.0, True, True, True, True, True, True
+            x, x, x, x, coef, key, x, x, numbers, numbers, *scalars, True, True, True, True, True, True
         )[0],
-        generator.generator(x, x, x, None, coef, key, *[None] * 4, 0.9, 0.9, 1.0, 1.0, *[True] * 5, False)[0],
+        generator.generator(x, x, x, None, coef, key, *[None] * 4, *scalars, *[True] * 5, False)[0],
         [reduce.finish(meta(rows, 1, of=torch.float32), numbers, number, rows)],
         scale.scale_grads_([x], number),
         scale.scale_grads_([x], numbers),

@@ -14,6 +14,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 from realuid_fast.kernels import plans, tiles
+from realuid_fast.objectives import RealUID
 from realuid_fast.ops import triton_backend
 
 LAUNCHES: list[tuple[Any, ...]] = []
@@ -64,7 +65,7 @@ def arguments(op: str, dim: int, alike: bool, offset: int = 0, dtype: torch.dtyp
         "fake": lambda: (x(), x(), None, coef, key, x(), None, x(), scales, 3, 2, *halves, True, True),
         "generator": lambda: (
             *(x(), x(), x(), None, coef, key, x(), None, None, scales),
-            *(0.9, 0.8, 1.0, 1.0, True, True, False, True, False, False),
+            *(*RealUID(0.9, 0.8).generator_scalars, True, True, False, True, False, False),
         ),
         "norm_silu": lambda: (x(), shift, weight, weight if alike else torch.randn(dim), 2, 1e-5),
         "norm_silu_grads": lambda: (x(), x(), None, weight, torch.randn(dim), torch.randn(6, 2, 2)),

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from realuid_fast.objectives import RealUID
 from realuid_fast.ops import triton_backend
 
 SHAPE = (64, 3, 32, 32)
@@ -36,7 +37,7 @@ def arguments(op: str, device: str, dtype: torch.dtype, gaps: bool = False) -> t
     x = torch.empty(SHAPE, device=device, dtype=dtype)
     coef = torch.empty(SHAPE[0], 9, device=device, dtype=torch.promote_types(dtype, torch.float32))
     key = torch.empty_strided((2,), (2 if gaps else 1,), device=device, dtype=torch.int64)
-    halves = (0.9, 1.0, -0.3, 1.2, 0.1, 0.2, 0.0, 0.4)
+    halves, scalars = (0.9, 1.0, -0.3, 1.2, 0.1, 0.2, 0.0, 0.4), RealUID(0.9, 0.8).generator_scalars
     images = torch.empty(8, 16, 4, 4, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight, shift, statistics = (coef.new_empty(shape) for shape in ((16,), (8, 16), (8, 4, 2)))
     return {
@@ -46,7 +47,7 @@ def arguments(op: str, device: str, dtype: torch.dtype, gaps: bool = False) -> t
         "mean_abs_error": (x, x, None, coef, None, None),
         "matching": (x, x, None, coef, key, None, 64, True, True),
         "fake": (x, x, None, coef, key, x, None, None, None, 32, 32, *halves, True, True),
-        "generator": (x, x, x, None, coef, key, *[None] * 4, 0.9, 0.8, 1.0, 1.0, True, True, True, True, False, False),
+        "generator": (x, x, x, None, coef, key, *[None] * 4, *scalars, *[True] * 4, False, False),
         "norm_silu": (images, shift, weight, weight, 4, 1e-5),
         "norm_silu_grads": (images, images, shift, weight, weight, statistics),
         "group_norm": (images, weight, weight, 4, 1e-5),

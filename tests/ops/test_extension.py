@@ -64,7 +64,7 @@ def test_empty_tensors(shape, dtype):
         ),
         ops.generator(
             case.teacher, case.fake, case.x, None, case.coef, case.noise, None, None, None, None,
-            1.0, 1.0, 1.0, 1.0, True, True, True, True, False, False,
+            *rf.objectives.UID().generator_scalars, True, True, True, True, False, False,
         ),
     ]  # fmt: skip
     for loss, rows, *grads in results:
@@ -88,7 +88,7 @@ def run_all(case, noise_rows):
     if case.noise.dtype is torch.int64:
         out += ops.generator(
             case.teacher, case.fake, case.x, case.x_t, case.coef, case.noise, case.y, None, None, None,
-            0.9, 0.94, 0.9, 1.0, True, True, True, True, case.x_t is not None, False,
+            *rf.objectives.RealUID(0.9, 0.94).generator_scalars, True, True, True, True, case.x_t is not None, False,
         )  # fmt: skip
         out.append(ops.normal_like(case.noise, case.x, noise_rows))
     return out
@@ -131,7 +131,8 @@ def test_near_the_optimum_the_generator_loss_keeps_its_digits():
     x = torch.randn(8, 3072, generator=g)
     coef = rf.paths.Linear().coefficients(torch.rand(8, generator=g))
     key = torch.tensor([SEED, OFFSET])
-    rows = ops.generator(teacher, fake, x, None, coef, key, *[None] * 4, 0.9, 0.94, 0.9, 1.0, True, *[False] * 5)[1]
+    scalars = rf.objectives.RealUID(0.9, 0.94).generator_scalars
+    rows = ops.generator(teacher, fake, x, None, coef, key, *[None] * 4, *scalars, True, *[False] * 5)[1]
     n = stream64(x.numel()).reshape(x.shape)
     c = coef.double()
     tgt = c[:, 3:4] * x.double() + c[:, 5:6] * n

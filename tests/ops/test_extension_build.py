@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from realuid_fast.objectives import UID
 from realuid_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.why_missing() is not None, reason=str(extension.why_missing()))
@@ -49,11 +50,11 @@ def bad(sentence, call):
 def test_wrong_arguments_get_a_sentence_with_their_name():
     x, key = torch.randn(4, 6), torch.tensor([1, 2])
     coef = torch.zeros(4, 9)
-    ones = (1.0, 1.0, 1.0, 1.0)
+    scalars = UID().generator_scalars
     half = (1.0, 1.0, 0.0, 1.0)
 
     def generator(teacher=x, fake=x, x=x, x_t=None, coef=coef, noise=key, y=None, want_x_t=False):
-        return ops.generator(teacher, fake, x, x_t, coef, noise, y, *[None] * 3, *ones, *[True] * 4, want_x_t, False)
+        return ops.generator(teacher, fake, x, x_t, coef, noise, y, *[None] * 3, *scalars, *[True] * 4, want_x_t, False)
 
     def fake(teacher=None, noise_rows=4, n_real=0, d=0.0):
         first = (1.0, 1.0, d, 1.0)
