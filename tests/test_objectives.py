@@ -184,14 +184,6 @@ def test_presets_that_are_the_same_numbers():
     assert scalars(GeneralRealUID(0.92, 0.94, 0.92)) == scalars(RealUID(0.92, 0.94))
 
 
-def test_named_presets_carry_their_names():
-    built = {PRESETS[name](*(0.92, 0.94, 0.9)[:count]).name for name, count in
-             (("uid", 0), ("realuid", 2), ("general", 3), ("fgm", 0), ("sid", 0), ("realsid", 2), ("ibmd", 0),
-              ("normalised", 2), ("real-bridge", 2), ("diff-instruct", 0), ("dmd", 1), ("moment-matching", 0),
-              ("sds", 0), ("sim", 0))}  # fmt: skip
-    assert len(built) == len(PRESETS)
-
-
 # Literal transcriptions. Networks are fixed smooth functions; x is the generator's output and the leaf.
 B, D = 4, 3
 

@@ -40,7 +40,7 @@ def test_digits_split_is_stratified():
     assert ((heldout / (train + heldout)) - 0.25).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("name", ["eight_gaussians", "moons", "checkerboard"])
+@pytest.mark.parametrize("name", data.POINTS)
 def test_mixtures_repeat_and_differ_by_seed(name):
     one, two = (
         data.load({"name": name, "n": 500, "n_heldout": 100}),

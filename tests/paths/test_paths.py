@@ -104,6 +104,9 @@ def exact_values(path, t, x, y, n):
     exact |= {"vp": n, "ve": -n}
     edm = path.preconditioning(t)
     exact["edm"] = (x - edm.c_skip * x_t) / edm.c_out
+    if isinstance(path, rf.paths.OneSidedPath):
+        # The same without a difference of nearly equal numbers, which loses its digits where c is small.
+        exact["edm"] = edm.c_in / path.sigma_data * (c * x - a * path.sigma_data**2 * n)
     if isinstance(path, BrownianBridge):
         exact["residual"] = (x_t - x) / torch.sqrt(path.eps * t)
     if isinstance(path, I2SB):
