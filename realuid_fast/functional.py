@@ -28,11 +28,11 @@ from torch import Tensor
 
 from . import ops
 from .coefficients import Coefficients
-from .contracts import check_tensor, check_whole, type_name
+from .contracts import check_tensor
 from .errors import UserError
 from .objectives import Objective
 from .sample_weights import mean_of, weighed
-from .tensors import Guidance, check, guidance_inputs, refuse_gradients
+from .tensors import Guidance, check, check_objective, fake_arguments, guidance_inputs, refuse_gradients
 
 Reduction = Literal["mean", "none"]
 
@@ -191,7 +191,7 @@ def fake_loss(
         rest = (endpoint, None, None, noise_rows, n_real, *objective.generated, *objective.real, mean)
         if (loss := ops.plain("fake_loss", fake_out, x, x_t, coef, noise, teacher_out, *rest)) is not None:
             return loss
-    arguments = _fake_arguments(
+    arguments = fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
     others = {"x": x, "x_t": x_t, "endpoint": endpoint, "teacher_out": teacher_out, "teacher_uncond": teacher_uncond}
@@ -215,7 +215,7 @@ def fake_grads(
     guidance: float | Tensor = 1.0,
 ) -> FakeGrads:
     """:func:`fake_loss` with its gradient, without autograd."""
-    arguments = _fake_arguments(
+    arguments = fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
     return FakeGrads(*ops.current(x.device).fake.default(*arguments, True, True))
@@ -361,7 +361,7 @@ def _generator_arguments(
     guidance: float | Tensor,
 ) -> tuple[Tensor, Guidance]:
     """The fake model's output, and unconditional output and scale of a guided teacher, after all checks."""
-    _check_objective(objective)
+    check_objective(objective)
     check_tensor("teacher_out", teacher_out)
     if fake_out is None:
         if objective.needs_fake:
@@ -379,65 +379,6 @@ def _generator_arguments(
         teacher_uncond=teacher_uncond,
     )
     return fake_out, guidance_inputs(teacher_uncond, guidance, coef)
-
-
-def _fake_arguments(
-    fake_out: Tensor,
-    x: Tensor,
-    x_t: Tensor | None,
-    coef: Tensor,
-    noise: Tensor,
-    objective: Objective,
-    n_real: int,
-    teacher_out: Tensor | None,
-    endpoint: Tensor | None,
-    noise_rows: int | None,
-    teacher_uncond: Tensor | None,
-    guidance: float | Tensor,
-) -> tuple[object, ...]:
-    """The fake operator's arguments up to the switches, checked."""
-    _check_objective(objective)
-    check_tensor("fake_out", fake_out)
-    check_whole("n_real", n_real)
-    noise_rows = check(
-        x,
-        coef,
-        noise,
-        noise_rows,
-        endpoint=endpoint,
-        fake_out=fake_out,
-        x_t=x_t,
-        teacher_out=teacher_out,
-        teacher_uncond=teacher_uncond,
-    )
-    guided = guidance_inputs(teacher_uncond, guidance, coef)
-    if not objective.needs_fake:
-        raise UserError(f"{objective.name} has no fake model, and so no loss for one")
-    rows = x.shape[0]
-    if not 0 <= n_real <= rows or (n_real == rows and rows > 0):
-        raise UserError(f"n_real must leave at least one generated row: got {n_real} of {rows} rows")
-    if n_real and not objective.needs_real:
-        raise UserError(f"n_real must be 0 for {objective.name} with alpha = 1: real data plays no part in it")
-    if not n_real and rows and objective.needs_real:
-        raise UserError(
-            f"n_real must not be 0 for {objective.name} with alpha = {objective.alpha:g}: its fake loss needs real rows"
-        )
-    if teacher_out is None and objective.needs_teacher:
-        raise UserError(
-            f"teacher_out must be given for {objective.name} with gamma kappa = {objective.gamma * objective.kappa:g} "
-            f"and alpha = {objective.alpha:g}"
-        )
-    if not objective.needs_teacher:
-        teacher_out, guided = None, (None, None)
-    halves = (*objective.generated, *objective.real)
-    return fake_out, x, x_t, coef, noise, teacher_out, endpoint, *guided, noise_rows, n_real, *halves
-
-
-def _check_objective(objective: Objective) -> None:
-    if not isinstance(objective, Objective):
-        raise UserError(
-            f"objective must be an Objective such as objectives.RealUID(0.92, 0.94), not {type_name(objective)}"
-        )
 
 
 def _unguided(teacher_uncond: Tensor | None, guidance: float | Tensor) -> bool:

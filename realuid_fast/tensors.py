@@ -1,4 +1,4 @@
-"""The checks of a fused call's tensors: one shape, type, device and layout; refusals name the tensor.
+"""The checks of a fused call's arguments: tensors of one shape, type, device and layout; refusals name the argument.
 
 Only metadata is read, so no check waits for the device.
 """
@@ -15,6 +15,7 @@ from . import noise as noises
 from . import ops
 from .contracts import check_tensor, check_whole, type_name
 from .errors import UserError
+from .objectives import Objective
 
 # The unconditional output and the scale of a guided teacher.
 Guidance = tuple[Tensor | None, Tensor | None]
@@ -162,3 +163,63 @@ def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coe
         )
     refuse_gradients("a fused call", guidance=guidance)
     return teacher_uncond, guidance.contiguous()
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse what is no objective."""
+    if not isinstance(objective, Objective):
+        raise UserError(
+            f"objective must be an Objective such as objectives.RealUID(0.92, 0.94), not {type_name(objective)}"
+        )
+
+
+def fake_arguments(
+    fake_out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    objective: Objective,
+    n_real: int,
+    teacher_out: Tensor | None,
+    endpoint: Tensor | None,
+    noise_rows: int | None,
+    teacher_uncond: Tensor | None,
+    guidance: float | Tensor,
+) -> tuple[object, ...]:
+    """The fake operator's arguments up to the switches, checked."""
+    check_objective(objective)
+    check_tensor("fake_out", fake_out)
+    check_whole("n_real", n_real)
+    noise_rows = check(
+        x,
+        coef,
+        noise,
+        noise_rows,
+        endpoint=endpoint,
+        fake_out=fake_out,
+        x_t=x_t,
+        teacher_out=teacher_out,
+        teacher_uncond=teacher_uncond,
+    )
+    guided = guidance_inputs(teacher_uncond, guidance, coef)
+    if not objective.needs_fake:
+        raise UserError(f"{objective.name} has no fake model, and so no loss for one")
+    rows = x.shape[0]
+    if not 0 <= n_real <= rows or (n_real == rows and rows > 0):
+        raise UserError(f"n_real must leave at least one generated row: got {n_real} of {rows} rows")
+    if n_real and not objective.needs_real:
+        raise UserError(f"n_real must be 0 for {objective.name} with alpha = 1: real data plays no part in it")
+    if not n_real and rows and objective.needs_real:
+        raise UserError(
+            f"n_real must not be 0 for {objective.name} with alpha = {objective.alpha:g}: its fake loss needs real rows"
+        )
+    if teacher_out is None and objective.needs_teacher:
+        raise UserError(
+            f"teacher_out must be given for {objective.name} with gamma kappa = {objective.gamma * objective.kappa:g} "
+            f"and alpha = {objective.alpha:g}"
+        )
+    if not objective.needs_teacher:
+        teacher_out, guided = None, (None, None)
+    halves = (*objective.generated, *objective.real)
+    return fake_out, x, x_t, coef, noise, teacher_out, endpoint, *guided, noise_rows, n_real, *halves
