@@ -254,7 +254,7 @@ def _named(
 def _check_key(key: object, known: Collection[str], prefix: str, of: str = "in the configuration") -> None:
     if key not in known:
         near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f", did you mean {near[0]}" if near else f"; it takes {', '.join(known)}"
+        hint = f", did you mean {_join(prefix, near[0])}" if near else f"; it takes {', '.join(known)}"
         raise UserError(f"there is no key '{_join(prefix, key):.80}' {of}{hint}")
 
 

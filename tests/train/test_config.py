@@ -43,7 +43,7 @@ def test_a_data_set_of_another_name_starts_afresh():
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("distill.bach=3", "no key 'distill.bach' in the configuration, did you mean batch"),
+        ("distill.bach=3", "no key 'distill.bach' in the configuration, did you mean distill.batch"),
         ("distil.batch=3", "no key 'distil'.*did you mean distill"),
         ("distill.batch=many", "distill.batch must be a whole number, got 'many'"),
         ("distill.batch=2.5", "distill.batch must be a whole number"),
