@@ -146,13 +146,19 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
         (["data.flip=3"], "data.flip must be true or false, got 3"),
         (["data.size=3"], "no key 'data.size' of data.name digits"),
         (["network.kind=nothing"], "network.kind must be one of unet, .*; got 'nothing'"),
-        (["network.num_chanels=8"], "no key 'network.num_chanels' of network.kind unet, did you mean network.num_channels"),
+        (
+            ["network.num_chanels=8"],
+            "no key 'network.num_chanels' of network.kind unet, did you mean network.num_channels",
+        ),
         (["network.num_channels=8.5"], "network.num_channels must be a whole number, got 8.5"),
         (["network.channel_mult=2"], "network.channel_mult must be a list of numbers, got 2"),
         (["network.channel_mult=[a]"], "network.channel_mult must be a number, got 'a'"),
         (["network.attention_resolutions=1.5"], "must be a list of whole numbers or text, got 1.5"),
         (["network.dropout=none"], "network.dropout must be a number, got 'none'"),
-        (["distill.teacher_network={kind: mlp, widht: 8}"], "no key 'distill.teacher_network.widht' of .*mean distill.teacher_network.width"),
+        (
+            ["distill.teacher_network={kind: mlp, widht: 8}"],
+            "no key 'distill.teacher_network.widht' of .*mean distill.teacher_network.width",
+        ),
     ],
 )
 def test_settings_of_data_and_networks_are_named_before_anything_is_loaded(overrides, sentence):

@@ -20,8 +20,8 @@ with extra():
     import yaml
 
 WIDTH = 116  # of a line of comment
-HEAD = """Above each key is its meaning, and in brackets its type, its bounds and its default. A key behind # without a blank
-is not given: remove the # to give it."""
+HEAD = """Above each key is its meaning, and in brackets its type, its bounds and its default. A key behind #
+without a blank is not given: remove the # to give it."""
 # The sections whose keys depend on one of them, and the functions that take the others.
 NAMED: dict[str, tuple[str, Mapping[str, Callable[..., Any]]]] = {
     "data": ("name", data.LOADERS),
