@@ -81,6 +81,8 @@ class Loaded:
             raise UserError(f"z must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
         if self.classes and (labels is None or labels.shape != z.shape[:1]):
             raise UserError(f"labels must be given, one for each of the {len(z)} samples: 0 to {self.classes - 1}")
+        # "No label" is one more, where the network knows it.
+        _check_labels(self.classes + (getattr(self.net, "null_label", None) is not None), labels)
         if self._student is None:
             return integrate(
                 self.net, z, STEPS if steps is None else steps, solver or "euler", labels, path=self._path,
@@ -161,17 +163,24 @@ def sample(
     return torch.cat(parts)
 
 
+def _check_labels(classes: int, labels: Tensor | int | None) -> None:
+    """Refuse labels that the model does not have. Those on a device are not read: the host would wait for it."""
+    if labels is not None and not classes:
+        raise UserError("labels must not be given: the model is unconditional")
+    given = [labels] if isinstance(labels, int) else []
+    if isinstance(labels, Tensor) and labels.device.type == "cpu" and labels.numel():
+        given = [int(labels.min()), int(labels.max())]
+    for label in given:
+        if not 0 <= label < classes:
+            raise UserError(f"labels must name one of the model's {classes} classes, got {label}")
+
+
 def _labels(classes: int, count: int, labels: Tensor | int | None) -> Tensor | None:
     """``(count,)`` labels from those given, from one class, or class by class; None for an unconditional network."""
-    if not classes:
-        if labels is not None:
-            raise UserError("labels must not be given: the model is unconditional")
-        return None
     if labels is None:
-        return torch.arange(count) % classes
+        return torch.arange(count) % classes if classes else None
     if not isinstance(labels, Tensor):
-        if not 0 <= labels < classes:
-            raise UserError(f"labels must name one of the model's {classes} classes, got {labels}")
+        _check_labels(classes, labels)
         return torch.full((count,), labels)
     if labels.shape != (count,):
         raise UserError(f"labels must have shape ({count},), not {tuple(labels.shape)}")
