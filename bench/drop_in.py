@@ -178,7 +178,7 @@ def table(rows: Sequence[Row], described: Mapping[str, Any]) -> str:
         times = [f"{ways[name]['ratio']:.1f}x" if name in ways else "" for name in (SOURCE, COMPILED)]
         lines.append([ours["loss"], report.kind(ours), f"{ours['gap']:g}", *cells, *times])
     return report.markdown(header, lines, words=2) + (
-        f"\n`{described['command']}` at revision {described['revision']} on {machine.sentence(described)}. "
+        f"\n`{described['command']}` on {machine.sentence(described)}. "
         f"{report.shape(rows[0])} samples. Errors are relative to the formula in float64 on the same tensors, over the "
         "whole gradient. Times are of the source's formula with its backward pass, divided by ours: medians of "
         f"ratios inside a round. Freed memory is kept by all ways. The clock is the {described['clock']}.\n"

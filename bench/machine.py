@@ -32,10 +32,11 @@ def describe() -> dict[str, Any]:
 
 
 def sentence(described: Mapping[str, Any]) -> str:
-    """The machine in a line, for below a table."""
+    """The machine in a line, for below a table, with the revision that ran there."""
     return (
         f"{described['processor']}, {described['threads']} thread(s) of {described['cores']} cores, "
-        f"{described['isa']}, torch {described['torch']}, load average {described['load_average']} at the start"
+        f"{described['isa']}, torch {described['torch']}, load average {described['load_average']} at the start, "
+        f"revision {described['revision']}"
     )
 
 

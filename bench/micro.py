@@ -282,29 +282,41 @@ def run(chosen: Iterable[Entry], seconds: float) -> list[Row]:
 
 
 def table(rows: Sequence[Row], described: Mapping[str, Any]) -> str:
-    """A Markdown table a call, the machine below."""
-    parts = []
+    """Markdown tables for each call, none wider than a page: speeds, other ways in eager mode, and those compiled."""
+    found = []
     cases = report.by_case(rows)
     for call in dict.fromkeys(ways[OURS]["case"] for ways in cases):
         chosen = [ways for ways in cases if ways[OURS]["case"] == call]
         others = dict.fromkeys(name for ways in chosen for name in ways if name not in (OURS, *COPIES))
-        header = ["shape", "type", "ms", "GB/s", *(f"{name}, GB/s" for name in COPIES), "share of copy", *others]
+        header = ["shape", "type", "ms", "GB/s", *(f"{name}, GB/s" for name in COPIES), "share of copy"]
         lines = []
         for ways in chosen:
             ours, share = ways[OURS], report.share_of_copy(ways)
             speeds = [report.number(ways.get(name, {}).get("GBps")) for name in (OURS, *COPIES)]
             share_text = "" if share is None else f"{share:.0%}"
-            times = [f"{ways[name]['ratio']:.1f}" if name in ways else "" for name in others]
-            lines.append(
-                [report.shape(ours), report.kind(ours), report.number(ours["median_ms"]), *speeds, share_text, *times]
-            )
-        parts.append(f"**{call}**\n\n" + report.markdown(header, lines, words=2))
-    parts.append(
+            lines.append([report.shape(ours), report.kind(ours), report.number(ours["median_ms"]), *speeds, share_text])
+        found.append(f"**{call}**\n\n" + report.markdown(header, lines, words=2))
+        for compiled, kind in ((False, "eager"), (True, "torch.compile")):
+            names = [name for name in others if name.startswith("torch.compile") == compiled]
+            measured = [ways for ways in chosen if any(name in ways for name in names)]
+            if measured:
+                short = [name.removeprefix("torch.compile, ") for name in names]
+                lines = [
+                    [
+                        report.shape(ways[OURS]),
+                        report.kind(ways[OURS]),
+                        *(f"{ways[name]['ratio']:.1f}x" if name in ways else "" for name in names),
+                    ]
+                    for ways in measured
+                ]
+                head = [f"{kind}, times realuid_fast's", "type", *short]
+                found.append(report.markdown(head, lines, words=2))
+    found.append(
         f"`{described['command']}` on {machine.sentence(described)}. ms, GB/s and share are realuid_fast's; the "
-        "columns after them are other ways' times by its own, medians over rounds of the ratio inside the round. The "
+        "tables below them have other ways' times by its own, medians over rounds of the ratio inside the round. The "
         f"clock is the {described['clock']}. The share is of the faster copy of the same number of bytes.\n"
     )
-    return "\n".join(parts)
+    return "\n".join(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

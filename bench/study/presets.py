@@ -262,7 +262,7 @@ def page(content: dict[str, Any]) -> str:
         ]
     for command, described in {row["command"]: row["machine"] for row in rows}.items():
         names = ", ".join(row["preset"] for row in rows if row["command"] == command)
-        lines += [f"`{command}`, revision {described['revision']}, on {machine.sentence(described)}: {names}.", ""]
+        lines += [f"`{command}` on {machine.sentence(described)}: {names}.", ""]
     return "\n".join(lines)
 
 
