@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from realuid_fast.errors import UserError
-from realuid_fast.files import part_of
+from realuid_fast.files import finished_name
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs.train import train
 from realuid_fast.train.checkpoint import files, read
@@ -254,7 +254,7 @@ class _Calls:
             return call(*given, **named)
         with self._lock:
             here = len(self._made) == self._number
-            self._made.append(f"{name} {part_of(place.name) or place.name}")
+            self._made.append(f"{name} {finished_name(place.name) or place.name}")
             if self._note is not None:
                 self._note.write_text(json.dumps(self._made))
             if here and not self._after:

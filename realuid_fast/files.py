@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-_PART = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}\.part")
 
 
 @contextlib.contextmanager
@@ -24,30 +24,30 @@ def replacing(file: Path, durable: bool = True) -> Iterator[BinaryIO]:
     The stream writes to a new file ``.NAME.<16 random digits>.part`` beside ``file``, so no other file is overwritten.
     A process that is killed leaves that file behind.
     """
-    part = new_part(file)
+    beside = unfinished(file)
     try:
-        with open(part, "xb", opener=in_place) as stream:
+        with open(beside, "xb", opener=in_place) as stream:
             yield stream
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
-        os.replace(part, file)
+        os.replace(beside, file)
     except BaseException:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
         raise
     if durable:
         sync(file.parent)
 
 
-def new_part(file: Path) -> Path:
+def unfinished(file: Path) -> Path:
     """A new name beside ``file`` for content that will replace ``file`` when it is complete."""
     return file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
 
 
-def part_of(name: str) -> str | None:
-    """The name that :func:`new_part` made the name ``name`` from; None if it was not made by it."""
-    made = _PART.fullmatch(name)
+def finished_name(name: str) -> str | None:
+    """The name that :func:`unfinished` made ``name`` from; None if it did not make it."""
+    made = _UNFINISHED.fullmatch(name)
     return made[1] if made else None
 
 

@@ -169,9 +169,9 @@ def _comment(text: str, indent: str) -> list[str]:
     head = f"{indent}# "
     return [
         line
-        for part in text.split("\n\n")
+        for paragraph in text.split("\n\n")
         for line in textwrap.wrap(
-            _bare(part),
+            _bare(paragraph),
             WIDTH,
             initial_indent=head,
             subsequent_indent=head,

@@ -247,23 +247,23 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
         kept = {name: kept.get(name, 0) + value for name, value in of_one.items()}
 
     batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
-    part = batch // (ranks * config.run.accumulate)
+    a_pass = batch // (ranks * config.run.accumulate)
     rows, twice = 1 + counted.takes_real, bool(settings.regression.pairs)
     backward = objective.flows == "all"
     judged = counted.gan is not None and counted.critic is None and counted.gan.weight_generator > 0
     fake_kept, shape, device = 0, dataset.shape, config.run.device
     with Precision(settings.fake_precision, CPU).networks():
         if fakes:
-            fake_kept = _activations(counted.judged, shape, rows * part, device)
+            fake_kept = _activations(counted.judged, shape, rows * a_pass, device)
     with Precision(settings.generator_precision, CPU).networks():
-        generator_kept = _activations(counted.generator.net, shape, part, device)
+        generator_kept = _activations(counted.generator.net, shape, a_pass, device)
         if fakes and (backward or judged):
-            generator_kept += _activations(counted.frozen_fake, shape, part, device, to_input=True)
+            generator_kept += _activations(counted.frozen_fake, shape, a_pass, device, to_input=True)
         if backward:
             rounded = settings.teacher_precision != "float32"
             own = Precision(settings.teacher_precision, CPU).networks() if rounded else contextlib.nullcontext()
             with own:
-                generator_kept += _activations(counted.teacher, shape, asked * part, device, to_input=True)
+                generator_kept += _activations(counted.teacher, shape, asked * a_pass, device, to_input=True)
     turn = "fake" if fake_kept > generator_kept else "generator"
     made = turns * batch
     share = ranks if config.run.shard else 1
@@ -272,7 +272,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
         state["teacher"] = _bytes(counted.teacher)
     gathered = [counted.generator.net] if share > 1 else [counted.teacher] if config.run.offload_teacher else []
     # Rows of one fake turn; noise and samples of all fake turns; noise, samples and interpolants of the generator turn.
-    buffers = rows * part + 2 * made // ranks + (3 + 3 * twice) * part
+    buffers = rows * a_pass + 2 * made // ranks + (3 + 3 * twice) * a_pass
 
     one = _operations(model.description.network, config.run.checkpoint_activations)
     frozen = asked * (one.input if backward else one.forward)
@@ -301,10 +301,10 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
 def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
     settings = config.distill
     counted = trainers.regression(_to_count(config, settings.batch), dataset, model)
-    batch, part, net = settings.batch, settings.batch // (ranks * config.run.accumulate), counted.generator.net
+    batch, a_pass, net = settings.batch, settings.batch // (ranks * config.run.accumulate), counted.generator.net
     size = _count(net)
     with Precision(settings.generator_precision, CPU).networks():
-        activations = _activations(net, dataset.shape, part, config.run.device)
+        activations = _activations(net, dataset.shape, a_pass, config.run.device)
     one = _operations(model.description.network, config.run.checkpoint_activations)
     flow, how = config.path.build(model.description), settings.regression
     asked = evaluations(how.steps, how.solver, flow.path, flow.predict)
@@ -318,7 +318,7 @@ def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> P
             "teacher": 4 * size,
             "activations of the backward pass": activations,
             # Noise, samples and the teacher's samples.
-            "batch buffers": 3 * part * 4 * math.prod(dataset.shape),
+            "batch buffers": 3 * a_pass * 4 * math.prod(dataset.shape),
         },
         batch=batch,
         updates=settings.updates,
@@ -372,8 +372,8 @@ def _shared(state: dict[str, int], ranks: int) -> dict[str, int]:
 
 def _together(nets: Sequence[nn.Module]) -> dict[str, int]:
     """Bytes of two blocks of networks that are gathered block by block: the one in use and the one fetched ahead."""
-    sizes = [_bytes(block) for net in nets for block in sharding.parts(net)]
-    return {"parts of networks, brought together": 2 * max(sizes)} if sizes else {}
+    sizes = [_bytes(block) for net in nets for block in sharding.blocks(net)]
+    return {"blocks of networks, brought together": 2 * max(sizes)} if sizes else {}
 
 
 def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> dict[str, int]:

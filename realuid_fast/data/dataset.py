@@ -118,8 +118,8 @@ class Dataset:
         def stream() -> Iterator[tuple[Tensor, Tensor | None]]:
             while True:
                 order = torch.randperm(len(self.train), generator=generator)
-                for start in range(0, len(order) - n + 1, n):
-                    yield self._take(order[start : start + n])
+                for first in range(0, len(order) - n + 1, n):
+                    yield self._take(order[first : first + n])
 
         return stream()
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-# The parts of a split by the names of their folders, and the numbers that CelebA's partition gives to them.
+# The splits by the names of their folders, and the numbers that CelebA's partition gives to them.
 TRAIN, LEFT_OUT, HELDOUT = 0, 1, 2
 _TRAINING = ("train", "training")
 _VALIDATION = ("val", "valid", "validation")
@@ -23,14 +23,14 @@ class Layout:
     """The images of a folder or archive in alphabetical order, with the classes and the split from their paths.
 
     ``names`` are paths inside the source. ``classes`` are the names of the classes and ``numbers`` each image's class;
-    both are empty without classes. ``parts`` says which part of the split each image belongs to; it is empty if the
-    folders make no split.
+    both are empty without classes. ``splits`` says which of :data:`TRAIN`, :data:`LEFT_OUT` and
+    :data:`HELDOUT` each image belongs to; it is empty if the folders make no split.
     """
 
     names: list[str]
     classes: tuple[str, ...]
     numbers: list[int]
-    parts: list[int]
+    splits: list[int]
 
     def split(self, every: int | None) -> tuple[list[int], list[int]]:
         """The rows to train on and the rows to hold out: by folders, else every ``every``-th image is held out.
@@ -38,10 +38,10 @@ class Layout:
         For ``every = 0`` both are all rows. Raises :class:`UserError` if ``every`` is given although folders make the
         split.
         """
-        if self.parts:
+        if self.splits:
             if every is not None:
                 raise UserError("heldout_every cannot be given: the folders of the images make the split already")
-            return of_parts(self.parts)
+            return of_splits(self.splits)
         every, rows = HELDOUT_EVERY if every is None else every, list(range(len(self.names)))
         if not every:
             return rows, rows
@@ -54,15 +54,15 @@ def check_heldout_every(every: int | None) -> None:
         raise UserError(f"heldout_every must be 0 (nothing held out) or at least 2, got {every}")
 
 
-def of_parts(parts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The row numbers with the part :data:`TRAIN`, and those with :data:`HELDOUT`."""
-    train, heldout = ([row for row, part in enumerate(parts) if part == wanted] for wanted in (TRAIN, HELDOUT))
+def of_splits(splits: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The row numbers of the split :data:`TRAIN`, and those of :data:`HELDOUT`."""
+    train, heldout = ([row for row, split in enumerate(splits) if split == wanted] for wanted in (TRAIN, HELDOUT))
     return train, heldout
 
 
 def is_image(name: PurePosixPath) -> bool:
     """Whether a path inside a source is an image's, by its suffix. Hidden files and those in hidden folders are not."""
-    return name.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in name.parts)
+    return name.suffix.lower() in IMAGE_SUFFIXES and not any(folder.startswith(".") for folder in name.parts)
 
 
 def images_in(root: Path) -> list[str]:
@@ -78,7 +78,7 @@ def images_in(root: Path) -> list[str]:
 
 
 def layout(names: Sequence[str], labels: bool = True, limit: int | None = None) -> Layout:
-    """Classes and split by the paths ``names``, for the first ``limit`` images (of each part, if there is a split).
+    """Classes and split by the paths ``names``, for the first ``limit`` images (of each split, if folders make them).
 
     Folders make a split if the first folder in which the paths differ is ``train`` or ``test`` (or ``val``) for all
     images. With both ``test`` and ``val``, ``test`` is held out and ``val`` left out. Classes are the folders below
@@ -89,26 +89,26 @@ def layout(names: Sequence[str], labels: bool = True, limit: int | None = None) 
         UserError: other images lie beside the folders ``train`` and ``test``.
     """
     names = list(names)
-    parts = _parts(names)
-    if parts:
-        rows = [row for part in sorted(set(parts)) for row in [i for i, p in enumerate(parts) if p == part][:limit]]
-        names, parts = [names[row] for row in sorted(rows)], [parts[row] for row in sorted(rows)]
+    splits = _splits(names)
+    if splits:
+        rows = [row for split in sorted(set(splits)) for row in [i for i, s in enumerate(splits) if s == split][:limit]]
+        names, splits = [names[row] for row in sorted(rows)], [splits[row] for row in sorted(rows)]
         shared = _shared(names)
         below = ["/".join(PurePosixPath(name).parts[shared + 1 :]) for name in names]
     else:
         names = below = names[:limit]
     classes, numbers = folder_classes(below) if labels else ((), [])
-    return Layout(names, classes, numbers, parts)
+    return Layout(names, classes, numbers, splits)
 
 
 def folder_classes(names: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
     """Names of the classes, and each image's class number; both empty unless all images lie in folders of classes."""
     shared, folders = _shared(names), [PurePosixPath(name).parent.parts for name in names]
-    if any(len(parts) == shared for parts in folders):
+    if any(len(above) == shared for above in folders):
         return (), []
-    classes = tuple(sorted({parts[shared] for parts in folders}))
+    classes = tuple(sorted({above[shared] for above in folders}))
     number = {name: i for i, name in enumerate(classes)}
-    return classes, [number[parts[shared]] for parts in folders]
+    return classes, [number[above[shared]] for above in folders]
 
 
 def _shared(names: Sequence[str]) -> int:
@@ -116,8 +116,8 @@ def _shared(names: Sequence[str]) -> int:
     return len(PurePosixPath(os.path.commonpath([PurePosixPath(name).parent for name in names])).parts)
 
 
-def _parts(names: Sequence[str]) -> list[int]:
-    """Each image's part of the split; empty if the folders make no split."""
+def _splits(names: Sequence[str]) -> list[int]:
+    """The split of each image; empty if the folders make none."""
     shared = _shared(names)
     firsts = [PurePosixPath(name).parts[shared].lower() for name in names]
     found = set(firsts)

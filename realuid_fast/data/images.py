@@ -45,7 +45,7 @@ def folder(
         size: side of the samples.
         channels: channels of the samples, 1 or 3.
         heldout_every: every so many-th image is held out, by default every 10th; 0 holds out the training images.
-        limit: the number of images to take, the first ones; of each part, if folders make a split.
+        limit: the number of images to take, the first ones; of each split, if folders make them.
         labels: whether folders are classes.
         skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
 
@@ -222,13 +222,13 @@ def cifar10(path: str | Path) -> Dataset:
         path: the folder with the files, or the one that it is in.
     """
     batches, test = cifar10_files(Path(path))
-    parts = [cifar10_records(file) for file in batches]
+    read = [cifar10_records(file) for file in batches]
     heldout, heldout_labels = cifar10_records(test)
     return Dataset(
         "cifar10",
-        torch.cat([images for images, _ in parts]),
+        torch.cat([images for images, _ in read]),
         heldout,
-        torch.cat([labels for _, labels in parts]),
+        torch.cat([labels for _, labels in read]),
         heldout_labels,
         preprocessing="byte / 127.5 - 1, 3x32x32",
     )

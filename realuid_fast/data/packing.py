@@ -103,7 +103,7 @@ def pack(
             its last part where no other image has the same.
         labels: whether folders are classes: the first one in which paths differ, below the folders of a split, in
             alphabetical order. Images that do not all lie in one have no labels. CelebA's never have any.
-        limit: only the first so many images, of each part of a split by folders.
+        limit: only the first so many images, of each split, if folders make them.
         threads: that decode images.
         overwrite: whether a packed set in ``out`` may be replaced; anything else is never touched.
         skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
@@ -124,23 +124,23 @@ def pack(
     whole = (crop, partition, limit, heldout_every) == (None,) * 4
     if kind in ("cifar10", "idx"):
         _check_whole(kind, whole, size, channels)
-        with _written(out, overwrite) as part:
+        with _written(out, overwrite) as place:
             if kind == "cifar10":
-                return _cifar10(source, part, progress)
-            return _idx(source, part, size, 1 if channels is None else channels, filter)
+                return _cifar10(source, place, progress)
+            return _idx(source, place, size, 1 if channels is None else channels, filter)
     celeba = kind == "celeba"
     size, channels = (CELEBA_SIZE if celeba else 32) if size is None else size, 3 if channels is None else channels
     how_made = Images(size, channels, CELEBA_CROP if celeba and crop is None else crop, filter)
     with contextlib.ExitStack() as stack:
         listed, opened = _listed(source, stack)
         found = folders.layout(listed, labels and not celeba, limit)
-        names, parts = found.names, found.parts
+        names = found.names
         if partition is None:
             train, heldout = found.split(heldout_every)
         else:
             train, heldout = _partitioned(names, source, partition)
         decode = partial(_decoded, source, opened, how_made)
-        part = stack.enter_context(_written(out, overwrite))
+        place = stack.enter_context(_written(out, overwrite))
         shown = stack.enter_context(bar(len({*train, *heldout}), "image", progress))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         damaged: list[str] = []
@@ -151,7 +151,7 @@ def pack(
                 continue
             kept = []
             shape = (len(rows), channels, size, size)
-            with ArrayWriter(part / f"{split}_images.npy", shape, np.dtype(np.uint8)) as writer:
+            with ArrayWriter(place / f"{split}_images.npy", shape, np.dtype(np.uint8)) as writer:
                 for first in range(0, len(rows), _CHUNK):
                     chunk = rows[first : first + _CHUNK]
                     for row, pixels in zip(chunk, pool.map(decode, [names[row] for row in chunk]), strict=True):
@@ -165,14 +165,14 @@ def pack(
                         kept.append(row)
             if not kept:
                 raise UserError(f"{source} holds no readable images for the split {split}")
-            named = _labels(part, split, np.array([found.numbers[row] for row in kept])) if found.classes else None
+            named = _labels(place, split, np.array([found.numbers[row] for row in kept])) if found.classes else None
             splits.append(Split(len(kept), writer.entry, named))
         images.warn_damaged(damaged, len({*train, *heldout}))
         said = f"{len(names)} images of {source.name}" + (f", {len(damaged)} of them left out" if damaged else "")
-        if parts and partition is None:
+        if found.splits and partition is None:
             said += ", split by its folders"
         manifest = Manifest((channels, size, size), found.classes, str(how_made), said, *splits)
-        _finish(part, manifest)
+        _finish(place, manifest)
     return manifest
 
 
@@ -229,37 +229,37 @@ def _kind(source: Path) -> str:
     return "celeba" if source.stem == CELEBA_FOLDER else "images"
 
 
-def _idx(source: Path, part: Path, size: int | None, channels: int, filter: str) -> Manifest:
+def _idx(source: Path, place: Path, size: int | None, channels: int, filter: str) -> Manifest:
     splits = []
     for split, (raw, numbers) in zip(SPLITS, idx_files.read(source), strict=True):
         rows = images.idx_images(raw, size, channels, filter)
-        with ArrayWriter(part / f"{split}_images.npy", rows.shape, np.dtype(np.uint8)) as writer:
+        with ArrayWriter(place / f"{split}_images.npy", rows.shape, np.dtype(np.uint8)) as writer:
             writer.add(rows)
-        splits.append((Split(len(rows), writer.entry, _labels(part, split, numbers)), rows.shape, numbers.max()))
+        splits.append((Split(len(rows), writer.entry, _labels(place, split, numbers)), rows.shape, numbers.max()))
     shape = splits[0][1]
     classes = tuple(str(number) for number in range(1 + max(int(most) for _, _, most in splits)))
     done = images.idx_preprocessing(shape, size, filter)
     manifest = Manifest(shape[1:], classes, done, f"IDX files of {source.name}", splits[0][0], splits[1][0])
-    _finish(part, manifest)
+    _finish(place, manifest)
     return manifest
 
 
-def _cifar10(source: Path, part: Path, progress: bool) -> Manifest:
+def _cifar10(source: Path, place: Path, progress: bool) -> Manifest:
     files, heldout = images.cifar10_files(source)
     splits = []
     with bar(len(files) + 1, "file", progress) as shown:
-        for split, parts in (("train", files), ("heldout", [heldout])):
-            count = sum(file.stat().st_size // images.CIFAR_RECORD for file in parts)
+        for split, those in (("train", files), ("heldout", [heldout])):
+            count = sum(file.stat().st_size // images.CIFAR_RECORD for file in those)
             numbers = []
-            with ArrayWriter(part / f"{split}_images.npy", (count, 3, 32, 32), np.dtype(np.uint8)) as writer:
-                for file in parts:
+            with ArrayWriter(place / f"{split}_images.npy", (count, 3, 32, 32), np.dtype(np.uint8)) as writer:
+                for file in those:
                     pixels, labels = images.cifar10_records(file)
                     writer.add(pixels.numpy())
                     numbers.append(labels.numpy())
                     shown.update(1)
-            splits.append(Split(count, writer.entry, _labels(part, split, np.concatenate(numbers))))
+            splits.append(Split(count, writer.entry, _labels(place, split, np.concatenate(numbers))))
     manifest = Manifest((3, 32, 32), images.CIFAR_CLASSES, "3x32x32 as published", "CIFAR-10, binary files", *splits)
-    _finish(part, manifest)
+    _finish(place, manifest)
     return manifest
 
 
@@ -348,14 +348,14 @@ def _partitioned(names: Sequence[str], source: Path, partition: str | Path) -> t
                 f"{source}, such as {name}"
             )
         own.append(number)
-    train, heldout = folders.of_parts(own)
+    train, heldout = folders.of_splits(own)
     if not train or not heldout:
         raise UserError(f"partition: {partition} leaves no images to train on, or none to hold out")
     return train, heldout
 
 
-def _labels(part: Path, split: str, numbers: np.ndarray[Any, Any]) -> File:
-    with ArrayWriter(part / f"{split}_labels.npy", numbers.shape, np.dtype(np.int32)) as array:
+def _labels(place: Path, split: str, numbers: np.ndarray[Any, Any]) -> File:
+    with ArrayWriter(place / f"{split}_labels.npy", numbers.shape, np.dtype(np.int32)) as array:
         array.add(numbers.astype(np.int32))
     return array.entry
 
@@ -402,8 +402,8 @@ class ArrayWriter:
         with self._file.open("r+b") as stream:
             stream.write(header)
             stream.seek(0)
-            while part := stream.read(1 << 20):
-                self._hash.update(part)
+            while chunk := stream.read(1 << 20):
+                self._hash.update(chunk)
 
     def __exit__(self, kind: object, *_: object) -> None:
         def finish() -> None:
@@ -429,22 +429,22 @@ def _writing(file: Path, action: Callable[[], Any]) -> Any:
 def _written(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder that becomes ``out`` when the block ends, and goes where the block fails."""
     try:
-        with staging.staged(out, FILES, overwrite) as part:
-            yield part
+        with staging.staged(out, FILES, overwrite) as place:
+            yield place
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be read or written: {error.strerror or error}") from None
 
 
-def _finish(part: Path, manifest: Manifest) -> None:
+def _finish(place: Path, manifest: Manifest) -> None:
     """The manifest, and everything on disk."""
 
     def write() -> None:
-        with (part / MANIFEST).open("xb") as stream:
+        with (place / MANIFEST).open("xb") as stream:
             stream.write(manifest.text().encode())
             stream.flush()
             os.fsync(stream.fileno())
-        sync(part)
+        sync(place)
 
-    _writing(part / MANIFEST, write)
+    _writing(place / MANIFEST, write)
     # A set that the reader would refuse must not get its name.
-    read_manifest(part / MANIFEST)
+    read_manifest(place / MANIFEST)

@@ -222,12 +222,12 @@ def labels(file: Path, count: int, classes: int, sha256: str) -> Tensor:
     try:
         check_regular(file)
         with file.open("rb") as stream:
-            start = _header(file, stream.fileno(), (count,), np.dtype(np.int32))
+            offset = _header(file, stream.fileno(), (count,), np.dtype(np.int32))
         # A file of a terabyte need not have a byte on disk: it is as long as its array, or it is not read.
-        raw = read_regular(file, start + 4 * min(count, _MOST_LABELS))
+        raw = read_regular(file, offset + 4 * min(count, _MOST_LABELS))
     except OSError as error:
         raise UserError(f"path: {file} cannot be read: {error.strerror or error}") from None
-    values = torch.from_numpy(np.frombuffer(raw, np.int32, count, start).astype(np.int64))
+    values = torch.from_numpy(np.frombuffer(raw, np.int32, count, offset).astype(np.int64))
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise UserError(f"path: {file} is damaged: its checksum is not the manifest's")
     if int(values.min()) < 0 or int(values.max()) >= classes:
@@ -252,8 +252,8 @@ def verify(folder: Path) -> Manifest:
                 if (length := file.stat().st_size) != entry.size:
                     raise UserError(f"{file} has {length} bytes, the manifest says {entry.size}")
                 with file.open("rb") as stream:
-                    while part := stream.read(_CHUNK):
-                        found.update(part)
+                    while chunk := stream.read(_CHUNK):
+                        found.update(chunk)
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
             if found.hexdigest() != entry.sha256:
@@ -272,11 +272,11 @@ def _header(file: Path, descriptor: int, shape: tuple[int, ...], dtype: np.dtype
         except Exception:
             # numpy's reader can raise any kind of exception at a foreign header.
             raise UserError(f"path: {file} is no .npy file") from None
-        start = stream.tell()
+        offset = stream.tell()
         if found != shape or fortran or kind != dtype:
             wanted = "x".join(map(str, shape))
             raise UserError(f"path: {file} is not the array of the manifest, {wanted} of type {dtype}")
-        size, needed = os.fstat(descriptor).st_size, start + math.prod(shape) * dtype.itemsize
+        size, needed = os.fstat(descriptor).st_size, offset + math.prod(shape) * dtype.itemsize
     if size < needed:
         raise UserError(f"path: {file} is cut short: it has {size} bytes of {needed}")
-    return start
+    return offset

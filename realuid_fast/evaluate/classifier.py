@@ -104,7 +104,7 @@ def train_classifier(
         schedule.step()
     net.eval().requires_grad_(False)
     with torch.no_grad():
-        found = torch.cat([net(part).argmax(1) for part in dataset.pixels("heldout").split(1000)])
+        found = torch.cat([net(chunk).argmax(1) for chunk in dataset.pixels("heldout").split(1000)])
     return net, (found == heldout_labels).double().mean().item()
 
 
@@ -155,8 +155,8 @@ def features(net: Classifier, images: Tensor, batch: int = 1000) -> Tensor:
     """
     if images.dim() != 4 or tuple(images.shape[1:]) != net.shape:
         raise UserError(f"images must have shape (N, {', '.join(map(str, net.shape))}), got {tuple(images.shape)}")
-    parts = images.detach().float().cpu().clamp(-1, 1).split(batch)
-    return torch.cat([net.features(part) for part in parts])
+    chunks = images.detach().float().cpu().clamp(-1, 1).split(batch)
+    return torch.cat([net.features(chunk) for chunk in chunks])
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Moments:
-    """Mean and covariance of features that come in parts and need not be kept, in float64.
+    """Mean and covariance of features that come in chunks and need not be kept, in float64.
 
     Parts are merged as ``M <- M + M_p + d d^T n m / (n + m)`` with ``d`` the difference of their means, so that no
     digits are lost when the mean is large (Chan, Golub and LeVeque, 1979). ``count`` is the number of features so far.
@@ -172,6 +172,6 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 def _covered(points: Tensor, support: Tensor, k: int) -> float:
     # Every point is its own nearest neighbour in its set, hence k + 1.
-    radii = torch.cat([torch.cdist(part, support).kthvalue(k + 1, dim=1).values for part in support.split(1024)])
-    inside = torch.cat([(torch.cdist(part, support) <= radii).any(dim=1) for part in points.split(1024)])
+    radii = torch.cat([torch.cdist(chunk, support).kthvalue(k + 1, dim=1).values for chunk in support.split(1024)])
+    inside = torch.cat([(torch.cdist(chunk, support) <= radii).any(dim=1) for chunk in points.split(1024)])
     return inside.double().mean().item()

@@ -265,9 +265,9 @@ def generate(
         return sample(noise[rows], *(None if c is None else c[rows].to(noise.device) for c in conditions))
 
     part(0, WARMING)
-    start = time.perf_counter()
+    began = time.perf_counter()
     made = torch.cat([part(i, batch).cpu() for i in range(0, len(noise), batch)])
-    return made, len(noise) / max(time.perf_counter() - start, 1e-9)
+    return made, len(noise) / max(time.perf_counter() - began, 1e-9)
 
 
 def class_by_class(net: nn.Module, count: int, device: torch.device | str = "cpu") -> Tensor | None:

@@ -133,7 +133,7 @@ class _Loader(yaml.SafeLoader):
                     raise UserError(f"has a value of more than {_MOST_TEXT:,} characters")
                 continue
             for each in node.value:
-                waiting += [(part, depth + 1) for part in (each if isinstance(each, tuple) else (each,))]
+                waiting += [(further, depth + 1) for further in (each if isinstance(each, tuple) else (each,))]
         return root
 
 
@@ -189,8 +189,8 @@ def nested(overrides: Iterable[str]) -> dict[str, Any]:
     sections: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        parts = key.split(".")
-        if not equals or not all(parts):
+        names = key.split(".")
+        if not equals or not all(names):
             raise UserError(f"an override must read key.sub=value, got {override!r}")
         try:
             value = _plain_yaml(text)
@@ -199,11 +199,11 @@ def nested(overrides: Iterable[str]) -> dict[str, Any]:
         except _NOT_YAML:
             raise UserError(f"the value of {key} is not valid YAML: {shown(text)}") from None
         section = sections
-        for part in parts[:-1]:
-            section = section.setdefault(part, {})
+        for name in names[:-1]:
+            section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise UserError(f"{key} cannot be set: {part} was given a value of its own")
-        section[parts[-1]] = value
+                raise UserError(f"{key} cannot be set: {name} was given a value of its own")
+        section[names[-1]] = value
     return sections
 
 
@@ -382,7 +382,9 @@ def _check(config: Config) -> None:
         raise UserError(f"run.accumulate must be 1 with run.mode {run.mode}: a graph holds one whole turn")
     for name in ("shard", "offload_teacher"):
         if getattr(run, name) and run.mode != "eager":
-            raise UserError(f"run.{name} must be false with run.mode {run.mode}: only eager turns bring parts together")
+            raise UserError(
+                f"run.{name} must be false with run.mode {run.mode}: only eager turns bring blocks together"
+            )
     if run.checkpoint_activations and captures(run.mode):
         raise UserError(
             f"run.checkpoint_activations must be false with run.mode {run.mode}: a block that runs again takes its "
@@ -408,9 +410,9 @@ def _check(config: Config) -> None:
         raise UserError("distill.gan.weight_generator needs a weight_fake: nothing else trains the discriminator")
     if distill.divergence != "reverse-kl" and not gan.weight_fake:
         raise UserError(f"distill.divergence {distill.divergence} needs a discriminator: set distill.gan.weight_fake")
-    for section, part in (("teacher", teacher), ("distill", distill)):
-        if part.export and part.export not in part.ema:
-            raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(part.ema)}, got {part.export:g}")
+    for section, job in (("teacher", teacher), ("distill", distill)):
+        if job.export and job.export not in job.ema:
+            raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(job.ema)}, got {job.export:g}")
 
 
 def _join(prefix: str, key: object) -> str:

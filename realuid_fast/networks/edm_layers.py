@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import doubled
-from .recompute import Part, once_more
+from .recompute import Repeatable, once_more
 from .unet import GroupNorm
 
 
@@ -75,7 +75,7 @@ class Norm(GroupNorm):
         super().__init__(min(32, channels // 4), channels, eps)
 
 
-class Block(Part):
+class Block(Repeatable):
     """Residual block with the embedding in its middle and, perhaps, attention after it.
 
     ``out = skip_scale (skip(x) + conv1(silu(norm1(h + e))))`` with ``h = conv0(silu(norm0(x)))`` and ``e`` linear in
@@ -152,7 +152,7 @@ class Block(Part):
         pixels = self.norm2(x).permute(0, 2, 3, 1).flatten(1, 2)
         qkv = F.linear(pixels, sort(self.qkv.weight), sort(self.qkv.bias)[:, 0])
         q, k, v = (
-            part.transpose(1, 2) for part in qkv.view(batch, -1, 3, self.heads, channels // self.heads).unbind(2)
+            each.transpose(1, 2) for each in qkv.view(batch, -1, 3, self.heads, channels // self.heads).unbind(2)
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, -1, channels)
         h = F.linear(h, self.proj.weight.flatten(1), self.proj.bias)

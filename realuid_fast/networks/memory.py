@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..optim import is_sharded
 from .calling import arguments, takes_endpoint
-from .recompute import parts as parts_of
-from .recompute import recompute
+from .recompute import recompute, repeated
 
 # Words in the messages of failed allocations that raise a plain RuntimeError.
 _EXHAUSTED = (
@@ -54,7 +53,7 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
     that autocast makes count too. With ``to_input`` the backward pass goes to the samples as well. For blocks that run
     again in the backward pass, their inputs count, and the most that one of them keeps while it runs again.
     """
-    again, most = parts_of(net), 0
+    again, most = repeated(net), 0
     # Storages are told apart by identity, not by address: the network may be made of fake tensors, which have none.
     own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     kept: dict[int, int] = {}
@@ -90,7 +89,7 @@ def kept_bytes(net: nn.Module, shape: tuple[int, ...], device: torch.device, bat
         most = max(most, sum(kept.values()) - before)
 
     hooks = [
-        hook for part in again for hook in (part.register_forward_pre_hook(enter), part.register_forward_hook(leave))
+        hook for block in again for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
     ]
     try:
         recompute(net, False)
@@ -119,10 +118,10 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, ...], device: torch.device) -> str:
+def advice(net: nn.Module, batch: int, parts: int, passes: int, shape: tuple[int, ...], device: torch.device) -> str:
     """A sentence for a batch of ``batch`` samples that does not fit: the memory it takes, and a batch that would fit.
 
-    A sample's activations are held for ``rows`` forward passes at once. An update runs ``parts`` such batches.
+    A sample's activations are held for ``passes`` forward passes at once. An update runs ``parts`` such batches.
     """
     asked = f"the memory of {device} does not suffice for a batch of {batch}"
     if any(is_sharded(p) for p in net.parameters()):
@@ -130,7 +129,7 @@ def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, 
         return f"{asked}; with a larger run.accumulate it goes through in smaller parts"
     free = free_bytes(device)
     try:
-        size = rows * bytes_per_sample(net, shape, device)
+        size = passes * bytes_per_sample(net, shape, device)
     except (RuntimeError, MemoryError, TypeError, ValueError) as error:
         # If the network wants other arguments than a time, a sample and a label, nothing can be counted.
         return f"{asked}, nor for a batch of 1" if is_exhausted(error) else asked
@@ -138,8 +137,8 @@ def advice(net: nn.Module, batch: int, parts: int, rows: int, shape: tuple[int, 
         return asked
     fits = min(free // size, batch - 1)
     said = (
-        f"{asked}: a sample's activations take {size / 1e6:,.1f} MB (counted with one sample, in {rows} passes through "
-        f"a network), {free / 1e6:,.0f} MB are free now, so that about {fits} would fit"
+        f"{asked}: a sample's activations take {size / 1e6:,.1f} MB (counted with one sample, in {passes} passes "
+        f"through a network), {free / 1e6:,.0f} MB are free now, so that about {fits} would fit"
     )
     if not fits:
         return said

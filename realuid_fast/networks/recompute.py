@@ -19,17 +19,17 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 
 
-class Part(nn.Module):
+class Repeatable(nn.Module):
     """A block that can run again in the backward pass: a subclass decorates its ``forward`` with :func:`once_more`."""
 
     recompute = False
 
 
 def once_more(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorates the ``forward`` of a :class:`Part`: it runs again in the backward pass if ``recompute`` is set."""
+    """Decorates a :class:`Repeatable`'s ``forward``: it runs again in the backward pass if ``recompute`` is set."""
 
     @functools.wraps(forward)
-    def run(self: Part, *inputs: Any) -> Tensor:
+    def run(self: Repeatable, *inputs: Any) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
             return forward(self, *inputs)
 
@@ -42,9 +42,9 @@ def once_more(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def parts(net: nn.Module) -> list[Part]:
+def repeated(net: nn.Module) -> list[Repeatable]:
     """The blocks of ``net`` that run again in the backward pass."""
-    return [module for module in net.modules() if isinstance(module, Part) and module.recompute]
+    return [module for module in net.modules() if isinstance(module, Repeatable) and module.recompute]
 
 
 def recompute(net: nn.Module, wanted: bool = True) -> None:
@@ -55,11 +55,11 @@ def recompute(net: nn.Module, wanted: bool = True) -> None:
     Raises:
         UserError: the network has no block that can run again.
     """
-    found = [module for module in net.modules() if isinstance(module, Part)]
+    found = [module for module in net.modules() if isinstance(module, Repeatable)]
     if wanted and not found:
         raise UserError(
-            f"run.checkpoint_activations is for the U-Nets of this package; {type(net).__name__} has no parts to run "
+            f"run.checkpoint_activations is for the U-Nets of this package; {type(net).__name__} has no blocks to run "
             "again"
         )
-    for part in found:
-        part.recompute = wanted
+    for block in found:
+        block.recompute = wanted

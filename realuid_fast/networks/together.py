@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..optim import is_sharded
 from .layers import Conv3x3
-from .recompute import parts
+from .recompute import repeated
 
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -53,7 +53,7 @@ def casts(net: nn.Module, like: Tensor, last: nn.Module) -> bool:
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if transformed or hooked or several or parts(net):
+    if transformed or hooked or several or repeated(net):
         return False
     return all(p.dtype == torch.float32 and not is_sharded(p) for p in _named(net, last).values())
 

@@ -19,7 +19,7 @@ from .. import backends
 from ..errors import UserError
 from . import together
 from .layers import Conv1x1, Conv3x3, GroupNorm, doubled, norm_silu_conv
-from .recompute import Part, once_more
+from .recompute import Repeatable, once_more
 
 # Multipliers by image side, as the published configurations choose them.
 DEFAULT_MULT: dict[int, tuple[float, ...]] = {
@@ -48,7 +48,7 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 ConvT = TypeVar("ConvT", nn.Conv1d, nn.Conv2d)
 
 
-class Blocks(Part, nn.Sequential):
+class Blocks(Repeatable, nn.Sequential):
     """Modules applied in order; residual blocks also get the time embedding."""
 
     @once_more
@@ -437,5 +437,5 @@ def _heads(channels: int, heads: int, head_channels: int) -> int:
 
 def _numbers(values: Sequence[int] | str) -> list[int]:
     """Whole numbers, or the text of some with commas between them."""
-    given = [part for part in values.split(",") if part.strip()] if isinstance(values, str) else values
+    given = [number for number in values.split(",") if number.strip()] if isinstance(values, str) else values
     return [int(value) for value in given]

@@ -122,7 +122,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
     op = f"{loss.kernel}_loss"
     library.define(f"{op}({arguments}) -> Tensor")
     kernel = getattr(getattr(torch.ops, name), loss.kernel).default
-    coef = [part.split()[1] for part in arguments.split(", ")].index("coef")
+    coef = [argument.split()[1] for argument in arguments.split(", ")].index("coef")
 
     def without_gradients(*inputs: Any) -> Tensor:
         mean, rows, *_ = kernel(*inputs, *(False for _ in loss.differentiable))

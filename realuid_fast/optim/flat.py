@@ -62,30 +62,30 @@ class FlatParameters:
             for p, offset in zip(self.params, self._offsets, strict=True)
         ]
 
-    def attach(self, part: slice = slice(None)) -> None:
+    def attach(self, span: slice = slice(None)) -> None:
         """Make every ``p.grad`` a view of :attr:`grad`, for backward to add to; clear it with ``set_to_none=False``.
 
-        ``part`` is a slice of the list of parameters.
+        ``span`` is a slice of the list of parameters.
         """
-        for p, view in zip(self.params[part], self._grads[part], strict=True):
+        for p, view in zip(self.params[span], self._grads[span], strict=True):
             p.grad = view
 
-    def gradients(self, part: slice) -> Tensor:
-        """The stretch of :attr:`grad` that belongs to the parameters of ``part``, a slice of their list."""
-        first, end, _ = part.indices(len(self.params))
+    def gradients(self, span: slice) -> Tensor:
+        """The stretch of :attr:`grad` that belongs to the parameters of ``span``, a slice of their list."""
+        first, end, _ = span.indices(len(self.params))
         return self.grad[self._offsets[first] : self._offsets[end] if end < len(self.params) else self._size]
 
-    def gather(self, part: slice = slice(None)) -> bool:
+    def gather(self, span: slice = slice(None)) -> bool:
         """Copy all gradients into :attr:`grad`. Returns False, and copies nothing, if a parameter has no gradient.
 
-        ``part`` is a slice of the list of parameters, as for :meth:`attach`.
+        ``span`` is a slice of the list of parameters, as for :meth:`attach`.
 
         Raises:
             UserError: a parameter has left the buffer.
         """
         strays: list[Tensor] = []
         homes: list[Tensor] = []
-        for p, view, home in zip(self.params[part], self._views[part], self._grads[part], strict=True):
+        for p, view, home in zip(self.params[span], self._views[span], self._grads[span], strict=True):
             if p.data_ptr() != view.data_ptr():
                 raise UserError("a parameter has left its flat buffer: it was moved or cast after it was laid there")
             if p.grad is None:

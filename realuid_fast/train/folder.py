@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..extras import extra
-from ..files import is_own, make_folder, new_part, part_of, remove, replacing
+from ..files import finished_name, is_own, make_folder, remove, replacing, unfinished
 from ..lock import LOCK
 from .checkpoint import clear, clear_half_written
 
@@ -63,12 +63,12 @@ def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> 
             kind = "file" if file.name in RUN_FILES else "folder"
             if file.is_symlink() or (file.exists() and not (file.is_file() if kind == "file" else file.is_dir())):
                 raise UserError(f"{file} is a link or not a {kind}, where a run would write: move it away")
-        remove(file for file in folder.iterdir() if part_of(file.name) in RUN_FILES)
-        remove(file for file in _pictures(folder) if part_of(file.name))
+        remove(file for file in folder.iterdir() if finished_name(file.name) in RUN_FILES)
+        remove(file for file in _pictures(folder) if finished_name(file.name))
         if not resume:
             _clear(folder)
         clear_half_written(folder / "checkpoints")
-        tried = new_part(folder / "config.yaml")
+        tried = unfinished(folder / "config.yaml")
         tried.touch(exist_ok=False)
         tried.unlink()
     except OSError as error:
@@ -100,13 +100,13 @@ def identity_of(folder: Path) -> str | None:
 def _is_remnant(file: Path) -> bool:
     """Whether ``file`` is a leftover of a run that was killed before its configuration was complete."""
     # Earlier versions wrote config.yaml.part.
-    return file.name in (LOCK, "config.yaml.part") or (part_of(file.name) in RUN_FILES and is_own(file))
+    return file.name in (LOCK, "config.yaml.part") or (finished_name(file.name) in RUN_FILES and is_own(file))
 
 
 def _pictures(folder: Path) -> list[Path]:
     """The pictures of samples in a run's folder, with those that a killed process had not finished."""
     there = (folder / "samples").iterdir() if (folder / "samples").is_dir() else ()
-    return [file for file in there if _PICTURE.fullmatch(part_of(file.name) or file.name)]
+    return [file for file in there if _PICTURE.fullmatch(finished_name(file.name) or file.name)]
 
 
 def _clear(folder: Path) -> None:

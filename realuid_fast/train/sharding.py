@@ -46,7 +46,7 @@ def shard(net: nn.Module, device: torch.device, offload: bool = False) -> nn.Mod
         p.data = p.data.contiguous()
     mesh = init_device_mesh(device.type, (distributed.size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    for module in (*parts(net), net):
+    for module in (*blocks(net), net):
         # The outermost module too drops its gathered parameters after a pass: an optimiser may step before the next.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     return net
@@ -57,11 +57,11 @@ def is_sharded_net(net: nn.Module) -> bool:
     return any(map(is_sharded, net.parameters()))
 
 
-def parts(net: nn.Module) -> list[nn.Module]:
+def blocks(net: nn.Module) -> list[nn.Module]:
     """The blocks of a network that :func:`shard` gathers, each on its own."""
     if isinstance(net, Judged):
         # The head reads what the network returns, so both are called as modules.
-        return [*parts(net.net), net.net, net.head]
+        return [*blocks(net.net), net.net, net.head]
     containers = (nn.ModuleList, nn.ModuleDict)
     children = [m for child in net.children() for m in (child.children() if isinstance(child, containers) else [child])]
     return [m for m in children if any(True for _ in m.parameters())]
@@ -186,15 +186,15 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, _ = rows.indices(self.shape[0])
-        parts: list[Tensor] = []
+        read: list[Tensor] = []
         for i in range(len(self._files)):
             there = rows_of(self.shape[0], i, len(self._files))
-            if not parts or max(first, there.start) < min(end, there.stop):
-                part = self._files.tensor(i, self._keys)
-                if tuple(part.shape) != (there.stop - there.start, *self.shape[1:]):
+            if not read or max(first, there.start) < min(end, there.stop):
+                shard = self._files.tensor(i, self._keys)
+                if tuple(shard.shape) != (there.stop - there.start, *self.shape[1:]):
                     raise UserError(f"{self._files.names[i]} has rows of another shape than its checkpoint says")
-                parts.append(part[max(first - there.start, 0) : max(end - there.start, 0)])
-        return torch.cat(parts)
+                read.append(shard[max(first - there.start, 0) : max(end - there.start, 0)])
+        return torch.cat(read)
 
 
 class Shards:

@@ -166,9 +166,9 @@ def test_ranks_hold_their_shares():
     state = ("parameters", "gradients", "moments", "averages", "teacher")
     for name in state:
         assert whole.memory[name] == alone.memory[name] == pytest.approx(4 * spread.memory[name], abs=4)
-    assert set(spread.memory) - set(whole.memory) == {"parts of networks, brought together"}
-    largest = max(size(part.parameters()) for part in sharding.parts(build(NETWORK)))
-    assert spread.memory["parts of networks, brought together"] == 2 * largest
+    assert set(spread.memory) - set(whole.memory) == {"blocks of networks, brought together"}
+    largest = max(size(block.parameters()) for block in sharding.blocks(build(NETWORK)))
+    assert spread.memory["blocks of networks, brought together"] == 2 * largest
     assert whole.memory["batch buffers"] == spread.memory["batch buffers"] == alone.memory["batch buffers"] / 4
     assert whole.operations == alone.operations
     assert "| memory of each of 4 ranks | MB |" in plan.markdown(spread)
@@ -186,8 +186,8 @@ def test_a_teacher_that_is_rounded_or_in_host_memory_takes_less():
     trainer = trainers.distiller(configured("distill.teacher_precision=bf16"), images(), teacher())
     assert rounded.memory["teacher"] == size(trainer.teacher.parameters()) < 0.6 * plain.memory["teacher"]
     assert "teacher" not in away.memory
-    assert away.memory["parts of networks, brought together"] < 2 * plain.memory["teacher"]
-    assert {k: v for k, v in away.memory.items() if not k.startswith("parts")} == {
+    assert away.memory["blocks of networks, brought together"] < 2 * plain.memory["teacher"]
+    assert {k: v for k, v in away.memory.items() if not k.startswith("blocks")} == {
         k: v for k, v in on_gpu.memory.items() if k != "teacher"
     }
     # Where torch's own layers run, which keep more.

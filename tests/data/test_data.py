@@ -391,14 +391,14 @@ def test_the_split_of_the_folders_is_the_split(tmp_path, packs):
 )
 def test_folders_that_make_a_split(names, expected):
     found = folders.layout(names)
-    assert (found.classes, found.numbers, found.parts) == expected
+    assert (found.classes, found.numbers, found.splits) == expected
 
 
 def test_what_lies_beside_a_split_is_refused(tmp_path):
     for other in ("cover.png", "unlabelled/1.png"):
         with pytest.raises(UserError, match=rf"{other} lies beside the folders test, train, which make a split"):
             folders.layout(["train/1.png", "test/1.png", other])
-    assert folders.layout([f"{part}/{i}.png" for part in ("test", "train") for i in range(5)], limit=2).parts == [
+    assert folders.layout([f"{part}/{i}.png" for part in ("test", "train") for i in range(5)], limit=2).splits == [
         2,
         2,
         0,

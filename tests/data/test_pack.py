@@ -174,7 +174,7 @@ def test_a_partition_names_paths_where_names_repeat(tmp_path):
 )
 def test_folders_that_are_classes(names, classes):
     found = folders.layout(names)
-    assert (found.classes, found.numbers, found.parts) == (classes, list(range(len(classes))), [])
+    assert (found.classes, found.numbers, found.splits) == (classes, list(range(len(classes))), [])
 
 
 def test_what_is_there_is_not_touched_unasked(folder, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from realuid_fast.errors import UserError
-from realuid_fast.files import part_of
+from realuid_fast.files import finished_name
 from realuid_fast.train import checkpoint, hooks
 from realuid_fast.train import folder as run_folder
 from realuid_fast.train.checkpoint import Checkpoints
@@ -43,7 +43,7 @@ def test_nothing_but_the_writing_thread_waits_for_the_disk(run, monkeypatch):
 
     def recorded(descriptor):
         name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-        synced.append((part_of(name) or name, threading.current_thread() is thread))
+        synced.append((finished_name(name) or name, threading.current_thread() is thread))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded)

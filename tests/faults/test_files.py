@@ -12,7 +12,7 @@ from PIL import Image
 from realuid_fast import teachers
 from realuid_fast.data.packing import pack
 from realuid_fast.errors import UserError
-from realuid_fast.files import part_of, replacing
+from realuid_fast.files import finished_name, replacing
 from realuid_fast.lock import held
 from realuid_fast.networks import build
 from realuid_fast.train import checkpoint
@@ -62,7 +62,7 @@ def test_what_is_being_written_has_a_name_of_its_own(tmp_path):
     mine.write_text("mine")
     (tmp_path / "file.part").symlink_to(mine)
     with replacing(target) as stream:
-        (made,) = (file for file in tmp_path.iterdir() if part_of(file.name) == "file")
+        (made,) = (file for file in tmp_path.iterdir() if finished_name(file.name) == "file")
         stream.write(b"new")
     assert (target.read_text(), mine.read_text(), made.exists()) == ("new", "mine", False)
     assert (tmp_path / "file.part").is_symlink()

@@ -12,7 +12,7 @@ from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
 from realuid_fast.networks import build, memory
-from realuid_fast.networks.recompute import parts, recompute
+from realuid_fast.networks.recompute import recompute, repeated
 from realuid_fast.networks.unet import Blocks, ResBlock
 from realuid_fast.ops import backends
 from realuid_fast.train import modes
@@ -73,8 +73,8 @@ def test_gradients_are_the_same_to_the_bit_and_less_is_kept(kind, frozen, backen
     bytes_plain, bytes_again = (memory.kept_bytes(net, (1, 8, 8), CPU, 4, frozen) for net in (plain, again))
     assert 0 < bytes_again < 0.8 * bytes_plain
     # Counting leaves the parts as they were.
-    assert len(parts(again)) > 3
-    assert not parts(plain)
+    assert len(repeated(again)) > 3
+    assert not repeated(plain)
 
 
 def trajectory(trainer, updates=2):
@@ -110,7 +110,7 @@ def test_training_is_the_same_to_the_bit(changes):
         else:
             model = teachers.Model(network(UNET), teachers.Description(UNET))
             trainer = trainers.trainer("distill", config, dataset, model)
-        assert bool(parts(trainer.network)) == (wanted == "true")
+        assert bool(repeated(trainer.network)) == (wanted == "true")
         ends.append(trajectory(trainer))
     # As text, where a number that is missing is like another.
     assert repr(ends[0][0]) == repr(ends[1][0])
@@ -209,7 +209,7 @@ def test_compiled_blocks_draw_their_masks_once():
 
 
 def test_what_cannot_be_had_is_refused():
-    with pytest.raises(UserError, match=r"checkpoint_activations is for the U-Nets of this package; MLP has no parts"):
+    with pytest.raises(UserError, match=r"checkpoint_activations is for the U-Nets of this package; MLP has no blocks"):
         recompute(build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1}))
     for word, sentence in (("run.mode=graphs", "run.mode graphs"), ("run.shard=true", "run.shard")):
         with pytest.raises(UserError, match=rf"run\.checkpoint_activations must be false with {sentence}"):

@@ -223,7 +223,7 @@ def test_other_networks_are_the_same_when_sharded(place, network):
         t, x, y = torch.tensor([0.2, 0.8]), torch.randn(2, 1, 8, 8), torch.tensor([0, 2])
         for each in (net, sharded):
             each.eval()(t, x, y).square().sum().backward()
-        assert len(sharding.parts(sharded)) > 10
+        assert len(sharding.blocks(sharded)) > 10
         for a, b in zip(net.parameters(), sharded.parameters(), strict=True):
             # The weight of augmentation labels, which no forward pass reads, has none.
             assert (a.grad is None) == (b.grad is None)
