@@ -57,7 +57,7 @@ class Lock:
             os.close(before)
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock, so that another run may use the folder."""
         # The file goes before the lock does, and only if it is this lock's: another process' stays.
         if self._is_own():
             with contextlib.suppress(OSError):

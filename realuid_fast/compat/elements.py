@@ -47,7 +47,7 @@ def together(**given: Any) -> list[Tensor]:
 
 
 def samples(name: str, value: Any) -> Tensor:
-    """Samples in the type of their arithmetic, to which a sigma in float32 brings the sources' formulas."""
+    """The samples in float32, or float64: the sources multiply by a sigma in float32, which casts half types up."""
     (x,) = together(**{name: value})
     return x.to(arithmetic(x))
 

@@ -82,7 +82,7 @@ def array(file: Path, dims: int) -> np.ndarray[Any, Any]:
     """The values of one file, uint8 with ``dims`` dimensions.
 
     Raises:
-        UserError: the file is damaged, cut short, longer than it says, or holds something else.
+        UserError: the file is damaged, cut short, longer than its header says, or holds something else.
     """
     try:
         with file.open("rb") as stream:
@@ -117,5 +117,5 @@ def _values(file: Path, dims: int, stream: BinaryIO) -> np.ndarray[Any, Any]:
         raw += piece
     if len(raw) != size:
         what = "is cut short: it has fewer" if len(raw) < size else "holds more"
-        raise UserError(f"path: {file} {what} than the {size} values that it says")
+        raise UserError(f"path: {file} {what} than the {size} values that its header promises")
     return np.frombuffer(raw, np.uint8).reshape(shape)

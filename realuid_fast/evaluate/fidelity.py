@@ -185,7 +185,7 @@ class Fidelity:
         if self.labels == "balanced":
             return (first + torch.arange(count)) % classes
         if known is None:
-            raise UserError("the network is class-conditional, the data set has no labels: ask for balanced ones")
+            raise UserError("the network is class-conditional, the data set has no labels: give labels balanced")
         return known[torch.randint(len(known), (count,), generator=generator)]
 
     def _statistics(self, parts: Iterator[Tensor], count: int, kept: Tensor, name: str) -> Statistics:
@@ -194,7 +194,7 @@ class Fidelity:
             for images in parts:
                 found = self._inception(images)
                 if not bool(torch.isfinite(found).all()):
-                    raise UserError(f"features of the {name} images are not finite: are the samples?")
+                    raise UserError(f"the features of the {name} images are not finite: look at the images first")
                 moments.add(found)
                 within = kept[(kept >= first) & (kept < first + len(images))] - first
                 features.append(found[within.to(found.device)].cpu())

@@ -202,7 +202,7 @@ def nested(overrides: Iterable[str]) -> dict[str, Any]:
         for name in names[:-1]:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise UserError(f"{key} cannot be set: {name} was given a value of its own")
+                raise UserError(f"{key} cannot be set: {name} is a value there, not a section")
         section[names[-1]] = value
     return sections
 
@@ -325,7 +325,7 @@ def _number(value: Any, name: str) -> float | None:
     except ValueError:
         return None
     except OverflowError:
-        raise UserError(f"{name} is larger than any number this can hold") from None
+        raise UserError(f"{name} is too large: no floating-point number holds it") from None
 
 
 def in_words(hint: Any) -> str:

@@ -60,7 +60,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def at_most(count: int, where: str) -> Iterator[None]:
-    """Stops the building of a network with more parameters, each a tensor, than ``count``; ``where`` asks for them.
+    """Stops building a network once it has more than ``count`` tensors of parameters; the error names ``where``.
 
     A description of a hundred bytes may ask for any number of layers, and each takes its time, even on the device meta.
     """

@@ -223,7 +223,7 @@ class SongUNet(_Common):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Xavier's uniform law and no bias; branches' last layers next to nothing."""
+        """Draw weights by Xavier's uniform law, those of a branch's last layer nearly 0, and set biases to 0."""
         for name, module in self.named_modules():
             if isinstance(module, (Conv, nn.Linear)) and module.weight is not None:
                 last = name.endswith(("conv1", "proj", "aux_conv"))
@@ -327,7 +327,7 @@ class DhariwalUNet(_Common):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Uniform within ``1 / sqrt(fan_in)``, weights and biases; branches' last layers at zero."""
+        """Draw weights and biases uniformly within ``1 / sqrt(fan_in)``, and set a branch's last layer to 0."""
         for name, module in self.named_modules():
             if isinstance(module, (Conv, nn.Linear)) and module.weight is not None:
                 bound = 0.0 if name.endswith(("conv1", "proj", "out_conv")) else module.weight[0].numel() ** -0.5

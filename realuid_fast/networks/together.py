@@ -22,7 +22,7 @@ _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another type; their gradients in the tensors' own."""
+    """Casts tensors to another type. Their gradients come back in the type that the tensors had."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -436,6 +436,6 @@ def _heads(channels: int, heads: int, head_channels: int) -> int:
 
 
 def _numbers(values: Sequence[int] | str) -> list[int]:
-    """Whole numbers, or the text of some with commas between them."""
+    """The whole numbers of a list, or of a text with commas between them."""
     given = [number for number in values.split(",") if number.strip()] if isinstance(values, str) else values
     return [int(value) for value in given]

@@ -108,7 +108,7 @@ def test_labels_are_the_datas_or_even(dataset):
     assert abs(zeros - 300) < 40
     assert twos == 400 - zeros
     dataset.train_labels = None
-    with pytest.raises(UserError, match="the data set has no labels: ask for balanced ones"):
+    with pytest.raises(UserError, match="the data set has no labels: give labels balanced"):
         Fidelity(dataset, Means(), cache=None)(sample, net, 4)
 
 

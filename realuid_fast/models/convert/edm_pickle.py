@@ -52,7 +52,7 @@ class _EasyDict(dict):
     """A dictionary. Attributes that the file would set on it are dropped."""
 
     def __init__(self) -> None:
-        """Empty: entries are added one by one, with their keys checked."""
+        """Begin with no entry. The reader adds entries one by one and checks each key."""
 
     def __setstate__(self, state: Any) -> None:
         pass
