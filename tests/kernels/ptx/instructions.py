@@ -75,6 +75,8 @@ def _register(text: str, kind: Any) -> Source:
     if size > kind.itemsize:
         low = np.dtype(f"u{kind.itemsize}")
         return lambda machine: machine.read(text).astype(low).view(kind)
+    if kind == UNSIGNED[size]:
+        return lambda machine: machine.read(text)
     return lambda machine: machine.read(text).view(kind)
 
 
@@ -99,7 +101,7 @@ def step_of(
     target = instruction.operands[0]
 
     def step(machine: Machine, active: Array | None) -> None:
-        found = np.asarray(function(*(each(machine) for each in sources)))
+        found = np.asarray(function(*[each(machine) for each in sources]))
         machine.write(target, found if into is None else found.astype(into, copy=False), active)
 
     return step

@@ -68,18 +68,20 @@ class Machine:
     # -- registers
 
     def read(self, name: str) -> Array:
-        if name not in self.registers:
+        found = self.registers.get(name)
+        if found is None:
             self.events.add(True, "register read before any write", name)
-            self.registers[name] = np.full(self.lanes, 0x7FC0, UNSIGNED[register_bytes(name)])
-        return self.registers[name]
+            found = self.registers[name] = np.full(self.lanes, 0x7FC0, UNSIGNED[register_bytes(name)])
+        return found
 
     def write(self, name: str, values: Array, active: Array | None) -> None:
         kind = KINDS[register_bytes(name)]
-        if values.dtype.itemsize != kind.itemsize:
+        if values.itemsize != kind.itemsize:
             raise Unsupported(f"{name} takes {kind.itemsize} bytes, got {values.dtype}")
         if values.shape != (self.lanes,):
-            values = np.broadcast_to(values, self.lanes)
-        values = np.ascontiguousarray(values).view(kind)
+            values = np.full(self.lanes, values)
+        if values.dtype != kind:
+            values = values.view(kind)
         if active is not None:
             before = self.registers.get(name)
             values = np.where(active, values, kind.type(0) if before is None else before)
@@ -93,6 +95,8 @@ class Machine:
         """Load that many values from each address, or store ``values``, for the lanes that are active."""
         count = values if isinstance(values, int) else len(values)
         lanes = np.arange(self.lanes) if active is None else np.flatnonzero(active)
+        if not len(lanes):  # two accesses in three, of tails that a launch does not have
+            return [np.zeros(self.lanes, dtype)] * count
         address = np.broadcast_to(address, self.lanes)[lanes]
         what, width = "load" if isinstance(values, int) else "store", np.dtype(dtype).itemsize * count
         found = [np.zeros(self.lanes, dtype) for _ in range(count)]
@@ -114,12 +118,14 @@ class Machine:
                 memory.store(at, given, self.who[mine], self.events, text)
         return found
 
-    def _memories(self, space: str, address: Array) -> list[tuple[Memory | Sparse, Array]]:
+    def _memories(self, space: str, address: Array) -> list[tuple[Memory | Sparse, Array | slice]]:
         if space == "shared":
-            return [(self.shared, np.ones(len(address), bool))]
+            return [(self.shared, slice(None))]
         number = (address >> np.uint64(TEBIBYTE)).astype(np.int64) - 1
         known = (number >= 0) & (number < len(self.buffers))
         self.events.add(not known.all(), "access outside every tensor", "")
+        if known[0] and (number == number[0]).all():
+            return [(self.buffers[number[0]], slice(None))]
         return [(self.buffers[n], number == n) for n in np.unique(number[known])]
 
     # -- control
