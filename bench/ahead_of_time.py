@@ -9,6 +9,7 @@ read from the compiler's own assembly.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import re
 import struct
@@ -30,6 +31,11 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Options in which NVIDIA's targets differ, and what a kernel's text has where Triton's front end reads them.
+OF_TARGET = ("arch", "supported_fp8_dtypes", "deprecated_fp8_dot_operand_dtypes", "max_num_imprecise_acc_default")
+READS_TARGET = re.compile(r"tt\.dot|f8E|fp8|tensordesc")
+# Files of what the front end made, by source and options.
+_front_ends: dict[tuple[str, str], str] = {}
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,34 @@ def compile_calls(calls: Iterable[Any], target: str) -> list[Code]:
     compiled = []
     for call in calls:
         source, options, _ = specialise(call, target)
-        compiled.append(triton.compile(source, target=TARGETS[target], options=options))
+        compiled.append(_compiled(source, options, target))
     if target.startswith("gfx"):
         return [_amd(each.asm["amdgcn"]) for each in compiled]
     cubins = [each.asm["cubin"] for each in compiled]
     return [_nvidia(_resources(cubin), text) for cubin, text in zip(cubins, _disassembled(cubins, target), strict=True)]
+
+
+def _compiled(source: ASTSource, options: dict[str, Any], target: str) -> Any:
+    """``source`` by ``triton.compile``. NVIDIA's targets share the work of Triton's front end, which runs once.
+
+    On every further target the compiler begins at the front end's text. The front end reads a target's own options for
+    products of matrices, floats of 8 bits and tensor descriptors alone: a kernel with any of these is compiled whole.
+    """
+    if target.startswith("gfx"):
+        return triton.compile(source, target=TARGETS[target], options=options)
+    key = source.hash(), repr({name: value for name, value in options.items() if name not in OF_TARGET})
+    compiled = triton.compile(_front_ends.get(key, source), target=TARGETS[target], options=options)
+    text = compiled.asm["ttir"]
+    if key not in _front_ends and not READS_TARGET.search(f"{source.signature} {text}"):
+        file = Path(_folder().name, f"{len(_front_ends)}.ttir")
+        file.write_text(text)
+        _front_ends[key] = str(file)
+    return compiled
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
 
 
 def specialise(call: Any, target: str) -> tuple[ASTSource, dict[str, Any], str]:

@@ -19,6 +19,7 @@ if importlib.util.find_spec("bench") is None:
 import torch
 import triton
 
+from bench import ahead_of_time
 from bench import kernels_report as report
 from bench.ahead_of_time import TARGETS, compile_calls, specialise
 from realuid_fast.objectives import RealUID
@@ -198,6 +199,18 @@ def test_the_gate_specialises_as_a_launch_does() -> None:
     assert attributes(1 << 20, "sm_90")["grad_ptr"] == [aligned]
     assert attributes(1 << 20, "sm_90")["units"] == [aligned]
     assert attributes((1 << 20) + 16, "sm_90")["units"] == []
+
+
+@pytest.mark.parametrize("name", ["generator/bfloat16/guided", "norm_silu_grads/float32"])
+def test_a_shared_front_end_changes_no_instruction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of sm_100, begun at what the front end made for sm_80, is that of a compilation from the source."""
+    call, shared = report.VARIANTS[name].plan(True), {}
+    monkeypatch.setattr(ahead_of_time, "_front_ends", shared)
+    compile_calls([call], "sm_80")
+    assert len(shared) == 1
+    begun = compile_calls([call], "sm_100")
+    shared.clear()
+    assert begun == compile_calls([call], "sm_100")
 
 
 def test_figures_of_a_loop_are_those_of_an_element() -> None:
