@@ -66,7 +66,7 @@ nullgpu-networks: $(NULLGPU)/libnullgpu.so
 nullgpu-rehearsal: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.rehearsal
 
-$(NULLGPU)/libnullgpu.so: $(wildcard tests/nullgpu/device/*.cpp tests/nullgpu/device/*.h) tests/nullgpu/device/build.py csrc/autograd/nodes.cpp | $(NULLGPU_VENV)/.installed
+$(NULLGPU)/libnullgpu.so: $(wildcard tests/nullgpu/device/*.cpp tests/nullgpu/device/*.h) tests/nullgpu/device/build.py $(wildcard csrc/autograd/*) | $(NULLGPU_VENV)/.installed
 	$(NULLGPU_VENV)/bin/python tests/nullgpu/device/build.py $(NULLGPU)
 
 $(NULLGPU_VENV)/.installed: requirements/dev.lock

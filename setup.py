@@ -191,7 +191,12 @@ def configure() -> dict[str, Any]:
     )
     # torch chooses the language version of its own headers. Without Python's API this library too serves every Python.
     nodes = cpp_extension.CppExtension(
-        "realuid_fast._nodes", [NODES], extra_compile_args=flags, extra_link_args=links, py_limited_api=True
+        "realuid_fast._nodes",
+        [NODES],
+        extra_compile_args=flags,
+        extra_link_args=links,
+        depends=depends,
+        py_limited_api=True,
     )
     command: Any = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
 

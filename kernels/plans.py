@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from ctypes import c_float
+from ctypes import c_float, c_uint32
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Plan(NamedTuple):
         numbers: the launches' arguments that are no tensors.
         launches: a compiled kernel on its grid, and what picks its arguments from the call's arguments, the allocated
             tensors and the numbers, in one row.
+        words: the same launches for :func:`keep_natively`, or None where the driver alone cannot repeat one.
     """
 
     memory: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | Tensor, ...]
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     results: int | None
     numbers: tuple[Any, ...]
     launches: tuple[tuple[Callable[..., None], Callable[[Sequence[Any]], Sequence[Any]]], ...]
+    words: tuple[int, ...] | None
 
     def run(self, arguments: tuple[Any, ...]) -> Any:
         """Allocate the results, launch the kernels, and return the results. The tensors are on the current device."""
@@ -127,6 +129,7 @@ def run_and_record(
                 made.append(each)
     numbers: list[Any] = []
     launches = []
+    words: list[list[int] | None] = []
     for call, kernel in zip(calls, kernels, strict=True):
         given, picked = {**call.arguments, **call.constants}, []
         for name in call.kernel.arg_names:
@@ -135,9 +138,69 @@ def run_and_record(
             else:
                 picked.append(len(arguments) + len(made) + len(numbers))
                 numbers.append(given[name])
-        launches.append((_launch(kernel, (*call.grid, 1, 1)[:3], like.device), itemgetter(*picked)))
+        grid = (*call.grid, 1, 1)[:3]
+        launches.append((_launch(kernel, grid, like.device), itemgetter(*picked)))
+        words.append(_words(kernel, grid, [given[name] for name in call.kernel.arg_names], picked))
     memory = tuple((tuple(each.shape), each.stride(), each.dtype) if each.numel() else each for each in made)
-    return results, Plan(memory, _empty_on(like.device), count, tuple(numbers), tuple(launches))
+    whole = [launch for launch in words if launch is not None]
+    told = tuple(word for launch in whole for word in launch) if len(whole) == len(words) else None
+    return results, Plan(memory, _empty_on(like.device), count, tuple(numbers), tuple(launches), told)
+
+
+def _words(kernel: CompiledKernel, grid: tuple[int, ...], given: list[Any], places: list[int]) -> list[int] | None:
+    """A launch for ``csrc/autograd/plans.h``, or None where it takes more than the driver's plain launch."""
+    types: Any = getattr(getattr(kernel, "src", None), "signature", None)
+    metadata: Any = getattr(kernel, "metadata", None)
+    plain = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False, "instrumentation_mode": ""}
+    plain |= {"global_scratch_size": 0, "profile_scratch_size": 0}
+    if types is None or any((getattr(metadata, name, value) or value) != value for name, value in plain.items()):
+        return None
+    arguments: list[int] = []
+    for type_, value, place in zip(types.values(), given, places, strict=True):
+        if type_ == "constexpr":
+            continue
+        if type_[0] == "*" and isinstance(value, Tensor):
+            arguments += [1, place]
+        elif type_ in ("i32", "i64"):
+            arguments += [0, value]
+        elif type_ == "fp32":
+            arguments += [0, c_uint32.from_buffer(c_float(value)).value]
+        else:
+            return None
+    threads = 32 * metadata.num_warps
+    return [kernel.function, *grid, threads, metadata.shared, len(arguments) // 2, *arguments]
+
+
+class _Watched(list[Any]):
+    """A chain of Triton's hooks that has launches go through Triton while there are hooks."""
+
+    def append(self, function: Any) -> None:
+        super().append(function)
+        torch.ops.realuid_fast_node.stop_plans(True)
+
+    def remove(self, function: Any) -> None:
+        super().remove(function)
+        torch.ops.realuid_fast_node.stop_plans(_hooked())
+
+
+def keep_natively(plan: Plan) -> None:
+    """Hand the plan of the call under way to ``csrc/autograd/plans.h``, which repeats it without Python.
+
+    It is kept for what the call followed from there. So this is done for every call that came to Python, also where the
+    plan is an old one.
+    """
+    if plan.words is None or _hooked():
+        return
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if not isinstance(getattr(hook, "calls", None), _Watched):
+            if not hasattr(hook, "calls"):
+                return
+            hook.calls = _Watched(hook.calls)
+    made = [
+        each if isinstance(each, Tensor) else torch.empty_strided(each[0], each[1], dtype=each[2], device="meta")
+        for each in plan.memory
+    ]
+    torch.ops.realuid_fast_node.keep_plan(made, 1 if plan.results is None else plan.results, plan.words)
 
 
 def trace(calls: list[Call], results: Any) -> Any:

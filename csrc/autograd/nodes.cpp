@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "plans.h"
+
 namespace {
 
 using at::Tensor;

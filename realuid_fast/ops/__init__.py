@@ -24,5 +24,5 @@ __all__ = [
     "run",
 ]
 
-backends.load()
 load_nodes()
+backends.load()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 
 
 class _Home(NamedTuple):
@@ -48,6 +48,10 @@ _HOMES = {
 # does not.
 PLANS: dict[Any, Any] = {}
 _MOST_PLANS = 512
+
+# Whether plans are repeated by csrc/autograd/plans.h. A call then comes here the first time alone.
+_native = False
+_IN_PYTHON = "realuid_fast_triton"
 
 # The registrations live as long as these do.
 _libraries: list[torch.library.Library] = []
@@ -113,12 +117,18 @@ def _planned(key: tuple[Any, ...], plan_calls: Callable[..., Any], arguments: tu
     key = (device, *key)
     plan = PLANS.get(key)
     if plan is not None:
+        if _native:
+            _kernels("plans").keep_natively(plan)
         return plan.run(arguments)
     results, plan = _kernels("plans").run_and_record(plan_calls, arguments, like)
     if plan is not None and torch.version.hip is None:
         if len(PLANS) >= _MOST_PLANS:
             PLANS.clear()
+            if _native:
+                torch.ops.realuid_fast_node.forget_plans()
         PLANS[key] = plan
+        if _native:
+            _kernels("plans").keep_natively(plan)
     return results
 
 
@@ -195,11 +205,22 @@ def show_to_torch_compile(library: torch.library.Library) -> None:
 
 
 def load() -> None:
-    """Register every operator for CUDA tensors; their schemas must be defined by then. A second call does nothing."""
+    """Register every operator for CUDA tensors; their schemas must be defined by then. A second call does nothing.
+
+    Where the nodes' library is loaded, it repeats the plans. What is new to it comes here by operators of their own.
+    """
+    global _native
     if _libraries:
         return
-    library = torch.library.Library("realuid_fast", "IMPL")
-    for op in (*_HOMES, *_IN_PLACE):
+    _native = extension.why_no_nodes() is None and torch.version.cuda is not None
+    library, in_python = torch.library.Library("realuid_fast", "IMPL"), torch.library.Library(_IN_PYTHON, "DEF")
+    _libraries.extend((library, in_python))
+    planned = [*_HOMES, "scale_grads_"] if _native else []
+    for op in planned:
+        in_python.define(str(getattr(torch.ops.realuid_fast, op).default._schema).partition("::")[2])
+        in_python.impl(op, launcher(op), "CUDA")
+    if planned:
+        torch.ops.realuid_fast_node.plan_on_cuda(planned)
+    for op in {*_HOMES, *_IN_PLACE} - {*planned}:
         library.impl(op, launcher(op), "CUDA")
     show_to_torch_compile(library)
-    _libraries.append(library)

@@ -22,6 +22,30 @@ def _differentiated(loss, *inputs):
     return call
 
 
+def _interpolated(x, coef, key):
+    """A call of ``interpolate`` and its backward pass, whose incoming gradient is there."""
+    leaf, incoming = x.clone().requires_grad_(), torch.ones_like(x)
+
+    def call():
+        leaf.grad = None
+        rf.interpolate(leaf, coef, key).backward(incoming)
+
+    return call
+
+
+class _Empty(torch.autograd.Function):
+    """Computes nothing, with the inputs and the memory of ``generator_loss``."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*map(torch.empty_like, inputs))
+        return inputs[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx, _grad):
+        return ctx.saved_tensors
+
+
 def _step(flat):
     """One step of FusedAdam over the parameters of a small U-Net."""
     net = random_network(UNET).cuda()
@@ -134,6 +158,8 @@ def ways():
     objective.generator_scalars  # noqa: B018 - worked out before torch.compile sees them
     compiled = torch.compile(grads_only, fullgraph=True, dynamic=False)
     by_hand = torch.compile(peers.generator_by_hand, dynamic=False)
+    plus_one = torch.compile(lambda a: a + 1, fullgraph=True, dynamic=False)
+    numbers = torch.randn(3, device="cuda").unbind()
     return {
         "torch.add": lambda: torch.add(x, out),
         "NoiseStream.next_key": stream.next_key,
@@ -144,6 +170,7 @@ def ways():
         "fake_grads": lambda: f.fake_grads(objective, fake_out=out, x=x, **shared, **halves),
         "generator_grads": lambda: generator_grads(out, other, x, coef, key),
         "generator_grads inside torch.compile": lambda: compiled(out, other, x, coef, key),
+        "a + 1 through torch.compile": lambda: plus_one(x),
         "gradients by hand through torch.compile, noise given": lambda: by_hand(out, other, x, given),
         "fake_loss and backward": _differentiated(
             lambda a: f.fake_loss(objective, fake_out=a, x=x, **shared, **halves), out
@@ -151,6 +178,9 @@ def ways():
         "generator_loss and backward": _differentiated(
             lambda a, b, c: f.generator_loss(objective, teacher_out=a, fake_out=b, x=c, **shared), out, other, x
         ),
+        "interpolate and backward": _interpolated(x, coef, key),
+        "torch.addcmul on three scalars and backward": _differentiated(torch.addcmul, *numbers),
+        "an empty autograd.Function and backward": _differentiated(_Empty.apply, out, other, x),
         "the formulas in torch and backward": _differentiated(
             lambda a, b, c: peers.generator_written_out(a, b, c, given), out, other, x
         ),

@@ -5,6 +5,7 @@
 #include <cuda.h>
 
 #include <cstring>
+#include <map>
 #include <string>
 
 #include "h200.h"
@@ -73,24 +74,54 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute, CUdeviceptr poi
   return CUDA_SUCCESS;
 }
 
+// Kernels whose launches are written down, with the bytes of each of their arguments; and what was written down.
+static std::map<std::string, std::string> watched;
+static std::string written;
+
+void nullgpu_watch(const char* kernel, const char* sizes) { watched[std::string("triton ") + kernel] = sizes; }
+
+// One line a launch: name, grid, threads, shared memory, stream, and the arguments' bytes in hexadecimal.
+const char* nullgpu_written() {
+  static std::string last;
+  last.swap(written);
+  written.clear();
+  return last.c_str();
+}
+
+static void write_down(const std::string& name, std::initializer_list<size_t> words, void** arguments) {
+  written += name;
+  for (const size_t word : words) written += " " + std::to_string(word);
+  const std::string& sizes = watched[name];
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    written += " ";
+    for (int byte = sizes[i] - '0' - 1; byte >= 0; --byte) {
+      const unsigned value = static_cast<unsigned char*>(arguments[i])[byte];
+      written += {"0123456789abcdef"[value / 16], "0123456789abcdef"[value % 16]};
+    }
+  }
+  written += "\n";
+}
+
 static CUresult launch(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared,
-                       CUstream stream) {
+                       CUstream stream, void** arguments) {
   const char* name = reinterpret_cast<const char*>(function);
   if (!x || !y || !z || x > h200::GRID_X || y > h200::GRID_YZ || z > h200::GRID_YZ)
     refuse(std::string("a launch with a grid that no device has: ") + name);
   if (!threads || threads > h200::BLOCK_THREADS || shared > h200::BLOCK_SHARED_OPTIN)
     refuse(std::string("a launch with a block that no device has: ") + name);
+  if (watched.count(name)) write_down(name, {x, y, z, threads, shared, reinterpret_cast<size_t>(stream)}, arguments);
   return nullgpu_launch(stream, name), CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void**, void**) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** arguments, void**) {
   const unsigned threads = c->blockDimX * c->blockDimY * c->blockDimZ;
-  return launch(function, c->gridDimX, c->gridDimY, c->gridDimZ, threads, c->sharedMemBytes, c->hStream);
+  return launch(function, c->gridDimX, c->gridDimY, c->gridDimZ, threads, c->sharedMemBytes, c->hStream,
+                arguments);
 }
 
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
-                        unsigned block_z, unsigned shared, CUstream stream, void**, void**) {
-  return launch(function, x, y, z, block_x * block_y * block_z, shared, stream);
+                        unsigned block_z, unsigned shared, CUstream stream, void** arguments, void**) {
+  return launch(function, x, y, z, block_x * block_y * block_z, shared, stream, arguments);
 }
 
 CUresult cuGetProcAddress_v2(const char*, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult* status) {
