@@ -9,6 +9,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/ScopeExit.h>
 #include <c10/util/hash.h>
 #include <torch/library.h>
 
@@ -109,7 +110,7 @@ inline thread_local Words asked;           // what the call in Python that is un
 // a call that gets no words: float64, a noise key whose numbers are no neighbours, tensors of several devices.
 inline Words describe(const c10::OperatorHandle& op, at::ArrayRef<c10::IValue> inputs, c10::SmallVectorImpl<const Tensor*>& tensors) {
   Words words;
-  words.push_back(reinterpret_cast<int64_t>(&op.schema()));
+  words.push_back(reinterpret_cast<int64_t>(&op.schema()));  // the device comes second: every operator begins with a tensor
   int64_t device = -1;
   bool fits = true;
   const auto add = [&](const Tensor& t) {
@@ -194,9 +195,9 @@ inline void planned(const c10::OperatorHandle& op, Stack* stack) {
   const auto in_python = c10::Dispatcher::singleton().findSchemaOrThrow(
       ("realuid_fast_triton::" + name.substr(name.find("::") + 2)).c_str(), "");
   asked = std::move(words);
+  const auto forget = c10::make_scope_exit([] { asked.clear(); });
   const at::AutoDispatchBelowADInplaceOrView below;
   in_python.callBoxed(stack);
-  asked.clear();
 }
 
 // Keeps what Python recorded of the call under way. `words` is, for each launch: function, grid, threads, bytes of shared memory, the
