@@ -40,7 +40,7 @@ from realuid_fast.train.checkpoint import MARK, SHARDED, TRAILER, Checkpoints
 from realuid_fast.train.sharding import ELSEWHERE, rows_of
 from realuid_fast.train.trainer import Setup, Trainer
 
-EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("REALUID_FAST_FUZZ", "300"))
 NETWORK = {"kind": "mlp", "shape": [2], "width": 4, "depth": 1, "time_features": 4}
 
 

@@ -195,7 +195,7 @@ def test_a_teacher_that_is_rounded_or_in_host_memory_takes_less():
     assert elsewhere > 1.3 * here
 
 
-@pytest.mark.parametrize("words", [["solver=euler", "steps=5"], ["solver=heun", "steps=4"], ["steps=3"]])
+@pytest.mark.parametrize("words", [["solver=euler"], ["solver=heun"], ["steps=3"]])
 def test_a_regression_is_counted_as_it_runs(words):
     config = configured("distill.objective.name=regression", *(f"distill.regression.{word}" for word in words))
     found = plan.make("distill", config, steps=0)

@@ -136,18 +136,9 @@ def compare(name: str, dtype: torch.dtype, got: tuple[torch.Tensor, ...], want: 
 
 
 SCALARS = Objective("any", alpha=0.92, beta=0.94, gamma=0.92, Q=0.8, kappa=1.1).generator_scalars
-# A generator's call as it is, with guidance, and with a Q of each row's own.
-GENERATORS = ("generator", "guided_generator", "q_rows_generator")
 
 
-def check_generator(
-    case: Case,
-    name: str,
-    dtype: torch.dtype,
-    wants: tuple[bool, ...],
-    mean: bool,
-    kinds: tuple[str, ...] = GENERATORS,
-) -> None:
+def check_generator(case: Case, name: str, dtype: torch.dtype, wants: tuple[bool, ...], mean: bool) -> None:
     def arguments(c: Case) -> tuple[object, ...]:
         return c.out, c.other, c.x, c.x_t, c.coef, c.noise, c.endpoint, *SCALARS, mean, *wants
 
@@ -168,9 +159,7 @@ def check_generator(
         guidance = (c.uncond, c.guidance) if wants[2] else (None, None)
         return *first, *guidance, c.q_rows, *scalars, wants[0] and wants[2]
 
-    for kind, inputs in zip(GENERATORS, (alone, guided, by_row), strict=True):
-        if kind not in kinds:
-            continue
+    for kind, inputs in (("generator", alone), ("guided_generator", guided), ("q_rows_generator", by_row)):
         got, want = run("generator", *inputs(case)), reference.generator(*inputs(case.double()))
         compare(name.replace("generator", kind), dtype, got, want)
 
@@ -403,12 +392,8 @@ def check_optimiser_class() -> None:
     compare("adam_/flat storage", F32, *results)
 
 
-def check_shapes(shape_names: list[str], in_turn: bool = False) -> None:
-    """Every shape and layout with changing switches.
-
-    With ``in_turn`` a generator's call comes as it is for each shape and dtype, but with guidance and with a row's own
-    Q for one dtype of each shape: their loads are those of the samples, by the same code.
-    """
+def check_shapes(shape_names: list[str]) -> None:
+    """Every shape and layout with changing switches."""
     for i, shape_name in enumerate(shape_names):
         for dtype in (F32, BF16):
             keyed = (i + (dtype == F32)) % 2 == 0
@@ -419,8 +404,7 @@ def check_shapes(shape_names: list[str], in_turn: bool = False) -> None:
             check_matching(case, f"matching/{tag}", dtype, True, True)
             check_fake(case, f"fake/{tag}", dtype, i % 2 == 0, True, True)
             alone = Case(shape_name, dtype, keyed, shared=False, endpoint=i % 2 == 1, x_t=i % 4 < 2)
-            kinds = (GENERATORS[0], GENERATORS[1 + (i // 2 + (dtype == F32)) % 2]) if in_turn else GENERATORS
-            check_generator(alone, f"generator/{tag}", dtype, (True, True, True, alone.x_t is not None), True, kinds)
+            check_generator(alone, f"generator/{tag}", dtype, (True, True, True, alone.x_t is not None), True)
         check_scale(shape_name, F32)
     check_scale("short", F16)
 

@@ -31,7 +31,7 @@ def short(executor: Executor) -> None:
     """Every operator, dtype and way of cutting rows, each once; small enough for the ordinary suite."""
     agreement.check_empty()
     agreement.check_second_grid_axis()
-    agreement.check_shapes(["odd_short", "overlapping_tail", "odd_row"], in_turn=True)
+    agreement.check_shapes(["odd_short", "overlapping_tail", "odd_row"])
     executor.order = "reverse"
     agreement.check_switches(every=7)
     executor.order = "together"
@@ -40,7 +40,7 @@ def short(executor: Executor) -> None:
     agreement.check_optimiser((1, 4099), 2, 0.9, False, True, 1e3)
     agreement.check_norms(["odd", "parts"])
     agreement.offset = 1
-    agreement.check_shapes(["short"], in_turn=True)
+    agreement.check_shapes(["short"])
     agreement.check_norms(["even"])
 
 

@@ -359,7 +359,7 @@ def test_regression_equals_plain_autograd(guidance, solver):
 
 def test_regression_learns_the_teachers_samples(points_teacher):
     settings = {"batch": 256, "updates": 300, "t_start": 0.0, "generator": {"lr": 3e-3, "betas": [0.9, 0.99]}}
-    trainer = trainer_of(None, POINTS, points_teacher(), **{**REGRESSION, "regression": {"steps": 5}}, **settings)
+    trainer = trainer_of(None, POINTS, points_teacher(), **{**REGRESSION, "regression": {"steps": 10}}, **settings)
     trainer.update()
     first = trainer.meters.read()["regression loss"]
     before = distance_of(trainer)
@@ -370,7 +370,7 @@ def test_regression_learns_the_teachers_samples(points_teacher):
     assert trainer.meters.read()["regression loss"] < first / 4
     # It regresses z to the very sample that the teacher makes of it.
     z = evaluation_noise((2,), 500)
-    made, target = trainer.sample(z), integrate(trainer.teacher, z, 5)
+    made, target = trainer.sample(z), integrate(trainer.teacher, z, 10)
     assert float((made - target).square().sum(1).mean()) < first / 4
     assert distance_of(trainer) < before / 2
 

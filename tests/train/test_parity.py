@@ -28,7 +28,7 @@ CONTENT = {
     },
     "run": {"parity": True},
 }  # fmt: skip
-UPDATES = 10
+UPDATES = 20
 
 
 def configured(*changes, **sections):

@@ -33,9 +33,6 @@ KINDS = {
     "points": (NETWORK, POINTS),
     "images": (UNET, DIGITS),
     "labelled images": (UNET | {"class_cond": True, "num_classes": 10}, DIGITS),
-    # For what depends on convolutions or labels, but not on the other layers.
-    "plain images": (helpers.UNET | {"channel_mult": [1]}, DIGITS),
-    "shallow images": (helpers.UNET | {"channel_mult": [1], "class_cond": True, "num_classes": 10}, DIGITS),
 }
 
 
