@@ -35,7 +35,22 @@ def normalised_terms(b):
     return float((2 * sizes[0] / sizes[1]).norm()) / len(b.x)
 
 
-def assert_agree(found, expected, dtype, condition, terms=0.0):
+def weight_condition(b):
+    """How much rounding grows in a sample's weight ``1 / mean|f* - tgt|``: what its terms are, beside what they make.
+
+    The guided teacher and the target may cancel where a row is a single element.
+    """
+    b = b.to(torch.float64)
+    scale, p, q, s, k_out, k_x = (
+        v.view(-1, *[1] * (b.x.dim() - 1)) for v in (b.guidance, *(b.coef[:, i] for i in range(3, 8)))
+    )
+    terms = (k_out * b.uncond, k_out * scale * (b.teacher - b.uncond), k_x * b.x_t)
+    terms += (-p * b.x, -q * b.endpoint, -s * b.noise)
+    sizes, made = (v.reshape(len(v), -1).mean(1) for v in (sum(t.abs() for t in terms), sum(terms).abs()))
+    return float((sizes / made).max())
+
+
+def assert_agree(found, expected, dtype, condition, terms=0.0, weight=0.0):
     for name, value in found.items():
         reference = expected[name]
         slack = condition if name.startswith("guided") else 1.0
@@ -59,7 +74,10 @@ def assert_agree(found, expected, dtype, condition, terms=0.0):
             if name.startswith("normalised"):
                 scale = scale.clamp_min(terms)
             error = (value.double() - reference).norm() / scale.clamp_min(1e-6)
-            assert error <= slack * GRADIENT_BOUND[dtype], (name, float(error))
+            bound = slack * GRADIENT_BOUND[dtype]
+            if name.startswith("scaled"):
+                bound += weight * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            assert error <= bound, (name, float(error))
 
 
 def reference_of(b, noise, n_real, noise_rows):
@@ -105,12 +123,14 @@ def test_backends_agree_with_float64(backend, dtype, shape, layout, keyed):
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @example(rows=3, sizes=[], dtype=torch.float32, seed=530, keyed=False)  # D of 2e-4 beside r of 2.4
+@example(rows=4, sizes=[], dtype=torch.float32, seed=94453, keyed=False)  # f* - tgt of 0.14 made of terms of 9.7
 def test_any_shape_agrees_with_float64(rows, sizes, dtype, seed, keyed):
     b = batch((rows, *sizes), dtype, seed=seed, two_sided=True)
     n_real = rows // 2
     noise = KEY if keyed else b.noise[: rows - n_real]
     expected = reference_of(b, noise, n_real, rows - n_real)
-    assert_agree(calls(b, noise, n_real, rows - n_real), expected, dtype, condition(b), normalised_terms(b))
+    found = calls(b, noise, n_real, rows - n_real)
+    assert_agree(found, expected, dtype, condition(b), normalised_terms(b), weight_condition(b))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
