@@ -172,9 +172,8 @@ def test_compiled_follows_the_eager_trajectory(settings, monkeypatch):
     if settings:
         graphs = functools.partial(modes.compiled, backend="aot_eager_decomp_partition")
         monkeypatch.setattr(modes, "compiled", graphs)
-    # With one fake turn an update has batches of fewer sizes, each of which takes code of its own.
-    rows, parameters = trajectory(distiller(mode="compiled", fake_turns=1, **settings), 4)
-    expected, expected_parameters = trajectory(distiller(fake_turns=1, **settings), 4)
+    rows, parameters = trajectory(distiller(mode="compiled", **settings), 4)
+    expected, expected_parameters = trajectory(distiller(**settings), 4)
     for row, wanted in zip(rows, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
     for a, b in zip(parameters, expected_parameters, strict=True):
