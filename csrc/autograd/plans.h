@@ -147,8 +147,18 @@ inline Words describe(const c10::OperatorHandle& op, at::ArrayRef<c10::IValue> i
   return words;
 }
 
+// CUDA's handle of a stream. A torch whose streams do not tell it takes the second function.
+template <class Stream>
+auto handle_of(const Stream& stream, int) -> decltype(stream.native_handle()) {
+  return stream.native_handle();
+}
+template <class Stream>
+void* handle_of(const Stream&, long) {
+  TORCH_CHECK(false, "this torch does not tell CUDA's handle of a stream");
+}
+
 inline void* stream_on(c10::Device device) {
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  return handle_of(c10::impl::VirtualGuardImpl(device.type()).getStream(device), 0);
 }
 
 inline void run(const Plan& plan, c10::SmallVectorImpl<const Tensor*>& tensors, c10::Device device, std::vector<Tensor>& made) {
