@@ -36,7 +36,7 @@ def sentence(described: Mapping[str, Any]) -> str:
     return (
         f"{described['processor']}, {described['threads']} thread(s) of {described['cores']} cores, "
         f"{described['isa']}, torch {described['torch']}, load average {described['load_average']} at the start, "
-        f"revision {described['revision']}"
+        f"revision {described['revision'] or 'unknown'}"
     )
 
 

@@ -501,7 +501,7 @@ def test_an_archive_of_several_disks_is_a_sentence(tmp_path):
         ("run: {seed: 0x_}", "is not valid YAML"),
         ("run: " + "[" * 100_000, "is not valid YAML"),
         (f"run: {{seed: {'9' * 5000}}}", "is not valid YAML"),
-        (f"teacher: {{optimiser: {{lr: {'9' * 400}}}}}", "teacher.optimiser.lr is larger than"),
+        (f"teacher: {{optimiser: {{lr: {'9' * 400}}}}}", "teacher.optimiser.lr is too large"),
         ("base: [1]", "base must be the name"),
         ("base: {file}", "starts from itself"),
         ("run: !!python/object/apply:os.system [true]", "is not valid YAML"),

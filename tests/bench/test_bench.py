@@ -333,8 +333,11 @@ def test_growth_of_a_tiny_update(tmp_path):
         "isa": "x",
         "torch": "2",
         "load_average": 0,
+        "revision": "abc1234",
     }
-    assert "| batch | 2 to 8 | 1 | " in growth.table([curve], described)
+    table = growth.table([curve], described)
+    assert "| batch | 2 to 8 | 1 | " in table
+    assert "revision abc1234" in table
     plots.growth([curve], tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
     json.dumps([rows, curve])
@@ -370,6 +373,7 @@ def test_step_benchmark_of_a_tiny_network(tmp_path, monkeypatch):
         "isa": "x",
         "torch": "2",
         "load_average": 0,
+        "revision": "abc1234",
     }
     text = step.table(rows, {**described, "clock": "clock"})
     assert "| tiny network | 4x1x4x4 | as published | " in text
