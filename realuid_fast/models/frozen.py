@@ -35,6 +35,10 @@ def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Te
     # The tensors replaced below are not copied first: a network's memory is not taken twice, not even for a moment.
     view = copy.deepcopy(net, {id(tensor): tensor for tensor in own.values()})
     for prefix, module in view.named_modules():
+        if isinstance(module, nn.Dropout) and module.p == 0:
+            # It drops nothing in either mode. In this one torch.compile has the same code for the view as for a copy in
+            # evaluation.
+            module.training = False
         for name in list(module._parameters):
             if module._parameters[name] is not None:
                 tensor = shared[f"{prefix}.{name}" if prefix else name]

@@ -6,7 +6,7 @@ autocast, which by itself casts some 150 of a U-Net one by one in each forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .. import backends
 from ..optim import is_sharded
 from .layers import Conv3x3
-from .recompute import repeated
 
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+# A parameter, after the dictionary of its module that holds it and its name there.
+Held = tuple[dict[str, Any], str, Tensor]
 
 
 class _Cast(torch.autograd.Function):
@@ -36,49 +37,60 @@ class _Cast(torch.autograd.Function):
         return None, *(None if grad is None else next(given) for grad in grads)
 
 
+def cast_at_once(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` as ``dtype``. torch.compile need not look inside, where it compares every tensor with every other."""
+    return cast(tuple[Tensor, ...], cast(Any, _Cast.apply)(dtype, *tensors))
+
+
 def _copied(tensors: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(copies, list(tensors))
     return tuple(copies)
 
 
-def casts(net: nn.Module, like: Tensor, last: nn.Module) -> bool:
-    """Whether a call of ``net`` should run with the parameters of :func:`with_casts`.
+def products(net: nn.Module, last: nn.Module) -> tuple[nn.Module, ...]:
+    """The linear layers and convolutions of ``net`` outside its ``last`` layers, which :func:`with_casts` is for.
+
+    A network looks for them once, when it is made: torch.compile takes seconds to follow the search.
+    """
+    outside = set(last.modules())
+    return tuple(module for module in net.modules() if isinstance(module, _PRODUCTS) and module not in outside)
+
+
+def casts(net: Any, like: Tensor) -> list[Held]:
+    """The parameters that a call of ``net`` should run with as :func:`with_casts` casts them, or none.
 
     Autocast must be on, the parameters float32 and whole. With several ranks gradients are to come one after another,
     because they are sent while others are computed; blocks that run again must find the parameters once more.
     """
     if not (torch.is_autocast_enabled(like.device.type) and backends.compiled(like.device, "casts")):
-        return False
+        return []
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     hooked = net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if transformed or hooked or several or repeated(net):
-        return False
-    return all(p.dtype == torch.float32 and not is_sharded(p) for p in _named(net, last).values())
+    if transformed or hooked or several or any(block.recompute for block in net._blocks):
+        return []
+    found = []
+    for module in net._products:
+        for name, p in module._parameters.items():
+            if p is not None:
+                if p.dtype != torch.float32 or is_sharded(p):
+                    return []
+                found.append((module._parameters, name, p))
+    return found
 
 
-def with_casts(net: nn.Module, last: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    """``net(*arguments)`` with the parameters of its products in autocast's type, but for those of the ``last`` layer.
-
-    The module holds the cast tensors while the call lasts.
-    """
-    named = _named(net, last)
-    dtype = torch.get_autocast_dtype(next(iter(named.values())).device.type)
-    apply = cast(Callable[..., tuple[Tensor, ...]], _Cast.apply)
-    return torch.func.functional_call(net, dict(zip(named, apply(dtype, *named.values()), strict=True)), arguments)
-
-
-def _named(net: nn.Module, last: nn.Module) -> dict[str, Tensor]:
-    """The parameters of linear layers and convolutions outside ``last``, by their names in ``net``."""
-    outside = set(last.modules())
-    return {
-        f"{prefix}.{name}": parameter
-        for prefix, module in net.named_modules()
-        if isinstance(module, _PRODUCTS) and module not in outside
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
+def with_casts(net: nn.Module, held: Sequence[Held], arguments: tuple[Any, ...]) -> Any:
+    """``net(*arguments)`` with parameters in autocast's type, which their modules hold while the call lasts."""
+    tensors = [p for _, _, p in held]
+    try:
+        made = cast_at_once(torch.get_autocast_dtype(tensors[0].device.type), *tensors)
+        for (holder, name, _), short in zip(held, made, strict=True):
+            holder[name] = short
+        return net(*arguments)
+    finally:
+        for holder, name, p in held:
+            holder[name] = p
 
 
 def joins(block: Any) -> bool:

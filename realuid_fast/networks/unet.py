@@ -136,11 +136,12 @@ class ResBlock(nn.Module):
             h = conv(h) if biased else conv(h, biased=False)
         shift = embedding[self.place] if isinstance(embedding, tuple) else self.emb_layers(embedding)
         norm, (_, activation, dropout, conv) = cast(GroupNorm, self.out_layers[0]), self.out_layers
+        dropped = cast(nn.Dropout, dropout).p if dropout.training else 0.0
         if self.scale_shift:
             scale, shift = shift.to(h.dtype)[:, :, None, None].chunk(2, dim=1)
-            h = conv(dropout(activation(torch.addcmul(shift, norm(h), 1.0 + scale))))
+            h = conv(F.dropout(activation(torch.addcmul(shift, norm(h), 1.0 + scale)), dropped))
         else:
-            h = norm_silu_conv(norm, h, conv, shift, cast(nn.Dropout, dropout).p if dropout.training else 0.0)
+            h = norm_silu_conv(norm, h, conv, shift, dropped)
         return self.skip_connection(x) + h
 
 
@@ -292,7 +293,12 @@ class UNet(nn.Module):
         last = _zeroed(nn.Conv2d(channels, in_channels * (1 + learn_sigma), 3, padding=1))
         self.out = Output(GroupNorm(norm_groups, channels), nn.SiLU(), last)
         self.scale_embed = scale_layers(num_channels, embedding) if guided else None
-        self._residual = _numbered(self)
+        self._residual, self._products = _numbered(self), together.products(self, self.out)
+
+    @property
+    def _blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks, in the order in which they run."""
+        return (*self.input_blocks, self.middle_block, *self.output_blocks)
 
     def forward(
         self,
@@ -314,8 +320,8 @@ class UNet(nn.Module):
         t = t.expand(x.shape[0]) if t.dim() == 0 else t
         if t.shape != x.shape[:1]:
             raise UserError(f"t must have shape ({x.shape[0]},), got {tuple(t.shape)}")
-        if together.casts(self, x, self.out):
-            return cast(Tensor, together.with_casts(self, self.out, (t, x, y, endpoint, with_features, guidance)))
+        if held := together.casts(self, x):
+            return cast(Tensor, together.with_casts(self, held, (t, x, y, endpoint, with_features, guidance)))
         features = timestep_embedding(t * self.time_scale, self.num_channels)
         embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
         if self.scale_embed is not None:

@@ -152,8 +152,8 @@ class Distiller(Trainer):
         owners["pairs"] = None if self.pairs is None else self.pairs.batches
         self.kept = {name: owner for name, owner in owners.items() if owner is not None}
         self._make_buffers(dataset.shape)
-        self._run_generator, self._run_fake = self._compiled(generator), self._compiled(self.judged)
-        self._run_teacher, self._run_frozen_fake = self._compiled(teacher), self._compiled(self.frozen_fake)
+        self._run_generator, self._run_fake = self._compiled(generator, self.judged)
+        self._run_teacher, self._run_frozen_fake = self._compiled(teacher, self.frozen_fake)
         self._whole = True
         self._generate: Turn = self._generate_rows
         self._fake_step: Turn = self._fake_step_plain

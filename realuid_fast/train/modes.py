@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..choices import MODES as MODES
+from ..networks.compiling import compiled as compiled
 
 # Plain calls before a capture: they compile kernels, choose algorithms and settle the optimiser's state.
 WARM_UP = 3
@@ -56,18 +57,6 @@ def why_not(mode: str, device: torch.device | str) -> str | None:
     if not any(map(shutil.which, (compiler.split()[0], "g++", "clang++"))):
         return "torch.compile needs a C++ compiler"
     return None
-
-
-def compiled(net: nn.Module, backend: str = "inductor") -> Callable[..., Tensor]:
-    """``net`` through torch.compile, as one graph, for the fixed shapes of a turn."""
-
-    def call(*arguments: Tensor | None) -> Tensor:
-        return net(*arguments)
-
-    # torch.compile counts its variants by code object and refuses the ninth. Turns need one or two of each network, but
-    # all networks of a process share their class' code: give each one its own.
-    call.__code__ = call.__code__.replace(co_name=f"call_{id(net)}")
-    return torch.compile(call, fullgraph=True, dynamic=False, backend=backend)
 
 
 class Recorder(Protocol):

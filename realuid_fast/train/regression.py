@@ -88,7 +88,7 @@ class RegressionTrainer(Trainer):
         for name in ("p", "k_out", "w"):
             # With these three at 1 and the rest at 0 the matching loss has f = F and tgt = x.
             self._plain[:, COLUMNS.index(name)] = 1.0
-        self._run_generator = self._compiled(generator)
+        (self._run_generator,) = self._compiled(generator)
         self.kept = {"generator": generator.net, "generator_optimiser": optimiser}
 
     @property

@@ -18,6 +18,7 @@ from ..matching import Matching
 from ..meters import Meters
 from ..models.conditions import picked
 from ..models.files import Description
+from ..networks.compiling import sharing
 from ..noise import NoiseStream
 from ..optim import Optimiser, is_sharded
 from ..optim.mean import average
@@ -247,9 +248,9 @@ class Trainer(ABC):
         """The state that all ranks have in common."""
         return {"step": self.step, **{name: each.state_dict() for name, each in self.kept.items()}}
 
-    def _compiled(self, net: Any) -> Callable[..., Any]:
-        """``net`` as the mode calls it."""
-        return modes.compiled(net) if modes.compiles(self.mode) else net
+    def _compiled(self, *nets: Any) -> tuple[Callable[..., Any], ...]:
+        """``nets`` as the mode calls them. Those that are alike share their compiled code."""
+        return sharing(nets, modes.compiled) if modes.compiles(self.mode) else nets
 
     def _conditions(self, count: int, given: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Labels that are ``given``, or labels and endpoints of ``count`` random samples, in the data's proportions."""

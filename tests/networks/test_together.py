@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo import lookup_backend
 
+from realuid_fast.errors import UserError
 from realuid_fast.networks import recompute, together
+from realuid_fast.networks.compiling import compiled
 from realuid_fast.networks.edm_layers import Block
 from realuid_fast.networks.unet import UNet
 from realuid_fast.ops import backends
@@ -73,6 +76,36 @@ def test_casts_at_once_are_autocast_s(as_on_a_gpu):
         assert (found_grads[name] - grad).norm() <= 0.02 * grad.norm() + 1e-6, name
 
 
+def test_compiled_casts_are_the_same_ones(as_on_a_gpu):
+    """torch.compile takes them into its graph as one call, without a look at the tensors."""
+    as_on_a_gpu("casts")
+    net = random_network({**CONFIG, "channel_mult": [1]}).to(memory_format=LAST)
+    out, grads = gradients(net, autocast=True)
+    again, nodes = copy.deepcopy(net), []
+
+    def backend(graph, inputs):
+        nodes.extend(node.target for node in graph.graph.nodes)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    again.zero_grad()
+    run = compiled(again, backend)
+    run.named_parameters = again.named_parameters
+    found, found_grads = gradients(run, autocast=True)
+    assert nodes.count(together.cast_at_once) == 1
+    torch.testing.assert_close(found, out)
+    for name, grad in grads.items():
+        torch.testing.assert_close(found_grads[name], grad, msg=name)
+
+
+def test_a_call_that_fails_leaves_the_parameters(as_on_a_gpu):
+    as_on_a_gpu("casts")
+    net = random_network(CONFIG)
+    before = dict(net.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="endpoint"):
+        net(torch.zeros(1), torch.zeros(1, 3, 8, 8), None, torch.zeros(1, 3, 8, 8))
+    assert all(p is before[name] for name, p in net.named_parameters())
+
+
 def test_a_guidance_scale_reaches_the_network_with_cast_parameters(as_on_a_gpu):
     as_on_a_gpu("casts")
     net = random_network({**CONFIG, "guided": True})
@@ -87,12 +120,12 @@ def test_when_parameters_are_cast_at_once(as_on_a_gpu):
 
     def wanted():
         with torch.autocast("cpu", torch.bfloat16):
-            return together.casts(net, x, net.out)
+            return together.casts(net, x)
 
     assert not wanted()
     as_on_a_gpu("casts")
     assert wanted()
-    assert not together.casts(net, x, net.out)
+    assert not together.casts(net, x)
     hook = net.register_forward_hook(lambda *_: None)
     assert not wanted()
     hook.remove()

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from realuid_fast import paths
 from realuid_fast.errors import UserError
+from realuid_fast.models.frozen import frozen_view
 from realuid_fast.models.generator import Generator
+from realuid_fast.networks.compiling import sharing
 from realuid_fast.train import distill as distill_module
 from realuid_fast.train import modes
 from realuid_fast.train.modes import WARM_UP, Captured
@@ -267,6 +269,41 @@ def test_many_compiled_networks_of_one_class():
     for net in nets:
         x = torch.randn(2, net.in_features)
         torch.testing.assert_close(modes.compiled(net, "eager")(x), net(x))
+
+
+def test_teacher_and_frozen_fake_model_share_their_code(monkeypatch):
+    """An update compiles four graphs for its five calls: samples, fake model, generator, and these two."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(modes, "compiled", functools.partial(modes.compiled, backend=backend))
+    trainer, eager = distiller(mode="compiled"), distiller()
+    for _ in range(2):
+        trainer.update()
+        eager.update()
+    assert len(graphs) == 4
+    assert trainer.meters.read() == pytest.approx(eager.meters.read(), rel=1e-4)
+
+
+def test_a_dropout_of_nothing_does_not_keep_networks_from_sharing_code():
+    """A teacher in evaluation has its dropout still, where a frozen fake model in training has none."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    network = {**UNET, "channel_mult": [1], "use_scale_shift_norm": True}
+    teacher = frozen_view(random_network({**network, "dropout": 0.1}).eval())
+    fake = frozen_view(random_network({**network, "dropout": 0.0}).train())
+    runs = sharing((teacher, fake), functools.partial(modes.compiled, backend=backend))
+    t, x = torch.rand(2), torch.randn(2, 1, 8, 8)
+    for run, net in zip(runs, (teacher, fake), strict=True):
+        torch.testing.assert_close(run(t, x), net(t, x))
+    assert len(graphs) == 1
 
 
 def test_a_generator_of_several_steps_compiles_on_a_path_that_is_a_table():
