@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests start some hundred processes. Where a shell forbids to keep bytecode, each compiles this package and the tests anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo compare study test checks docs bench fuzz nullgpu nullgpu-budget nullgpu-networks nullgpu-rehearsal sanitize dist audit lock clean
+.PHONY: demo compare study test checks docs bench fuzz nullgpu nullgpu-budget nullgpu-networks nullgpu-compile nullgpu-rehearsal sanitize dist audit lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/realuid-fast demo --out runs/demo --overwrite
@@ -61,6 +61,10 @@ nullgpu-budget: $(NULLGPU)/libnullgpu.so
 # Counts the launches, bytes and memory of the CIFAR-10 recipe's networks, into bench/results. Compiling takes minutes.
 nullgpu-networks: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.networks
+
+# Processor time of the first compiled update of the CIFAR-10 recipe, from an empty folder: three minutes.
+nullgpu-compile: $(NULLGPU)/libnullgpu.so
+	$(ON_NULLGPU) -m tests.nullgpu.first_update
 
 # Runs all of bench.gpu where no GPU is: nine minutes at most. Its host times become a table of docs/without_gpu.md.
 nullgpu-rehearsal: $(NULLGPU)/libnullgpu.so

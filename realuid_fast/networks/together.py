@@ -83,8 +83,11 @@ def casts(net: Any, like: Tensor) -> list[Held]:
 def with_casts(net: nn.Module, held: Sequence[Held], arguments: tuple[Any, ...]) -> Any:
     """``net(*arguments)`` with parameters in autocast's type, which their modules hold while the call lasts."""
     tensors = [p for _, _, p in held]
+    # A graph with the function of autograd in it is not kept on disk by torch.compile.
+    differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in tensors)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     try:
-        made = cast_at_once(torch.get_autocast_dtype(tensors[0].device.type), *tensors)
+        made = cast_at_once(dtype, *tensors) if differentiable else _copied(tensors, dtype)
         for (holder, name, _), short in zip(held, made, strict=True):
             holder[name] = short
         return net(*arguments)

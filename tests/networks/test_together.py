@@ -95,6 +95,10 @@ def test_compiled_casts_are_the_same_ones(as_on_a_gpu):
     torch.testing.assert_close(found, out)
     for name, grad in grads.items():
         torch.testing.assert_close(found_grads[name], grad, msg=name)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inputs = torch.rand(2), torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(run(*inputs), net(*inputs))
+    assert nodes.count(together.cast_at_once) == 1
 
 
 def test_a_call_that_fails_leaves_the_parameters(as_on_a_gpu):
