@@ -14,6 +14,8 @@ import pytest
 
 # The processor alone decides which code inductor makes for it. To ask the compiler too takes eight seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# Inductor's pool of compilers imports torch in each, which takes longer than what two of them would save.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # The longest files are begun first: two processes share the files, and one begun last would run alone.
 LONGEST = [

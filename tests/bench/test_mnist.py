@@ -88,7 +88,7 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "run_all", here)
     # Other tests prove these, so there are fewer here: draws of the bootstrap, rounds of the clock, pictures of runs.
     monkeypatch.setattr(judge, "bootstrap", functools.partial(judge.bootstrap, repeats=20))
-    monkeypatch.setattr(study, "costs", functools.partial(study.costs, rounds=3))
+    monkeypatch.setattr(study, "costs", functools.partial(study.costs, rounds=1))
     monkeypatch.setattr(training, "plot_distances", lambda *_: None)
     words = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
     words += ["--seeds", "0", "1", "--samples", "40", "--set", *TINY]
