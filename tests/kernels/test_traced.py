@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
 import torch
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -113,6 +114,23 @@ def test_a_key_with_gaps_is_copied_first() -> None:
         copies = [node for node in traced.nodes if "clone" in str(node.target)]
         (launch,) = (node for node in traced.nodes if node.target is triton_kernel_wrapper_functional)
         assert (launch.kwargs["kwargs"]["noise_ptr"] in copies) == gaps
+
+
+def test_torch_asks_once_what_a_kernel_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph("group_norm_grads", "cuda", torch.float16)
+    asked, plain = [], triton_kernel_wrap.generate_ttir
+
+    def counted(kernel: Any, *rest: Any) -> Any:
+        asked.append(kernel.fn.fn.__name__)
+        return plain(kernel, *rest)
+
+    monkeypatch.setattr(triton_kernel_wrap, "generate_ttir", counted)
+    again, _, _ = graph("group_norm_grads", "cuda", torch.float16)
+    assert len(launches(again)) == 2
+    assert not asked
+    # Another type is another question, but the sum over images is of float32 as before.
+    graph("group_norm_grads", "cuda", torch.bfloat16)
+    assert asked == ["_norm_silu_grads_kernel"]
 
 
 def test_no_kernel_writes_a_tensor_without_dimensions() -> None:
