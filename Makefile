@@ -62,7 +62,7 @@ nullgpu-budget: $(NULLGPU)/libnullgpu.so
 nullgpu-networks: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.networks
 
-# Processor time of the first compiled update of the CIFAR-10 recipe, from an empty folder: three minutes.
+# Processor time of the first compiled update of the CIFAR-10 recipe, from an empty folder: two minutes.
 nullgpu-compile: $(NULLGPU)/libnullgpu.so
 	$(ON_NULLGPU) -m tests.nullgpu.first_update
 
