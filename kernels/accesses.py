@@ -24,12 +24,12 @@ def keep_answers() -> None:
     answers: dict[Any, Any] = {}
 
     @functools.wraps(find)
-    def found(kernel: Any, arguments: Mapping[str, Any], *rest: Any) -> Any:
+    def found(kernel: Any, arguments: Mapping[str, Any], *rest: Any, **named: Any) -> Any:
         # A launch with a number of warps comes as an autotuner of its own, around the kernel.
         configs = getattr(kernel, "configs", None)
         inner = kernel if configs is None else kernel.fn
-        if any(rest) or not inner.fn.__module__.startswith("realuid_fast."):
-            return find(kernel, arguments, *rest)
+        if any(rest) or named or not inner.fn.__module__.startswith("realuid_fast."):
+            return find(kernel, arguments, *rest, **named)
         given = {**arguments, **configs[0].kwargs} if configs else arguments
         key = inner.fn, tuple((name, *_kind(value)) for name, value in given.items())
         try:
