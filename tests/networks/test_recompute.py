@@ -166,20 +166,16 @@ def test_a_plan_counts_less_memory_and_more_operations():
 @pytest.mark.slow
 @pytest.mark.skipif(modes.why_not("compiled", "cpu") is not None, reason="torch.compile has no compiler here")
 def test_compiled_blocks_run_again_too():
-    """By the graphs that inductor makes code of, cut as it cuts them; the test below runs a block's code both ways."""
     net = network({**UNET, "attention_resolutions": "", "dropout": 0.0, "channel_mult": [1]})
     again = copy.deepcopy(net)
     recompute(again)
-    t, x = torch.linspace(0, 1, 4), torch.randn(4, 1, 8, 8).contiguous(memory_format=torch.channels_last)
-    for one, run in ((net, net), (again, modes.compiled(again, "aot_eager_decomp_partition"))):
-        run(t, x).square().sum().backward()
+    call, t, x = modes.compiled(again), torch.linspace(0, 1, 4), torch.randn(4, 1, 8, 8)
+    for one, run in ((net, net), (again, call)):
+        run(t, x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
         assert all(p.grad is not None for p in one.parameters())
     for a, b in zip(net.parameters(), again.parameters(), strict=True):
         # Compiled kernels order sums differently.
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5 * float(a.grad.abs().max()))
-    with torch.no_grad():
-        out = net(t, x)
-        torch.testing.assert_close(modes.compiled(again)(t, x), out, rtol=1e-4, atol=1e-5 * float(out.abs().max()))
 
 
 @pytest.mark.slow
