@@ -1,7 +1,7 @@
-"""What torch.compile asks of a kernel, kept: which of its tensors it reads and writes.
+"""Keeps torch's answers to the question which tensors a kernel reads and writes.
 
-torch compiles a kernel to Triton's intermediate form to answer that, some five times for each launch in a graph, and
-keeps no answer. For a U-Net with gradients this is more than a quarter of torch.compile's time.
+torch.compile asks it of every launch, some five times. Each time torch compiles the kernel to Triton's
+intermediate form, and keeps no answer. For a U-Net with gradients this is more than a quarter of torch.compile's time.
 """
 
 from __future__ import annotations
