@@ -81,7 +81,7 @@ def pretended():
 
 
 def places(tree):
-    """The devices of the tensors in ``tree``, each with whether it has dimensions: one without may come from anywhere."""
+    """The devices of the tensors in ``tree``, and whether each has dimensions: one without may come from anywhere."""
     return {(t.device.type, t.ndim > 0) for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
 
 
