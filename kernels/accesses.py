@@ -1,7 +1,7 @@
 """Keeps torch's answers to the question which tensors a kernel reads and writes.
 
-torch.compile asks it of every launch, some five times. Each time torch compiles the kernel to Triton's
-intermediate form, and keeps no answer. For a U-Net with gradients this is more than a quarter of torch.compile's time.
+torch.compile asks it of every launch. Each time torch compiles the kernel to Triton's
+intermediate form, and keeps no answer.
 """
 
 from __future__ import annotations
