@@ -37,6 +37,8 @@ def refuse_gradients(call: str, **tensors: Tensor | None) -> None:
 
 def check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
     """Refuse tensors that one pass cannot run over; returns ``noise_rows``, or its default. Reads metadata only."""
+    if _fits(x, coef, noise, noise_rows, others):
+        return x.shape[0] if noise_rows is None else noise_rows
     check_tensor("x", x)
     check_tensor("coef", coef)
     if not isinstance(noise, Tensor):
@@ -45,8 +47,6 @@ def check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **othe
         )
     if noise_rows is not None:
         check_whole("noise_rows", noise_rows)
-    if _fits(x, coef, noise, noise_rows, others):
-        return x.shape[0] if noise_rows is None else noise_rows
     if x.dim() == 0:
         raise UserError("x must have a batch dimension, got a scalar")
     # Under autocast the losses' inputs are cast to float32 on their way into the operator.
@@ -80,12 +80,14 @@ def check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **othe
     return noise_rows
 
 
-def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others: Mapping[str, Tensor | None]) -> bool:
+def _fits(x: object, coef: object, noise: object, noise_rows: int | None, others: Mapping[str, Tensor | None]) -> bool:
     """Whether this is the common call: all tensors contiguous and of one type, noise for every row or a key.
 
-    On a few samples :func:`_check` takes as long as the kernel, so calls that pass this shorter check skip it. A call
-    that does not pass may still be right; :func:`_check` decides, and names the tensor that is wrong.
+    On a few samples :func:`check` takes as long as the kernel, so calls that pass this shorter check skip its rest. A
+    call that does not pass may still be right; :func:`check` decides, and names the tensor that is wrong.
     """
+    if not (isinstance(x, Tensor) and isinstance(coef, Tensor) and isinstance(noise, Tensor)):
+        return False
     shape, dtype, device = x.shape, x.dtype, x.device
     for tensor in others.values():
         if tensor is not None and not (
@@ -97,8 +99,8 @@ def _fits(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others
         ):
             return False
     return (
-        len(shape) > 0
-        and (noise_rows is None or 0 < noise_rows <= shape[0])
+        x.dim() > 0
+        and (noise_rows is None or (type(noise_rows) is int and 0 < noise_rows <= shape[0]))
         and x.is_contiguous()
         and coef.shape == (shape[0], 9)
         and coef.dtype == _REAL.get(dtype)
@@ -144,6 +146,8 @@ def _check_layout(name: str, tensor: Tensor) -> None:
 
 def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> Guidance:
     """The operators' arguments for a guided teacher: its unconditional output and the scale ``(R,)``, or neither."""
+    if teacher_uncond is None and isinstance(guidance, float) and guidance == 1.0:
+        return None, None
     if not isinstance(guidance, Tensor):
         if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
             raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")

@@ -91,7 +91,8 @@ def chosen() -> str | None:
 def select(device: torch.device) -> str | None:
     """The backend asked for, checked against ``device``. Without a request, warn once if only the reference runs."""
     name, where = _chosen, device.type
-    if (name or where) not in _checked and not torch.compiler.is_compiling():
+    # torch.compile answers the first question by itself. So its code has no guard on `_checked`.
+    if not torch.compiler.is_compiling() and (name or where) not in _checked:
         if name is None:
             _warn_if_slow(where)
         else:

@@ -27,6 +27,8 @@ from .operator import Loss, Operator
 KERNELS: tuple[Operator, ...] = (*losses.OPERATORS, *adam.OPERATORS)
 LAYERS: tuple[Operator, ...] = layers.OPERATORS
 LOSSES: tuple[Loss, ...] = losses.LOSSES
+# The two libraries have names here, because torch.compile guards on every step from a module to what it calls.
+_FUSED, _REFERENCE = torch.ops.realuid_fast, torch.ops.realuid_fast_reference
 _DIFFERENTIABLE = ("interpolate", *(f"{loss.kernel}_loss" for loss in LOSSES))
 
 # The function that runs a differentiable operator in eager mode, by library and operator.
@@ -37,8 +39,7 @@ _NODES: dict[str, Callable[..., Any]] = {}
 
 def current(device: torch.device) -> Any:
     """The operator namespace that the backend in force selects for tensors on ``device``."""
-    reference_only = backends.select(device) == "torch"
-    return torch.ops.realuid_fast_reference if reference_only else torch.ops.realuid_fast
+    return _REFERENCE if backends.select(device) == "torch" else _FUSED
 
 
 def plain(op: str, *inputs: Any) -> Tensor | None:
