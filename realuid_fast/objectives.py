@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 from .convex import Distance, SmoothPower, finite
 from .divergences import DIVERGENCES, divergence_weight
@@ -39,6 +40,7 @@ __all__ = [
     "MomentMatching",
     "NormalisedRealUID",
     "Objective",
+    "ParameterMoments",
     "RealBridge",
     "RealSiD",
     "RealUID",
@@ -266,6 +268,17 @@ def MomentMatching() -> Objective:
     return Objective("moment matching", alpha=1.0, beta=1.0, gamma=2.0, Q=2.0, flows="x")
 
 
+def ParameterMoments() -> Objective:
+    """Moment matching in parameter space: the numbers of :func:`MomentMatching`, without a fake model in training.
+
+    The teacher after an infinitesimal step of its weights stands for the fake model
+    (:mod:`realuid_fast.models.teacher_step`). At ``f = f*`` the fake turn's gradient is that of the teacher's own loss
+    ``w ||f* - x||^2``. Source: Salimans et al., Multistep Distillation of Diffusion Models via Moment Matching
+    (2406.04103), its form in parameter space.
+    """
+    return replace(MomentMatching(), name="parameter-space moment matching")
+
+
 def SDS() -> Objective:
     """Score distillation sampling: the generator follows ``dl/dx = w (x - f*)``, without any fake model.
 
@@ -292,5 +305,6 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "diff-instruct": DiffInstruct,
     "dmd": DMD,
     "moment-matching": MomentMatching,
+    "parameter-moments": ParameterMoments,
     "sds": SDS,
 }

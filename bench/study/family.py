@@ -210,6 +210,14 @@ FAMILY = (
         "1",
     ),
     System(
+        "moment matching in parameter space",
+        ("moments-parameters",),
+        r"$\partial_x = f - f^*$, $f = f^* - J \Lambda \nu$, $\nu = \nabla_\theta w \|f^* - x\|^2$ on another batch",
+        "2406.04103, its form in parameter space",
+        UNREAD,
+        r"$\frac{1}{2}$ of the gradient of $\frac{1}{2} \|\nu\|^2_\Lambda$; $\Lambda$ from 100 real batches",
+    ),
+    System(
         "SDS",
         ("sds",),
         r"$\partial_x = x - f^*$, no fake model",

@@ -103,7 +103,8 @@ def warn_of_warmup(job: str, config: Config) -> None:
     else:
         updates, turns = config.distill.updates, config.distill.fake_turns
         optimisers = [("distill.generator", config.distill.generator, updates)]
-        if config.distill.objective.name != REGRESSION:
+        # Neither trajectory regression nor moment matching in parameter space trains a fake model.
+        if config.distill.objective.name not in (REGRESSION, "parameter-moments"):
             optimisers += [("distill.fake", config.distill.fake, updates * turns)]
     for name, optimiser, steps in optimisers:
         if optimiser.warmup * WARMUP_SHARE > steps:

@@ -21,6 +21,7 @@ from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..models.halving import Halving
+from ..models.teacher_step import StepDirection, TeacherStep
 from ..networks import build
 from ..networks.calling import null_labels, takes_guidance
 from ..networks.critic import Critic
@@ -35,6 +36,8 @@ from ..train.regression import RegressionTrainer
 from ..train.teacher import TeacherTrainer
 from ..train.trainer import Setup, Trainer
 from .start import student_of
+
+_MEASURED = 100  # batches of real data whose gradients give the preconditioner of parameter-moments
 
 
 def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = None, command: str = "") -> Trainer:
@@ -175,16 +178,40 @@ def moments(config: Config, dataset: Dataset, teacher: Model, command: str = "")
     net = _prepared(teacher.net, config, dataset)
     trained, fake = _copies(net, config, described)
     generator = _generator(trained, config, matching, settings.times)
+    if instant := settings.objective.name == "parameter-moments":
+        _check_instant(config, teacher)
+        fake = TeacherStep(copy.deepcopy(net).eval().requires_grad_(True))
+        fake_optimiser: Optimiser = StepDirection(fake)
+    else:
+        fake_optimiser = _optimiser(fake, settings.fake, settings.updates * settings.fake_turns)
     with _named("distill", settings):
-        return MomentTrainer(
+        made = MomentTrainer(
             _frozen(net, config) if teacher.function is None else teacher.function, fake, generator, matching,
-            settings.objective.build(), dataset,
-            _optimiser(fake, settings.fake, settings.updates * settings.fake_turns),
+            settings.objective.build(), dataset, fake_optimiser,
             _optimiser(generator.net, settings.generator, settings.updates, settings.ema),
             _setup(config, settings.batch, settings.updates),
             fake_turns=settings.fake_turns, guidance=settings.guidance, precision=settings.generator_precision,
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
+    if instant and isinstance(fake_optimiser, StepDirection):
+        # A run that goes on measures too, and then loads what it measured first.
+        fake_optimiser.measure(lambda: made.turn_backward("real"), _MEASURED, made.parts)
+    return made
+
+
+def _check_instant(config: Config, teacher: Model) -> None:
+    """Refuse what moment matching in parameter space has no meaning for."""
+    settings = config.distill
+    refused = {
+        "distill.fake_turns, which must be 1,": settings.fake_turns != 1,
+        "distill.guidance": settings.guidance != 1.0,
+        "distill.fake_start fresh": settings.fake_start == "fresh",
+        "distill.teacher_precision bf16": settings.teacher_precision == "bf16",
+        "a teacher that is a function": teacher.function is not None,
+    }
+    for name, given in refused.items():
+        if given:
+            raise UserError(f"{name} is not for distill.objective parameter-moments")
 
 
 def regression(config: Config, dataset: Dataset, teacher: Model, command: str = "") -> RegressionTrainer:

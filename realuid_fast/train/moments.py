@@ -95,26 +95,30 @@ class MomentTrainer(Trainer):
         self.step += 1
 
     def turn_backward(self, turn: str) -> Tensor:
-        """Add the gradients of one part of a batch in the turn ``"fake"`` or ``"generator"``; the loss ``()``."""
+        """Add the gradients of one part of a batch in the turn ``"fake"`` or ``"generator"``; the loss ``()``.
+
+        In the turn ``"real"`` real samples stand for the generator's in the fake model's loss.
+        """
         with self.phases("data"):
             real, labels = self.batches.next()
         with self.phases("generate"), torch.set_grad_enabled(turn == "generator"):
             t, s = self._steps()
             z_t = functional.interpolate(self._laid_out(real), self.matching.coefficients(t), self.noise.next_key())
             out = self._ask(self.generator.net, t, z_t, labels)
-            x = self._laid_out(converted(self.path, "x0", self.matching.predict, t, out, z_t))
+            made = converted(self.path, "x0", self.matching.predict, t, out, z_t)
+            x = self._laid_out(real if turn == "real" else made)
         with self.phases("interpolate"):
             coef, key = self.matching.coefficients(s), self.noise.next_key()
             for name, value in zip("abc", self._posterior(s, t), strict=True):
                 getattr(Coefficients(coef), name).copy_(value)
             z_s = functional.interpolate(x.detach(), coef, key, z_t)
             draw = Interpolant(self.path, "x0", self.matching.predict, x.detach(), z_s, s, coef, key, self.batch, z_t)
-        with self.phases("fake forward"), torch.set_grad_enabled(turn == "fake"):
+        with self.phases("fake forward"), torch.set_grad_enabled(turn != "generator"):
             fake_out = self._ask(self.fake, s, z_s, labels)
         with self.phases("teacher forward"), torch.no_grad():
             teacher_out = self._ask(self.teacher, s, z_s, labels, self._guidance)
         with self.phases(f"{turn} backward"):
-            if turn == "fake":
+            if turn != "generator":
                 fake = losses.fake_grads(self.objective, draw, fake_out.detach(), teacher_out=teacher_out)
                 fake_out.backward(fake.fake_out)
                 return fake.loss

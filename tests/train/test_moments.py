@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import realuid_fast as rf
 from realuid_fast import data, paths, teachers
@@ -15,8 +16,9 @@ from realuid_fast.evaluate.table import sampler
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.models.generator import Generator, _key
+from realuid_fast.models.teacher_step import StepDirection, TeacherStep
 from realuid_fast.noise import normal
-from realuid_fast.objectives import MomentMatching
+from realuid_fast.objectives import MomentMatching, ParameterMoments
 
 from ..helpers import MLP, NULL, UNET, random_network, settings
 
@@ -99,16 +101,19 @@ def test_the_losses_are_the_papers(predict):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("turn", "guidance"), [("fake", 1.0), ("generator", 1.0), ("generator", 2.5)])
+TURNS = [("fake", 1.0), ("real", 1.0), ("generator", 1.0), ("generator", 2.5)]
+
+
+@pytest.mark.parametrize(("turn", "guidance"), TURNS)
 def test_a_turn_equals_plain_autograd(turn, guidance):
     """From noised real rows and their labels, by the paper's formulas on the linear path, ``k = 4``."""
     trainer = moments(NULL, guidance=guidance)
     trainer.update()
     state = copy.deepcopy(trainer.state_dict())
     loss = trainer.turn_backward(turn)
-    trained = trainer.fake if turn == "fake" else trainer.generator.net
+    trained = trainer.generator.net if turn == "generator" else trainer.fake
     explicit = [p.grad.clone() for p in trained.parameters()]
-    other = trainer.generator.net if turn == "fake" else trainer.fake
+    other = trainer.fake if turn == "generator" else trainer.generator.net
     assert all(p.grad is None or not p.grad.any() for p in other.parameters())
 
     trainer.load_state_dict(state)
@@ -120,7 +125,7 @@ def test_a_turn_equals_plain_autograd(turn, guidance):
     n = [normal(trainer.noise.next_key(), real) for _ in range(2)]
     at = t.view(-1, 1, 1, 1)
     z_t = at * real + (1 - at) * n[0]
-    x = z_t + (1 - at) * trainer.generator.net(t, z_t, labels)
+    x = real if turn == "real" else z_t + (1 - at) * trainer.generator.net(t, z_t, labels)
     r = at / s
     v = (1 - at) ** 2 - r**2 * (1 - s) ** 2
     z_s = r * ((1 - s) / (1 - at)) ** 2 * z_t + s * v / (1 - at) ** 2 * x + v.sqrt() * (1 - s) / (1 - at) * n[1]
@@ -130,7 +135,7 @@ def test_a_turn_equals_plain_autograd(turn, guidance):
     c, uncond = (z_s + (1 - s) * trainer.teacher(time, z_s, y).detach() for y in (labels, none))
     teacher = uncond + guidance * (c - uncond)
     fake = z_s + (1 - s) * trainer.fake(time, z_s, labels)
-    if turn == "fake":
+    if turn != "generator":
         x = x.detach()
         plain = ((fake - x) ** 2 + (fake - teacher) ** 2 - teacher**2).sum() / 8
     else:
@@ -141,11 +146,103 @@ def test_a_turn_equals_plain_autograd(turn, guidance):
         torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
 
 
-def test_an_ancestral_student_trains_goes_on_and_is_sampled_from_its_file(tmp_path):
-    straight, before = moments(), moments()
+def test_the_loss_in_parameter_space_is_the_papers():
+    """``||E nu||^2 / 2`` in the preconditioner's weighting, ``nu`` the teacher's gradient on samples, in float64."""
+    path, objective, net = paths.Linear(), ParameterMoments(), random_network(UNET).double()
+    fake, parameters = TeacherStep(net), [*net.parameters()]
+    optimiser, generator = StepDirection(fake), torch.Generator().manual_seed(2)
+    before = copy.deepcopy(net.state_dict())
+
+    def batch():
+        x, z = torch.randn(2, 5, 1, 8, 8, dtype=torch.float64, generator=generator)
+        return x, z, torch.rand(5, dtype=torch.float64, generator=generator) * 0.8 + 0.1
+
+    def teacher_loss(x, z, s):
+        f = z + (1 - s).view(-1, 1, 1, 1) * net(s, z)
+        return ((f - x) ** 2).flatten(1).sum(1).div(1 - s).mean()
+
+    real = [batch() for _ in range(3)]
+    left = iter(real)
+    optimiser.measure(lambda: teacher_loss(*next(left)).backward(), 3)
+    squares = [[g**2 for g in torch.autograd.grad(teacher_loss(*rows), parameters)] for rows in real]
+    preconditioner = [1 / (torch.stack(g).mean(0).sqrt() + 1e-8) for g in zip(*squares, strict=True)]
+
+    x, z, s = batch()
+    coef = path.coefficients(s, "x0", "velocity", lambda s: 1 / (1 - s))
+    given = {"x_t": z, "coef": coef, "noise": z}
+    rf.functional.fake_loss(objective, fake_out=fake(s, z), x=x, teacher_out=net(s, z).detach(), **given).backward()
+    optimiser.step()
+    nu = torch.autograd.grad(teacher_loss(x, z, s), parameters)
+
+    x, z, s = batch()
+    given = {"x_t": z, "coef": path.coefficients(s, "x0", "velocity", lambda s: 1 / (1 - s)), "noise": z}
+    x.requires_grad_()
+    with torch.no_grad():
+        outs = {"teacher_out": net(s, z), "fake_out": fake(s, z)}
+    value = rf.functional.generator_loss(objective, **outs, x=x, **given)
+
+    def product(x):
+        # Plain layers on contiguous images, because the package's have no second derivative.
+        with rf.backend("torch"), sdpa_kernel(SDPBackend.MATH):
+            other = torch.autograd.grad(teacher_loss(x, z, s), parameters, create_graph=True)
+        return sum((scale * a * b).sum() for scale, a, b in zip(preconditioner, nu, other, strict=True))
+
+    literal = product(x)
+    torch.testing.assert_close(2 * value, literal - product(torch.zeros_like(x)), rtol=1e-10, atol=1e-10)
+    mine, theirs = (torch.autograd.grad(of, x)[0] for of in (2 * value, literal))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_turns_in_parameter_space_equal_plain_autograd():
+    """The fake turn's batch moves the teacher along its own loss' gradient; the generator's turn has another batch."""
+    trainer = moments(NULL, objective={"name": "parameter-moments"}, fake_turns=1)
+    state = trainer.optimisers["fake"].adam.state
+    moment = [state[p]["exp_avg_sq"].clone() for p in trainer.fake.net.parameters()]
+    assert all(second.any() for second in moment)
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.turn_backward("fake")
+    trainer._optimise("fake", "fake optimiser")
+    trainer.turn_backward("generator")
+    explicit = [p.grad.clone() for p in trainer.generator.net.parameters()]
+
+    trainer.load_state_dict(state)
+    for optimiser in trainer.optimisers.values():
+        optimiser.zero_grad()
+    net, k = trainer.fake.net, 4
+
+    def rows():
+        real, labels = trainer.batches.next()
+        u, step = torch.rand(2, 8, generator=trainer.draws)
+        t, s = 1 - u, 1 - (u - step / k).clamp(min=0)
+        n = [normal(trainer.noise.next_key(), real) for _ in range(2)]
+        at, to = (each.view(-1, 1, 1, 1) for each in (t, s))
+        z_t = at * real + (1 - at) * n[0]
+        x = z_t + (1 - at) * trainer.generator.net(t, z_t, labels)
+        of_x, of_z, of_n = (each.view(-1, 1, 1, 1) for each in paths.Linear().posterior(s, t))
+        z_s = (of_x * x + of_z * z_t + of_n * n[1]).detach()
+        return x, ((z_s + (1 - to) * net(s, z_s, labels) - x) ** 2).sum() / 8
+
+    _, loss = rows()
+    nu = torch.autograd.grad(loss, [*net.parameters()])
+    _, loss = rows()
+    other = torch.autograd.grad(loss, [*net.parameters()], create_graph=True)
+    scales = [1 / (second.sqrt() + 1e-8) for second in moment]
+    product = sum((scale * a * b).sum() for scale, a, b in zip(scales, nu, other, strict=True))
+    # The term <nu, f*> of the product has no part in x~.
+    gradients = torch.autograd.grad(product / 2, [*trainer.generator.net.parameters()])
+    for mine, p in zip(explicit, gradients, strict=True):
+        torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("objective", ["moment-matching", "parameter-moments"])
+def test_an_ancestral_student_trains_goes_on_and_is_sampled_from_its_file(tmp_path, monkeypatch, objective):
+    monkeypatch.setattr(trainers, "_MEASURED", 3)
+    given = {"objective": {"name": objective}, "fake_turns": 1}
+    straight, before = moments(**given), moments(**given)
     for trainer in (straight, before):
         trainer.update()
-    after = moments()
+    after = moments(**given)
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     straight.update()
     after.update()
@@ -189,6 +286,18 @@ def test_an_ancestral_generator_draws_its_states_from_the_posterior():
         ({"gan": {"weight_fake": 1.0}}, "distill.gan is not for distill.states data"),
         ({"labels": "batch"}, "distill.labels batch is not for distill.states data"),
         ({"run": {"mode": "compiled"}}, "run.mode compiled is not for distill.states data"),
+        (
+            {"objective": {"name": "parameter-moments"}, "fake_turns": 2},
+            "distill.fake_turns, which must be 1, is not for distill.objective parameter-moments",
+        ),
+        (
+            {"objective": {"name": "parameter-moments"}, "fake_turns": 1, "guidance": 2.0, "network": NULL},
+            "distill.guidance is not for distill.objective parameter-moments",
+        ),
+        (
+            {"objective": {"name": "parameter-moments"}, "states": "own"},
+            "distill.states must be data for parameter-space moment matching",
+        ),
     ],
 )
 def test_what_does_not_go_with_states_of_data_is_refused(given, sentence):
