@@ -257,6 +257,14 @@ FAMILY = (
         FORMULA,
         "1",
     ),
+    System(
+        "SFD and SFD-v, simple and fast distillation",
+        ("sfd",),
+        r"$\|x_{i+1} - x^*_{i+1}\|_1$ in each step of the student, $x^*$ the teacher's states, no fake model",
+        "2409.19681, as its code has it",
+        "zju-pi/diff-sampler at 68d5ce4, `sfd-main`, by its formula, without its first step and thresholding",
+        "1",
+    ),
 )
 
 

@@ -87,9 +87,12 @@ def sample(arguments: argparse.Namespace) -> None:
     common.use_threads(arguments.threads)
     model = common.model(arguments.model)
     student = model.description.role == "student"
-    if student and not (arguments.steps is None and arguments.solver is None):
-        raise UserError("--steps and --solver are a teacher's: a student makes its samples in one step")
-    usual = 18 if arguments.solver == "edm" else 100
+    own = model.description.steps if student else ()
+    if student and not ((arguments.steps is None or own) and arguments.solver is None):
+        raise UserError("--steps and --solver are a teacher's: a student makes its samples in its own steps")
+    if own and arguments.steps not in (None, *own):
+        raise UserError(f"--steps must be one of the student's numbers of steps, {', '.join(map(str, own))}")
+    usual = own[-1] if own else 18 if arguments.solver == "edm" else 100
     steps = usual if arguments.steps is None else arguments.steps
     path, predict = model.description.interpolant(), model.description.predict
     draw = evaluation.sampler(model, steps, arguments.solver or "euler", arguments.guidance, arguments.precision)
@@ -108,7 +111,9 @@ def sample(arguments: argparse.Namespace) -> None:
     noise = normal(NoiseStream(arguments.seed, device).next_key(), like)
     made = arguments.count + min(arguments.count, WARMING)
     solver = arguments.solver or "euler"
-    number = 1 + len(model.description.times) if student else evaluations(steps, solver, path, predict)
+    number = evaluations(steps, solver, path, predict)
+    if student and not own:
+        number = model.description.evaluations
     number *= 1 if arguments.guidance == 1 else 2
     # A command that ends within two seconds needs no bar.
     with bar(made * number, "evaluation", unit_scale=True, delay=2) as shown, counting(model.net, shown):

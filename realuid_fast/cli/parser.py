@@ -106,7 +106,9 @@ def _add_sample(add: Add) -> None:
     )
     command.add_argument("--out", required=True, nargs="+", type=Path, help="files to write: .png, .npy, .safetensors")
     command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
-    command.add_argument("--steps", type=int, help="a teacher's steps (default: 100, of edm 18)")
+    command.add_argument(
+        "--steps", type=int, help="a teacher's steps (default: 100, of edm 18), or one of a student's numbers"
+    )
     command.add_argument("--solver", choices=choices.SOLVERS, help="a teacher's solver (default: euler)")
     command.add_argument(
         "--guidance", type=float, default=1.0, help="a teacher's guidance by labels (default: 1, none)"

@@ -33,7 +33,7 @@ from ..models.solvers import evaluations
 from ..networks import memory
 from ..networks.recompute import recompute
 from ..precision import Precision
-from ..settings import REGRESSION, Config, OptimiserConfig, RegressionConfig
+from ..settings import REGRESSION, Config, OptimiserConfig
 from ..train import distributed, sharding
 from ..train.trainer import Trainer
 from . import timing
@@ -307,23 +307,23 @@ def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> P
         activations = _activations(net, dataset.shape, a_pass, config.run.device)
     one = _operations(model.description.network, config.run.checkpoint_activations)
     flow, how = config.path.build(model.description), settings.regression
-    asked = evaluations(how.steps, how.solver, flow.path, flow.predict)
-    asked *= 1 if settings.guidance == 1.0 else 2
+    made = batch * sum(counted.numbers) // len(counted.numbers)
+    asked = evaluations(how.steps, how.solver, flow.path, flow.predict) * (1 if settings.guidance == 1.0 else 2)
     return Plan(
         job="distill",
-        parameters={"teacher": size, "generator": size},
+        parameters={"teacher": _count(model.net), "generator": size},
         memory={
             "parameters": 4 * size,
             **_kept(size, settings.generator, settings.ema),
-            "teacher": 4 * size,
+            "teacher": 4 * _count(model.net),
             "activations of the backward pass": activations,
             # Noise, samples and the teacher's samples.
             "batch buffers": 3 * a_pass * 4 * math.prod(dataset.shape),
         },
         batch=batch,
         updates=settings.updates,
-        images_per_update=batch,
-        operations={"the teacher's samples": batch * asked * one.forward, "generator turn": batch * one.training},
+        images_per_update=made,
+        operations={"the teacher's samples": made * asked * one.forward, "generator turn": made * one.training},
     )
 
 
@@ -336,7 +336,7 @@ def _to_count(config: Config, batch: int) -> Config:
     if batch % run.accumulate:
         return replace(config, run=run)
     plain: dict[str, Any] = {"fake_precision": "float32", "generator_precision": "float32"}
-    plain["regression"] = RegressionConfig()
+    plain["regression"] = replace(config.distill.regression, pairs="")
     return _with_batch(replace(config, run=run, distill=replace(config.distill, **plain)), run.accumulate)
 
 

@@ -274,9 +274,10 @@ def rows(
             scores = [fidelity(draw, teacher.net, count, seed) for seed in range(repeats)]
             yield Row(f"teacher, {number} Euler step{'s' if number > 1 else ''}", scores, evaluations(number))
     if student is not None:
-        number, draw = 1 + len(student.description.times), sampler(student, precision=precision)
-        scores = [fidelity(draw, student.net, count, seed) for seed in range(repeats)]
-        yield Row(f"student, {'one step' if number == 1 else f'{number} steps'}", scores, number)
+        for number in student.description.steps or (student.description.evaluations,):
+            draw = sampler(student, number, precision=precision)
+            scores = [fidelity(draw, student.net, count, seed) for seed in range(repeats)]
+            yield Row(f"student, {'one step' if number == 1 else f'{number} steps'}", scores, number)
 
 
 def markdown(table: Sequence[Row], protocol: dict[str, Any]) -> str:

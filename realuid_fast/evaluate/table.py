@@ -16,8 +16,8 @@ from .. import choices
 from ..errors import UserError
 from ..files import replacing
 from ..models.calls import needs_endpoint
+from ..models.few_steps import FewSteps, generator_of
 from ..models.files import Model
-from ..models.generator import Generator
 from ..models.solvers import evaluations, integrate
 from ..precision import Precision
 from ..progress import bar, counting
@@ -38,35 +38,32 @@ class Row:
 
 
 def sampler(
-    model: Model, steps: int = 1, solver: str = "euler", guidance: float = 1.0, precision: str = "float32"
+    model: Model, steps: int | None = None, solver: str = "euler", guidance: float = 1.0, precision: str = "float32"
 ) -> Sampler:
-    """A function that turns noise and labels into samples. A student takes its own steps; a teacher takes ``steps``
-    steps of ``solver``, and a ``guidance`` above 1 pulls its samples further towards the labels. The network computes
-    in ``precision``, one of :data:`~realuid_fast.precision.PRECISIONS`, on the noise's device.
+    """A function that turns noise and labels into samples.
+
+    A student takes its own steps, ``steps`` of them if it has several numbers of steps. A teacher takes ``steps`` steps
+    of ``solver``, one if None, and a ``guidance`` above 1 pulls its samples further towards the labels. The network
+    computes in ``precision``, one of :data:`~realuid_fast.precision.PRECISIONS`, on the noise's device.
     """
     if guidance != 1.0 and model.description.role == "student":
         raise UserError("guidance is for teachers only: a student has learnt the guidance that it was distilled with")
     net, described = model.net.requires_grad_(False), model.description
     path, predict = described.interpolant(), described.predict
     needed = needs_endpoint(net, path)
-    student = _generator(model) if described.role == "student" else None
+    student = generator_of(net, described) if described.role == "student" else None
+    own = {"steps": steps} if isinstance(student, FewSteps) else {}
 
     def draw(z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> Tensor:
         endpoint = endpoint if needed else None
         with Precision(precision, z.device).sampling():
             if student is not None:
-                return student(z, labels, endpoint)
+                return student(z, labels, endpoint, **own)
             return integrate(
-                net, z, steps, solver, labels, path=path, predict=predict, endpoint=endpoint, guidance=guidance
+                net, z, steps or 1, solver, labels, path=path, predict=predict, endpoint=endpoint, guidance=guidance
             )
 
     return draw
-
-
-def _generator(model: Model) -> Generator:
-    described = model.description
-    path, predict, times = described.interpolant(), described.predict, described.times
-    return Generator(model.net, described.t_start, path, predict, times, described.ancestral)
 
 
 def defaults(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
@@ -96,7 +93,7 @@ def rows(
         measure: the distances.
         shape: shape of one sample.
         teacher: sampled by Euler's method with each of ``steps``; None leaves its rows out.
-        student: sampled in one step; None leaves its row out.
+        student: sampled in its own steps, a row for each number of them; None leaves its rows out.
         count: samples a row; the real data's row has as many as there are training samples.
         steps: step counts of the teacher.
         device: where the networks are, and their samples are made.
@@ -111,8 +108,8 @@ def rows(
             name = f"teacher, {number} Euler step{'s' if number > 1 else ''}"
             wanted.append((name, teacher, number, evaluations(number)))
     if student is not None:
-        number = 1 + len(student.description.times)
-        wanted.append((f"student, {'one step' if number == 1 else f'{number} steps'}", student, 1, number))
+        for number in student.description.steps or (student.description.evaluations,):
+            wanted.append((f"student, {'one step' if number == 1 else f'{number} steps'}", student, number, number))
     made = count + min(count, WARMING)
     with bar(sum(made * number for *_, number in wanted), "evaluation", progress, unit_scale=True) as shown:
         for name, model, number, evaluated in wanted:

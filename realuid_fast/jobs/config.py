@@ -395,6 +395,8 @@ def _check(config: Config) -> None:
             "run.checkpoint_activations must be false with run.shard: a sharded fake model is frozen in its forward "
             "pass alone"
         )
+    if distill.steps and distill.objective.name != REGRESSION:
+        raise UserError(f"distill.steps is for the objective {REGRESSION}; other students take distill.times")
     whole = not (run.shard or run.offload_teacher or distill.teacher_precision == "bf16")
     if distill.objective.name == REGRESSION and not whole:
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..evaluate import classifier
 from ..matching import Matching
 from ..models import pairs
+from ..models.few_steps import FewSteps
 from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
@@ -28,7 +29,7 @@ from ..networks.critic import Critic
 from ..networks.discriminator import Gan, Judged
 from ..networks.recompute import recompute
 from ..optim import Optimiser
-from ..settings import REGRESSION, Config, OptimiserConfig
+from ..settings import REGRESSION, Config, OptimiserConfig, RegressionConfig
 from ..train import distributed, modes, sharding
 from ..train.distill import TURNS, Distiller
 from ..train.moments import MomentTrainer
@@ -130,11 +131,17 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
             fake_turns=settings.fake_turns, guidance=settings.guidance, labels=settings.labels, gan=gan,
             critic=critic,
             critic_optimiser=None if critic is None else _optimiser(critic, settings.fake, settings.updates * turns),
-            pairs=pairs.Pairs(pairs.read(stored.pairs), stored.weight) if stored.pairs else None,
+            pairs=_pairs(stored),
             turn_matching=config.path.turns(described), divergence=settings.divergence,
             precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
+
+
+def _pairs(stored: RegressionConfig) -> pairs.Pairs | None:
+    if not stored.pairs:
+        return None
+    return pairs.Pairs(pairs.read(stored.pairs), stored.weight, pairs.DISTANCES[stored.distance])
 
 
 def _gan(config: Config, dataset: Dataset) -> tuple[Gan | None, Critic | None]:
@@ -217,13 +224,14 @@ def _check_instant(config: Config, teacher: Model) -> None:
 def regression(config: Config, dataset: Dataset, teacher: Model, command: str = "") -> RegressionTrainer:
     """The trainer of the section ``distill`` for the objective ``regression``."""
     settings, described = config.distill, teacher.description
+    several = bool(settings.times or settings.steps)
     refused = {
-        "distill.times": bool(settings.times),
         "distill.start": bool(settings.start),
         "distill.gan": bool(settings.gan.weight_fake),
         "distill.regression.pairs": bool(settings.regression.pairs),
         "distill.generator_precision fp16": settings.generator_precision == "fp16",
-        f"run.mode {config.run.mode}": modes.captures(config.run.mode),
+        f"run.mode {config.run.mode}": config.run.mode != "eager" if several else modes.captures(config.run.mode),
+        "distill.regression.solver edm with several steps": several and settings.regression.solver == "edm",
     }
     for name, given in refused.items():
         if given:
@@ -231,15 +239,27 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
     _check(config, dataset, described)
     matching = config.path.build(described)
     net = _prepared(teacher.net, config, dataset)
-    generator = _generator(copy.deepcopy(net).train().requires_grad_(True), config, matching)
+    trained, network = copy.deepcopy(net), dict(described.network)
+    if len(settings.steps) > 1 and not takes_guidance(net):
+        # The layers of the number of steps are new, and start as if there were none.
+        network["guided"] = True
+        trained = _placed(fresh(network, config.run.seed), config, dataset)
+        trained.load_state_dict(net.state_dict(), strict=False)
+    trained = trained.train().requires_grad_(True)
+    turns = sum(settings.steps) / len(settings.steps) if settings.steps else 1 + len(settings.times)
     with _named("distill", settings):
+        generator: Generator | FewSteps = _generator(trained, config, matching)
+        if several:
+            of_path = settings.t_start, matching.path, matching.predict, settings.times
+            generator = FewSteps(trained, settings.steps, *of_path)
         return RegressionTrainer(
             frozen_view(net).eval() if teacher.function is None else teacher.function, generator, matching, dataset,
-            _optimiser(generator.net, settings.generator, settings.updates, settings.ema),
+            _optimiser(generator.net, settings.generator, int(settings.updates * turns), settings.ema),
             _setup(config, settings.batch, settings.updates),
             steps=settings.regression.steps, solver=settings.regression.solver, guidance=settings.guidance,
-            precision=settings.generator_precision, export=settings.export,
-            description=_of_student(config, dataset, described, generator, command),
+            distance=pairs.DISTANCES[settings.regression.distance], precision=settings.generator_precision,
+            export=settings.export,
+            description=_of_student(config, dataset, replace(described, network=network), generator, command),
         )  # fmt: skip
 
 
@@ -358,7 +378,7 @@ def _optimiser(
 
 
 def _of_student(
-    config: Config, dataset: Dataset, teacher: Description, generator: Generator, command: str
+    config: Config, dataset: Dataset, teacher: Description, generator: Generator | FewSteps, command: str
 ) -> Description:
     return Description(
         network=teacher.network,
@@ -371,6 +391,7 @@ def _of_student(
         command=command,
         t_start=generator.t_start,
         times=generator.times,
+        steps=generator.numbers,
         ancestral=generator.ancestral,
         teacher=config.distill.teacher,
         decay=config.distill.export,

@@ -18,7 +18,7 @@ from ..files import check_regular, replacing
 from ..networks import at_most, build
 from .checksums import CHECKSUM, matches, with_checksum
 
-FORMAT = 4  # 2 knows a path's settings, 3 has a checksum, 4 may be ancestral
+FORMAT = 5  # 2 knows a path's settings, 3 has a checksum, 4 may be ancestral, 5 may have steps
 KEY = "realuid_fast"
 SHIPPED = choices.TEACHERS
 ROLES = ("teacher", "student")
@@ -33,7 +33,8 @@ class Description:
     ``network`` is the argument of :func:`realuid_fast.networks.build`, ``data`` that of :func:`realuid_fast.data.load`,
     ``path`` and ``path_settings`` those of :func:`realuid_fast.paths.build`; ``predict`` is a prediction on that path.
     ``t_start`` is a student's start time, ``times`` the times of its further steps and ``ancestral`` whether those draw
-    from the posterior (see :class:`.generator.Generator`), and ``teacher`` the teacher that it was distilled from.
+    from the posterior (see :class:`.generator.Generator`). A student with ``steps`` makes one of these numbers of DDIM
+    steps (see :class:`.few_steps.FewSteps`). ``teacher`` is the teacher that it was distilled from.
     ``decay`` is the decay of the average that the file holds: 0 for the last weights, None if unknown.
     """
 
@@ -50,13 +51,20 @@ class Description:
     times: tuple[float, ...] = ()
     decay: float | None = None
     ancestral: bool = False
+    steps: tuple[int, ...] = ()
     format: int = 3
 
     def __post_init__(self) -> None:
-        if self.ancestral:
+        if self.ancestral or self.steps:
             # Earlier versions would draw a student's further states with fresh noise.
-            object.__setattr__(self, "format", FORMAT)
+            object.__setattr__(self, "format", FORMAT if self.steps else 4)
         object.__setattr__(self, "times", tuple(map(float, self.times)))  # JSON has lists
+        object.__setattr__(self, "steps", tuple(map(int, self.steps)))
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a student's network a sample, the most that it is trained for."""
+        return self.steps[-1] if self.steps else 1 + len(self.times)
 
     def interpolant(self) -> paths.Path:
         """The path; raises :class:`UserError` if this version does not have it."""

@@ -37,6 +37,7 @@ class Generator(nn.Module):
             two-sided path.
     """
 
+    numbers: tuple[int, ...] = ()  # what a student of several numbers of steps has, FewSteps
     _numbers: Tensor
     _rows: Tensor
 
@@ -50,7 +51,7 @@ class Generator(nn.Module):
         ancestral: bool = False,
     ) -> None:
         super().__init__()
-        self.net, self.path, self.ancestral = net, path, ancestral
+        self.net, self.path, self.predict, self.ancestral = net, path, predict, ancestral
         self.t_start = float(default_start(path) if t_start is None else t_start)
         self.times = tuple(float(t) for t in times)
         data = ends(path).data
@@ -72,6 +73,10 @@ class Generator(nn.Module):
         device = next(net.parameters()).device
         self.register_buffer("_numbers", numbers.to(device), persistent=False)
         self.register_buffer("_rows", rows.to(device), persistent=False)
+
+    def on(self, net: nn.Module) -> Generator:
+        """The same steps of another network of its kind."""
+        return Generator(net, self.t_start, self.path, self.predict, self.times, self.ancestral)
 
     @property
     def steps(self) -> int:

@@ -192,7 +192,7 @@ def model_card(
 
 def _facts(model: Loaded) -> list[str]:
     told, count = model.description, sum(parameter.numel() for parameter in model.net.parameters())
-    steps = len(told.times) + 1
+    steps = told.evaluations
     makes = f"makes a sample in {steps} step{'s' * (steps > 1)}" if model.is_student else "is integrated by a solver"
     facts = [
         f"- This {told.role} {makes}. Its samples have shape ({', '.join(map(str, model.shape))}).",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,8 +12,8 @@ from ..errors import UserError
 from ..noise import NoiseStream, normal
 from . import files, published
 from .calls import needs_endpoint
+from .few_steps import FewSteps, generator_of
 from .files import ROLES, SHIPPED, Model
-from .generator import Generator
 from .solvers import SOLVERS, integrate
 
 STEPS = 100  # default number of a teacher's steps
@@ -36,11 +35,7 @@ class Loaded:
         network = self.description.network
         self.shape: tuple[int, ...] = tuple(network.get("dim", network.get("shape", (2,))))
         self.classes = int(getattr(model.net, "num_classes", 0) or 0)
-        self._student: Callable[..., Tensor] | None = None
-        if self.is_student:
-            told = self.description
-            start = (told.t_start, self._path, self._predict, told.times, told.ancestral)
-            self._student = Generator(self.net, *start)
+        self._student = generator_of(self.net, self.description) if self.is_student else None
 
     @property
     def is_student(self) -> bool:
@@ -50,7 +45,7 @@ class Loaded:
     def to(self, device: torch.device | str) -> Loaded:
         """The same object with its network on ``device``."""
         self.net.to(device)
-        if isinstance(self._student, Generator):
+        if self._student is not None:
             self._student.to(device)
         return self
 
@@ -72,7 +67,8 @@ class Loaded:
             labels: ``(B,)`` int64, for a class-conditional network.
             endpoint: ``y`` like ``z``, for a path with two endpoints.
             steps, solver, guidance: settings of a teacher, see :func:`realuid_fast.sampling.integrate`; by default 100
-                Euler steps. A student takes none of them.
+                Euler steps. A student takes none of them, but for a number of ``steps`` that it was trained for, where
+                its description has such (SFD); by default the largest.
 
         Raises:
             UserError: noise, labels or the endpoint do not fit, or a student is given a setting of a teacher.
@@ -88,8 +84,11 @@ class Loaded:
                 self.net, z, STEPS if steps is None else steps, solver or "euler", labels, path=self._path,
                 predict=self._predict, endpoint=endpoint, guidance=guidance,
             )  # fmt: skip
-        if steps is not None or solver is not None or guidance != 1.0:
+        few = isinstance(self._student, FewSteps)
+        if (steps is not None and not few) or solver is not None or guidance != 1.0:
             raise UserError("steps, solver and guidance are for teachers: a student makes samples in its own steps")
+        if few and steps is not None:
+            return self._student(z, labels, endpoint, steps)
         return self._student(z, labels, endpoint)
 
 

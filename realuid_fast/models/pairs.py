@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import functional
 from ..data import Dataset
 from ..errors import UserError
 from ..files import replacing
+from ..paths import COLUMNS
 from .files import KEY, read_safetensors
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +23,39 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def mean_square(x: Tensor, target: Tensor) -> Tensor:
     """``||x - target||^2 / D`` of samples ``(B, ...)`` of ``D`` elements, ``(B,)``."""
     return (x - target).square().flatten(1).mean(1)
+
+
+def mean_absolute(x: Tensor, target: Tensor) -> Tensor:
+    """``||x - target||_1 / D``, ``(B,)``."""
+    return (x - target).abs().flatten(1).mean(1)
+
+
+DISTANCES = {"l2": mean_square, "l1": mean_absolute}
+
+
+def plain_rows(count: int, device: torch.device) -> Tensor:
+    """Coefficients ``(count, 9)`` with which the matching loss is ``||out - x||^2``."""
+    rows = torch.zeros(count, len(COLUMNS), device=device)
+    for name in ("p", "k_out", "w"):
+        # With these three at 1 and the rest at 0 the matching loss has f = F and tgt = x.
+        rows[:, COLUMNS.index(name)] = 1.0
+    return rows
+
+
+def pull(
+    distance: Distance, x: Tensor, target: Tensor, coef: Tensor | None = None, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``D mean d(x, target)`` ``()`` and its gradient in ``x``, for samples of ``D`` elements.
+
+    With ``coef``, those of :func:`plain_rows`, and ``noise``, of which nothing enters, the square is one fused call.
+    """
+    if distance is mean_square and coef is not None and noise is not None:
+        grads = functional.matching_grads(out=x, x=target, x_t=None, coef=coef, noise=noise)
+        return grads.loss, grads.out
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = x[0].numel() * distance(x, target).mean()
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,7 +49,8 @@ def integrate(
 
     DDIM keeps the predicted noise: ``x_s = a_s x0 + c_s n`` with ``x0`` and ``n`` predicted at ``x_t``, on one-sided
     paths. It is Euler's method in ``c / a``, and on the linear path the same as Euler. Source: Song et al.
-    (2010.02502), equation 12 with ``sigma = 0``. The solver ``edm`` is :func:`edm_sampler` with its own numbers.
+    (2010.02502), equation 12 with ``sigma = 0``. DPM-Solver++ in its multistep form, ``dpmpp``, takes one evaluation a
+    step as well: see :func:`states`. The solver ``edm`` is :func:`edm_sampler` with its own numbers.
 
     On a two-sided path a data prediction does not give the velocity, because the endpoint's share is unknown. The law
     of ``x_s`` between ``x0`` and ``x_t`` is known: ``x_s = A x0 + B x_t + C n`` with ``B = b_s / b_t, A = a_s - B a_t,
@@ -83,20 +85,58 @@ def integrate(
         if t_start is not None:
             raise UserError("t_start must not be given with the solver edm, which starts at its path's largest noise")
         return edm_sampler(net, noise, steps, labels, path, predict, endpoint, stream, guidance)
-    ordinary = follows_flow(path, predict)
-    start, data = ends(path)
-    low, high = path.time_range("velocity" if ordinary else "x0", predict)
     if t_start is None:
-        t_start = min(max(start, low), high)
+        t_start = first_time(path, predict)
         _, b, c = scales(path, t_start)
         x = noise if c == 1 else noise * c
         x = x if endpoint is None or b == 0 else torch.add(x, endpoint, alpha=b)
     else:
         check_start(path, t_start)
         x = noise
-    times = grid(path, t_start, data, steps)
-    if not ordinary or solver == "ddim":
+    times = grid(path, t_start, ends(path).data, steps)
+    *_, x = states(net, x, times, solver, labels, path, predict, endpoint, stream, guidance)
+    return x
+
+
+def states(
+    net: nn.Module,
+    x: Tensor,
+    times: Sequence[tuple[float, float]],
+    solver: str = "euler",
+    labels: Tensor | None = None,
+    path: Path = LINEAR,
+    predict: str = "velocity",
+    endpoint: Tensor | None = None,
+    stream: NoiseStream | None = None,
+    guidance: float = 1.0,
+) -> Iterator[Tensor]:
+    """The state after each of a solver's steps from the state ``x``: :func:`integrate` takes the last one.
+
+    Args:
+        times: the time of every step, and its signed length, as :func:`grid` gives them.
+        solver: one of :data:`SOLVERS` but ``"edm"``. ``"dpmpp"`` is DPM-Solver++ of the predicted data, whose third
+            order at most is lower in the first and the last steps. Source: Lu et al. (2211.01095), algorithm 2.
+    """
+    if solver == "dpmpp":
+        return _multistep(net, x, times, labels, path, predict, endpoint, guidance)
+    if solver == "ddim" or not follows_flow(path, predict):
         return _walk(net, x, times, labels, path, predict, endpoint, stream, guidance)
+    return _flow(net, x, times, solver, labels, path, predict, endpoint, guidance)
+
+
+def _flow(
+    net: nn.Module,
+    x: Tensor,
+    times: Sequence[tuple[float, float]],
+    solver: str,
+    labels: Tensor | None,
+    path: Path,
+    predict: str,
+    endpoint: Tensor | None,
+    guidance: float,
+) -> Iterator[Tensor]:
+    """Euler's, Heun's and the midpoint method."""
+    low, high = path.time_range("velocity", predict)
     convert = predict != "velocity"
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
@@ -107,14 +147,14 @@ def integrate(
     for i, (time, h) in enumerate(times):
         t = x.new_full((len(x),), time, dtype=torch.float32)
         slope = velocity(t, x)
-        if solver == "euler" or (solver == "heun" and i == steps - 1 and not _trapezoid_to_data(path, predict)):
+        if solver == "euler" or (solver == "heun" and i == len(times) - 1 and not _trapezoid_to_data(path, predict)):
             x = torch.add(x, slope, alpha=h)
         elif solver == "midpoint":
             x = torch.add(x, velocity(t + h / 2, torch.add(x, slope, alpha=h / 2)), alpha=h)
         else:
             ahead = velocity(t + h, torch.add(x, slope, alpha=h))
             x = torch.add(x, slope + ahead, alpha=h / 2)
-    return x
+        yield x
 
 
 def check_solver(solver: str, path: Path, predict: str) -> None:
@@ -124,8 +164,8 @@ def check_solver(solver: str, path: Path, predict: str) -> None:
         raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
     if solver != "euler" and not follows_flow(path, predict):
         raise UserError(f"solver must be euler for {predict} on {name}: its steps are random")
-    if solver == "ddim" and not isinstance(path, OneSidedPath):
-        raise UserError(f"solver must not be ddim on {name}: it needs a path from noise alone to data")
+    if solver in ("ddim", "dpmpp") and not isinstance(path, OneSidedPath):
+        raise UserError(f"solver must not be {solver} on {name}: it needs a path from noise alone to data")
     if solver == "edm" and not isinstance(path, VE):
         raise UserError(f"solver must not be edm on {name}: it needs the path ve, whose times are levels of noise")
 
@@ -243,35 +283,100 @@ def _inside(path: Path, t: float) -> float:
     return min(max(t, low), high)
 
 
+def first_time(path: Path, predict: str) -> float:
+    """The time of pure noise that samples start from, inside the range of times that the prediction allows."""
+    low, high = path.time_range("velocity" if follows_flow(path, predict) else "x0", predict)
+    return min(max(ends(path).start, low), high)
+
+
+def data_at(
+    net: nn.Module,
+    x: Tensor,
+    time: float,
+    labels: Tensor | None,
+    path: Path,
+    predict: str,
+    endpoint: Tensor | None,
+    guidance: float,
+) -> Tensor:
+    """The network's prediction of the data at the state ``x`` of path time ``time``."""
+    low, high = path.time_range("x0", predict)
+    t = x.new_full((len(x),), min(max(time, low), high), dtype=torch.float32)
+    return converted(path, "x0", predict, t, call(net, t, x, labels, path, predict, endpoint, guidance), x)
+
+
+def ddim(path: Path, x: Tensor, x0: Tensor, time: float, h: float) -> Tensor:
+    """DDIM's step of length ``h``, with the noise that the prediction ``x0`` of the data leaves in ``x``."""
+    (a, _, c), (a_s, _, c_s) = scales(path, time), scales(path, _inside(path, time + h))
+    return (a_s - c_s / c * a) * x0 + c_s / c * x
+
+
 def _walk(
     net: nn.Module,
     x: Tensor,
-    times: tuple[tuple[float, float], ...],
+    times: Sequence[tuple[float, float]],
     labels: Tensor | None,
     path: Path,
     predict: str,
     endpoint: Tensor | None,
     stream: NoiseStream | None,
     guidance: float,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Sample step by step by the law of ``x_s`` between ``x0`` and ``x_t``; on a one-sided path these are DDIM's steps.
 
     On a one-sided path the noise takes the endpoint's place in that law, ``B = c_s / c_t`` and ``C = 0``.
     """
-    ddim = isinstance(path, OneSidedPath)
     stream = NoiseStream(0, x.device) if stream is None else stream
-    low, high = path.time_range("x0", predict)
     for i, (time, h) in enumerate(times):
-        t = x.new_full((len(x),), min(max(time, low), high), dtype=torch.float32)
-        x0 = converted(path, "x0", predict, t, call(net, t, x, labels, path, predict, endpoint, guidance), x)
-        if i == len(times) - 1 and not ddim:
-            return x0
-        (a, b, c), (a_s, b_s, c_s) = scales(path, time), scales(path, _inside(path, time + h))
-        if ddim:
-            x = (a_s - c_s / c * a) * x0 + c_s / c * x
-            continue
-        kept = b_s / b
-        spread = math.sqrt(max(c_s**2 - kept**2 * c**2, 0.0))
-        fresh = normal(stream.next_key(), x)
-        x = (a_s - kept * a) * x0 + kept * x + spread * fresh
-    return x
+        x0 = data_at(net, x, time, labels, path, predict, endpoint, guidance)
+        if isinstance(path, OneSidedPath):
+            x = ddim(path, x, x0, time, h)
+        elif i == len(times) - 1:
+            x = x0
+        else:
+            (a, b, c), (a_s, b_s, c_s) = scales(path, time), scales(path, _inside(path, time + h))
+            kept = b_s / b
+            spread = math.sqrt(max(c_s**2 - kept**2 * c**2, 0.0))
+            fresh = normal(stream.next_key(), x)
+            x = (a_s - kept * a) * x0 + kept * x + spread * fresh
+        yield x
+
+
+def _multistep(
+    net: nn.Module,
+    x: Tensor,
+    times: Sequence[tuple[float, float]],
+    labels: Tensor | None,
+    path: Path,
+    predict: str,
+    endpoint: Tensor | None,
+    guidance: float,
+) -> Iterator[Tensor]:
+    """DPM-Solver++: DDIM's step, corrected by divided differences of the predicted data in ``log(a / c)``."""
+    known: list[tuple[float, Tensor]] = []
+    for i, (time, h) in enumerate(times):
+        x0 = data_at(net, x, time, labels, path, predict, endpoint, guidance)
+        known = [*known[-2:], (_log_ratio(path, time), x0)]
+        order = min(len(known), len(times) - i)
+        x = ddim(path, x, x0, time, h)
+        if order > 1:
+            then = _inside(path, time + h)
+            (now, _), (before, last) = known[-1], known[-2]
+            step, share = _log_ratio(path, then) - now, -math.expm1(now - _log_ratio(path, then))
+            scale, past = scales(path, then)[0], (now - before) / step
+            first = (x0 - last) / past
+            if order == 2:
+                x = x + scale * share / 2 * first
+            else:
+                oldest, data = known[-3]
+                older = (before - oldest) / step
+                second = (first - (last - data) / older) / (past + older)
+                linear = 1 - share / step
+                x = x + scale * (linear * (first + past * second) - (linear / step - 0.5) * second)
+        yield x
+
+
+def _log_ratio(path: Path, time: float) -> float:
+    """``log(a / c)``, half of the logarithm of the signal-to-noise ratio."""
+    a, _, c = scales(path, time)
+    return math.log(a / c) if a > 0 else -math.inf

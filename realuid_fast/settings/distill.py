@@ -76,6 +76,12 @@ class DistillConfig:
         choices=("drawn", "batch"),
     )
     times: tuple[float, ...] = setting((), "times of the generator's further steps, none for one step", FINITE)
+    steps: tuple[int, ...] = setting(
+        (),
+        "the number of DDIM steps of the objective regression's student, none for one step from t_start; several for a "
+        "student that takes the number as a condition (SFD)",
+        POSITIVE,
+    )
     states: str = setting(
         "own", "what the generator's steps start from: its own states, or noised real data's", choices=("own", "data")
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..bounds import ABOVE_ZERO, NOT_NEGATIVE, POSITIVE, SHARE
 from ..errors import UserError
+from ..models.pairs import DISTANCES
 from ..objectives import PRESETS, Objective
 from ..sampling import SOLVERS
 from .field import setting
@@ -103,10 +104,11 @@ class GanConfig:
 class RegressionConfig:
     """The teacher's trajectories: of the baseline ``objective: {name: regression}``, or stored, beside an objective."""
 
-    steps: int = setting(20, "steps of the baseline's solver", POSITIVE)
+    steps: int = setting(20, "steps of the baseline's solver, in each step of its student", POSITIVE)
     solver: str = setting("euler", "the baseline's solver", choices=SOLVERS)
     pairs: str = setting(
         "",
         "a file of realuid-fast sample --pairs, to whose samples the student of another objective is fitted too (DMD)",
     )
     weight: float = setting(0.25, "the weight of distill.regression.pairs, DMD's if not given", ABOVE_ZERO)
+    distance: str = setting("l2", "the distance to the teacher's samples, squared or absolute", choices=DISTANCES)

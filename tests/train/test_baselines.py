@@ -288,10 +288,10 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio(objective):
         ({"divergence": "kl"}, "distill.divergence must be one of reverse-kl, forward-kl"),
         (
             {"regression": {"solver": "dopri"}},
-            "distill.regression.solver must be one of euler, heun, midpoint, ddim, edm; got 'dopri'",
+            "distill.regression.solver must be one of euler, heun, midpoint, ddim, dpmpp, edm; got 'dopri'",
         ),
         ({"regression": {"steps": 0}}, "distill.regression.steps must be at least 1, got 0"),
-        ({**REGRESSION, "times": [0.5], "t_start": 0.1}, "distill.times is not for distill.objective regression"),
+        ({"steps": [2]}, "distill.steps is for the objective regression; other students take distill.times"),
         ({**REGRESSION, "gan": {"weight_fake": 1.0}}, "distill.gan is not for distill.objective regression"),
         ({**REGRESSION, "generator_precision": "tf32"}, "generator_precision tf32 does not run on cpu"),
         ({**REGRESSION, "guidance": 2.0}, "guidance needs a class-conditional network"),

@@ -1,0 +1,260 @@
+"""Students of a few steps on the flow: SFD's solver, loss and loop by its code, a trainer's update, the commands."""
+
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import realuid_fast as rf
+from realuid_fast import cli, data, paths, sampling, teachers
+from realuid_fast.errors import UserError
+from realuid_fast.models.few_steps import FewSteps, Flow, pursuit
+from realuid_fast.models.loaded import Loaded
+from realuid_fast.models.pairs import DISTANCES, pull
+from realuid_fast.models.solvers import grid, states
+from realuid_fast.noise import normal
+
+from ..helpers import LABELLED, MLP, POINTS, random_network, save_teacher, trainer_of
+
+VE = paths.VE()
+SETTINGS = {"teacher": "x", "batch": 8, "updates": 4, "ema": [0.9], "export": 0.9}
+SFD = {**SETTINGS, "objective": {"name": "regression"}, "regression": {"steps": 2, "solver": "dpmpp", "distance": "l1"}}
+
+
+class Denoiser(torch.nn.Module):
+    """A network in float64 that predicts the data; with several numbers of steps their number is its condition."""
+
+    def __init__(self, seed, guided=False):
+        super().__init__()
+        draws = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(3, 3, dtype=torch.float64, generator=draws))
+        self.guided = guided
+
+    def forward(self, t, x, y=None, guidance=1.0):
+        level = t.double()[:, None]
+        return torch.tanh(x / (1 + level**2).sqrt() @ self.weight + level.log() / 9) * (1 + guidance / 5)
+
+
+def schedule(steps):
+    """zju-pi/diff-sampler at 68d5ce4, sfd-main/solver_utils.py: the levels of the schedule ``polynomial``, rho = 7."""
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    return [(high + i / steps * (low - high)) ** 7 for i in range(steps + 1)]
+
+
+def denoised(net, x, level, **more):
+    return net(torch.full((len(x),), level, dtype=torch.float32), x, **more)
+
+
+def published_dpmpp(net, x, levels):
+    """The states of sfd-main/solvers.py's ``dpm_pp_sampler`` of order 3 at most, without its thresholding."""
+    states, known = [x], []
+    for i, (now, then) in enumerate(itertools.pairwise(levels)):
+        known = [*known, (-math.log(now), denoised(net, x, now))][-3:]
+        order = min(3, i + 1, len(levels) - 1 - i)
+        m, at, ahead = [value for _, value in known], [place for place, _ in known], -math.log(then)
+        h = ahead - at[-1]
+        phi_1 = math.expm1(-h)
+        x = then / now * x - phi_1 * m[-1]
+        if order > 1:
+            r0 = (at[-1] - at[-2]) / h
+            d1_0 = (m[-1] - m[-2]) / r0
+        if order == 2:
+            x = x - 0.5 * phi_1 * d1_0
+        if order == 3:
+            r1 = (at[-2] - at[-3]) / h
+            d1_1 = (m[-2] - m[-3]) / r1
+            d1, d2 = d1_0 + r0 / (r0 + r1) * (d1_0 - d1_1), (d1_0 - d1_1) / (r0 + r1)
+            phi_2 = phi_1 / h + 1
+            x = x + phi_2 * d1 - (phi_2 / h - 0.5) * d2
+        states.append(x)
+    return states
+
+
+def published_euler(net, x, levels):
+    states = [x]
+    for now, then in itertools.pairwise(levels):
+        states.append(states[-1] + (then - now) * (states[-1] - denoised(net, states[-1], now)) / now)
+    return states
+
+
+@pytest.mark.parametrize(("solver", "published"), [("dpmpp", published_dpmpp), ("ddim", published_euler)])
+@pytest.mark.parametrize("numbers", [(3,), (2, 3)], ids=["SFD", "SFD-v"])
+def test_an_update_is_the_published_one(solver, published, numbers):
+    """sfd-main/training: ``get_teacher_traj`` of M = 1 and 3, then ``loss`` and its gradient a step, in float64."""
+    teacher = Denoiser(0)
+    student = FewSteps(Denoiser(1, guided=len(numbers) > 1), numbers, None, VE, "x0")
+    net, z = student.net, torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for number, each in itertools.product(numbers, (2, 4)):
+        # Their loop: num_steps - 1 steps of the student, and M = each - 1 levels between two of its levels.
+        levels, more = schedule(number), {"guidance": float(number)} if len(numbers) > 1 else {}
+        trajectory = published(teacher, 80 * z, schedule(number * each))[each::each]
+        part, latents = pursuit(student, Flow(teacher, each, solver), z, number), 80 * z
+        assert len(part.targets) == number
+        for place in range(number):
+            now, then = levels[place], levels[place + 1]
+            theirs = latents + (then - now) * (latents - denoised(net, latents, now, **more)) / now
+            loss = (theirs - trajectory[place]).abs().sum() / len(z)
+            (expected,) = torch.autograd.grad(loss, [net.weight])
+            made = part.step(student, place)
+            value, seed = pull(DISTANCES["l1"], made, part.targets[place])
+            torch.testing.assert_close(value, loss.detach(), rtol=1e-10, atol=1e-10)
+            found = torch.autograd.grad(made, [net.weight], seed)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+            latents, part.x = theirs.detach(), made.detach()
+        torch.testing.assert_close(student(z, steps=number), latents, rtol=1e-10, atol=1e-10)
+
+
+def test_a_students_heun_targets_are_the_methods_states():
+    """Two trapezoid steps in each of a student's two, on the linear path; the student's first time is later."""
+    net = random_network(MLP).double()
+    student = FewSteps(net, (), 0.25, paths.Linear(), "velocity", (0.5,))
+    assert (student.numbers, student.t_start) == ((2,), 0.25)
+    z = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    part = pursuit(student, Flow(net, 2, "heun"), z, 2)
+    torch.testing.assert_close(part.x, 0.75 * z)
+    x, expected = z, []
+    with torch.no_grad():
+        for t in (0.0, 0.25, 0.5, 0.75):
+            slope = net(torch.full((4,), t), x)
+            x = x + 0.125 * (slope + net(torch.full((4,), t + 0.25), x + 0.25 * slope))
+            expected.append(x)
+    torch.testing.assert_close(part.targets, expected[1::2], rtol=1e-10, atol=1e-10)
+    step = 0.75 * z + 0.25 * net(torch.full((4,), 0.25), 0.75 * z)
+    torch.testing.assert_close(part.step(student, 0), step, rtol=1e-10, atol=1e-10)
+
+
+class Gaussian(torch.nn.Module):
+    """The exact prediction of the data from N(0.7, 0.36), in float64."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, time, x, y=None):
+        t = time.double() if self.path.network_time(torch.tensor([0.5]), "x0") == 0.5 else time.double() / 1000
+        a, c = (scale[:, None] for scale in self.path.scales(t))
+        return 0.7 + a * 0.36 / (a**2 * 0.36 + c**2) * (x - a * 0.7)
+
+
+@pytest.mark.parametrize(
+    "path", [paths.Linear(), paths.Trigonometric(), paths.VP()], ids=lambda path: type(path).__name__
+)
+def test_dpmpp_follows_the_gaussians_flow_in_third_order(path):
+    """From the law of ``x_t`` the flow leads to ``mean + deviation z``; half the steps leave an eighth of the error."""
+    z, start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], 0.8 if isinstance(path, paths.VP) else 0.2
+    a, c = path.scales(torch.tensor(start, dtype=torch.float64))
+    x = 0.7 * a + (0.36 * a**2 + c**2).sqrt() * z
+
+    def error(solver, steps):
+        made = sampling.integrate(Gaussian(path), x, steps, solver, path=path, predict="x0", t_start=start)
+        return float((made - (0.7 + 0.6 * z)).abs().max())
+
+    assert error("dpmpp", 20) < error("ddim", 20) / 8
+    assert error("dpmpp", 20) < error("dpmpp", 10) / 8
+    assert sampling.evaluations(20, "dpmpp") == 20
+
+
+@pytest.mark.parametrize("steps", [[2], [1, 3]], ids=["SFD", "SFD-v"])
+def test_an_update_of_the_trainer_steps_the_optimiser_once_a_step(steps):
+    """Digits with labels: each step starts where the student's old weights led, and only the last one has a graph."""
+    trainer = trainer_of(LABELLED, {"name": "digits"}, distill={**SFD, "steps": steps})
+    assert trainer.description.steps == tuple(steps)
+    for number in (steps[0], steps[-1]):
+        noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+        nets, seen = [copy.deepcopy(trainer.generator.net)], []
+        step = type(trainer.optimiser).step
+
+        def stepped(nets=nets, seen=seen, step=step):
+            seen.append([p.grad.clone() for p in trainer.generator.net.parameters()])
+            step(trainer.optimiser)
+            nets.append(copy.deepcopy(trainer.generator.net))
+
+        trainer.optimiser.step = stepped
+        trainer.update()
+        del trainer.optimiser.step
+        trainer.noise.load_state_dict(noise)
+        after, _ = trainer.draws.get_state(), trainer.draws.set_state(draws)
+        labels = trainer.labels[torch.randint(len(trainer.labels), (8,), generator=trainer.draws)]
+        z = normal(trainer.noise.next_key(), torch.empty(8, 1, 8, 8))
+        trainer.draws.set_state(after)
+        more = {"guidance": float(number)} if len(steps) > 1 else {}
+        x, total = z, 0.0
+        assert len(seen) == number
+        times = [i / number for i in range(number)] + [1.0]
+        fine = tuple(itertools.chain.from_iterable(
+            grid(paths.Linear(), now, then, 2) for now, then in itertools.pairwise(times)
+        ))  # fmt: skip
+        made = [*states(trainer.teacher, z, fine, "dpmpp", labels)][1::2]
+        for place, (now, then) in enumerate(itertools.pairwise(times)):
+            out = nets[place](torch.full((8,), now), x, labels, **more)
+            loss = (x + (then - now) * out - made[place]).abs().sum() / 8
+            expected = torch.autograd.grad(loss, [*nets[place].parameters()])
+            for mine, p in zip(seen[place], expected, strict=True):
+                torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
+            x, total = (x + (then - now) * out).detach(), total + float(loss.detach())
+        assert trainer.meters.read()["regression loss"] == pytest.approx(total / number, rel=1e-4)
+
+
+def test_an_sfd_student_trains_by_the_command_and_samples_in_each_of_its_numbers_of_steps(tmp_path, capsys):
+    teacher, out = save_teacher(tmp_path / "teacher.safetensors", MLP, POINTS), tmp_path / "run"
+    few = [f"distill.teacher={teacher}", *(f"data.{key}={value}" for key, value in POINTS.items())]
+    few += ["distill.updates=4", "distill.batch=8"]
+    few += ["run.evaluate_samples=20", "run.teacher_steps=0", "run.tensorboard=false", "run.progress=false"]
+    words = ["distill", "--preset", "sfd", "--out", str(out)]
+    assert cli.main([*words, *(word for setting in few for word in ("--set", setting))]) == 0
+    model = rf.load(out)
+    assert (model.description.steps, model.description.format) == ((2, 3, 4, 5), 5)
+    z = torch.randn(6, 2)
+    for steps in (2, 3, 4, 5):
+        by_hand = z
+        for i in range(steps):
+            by_hand = by_hand + model.net(torch.full((6,), i / steps), by_hand, guidance=float(steps)) / steps
+        torch.testing.assert_close(model(z, steps=steps), by_hand, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(z), model(z, steps=5))
+    with pytest.raises(
+        UserError, match="steps must be 2 or 3 or 4 or 5, the numbers that the student was trained for; got 6"
+    ):
+        model(z, steps=6)
+    file = str(out / "student.safetensors")
+    made = tmp_path / "samples.npy"
+    assert cli.main(["sample", "--model", file, "--count", "5", "--steps", "3", "--out", str(made)]) == 0
+    torch.testing.assert_close(torch.from_numpy(np.load(made)), rf.sample(out, 5, steps=3))
+    assert cli.main(["sample", "--model", file, "--steps", "7", "--out", str(tmp_path / "x.npy")]) == 2
+    assert "--steps must be one of the student's numbers of steps, 2, 3, 4, 5" in capsys.readouterr().err
+    judged = ["evaluate", "--student", file, "--samples", "20", "--steps", "1", "--out", str(tmp_path / "table")]
+    assert cli.main(judged) == 0
+    rows = json.loads((tmp_path / "table" / "evaluation.json").read_text())["rows"]
+    assert [row["network_evaluations"] for row in rows if row["name"].startswith("student")] == [2, 3, 4, 5]
+
+
+def test_what_takes_no_several_steps_is_named():
+    few = {**SFD, "regression": {"steps": 2}}
+    for settings, sentence in (
+        ({**few, "steps": [3, 2]}, r"distill.steps must be numbers of at least 1 in ascending order, got \[3, 2\]"),
+        (
+            {**few, "steps": [3], "times": [0.5]},
+            "distill.steps must be left out beside times: 1 further times make 2 steps",
+        ),
+        ({**few, "times": [0.5, 0.4]}, "distill.times must come nearer to the data after t_start = 0"),
+        (
+            {**few, "steps": [2], "regression": {"solver": "edm"}},
+            "distill.regression.solver edm with several steps is not for",
+        ),
+        ({**SETTINGS, "steps": [2]}, "distill.steps is for the objective regression"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            trainer_of(MLP, POINTS, distill=settings)
+    with pytest.raises(UserError, match=r"run\.mode compiled is not for distill.objective regression"):
+        trainer_of(MLP, POINTS, distill={**few, "steps": [2]}, run={"mode": "compiled"})
+    with pytest.raises(UserError, match="several steps on a flow need a path from noise alone to data"):
+        FewSteps(torch.nn.Identity(), (2,), None, paths.BrownianBridge(), "velocity")
+    with pytest.raises(UserError, match=r"need a network that takes their number \(guided: true\)"):
+        FewSteps(torch.nn.Identity(), (2, 3), None, paths.Linear(), "velocity")
+    told = teachers.Description(MLP, "student", data=data.load(POINTS).config)
+    of_one_step = Loaded(teachers.Model(random_network(MLP), told))
+    with pytest.raises(UserError, match="steps, solver and guidance are for teachers"):
+        of_one_step(torch.randn(2, 2), steps=3)
