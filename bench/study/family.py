@@ -228,7 +228,8 @@ FAMILY = (
     System(
         "ADD, adversarial diffusion distillation",
         ("add",),
-        r"SDS, and $\lambda \sum_k \mathrm{mean}\,\psi(-h_k(F_k(x)))$ of heads $h_k$ on frozen features $F_k$, hinge",
+        r"SDS, and $\lambda \sum_k \mathrm{mean}\,\psi(-h_k(F_k(x)))$ of heads $h_k$ on frozen features $F_k$, hinge; "
+        "four steps from noised real data",
         "2311.17042, section 3",
         UNREAD,
         r"$\lambda$, in the preset $\frac{D}{5}$ for $D$ elements: their distance is read as a mean over them",

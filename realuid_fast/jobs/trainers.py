@@ -226,6 +226,7 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
     settings, described = config.distill, teacher.description
     several = bool(settings.times or settings.steps)
     refused = {
+        "distill.states noised": settings.states == "noised",
         "distill.start": bool(settings.start),
         "distill.gan": bool(settings.gan.weight_fake),
         "distill.regression.pairs": bool(settings.regression.pairs),
@@ -367,8 +368,9 @@ def _frozen(net: nn.Module, config: Config) -> nn.Module:
 
 
 def _generator(net: nn.Module, config: Config, matching: Matching, times: tuple[float, ...] = ()) -> Generator:
-    ancestral = config.distill.states == "data"
-    return Generator(net, config.distill.t_start, matching.path, matching.predict, times, ancestral)
+    states = config.distill.states
+    given = net, config.distill.t_start, matching.path, matching.predict, times
+    return Generator(*given, ancestral=states == "data", noised=states == "noised")
 
 
 def _optimiser(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,14 @@ def picked(
     rows = torch.randint(len(conditions[0]), (count,), generator=draws, device=conditions[0].device)
     ends = None if endpoints is None else to_float(endpoints[rows]).contiguous(memory_format=layout)
     return None if labels is None else labels[rows], ends
+
+
+def give(batches: Iterable[Sequence[Tensor | None]], *buffers: Tensor | None) -> None:
+    """Copy the columns of ``batches``, one after the other, into as many buffers as are there and as they have rows."""
+    for column, buffer in zip(zip(*batches, strict=True), buffers, strict=False):
+        rows = [values for values in column if values is not None]
+        if buffer is not None and rows:
+            buffer.copy_(torch.cat(rows)[: len(buffer)])
 
 
 def labels_to_draw(net: nn.Module, dataset: Dataset, device: torch.device) -> Tensor | None:

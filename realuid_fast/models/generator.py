@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import functional as rf
 from ..errors import UserError
 from ..paths import COLUMNS, Coefficients, OneSidedPath, Path
-from .calls import LINEAR, arguments, ends
+from .calls import LINEAR, arguments, ends, needs_endpoint
 from .one_step import default_start, starting, state_from, step_at, step_from
 
 
@@ -31,10 +31,11 @@ class Generator(nn.Module):
         path, predict: the path and the prediction that the network was trained on.
         times: further times, each nearer to the data than the one before.
         ancestral: whether states are drawn from the posterior, on a one-sided path.
+        noised: whether it is trained on noised real data, with their labels, in place of its own states.
 
     Raises:
         UserError: a time is out of the path's range, or not nearer to the data than the one before; ancestral on a
-            two-sided path.
+            two-sided path; noised without further times, or with an endpoint.
     """
 
     numbers: tuple[int, ...] = ()  # what a student of several numbers of steps has, FewSteps
@@ -49,15 +50,19 @@ class Generator(nn.Module):
         predict: str = "velocity",
         times: Sequence[float] = (),
         ancestral: bool = False,
+        noised: bool = False,
     ) -> None:
         super().__init__()
-        self.net, self.path, self.predict, self.ancestral = net, path, predict, ancestral
+        self.net, self.path, self.predict = net, path, predict
+        self.ancestral, self.noised = ancestral, noised
         self.t_start = float(default_start(path) if t_start is None else t_start)
         self.times = tuple(float(t) for t in times)
         data = ends(path).data
         left = [abs(data - t) for t in (self.t_start, *self.times)]
         if any(after >= before for before, after in itertools.pairwise(left)):
             raise UserError(f"times must come nearer to the data after t_start = {self.t_start:g}, got {self.times}")
+        if noised and (not self.times or needs_endpoint(net, path)):
+            raise UserError("states that are noised need further times, and a generator without an endpoint")
         self._starts = tuple(starting(path, predict, t) for t in (self.t_start, *self.times))
         numbers = torch.tensor([(s.t, s.c_in, s.k_out, s.k_x) for s in self._starts], dtype=torch.float32)
         later = torch.tensor(self.times, dtype=torch.float32)
@@ -76,7 +81,7 @@ class Generator(nn.Module):
 
     def on(self, net: nn.Module) -> Generator:
         """The same steps of another network of its kind."""
-        return Generator(net, self.t_start, self.path, self.predict, self.times, self.ancestral)
+        return Generator(net, self.t_start, self.path, self.predict, self.times, self.ancestral, self.noised)
 
     @property
     def steps(self) -> int:
@@ -90,14 +95,21 @@ class Generator(nn.Module):
         return torch.randint(self.steps, (count,), generator=draws, device=draws.device)
 
     def forward(
-        self, z: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None, step: Tensor | None = None
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        endpoint: Tensor | None = None,
+        step: Tensor | None = None,
+        data: Tensor | None = None,
     ) -> Tensor:
         """Samples like ``z``, standard normal ``(B, ...)``; ``labels`` ``(B,)`` for a class-conditional network.
 
         With ``step``, int64 ``(B,)`` in ``[0, steps)``, each row is the prediction of that step, with a gradient
         through its last evaluation alone. A generator of several steps is trained on these, so that each step sees the
         states that the generator's own earlier steps make. Source: Yin et al., DMD2 (2405.14867), section 4.5
-        ("backward simulation").
+        ("backward simulation"). With ``data`` like ``z``, real samples, each step but the first starts from ``a x + c
+        n`` for the sample ``x`` of its row in their place. Source: Sauer et al., Adversarial Diffusion Distillation
+        (2311.17042), section 3.
         """
         first, *later = self._starts
         if not later:
@@ -112,8 +124,10 @@ class Generator(nn.Module):
         with torch.no_grad():
             states = [state]
             for number in range(1, self.steps):
-                x = step_at(self._starts[number - 1], self.net, states[-1], labels, endpoint)
-                states.append(self._noised(number, x, z, states[-1] if self.ancestral else endpoint))
+                clean = data
+                if clean is None:
+                    clean = step_at(self._starts[number - 1], self.net, states[-1], labels, endpoint)
+                states.append(self._noised(number, clean, z, states[-1] if self.ancestral else endpoint))
             state = torch.stack(states)[step, torch.arange(len(z), device=z.device)]
             t, *scales = self._numbers[step].unbind(1)
             c_in, k_out, k_x = (scale.view(-1, *[1] * (z.dim() - 1)) for scale in scales)

@@ -83,7 +83,10 @@ class DistillConfig:
         POSITIVE,
     )
     states: str = setting(
-        "own", "what the generator's steps start from: its own states, or noised real data's", choices=("own", "data")
+        "own",
+        "the states that the generator's steps are trained on: its own earlier steps', real data noised to a step's "
+        "time, with these data's labels (noised), or those of moment matching, from noised real data (data)",
+        choices=("own", "noised", "data"),
     )
     generator: OptimiserConfig = setting(OptimiserConfig, "the generator's optimiser")
     fake: OptimiserConfig = setting(OptimiserConfig, "the fake model's optimiser")

@@ -18,7 +18,7 @@ from ..data import Dataset
 from ..errors import UserError
 from ..interpolant import Interpolant
 from ..matching import Matching
-from ..models.conditions import endpoints_to_draw, labels_to_draw
+from ..models.conditions import endpoints_to_draw, give, labels_to_draw
 from ..models.files import Description
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
@@ -135,7 +135,7 @@ class Distiller(Trainer):
         self.frozen_fake: Any = sharding.frozen(fake) if self.sharded else frozen_view(self.judged)
         self.student = Generator(self._exported, generator.t_start, self.path, matching.predict, generator.times)
         self.takes_real = objective.needs_real or gan is not None
-        self._labels_of_batch = labels == "batch"
+        self._labels_of_batch = labels == "batch" or generator.noised
         self.batches: Batches | None = None
         if self.takes_real or self._labels_of_batch:
             self.batches = Batches(dataset, self.batch, 2 * setup.seed, self.device, self.draws)
@@ -173,10 +173,12 @@ class Distiller(Trainer):
         self._row_ends = None if self.endpoints is None else torch.empty_like(self._rows)
         self._signs = torch.ones(rows, device=self.device)
         self._signs[self.batch :] = -1
-        # Labels from the batches read ahead, for the samples of all fake turns and of the generator turn.
+        # Labels and images from the batches read ahead, for the samples of all fake turns and of the generator turn.
         given = self.labels if self._labels_of_batch else None
         self._given_cycle = None if given is None else given.new_zeros(self._rows_made)
         self._given_turn = None if given is None else given.new_zeros(self.batch)
+        self._data_cycle = torch.empty_like(self._like_cycle) if self.generator.noised else None
+        self._data_turn = torch.empty_like(self._like) if self.generator.noised else None
 
     @property
     def images_per_update(self) -> int:
@@ -199,9 +201,7 @@ class Distiller(Trainer):
         for i in range(self.parts):
             self._whole = i + 1 == self.parts
             if self._labels_of_batch:
-                _, labels, _ = self._ahead.popleft()
-                if self._given_turn is not None and labels is not None:
-                    self._given_turn.copy_(labels)
+                give([self._ahead.popleft()], self._data_turn, self._given_turn)
             if self.pairs is not None:
                 with self.phases("data"):
                     self.pairs.read()
@@ -209,14 +209,12 @@ class Distiller(Trainer):
         self.step += 1
 
     def _read_ahead(self) -> None:
-        """Read a batch for every turn of an update. The generator turn uses its batch's labels, not its images."""
+        """Read a batch for every turn of an update. Samples take labels from it, and states that are noised images."""
         assert self.batches is not None
         with self.phases("data"):
             for _ in range((self.turns + 1) * self.parts):
                 self._ahead.append((*self.batches.next(), self.batches.endpoints()))
-            labels = [labels for _, labels, _ in self._ahead if labels is not None]
-            if self._given_cycle is not None:
-                self._given_cycle.copy_(torch.cat(labels)[: self._rows_made])
+            give(self._ahead, self._data_cycle, self._given_cycle)
 
     def fake_turn(self, generated: Tensor, labels: Tensor | None = None, endpoint: Tensor | None = None) -> None:
         """One step of the fake model on generated rows ``(B, ...)`` and, if the loss needs them, as many real ones.
@@ -246,7 +244,8 @@ class Distiller(Trainer):
             y, ends = self._conditions(self._rows_made, self._given_cycle)
             z = normal(self.noise.next_key(), self._like_cycle)
             with self.precisions["fake"].networks():
-                x = self._run_generator(z, y, ends, self.generator.draw_steps(len(z), self.draws))
+                step = self.generator.draw_steps(len(z), self.draws)
+                x = self._run_generator(z, y, ends, step, self._data_cycle)
             made = {"x": self._float(x), "labels": y, "endpoint": ends}
             return {name: rows for name, rows in made.items() if rows is not None}
 
@@ -317,7 +316,8 @@ class Distiller(Trainer):
                 y, ends = self._conditions(self.batch, self._given_turn)
                 z = normal(self.noise.next_key(), self._like)
                 with self.precisions["generator"].networks():
-                    x = self._run_generator(z, y, ends, self.generator.draw_steps(len(z), self.draws))
+                    step = self.generator.draw_steps(len(z), self.draws)
+                    x = self._run_generator(z, y, ends, step, self._data_turn)
                 x = self._float(x)
             with self.phases("interpolate"):
                 t, coef = self._times(self._turn_matching.get("generator"))

@@ -110,6 +110,35 @@ def test_adversarial_diffusion_distillation_equals_plain_autograd():
         torch.testing.assert_close(mine, p.grad)
 
 
+@pytest.mark.parametrize("more", [{}, {"objective": {"name": "dmd"}, "fake_turns": 1}])
+def test_the_student_sees_noised_real_data_and_their_labels(more):
+    """Every turn's batch is both the discriminator's real rows and, noised, the states of the student's steps."""
+    trainer = digits(states="noised", t_start=0.0, times=[0.25, 0.5, 0.75], **more)
+    batches, seen, judged, run, step = (
+        copy.deepcopy(trainer.batches),
+        [],
+        [],
+        trainer._run_generator,
+        trainer._fake_step,
+    )
+
+    def record(*given):
+        seen.append([None if tensor is None else tensor.clone() for tensor in given])
+        return run(*given)
+
+    trainer._run_generator = record
+    trainer._fake_step = lambda: judged.append(trainer._rows[8:].clone()) or step()
+    trainer.update()
+    *turns, last = (batches.next() for _ in range(trainer.turns + 1))
+    cycle = [torch.cat(column) for column in zip(*turns, strict=True)]
+    for (_, y, _, steps, data), (real, labels) in zip(seen, [cycle, last], strict=True):
+        assert torch.equal(data, real)
+        assert torch.equal(y, labels)
+        assert set(steps.tolist()) <= {0, 1, 2, 3}
+    assert all(torch.equal(rows, x) for rows, (x, _) in zip(judged, turns, strict=True))
+    assert torch.equal(trainer.batches.next()[0], batches.next()[0])
+
+
 def test_a_fake_model_does_not_see_the_critics_real_rows():
     """With DMD, whose fake model has generated rows alone: its loss is that of a run without a critic."""
     settings = {"objective": {"name": "dmd"}}
@@ -155,6 +184,8 @@ def test_the_head_on_the_fake_model_takes_hinge_too():
         ({"least_share": 0.5}, {}, "distill.gan.features see clean samples; gan.least_share and divergence need"),
         ({}, {"objective": {"name": "dmd"}, "divergence": "forward-kl"}, "distill.gan.features see clean samples"),
         ({"features": "none"}, {}, "the classifier none cannot be read"),
+        ({}, {"states": "noised"}, "states that are noised need further times"),
+        ({}, {"objective": {"name": "regression"}, "states": "noised"}, "distill.states noised is not for distill.obj"),
         ({"loss": "square"}, {}, "distill.gan.loss must be one of softplus, hinge; got 'square'"),
     ],
 )

@@ -10,13 +10,10 @@ from realuid_fast import paths, sampling, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.table import sampler
 from realuid_fast.models.generator import Generator, _key
+from realuid_fast.noise import normal
 from realuid_fast.sampling import starting, state_from, step_at
 
-from ..helpers import (
-    MLP,
-    distiller,
-    random_network,
-)
+from ..helpers import MLP, SEEING, UNET, distiller, random_network
 
 
 @pytest.mark.parametrize("name", ["linear", "ve", "brownian-bridge"])
@@ -61,6 +58,29 @@ def test_generator_of_several_steps(name):
 
     with pytest.raises(UserError, match="times must come nearer to the data"):
         Generator(net, start, path, predict, (start, *times))
+
+
+def test_a_noised_generator_learns_from_noised_real_data():
+    """Sauer et al. (2311.17042): ``x_s = a x + c n`` at the student's times, pure noise at the first; in float64."""
+    net, times = random_network(UNET).double(), (0.25, 0.5, 0.75)
+    several = Generator(net, 0.0, paths.Linear(), "velocity", times, noised=True).double()
+    z, real = torch.randn(2, 6, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = torch.tensor([0, 1, 2, 3, 3, 0])
+    t = torch.tensor([0.0, *times], dtype=torch.float64)[step]
+    at, rows = t.view(-1, 1, 1, 1), torch.arange(6)
+    n = torch.stack([z, *(normal(_key(z, number), z) for number in (1, 2, 3))])[step, rows]
+    state = at * real + (1 - at) * n
+    literal = state + (1 - at) * net(t, state)
+    x = several(z, None, None, step, real)
+    torch.testing.assert_close(x, literal, rtol=1e-10, atol=1e-10)
+    grads = ([*torch.autograd.grad((v**2).sum(), [*net.parameters()])] for v in (x, literal))
+    for mine, p in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, p, rtol=1e-10, atol=1e-10 * float(p.abs().max()))
+    # Samples are drawn from its own states.
+    assert torch.equal(several(z), Generator(net, 0.0, paths.Linear(), "velocity", times).double()(z))
+    for given in ((net, 0.0), (random_network(SEEING), 0.0, paths.Linear(), "velocity", times)):
+        with pytest.raises(UserError, match="states that are noised need further times, and a generator without an en"):
+            Generator(*given, noised=True)
 
 
 def test_a_student_of_several_steps_trains_is_saved_and_sampled(tmp_path):
