@@ -12,6 +12,7 @@ from .models.calls import (
     null_labels,
     takes_endpoint,
 )
+from .models.multi_step import MultiStep, multi_step
 from .models.one_step import (
     START_SHARE,
     START_SIGMA,
@@ -39,6 +40,7 @@ __all__ = [
     "START_SHARE",
     "START_SIGMA",
     "Ends",
+    "MultiStep",
     "Start",
     "arguments",
     "both",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluations",
     "follows_flow",
     "integrate",
+    "multi_step",
     "needs_endpoint",
     "null_labels",
     "one_step",

@@ -89,6 +89,17 @@ def test_own_path_is_checked_trained_and_loaded(monkeypatch, capsys, tmp_path):
         rf.load(tmp_path / "student.safetensors")
 
 
+def test_render_views_pulls_a_scene_to_the_teacher(monkeypatch, capsys, tmp_path):
+    """A teacher of few updates already shows where the blobs are; its several steps bring the scene most of the way."""
+    words = ["--out", tmp_path, "--teacher-updates", 150, "--updates", 60, "--steps", 3]
+    said = run(monkeypatch, capsys, "render_views", *words)
+    found = re.search(rf"error between the views.*: {NUMBER} at random, {NUMBER} distilled\nthe scene is", said)
+    assert found is not None, said
+    begun, reached = map(float, found.groups())
+    assert reached < begun / 4
+    assert is_png(tmp_path / "views.png")
+
+
 @pytest.mark.parametrize("classes", [(), ("cats", "dogs")], ids=["plain", "classes"])
 def test_own_images_become_a_student(monkeypatch, capsys, tmp_path, classes):
     draw = np.random.default_rng(0)

@@ -226,6 +226,14 @@ FAMILY = (
         "1, in x0 units",
     ),
     System(
+        "SparseFusion, as far as it is distillation",
+        ("sparsefusion",),
+        r"SDS with $w = c^2$ and, for $f^*$, the data that the teacher reaches from $x_t$ in several steps",
+        "2212.00792, as its code has it",
+        "zhizdev/sparsefusion at 0324bae, `sparsefusion/distillation.py`, by its formula, with DDIM for its solver",
+        "1 for the gradient of half the square; with its L1 the number of elements: theirs is a mean over them",
+    ),
+    System(
         "ADD, adversarial diffusion distillation",
         ("add",),
         r"SDS, and $\lambda \sum_k \mathrm{mean}\,\psi(-h_k(F_k(x)))$ of heads $h_k$ on frozen features $F_k$, hinge; "

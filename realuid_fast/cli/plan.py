@@ -246,7 +246,7 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     for of_one in (_kept(*each) for each in trained.values()):
         kept = {name: kept.get(name, 0) + value for name, value in of_one.items()}
 
-    batch, asked = settings.batch, 1 if settings.guidance == 1.0 else 2
+    batch, asked = settings.batch, settings.target_steps * (1 if settings.guidance == 1.0 else 2)
     a_pass = batch // (ranks * config.run.accumulate)
     rows, twice = 1 + counted.takes_real, bool(settings.regression.pairs)
     backward = objective.flows == "all"

@@ -22,12 +22,14 @@ from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..models.halving import Halving
+from ..models.multi_step import MultiStep
 from ..models.teacher_step import StepDirection, TeacherStep
 from ..networks import build
 from ..networks.calling import null_labels, takes_guidance
 from ..networks.critic import Critic
 from ..networks.discriminator import Gan, Judged
 from ..networks.recompute import recompute
+from ..objectives import Objective
 from ..optim import Optimiser
 from ..settings import REGRESSION, Config, OptimiserConfig, RegressionConfig
 from ..train import distributed, modes, sharding
@@ -119,6 +121,9 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
         # A generator keeps its own tables on the device that its network was on when the generator was built.
         generator = _generator(sharding.shard(generator.net, device), config, matching, settings.times)
     teacher_net = _frozen(net, config) if teacher.function is None else teacher.function
+    if settings.target_steps > 1:
+        with _named("distill", settings):
+            teacher_net = _further(teacher_net, config, matching, objective)
     warms_up = not settings.start if settings.ema_warmup is None else settings.ema_warmup
     turns = max(settings.fake_turns * (objective.needs_fake or critic is not None), 1)
     stored = settings.regression
@@ -136,6 +141,19 @@ def distiller(config: Config, dataset: Dataset, teacher: Model, command: str = "
             precisions={turn: getattr(settings, f"{turn}_precision") for turn in TURNS},
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
+
+
+def _further(net: nn.Module, config: Config, matching: Matching, objective: Objective) -> MultiStep:
+    """The teacher after several steps, for objectives that send no gradient through it."""
+    refused = {
+        f"distill.objective {objective.name}, which has a fake model": objective.needs_fake,
+        f"run.mode {config.run.mode}": config.run.mode != "eager",
+        "path.guidance": "guidance" in config.path.turns(),
+    }
+    for name, given in refused.items():
+        if given:
+            raise UserError(f"target_steps above 1 are not for {name}")
+    return MultiStep(net, config.distill.target_steps, matching.path, matching.predict)
 
 
 def _pairs(stored: RegressionConfig) -> pairs.Pairs | None:

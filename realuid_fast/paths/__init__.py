@@ -38,6 +38,7 @@ WEIGHTS: dict[str, Callable[[Path], Weight | None]] = {
     "one": lambda path: None,
     "edm": lambda path: path.edm_weight,
     "scale": lambda path: path.data_scale,
+    "noise": lambda path: path.noise_variance,
 }
 
 
@@ -62,7 +63,8 @@ def build(name: str, settings: Mapping[str, Any] | None = None, sampler: str | s
 
 
 def weight(name: str, path: Path) -> Weight | None:
-    """The time weight of a name: ``one``; ``edm``, :meth:`Path.edm_weight`; ``scale``, the data's scale ``a(t)``.
+    """The time weight of a name: ``one``; ``edm``, :meth:`Path.edm_weight`; ``scale``, the data's scale ``a(t)``;
+    ``noise``, the noise's variance ``c(t)^2``.
 
     In x0 space ``edm`` is that of Karras et al. (2206.00364, table 1), and ``scale`` turns
     :func:`~realuid_fast.objectives.DMD` into Yin et al. (2311.18828, equations 7 and 8) on paths that scale the data.

@@ -250,6 +250,10 @@ class Path(ABC):
         """``a(t)`` as a time weight."""
         return self._scales(t)[0]
 
+    def noise_variance(self, t: Tensor) -> Tensor:
+        """``c(t)^2`` as a time weight."""
+        return self._scales(t)[2] ** 2
+
     def time_at_sigma(self, sigma: Tensor) -> Tensor:
         """The path time of noise level ``sigma``, for samplers that are laws of the noise level."""
         raise UserError(

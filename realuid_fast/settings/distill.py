@@ -82,6 +82,12 @@ class DistillConfig:
         "student that takes the number as a condition (SFD)",
         POSITIVE,
     )
+    target_steps: int = setting(
+        1,
+        "the teacher's DDIM steps from x_t to the data that an objective without a fake model takes in place of its "
+        "prediction (SparseFusion)",
+        POSITIVE,
+    )
     states: str = setting(
         "own",
         "the states that the generator's steps are trained on: its own earlier steps', real data noised to a step's "
