@@ -259,6 +259,14 @@ FAMILY = (
         "1, in x0 space with their weight",
     ),
     System(
+        "contrastive energy distillation, Simple Distillation",
+        ("ced",),
+        r"$\log(1 + e^{E(x(z), G(z))}) + \log(1 + e^{-E(G'(z), G(z))})$, $G'$ an earlier student, no fake model",
+        "Zhu et al., NeurIPS 2025, its contrastive loss",
+        "a summary's formula: the paper's text was not at hand",
+        "the number of elements; $E$ is pseudo-Huber, theirs LPIPS-Huber",
+    ),
+    System(
         "trajectory regression",
         ("regression",),
         r"$\|G(z) - x(z)\|^2$, no fake model",

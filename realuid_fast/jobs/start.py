@@ -15,7 +15,9 @@ from ..train.checkpoint import read
 from ..train.sharding import Damaged
 
 
-def student_of(source: str, decay: float | None, teacher: Description, t_start: float) -> nn.Module:
+def student_of(
+    source: str, decay: float | None, teacher: Description, t_start: float, setting: str = "distill.start"
+) -> nn.Module:
     """The network of a student to go on from.
 
     Args:
@@ -26,6 +28,7 @@ def student_of(source: str, decay: float | None, teacher: Description, t_start: 
             exported is read from its newest checkpoint.
         teacher: the description of the teacher, whose network the student must have.
         t_start: the start time that the student must have.
+        setting: the setting that names ``source``, for errors.
 
     Raises:
         UserError: ``source`` does not exist, does not have the average, or is a student of another network or start
@@ -40,10 +43,10 @@ def student_of(source: str, decay: float | None, teacher: Description, t_start: 
         model = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
         network, described = model.net, model.description
     if described.network != teacher.network:
-        raise UserError(f"distill.start {source} has another network than the teacher")
+        raise UserError(f"{setting} {source} has another network than the teacher")
     if described.t_start != t_start:
         raise UserError(
-            f"distill.start {source} is a student of t_start = {described.t_start:g}, this run is one of {t_start:g}"
+            f"{setting} {source} is a student of t_start = {described.t_start:g}, this run is one of {t_start:g}"
         )
     if file.suffix in CHECKPOINTS or decay is None or described.decay == decay:
         return network

@@ -53,6 +53,8 @@ def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = 
     """
     if job == "train-teacher" or teacher is None:
         return teacher_trainer(config, dataset, command)
+    if config.distill.regression.previous and config.distill.objective.name != REGRESSION:
+        raise UserError("distill.regression.previous is for distill.objective regression alone")
     if config.distill.states == "data":
         return moments(config, dataset, teacher, command)
     made = regression if config.distill.objective.name == REGRESSION else distiller
@@ -251,6 +253,7 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
         "distill.generator_precision fp16": settings.generator_precision == "fp16",
         f"run.mode {config.run.mode}": config.run.mode != "eager" if several else modes.captures(config.run.mode),
         "distill.regression.solver edm with several steps": several and settings.regression.solver == "edm",
+        "distill.regression.previous with several steps": several and bool(settings.regression.previous),
     }
     for name, given in refused.items():
         if given:
@@ -271,12 +274,18 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
         if several:
             of_path = settings.t_start, matching.path, matching.predict, settings.times
             generator = FewSteps(trained, settings.steps, *of_path)
+        distance: pairs.Distance = pairs.DISTANCES[settings.regression.distance]
+        if file := settings.regression.previous:
+            before = student_of(file, None, described, generator.t_start, "distill.regression.previous")
+            generator.net.load_state_dict(before.state_dict())
+            before = _placed(before.eval().requires_grad_(False), config, dataset)
+            distance = pairs.Contrast(generator.on(before), distance)
         return RegressionTrainer(
             frozen_view(net).eval() if teacher.function is None else teacher.function, generator, matching, dataset,
             _optimiser(generator.net, settings.generator, int(settings.updates * turns), settings.ema),
             _setup(config, settings.batch, settings.updates),
             steps=settings.regression.steps, solver=settings.regression.solver, guidance=settings.guidance,
-            distance=pairs.DISTANCES[settings.regression.distance], precision=settings.generator_precision,
+            distance=distance, precision=settings.generator_precision,
             export=settings.export,
             description=_of_student(config, dataset, replace(described, network=network), generator, command),
         )  # fmt: skip

@@ -116,12 +116,16 @@ class FewSteps(nn.Module):
 
 
 class Flow(NamedTuple):
-    """A frozen teacher with the number of steps of its ``solver``, in each step of the student, and its guidance."""
+    """A frozen teacher with the number of steps of its ``solver``, in each step of the student, and its guidance.
+
+    With a ``previous`` generator of one step, the samples that it makes of the same noise follow the teacher's.
+    """
 
     net: nn.Module
     steps: int
     solver: str = "euler"
     guidance: float = 1.0
+    previous: nn.Module | None = None
 
 
 @dataclass
@@ -164,15 +168,18 @@ def pursuit(
     path, predict = generator.path, generator.predict
     if isinstance(generator, Generator):
         how = teacher.steps, teacher.solver, labels, None, path, predict, endpoint
-        return Pursuit(z, labels, endpoint, [integrate(teacher.net, z, *how, guidance=teacher.guidance)])
+        made = [integrate(teacher.net, z, *how, guidance=teacher.guidance)]
+        if teacher.previous is not None:
+            made.append(teacher.previous(z, labels, endpoint))
+        return Pursuit(z, labels, endpoint, [torch.cat(made)])
     begin = first_time(path, predict)
     between = itertools.pairwise((begin, *(time for time, _ in generator.grids[steps][1:]), ends(path).data))
     times = [row for now, then in between for row in grid(path, now, then, teacher.steps)]
-    made = states(
+    seen = states(
         teacher.net, z * scales(path, begin)[2], times, teacher.solver, labels, path, predict, endpoint,
         guidance=teacher.guidance,
     )  # fmt: skip
-    targets = list(itertools.islice(made, teacher.steps - 1, None, teacher.steps))
+    targets = list(itertools.islice(seen, teacher.steps - 1, None, teacher.steps))
     return Pursuit(generator.start(z), labels, endpoint, targets, steps)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import functional
 from ..data import Dataset
@@ -30,7 +31,38 @@ def mean_absolute(x: Tensor, target: Tensor) -> Tensor:
     return (x - target).abs().flatten(1).mean(1)
 
 
-DISTANCES = {"l2": mean_square, "l1": mean_absolute}
+def pseudo_huber(x: Tensor, target: Tensor) -> Tensor:
+    """``(||x - target||^2 + c^2)^(1/2) - c``, ``(B,)``, with ``c = 0.00054 D^(1/2)``.
+
+    It is a norm of the whole sample and no mean over its elements. Source: Song and Dhariwal (2310.14189), section 3.3.
+    """
+    c = 0.00054 * x[0].numel() ** 0.5
+    return ((x - target).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+DISTANCES = {"l2": mean_square, "l1": mean_absolute, "huber": pseudo_huber}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A distance to targets and from others, ``softplus(E(x, t)) + softplus(-E(x, t'))``, ``(B,)``.
+
+    It is the loss of noise-contrastive estimation, for a density ``exp(-E)`` times that of an earlier generator: ``t``
+    is the teacher's sample of the generator's noise and ``t'`` the earlier generator's. Source: Zhu et al., Simple
+    Distillation for One-Step Diffusion Models (NeurIPS 2025), as a summary of the paper gives it.
+
+    Attributes:
+        previous: the earlier generator, frozen, called as the generator.
+        energy: ``E(samples, targets)`` ``(B,)``.
+    """
+
+    previous: nn.Module
+    energy: Distance = pseudo_huber
+
+    def __call__(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The loss of samples ``(B, ...)`` for targets ``(2 B, ...)``, the teacher's and then the generator's."""
+        ours, others = targets.chunk(2)
+        return F.softplus(self.energy(x, ours)) + F.softplus(-self.energy(x, others))
 
 
 def plain_rows(count: int, device: torch.device) -> Tensor:

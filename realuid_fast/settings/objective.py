@@ -111,4 +111,11 @@ class RegressionConfig:
         "a file of realuid-fast sample --pairs, to whose samples the student of another objective is fitted too (DMD)",
     )
     weight: float = setting(0.25, "the weight of distill.regression.pairs, DMD's if not given", ABOVE_ZERO)
-    distance: str = setting("l2", "the distance to the teacher's samples, squared or absolute", choices=DISTANCES)
+    distance: str = setting(
+        "l2", "the distance to the teacher's samples, squared, absolute or pseudo-Huber", choices=DISTANCES
+    )
+    previous: str = setting(
+        "",
+        "the file of a student that the baseline's one-step student goes on from, and whose samples it is told from "
+        "(contrastive energy distillation)",
+    )

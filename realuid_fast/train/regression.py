@@ -41,7 +41,7 @@ class RegressionTrainer(Trainer):
         optimiser: the optimiser of ``generator.net``.
         setup: batch, updates, seed and mode.
         steps, solver: the teacher's in each step of the generator, as of :func:`realuid_fast.sampling.integrate`.
-        distance: ``d(samples, targets)`` ``(B,)``, differentiable in the first, such as LPIPS.
+        distance: ``d(samples, targets)`` ``(B,)``, differentiable in the first, such as LPIPS; or a ``Contrast``.
         guidance: the scale of the teacher's classifier-free guidance; 1 for none.
         precision: the networks' arithmetic, one of :data:`realuid_fast.precision.PRECISIONS` but fp16.
         export: the decay of the generator's average that is sampled and saved, 0 for the last weights.
@@ -84,8 +84,8 @@ class RegressionTrainer(Trainer):
         )  # fmt: skip
         self.teacher, self.generator, self.optimiser = teacher, generator, optimiser
         self.student, self.numbers = generator.on(self._exported), generator.numbers or (1,)
-        self._teacher, self._distance = Flow(teacher, steps, solver, guidance), distance
-        self._precision = Precision(precision, self.device)
+        self._teacher = Flow(teacher, steps, solver, guidance, getattr(distance, "previous", None))
+        self._distance, self._precision = distance, Precision(precision, self.device)
         self.labels = labels_to_draw(generator.net, dataset, self.device)
         self.endpoints = endpoints_to_draw(generator.net, path, dataset, self.device)
         self._plain = plain_rows(self.batch, self.device)

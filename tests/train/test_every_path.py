@@ -150,6 +150,11 @@ def test_every_preset_builds_and_runs_two_updates(name, tmp_path):
             tmp_path / "pairs.safetensors", *torch.randn(2, 20, *held.shape), torch.zeros(20, dtype=torch.int64)
         )
         config = configs.load(configs.preset(name), few)
+    if config.distill.regression.previous:
+        earlier = trainers.trainer("distill", configs.load(configs.preset("regression"), few), held, model)
+        teachers.save(tmp_path / "earlier.safetensors", *earlier.exported())
+        few = [*few, f"distill.regression.previous={tmp_path / 'earlier.safetensors'}"]
+        config = configs.load(configs.preset(name), few)
     student = trainers.trainer("distill", config, held, model)
     for _ in range(2):
         student.update()
