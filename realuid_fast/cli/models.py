@@ -88,8 +88,12 @@ def sample(arguments: argparse.Namespace) -> None:
     model = common.model(arguments.model)
     student = model.description.role == "student"
     own = model.description.steps if student else ()
-    if student and not ((arguments.steps is None or own) and arguments.solver is None):
-        raise UserError("--steps and --solver are a teacher's: a student makes its samples in its own steps")
+    if own and arguments.solver is not None:
+        raise UserError("--solver is a teacher's: the student makes DDIM steps")
+    if student and not own and not (arguments.steps is None and arguments.solver is None):
+        many = model.description.evaluations
+        in_steps = "one step" if many == 1 else f"{many} steps"
+        raise UserError(f"--steps and --solver are a teacher's: the student makes its samples in {in_steps}")
     if own and arguments.steps not in (None, *own):
         raise UserError(f"--steps must be one of the student's numbers of steps, {', '.join(map(str, own))}")
     usual = own[-1] if own else 18 if arguments.solver == "edm" else 100
