@@ -115,6 +115,12 @@ def regression(folder: Path) -> Record:
 
 
 @case
+def sfd(folder: Path) -> Record:
+    """One step and three in turn, towards DPM-Solver++; the network takes their number."""
+    return distilled(folder, "presets/sfd", distill={"steps": [1, 3]})
+
+
+@case
 def gan(folder: Path) -> Record:
     return distilled(folder, "presets/gan")
 

@@ -402,7 +402,13 @@ def test_a_discriminator_learns_and_the_generator_from_it(points_teacher):
 
 
 @pytest.mark.parametrize(
-    ("cls", "settings"), [(Distiller, {"gan": GAN}), (RegressionTrainer, REGRESSION)], ids=["gan", "regression"]
+    ("cls", "settings"),
+    [
+        (Distiller, {"gan": GAN}),
+        (RegressionTrainer, REGRESSION),
+        (RegressionTrainer, {**REGRESSION, "steps": [1, 2]}),
+    ],
+    ids=["gan", "regression", "steps"],
 )
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, cls, settings):
     file = tmp_path / "teacher.safetensors"
