@@ -38,7 +38,7 @@ class Generator(nn.Module):
             two-sided path; noised without further times, or with an endpoint.
     """
 
-    numbers: tuple[int, ...] = ()  # what a student of several numbers of steps has, FewSteps
+    numbers: tuple[int, ...] = ()  # FewSteps has the numbers of steps that it is trained for
     _numbers: Tensor
     _rows: Tensor
 
