@@ -14,7 +14,7 @@ from .models.generator import Generator
 from .models.pairs import Pairs
 from .networks.critic import Critic
 from .networks.discriminator import Gan, Judged
-from .objectives import Objective, ParameterMoments
+from .objectives import Objective
 
 LAWS = ("fake", "generator", "guidance")  # what may have a law of times and a weight of its own
 
@@ -34,8 +34,6 @@ def check(
     """Refuse arguments that do not go together."""
     if [isinstance(fake, Judged), critic is not None].count(True) != (gan is not None):
         raise UserError("gan must be given for a fake model with a discriminator's head or for a critic, and no other")
-    if objective.name == ParameterMoments().name:
-        raise UserError(f"states must be data for {objective.name}, whose states are noised real data")
     if isinstance(fake, Judged) and not objective.needs_fake:
         raise UserError(f"gan judges by the fake model, and {objective.name} has none: give gan.features")
     if gan is not None and critic is not None and (gan.least_share or divergence != "reverse-kl"):

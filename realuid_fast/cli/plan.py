@@ -233,7 +233,8 @@ def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
 def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
     settings = config.distill
     counted = trainers.distiller(_to_count(config, settings.batch), dataset, model)
-    objective, turns, steps = counted.objective, counted.turns, counted.generator.steps
+    objective, turns = counted.objective, counted.turns
+    steps = 1 if counted.generator.noised else counted.generator.steps
     size = _count(model.net)
     parameters = {"teacher": size, "generator": _count(counted.generator.net)}
     trained = {"generator": (parameters["generator"], settings.generator, settings.ema)}

@@ -55,6 +55,8 @@ def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = 
         return teacher_trainer(config, dataset, command)
     if config.distill.regression.previous and config.distill.objective.name != REGRESSION:
         raise UserError("distill.regression.previous is for distill.objective regression alone")
+    if config.distill.objective.name == "parameter-moments" and config.distill.states != "data":
+        raise UserError("distill.states must be data for parameter-space moment matching, whose states are noised data")
     if config.distill.states == "data":
         return moments(config, dataset, teacher, command)
     made = regression if config.distill.objective.name == REGRESSION else distiller

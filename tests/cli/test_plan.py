@@ -340,6 +340,19 @@ def test_configurations_of_every_kind_can_be_planned():
             assert sum(found.memory.values()) > 0
 
 
+def test_states_from_noised_data_take_one_step_and_their_presets_are_planned():
+    own, noised = (
+        plan.make(
+            "distill", configs.load(configs.preset("add"), ["distill.batch=4", f"distill.states={states}"]), steps=0
+        )
+        for states in ("own", "noised")
+    )
+    for turn in ("samples for the fake turns", "generator turn"):
+        assert noised.operations[turn] < own.operations[turn]
+    found = plan.make("distill", configs.load(configs.preset("moments-parameters"), ["distill.batch=4"]), steps=0)
+    assert found.operations["generator turn"] > 0
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(UserError, match="--measure must not be negative"):
         plan.make("distill", configured(), steps=-1)
