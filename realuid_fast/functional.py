@@ -15,8 +15,8 @@ The losses differentiate with respect to what their docstrings name, and refuse 
 do not give. Gradients are computed in the forward pass; there is no second derivative, and forward-mode derivatives
 (``torch.func.jvp``, ``forward_ad``) are refused. ``*_grads`` return the gradients as they are.
 
-A differentiable call first tries its node in C++ (``ops.plain``), which looks whether the tensors fit. On a few samples
-the checks in Python take as long as the kernel. They follow where the node has no result.
+A call first goes to C++ (``ops.plain``), which looks whether the tensors fit. On a few samples the checks in Python
+take as long as the kernel. They follow where C++ has no result.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def matching_grads(
     *, out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
+    if (found := ops.plain("matching", out, x, x_t, coef, noise, endpoint, None, True, True)) is not None:
+        return MatchingGrads(*found)
     check_tensor("out", out)
     noise_rows = check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
     op = ops.current(x.device).matching.default
@@ -179,15 +181,7 @@ def fake_loss(
     Source: RealUID (2509.22459), the general real-data loss, as a loss in ``f``.
     """
     mean = _is_mean(reduction)
-    if (
-        isinstance(objective, Objective)
-        and type(n_real) is int
-        and objective.needs_fake
-        and (n_real > 0) == objective.needs_real
-        and (teacher_out is not None) == objective.needs_teacher
-        and type(noise_rows) is not bool
-        and _unguided(teacher_uncond, guidance)
-    ):
+    if _plain_fake(objective, n_real, teacher_out, noise_rows, teacher_uncond, guidance):
         rest = (endpoint, None, None, noise_rows, n_real, *objective.generated, *objective.real, mean)
         if (loss := ops.plain("fake_loss", fake_out, x, x_t, coef, noise, teacher_out, *rest)) is not None:
             return loss
@@ -215,6 +209,10 @@ def fake_grads(
     guidance: float | Tensor = 1.0,
 ) -> FakeGrads:
     """:func:`fake_loss` with its gradient, without autograd."""
+    if _plain_fake(objective, n_real, teacher_out, noise_rows, teacher_uncond, guidance):
+        rest = (endpoint, None, None, noise_rows, n_real, *objective.generated, *objective.real, True, True)
+        if (found := ops.plain("fake", fake_out, x, x_t, coef, noise, teacher_out, *rest)) is not None:
+            return FakeGrads(*found)
     arguments = fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
@@ -264,12 +262,7 @@ def generator_loss(
     Source: RealUID (2509.22459), the general real-data loss, as a loss in the generator.
     """
     mean = _is_mean(reduction)
-    if (
-        isinstance(objective, Objective)
-        and objective.flows == "all"
-        and not objective.weighs_samples
-        and _unguided(teacher_uncond, guidance)
-    ):
+    if _plain_generator(objective, teacher_uncond, guidance):
         rest = (endpoint, None, None, None, *objective.generator_scalars, mean)
         if (loss := ops.plain("generator_loss", teacher_out, fake_out, x, x_t, coef, noise, *rest)) is not None:
             return loss
@@ -303,6 +296,12 @@ def generator_grads(
     guidance: float | Tensor = 1.0,
 ) -> GeneratorGrads:
     """:func:`generator_loss` with its gradients, without autograd."""
+    if _plain_generator(objective, teacher_uncond, guidance):
+        want = (True, True, True, True, x_t is not None, False)
+        rest = (endpoint, None, None, None, *objective.generator_scalars, *want)
+        if (found := ops.plain("generator", teacher_out, fake_out, x, x_t, coef, noise, *rest)) is not None:
+            loss, rows, g_teacher, g_fake, g_x, g_x_t, _ = found
+            return GeneratorGrads(loss, rows, g_teacher, g_fake, g_x, None if x_t is None else g_x_t)
     fake_out, guided = _generator_arguments(
         teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
     )
@@ -379,6 +378,36 @@ def _generator_arguments(
         teacher_uncond=teacher_uncond,
     )
     return fake_out, guidance_inputs(teacher_uncond, guidance, coef)
+
+
+def _plain_fake(
+    objective: Objective,
+    n_real: int,
+    teacher_out: Tensor | None,
+    noise_rows: int | None,
+    teacher_uncond: Tensor | None,
+    guidance: float | Tensor,
+) -> bool:
+    """Whether C++ may look at a call of the fake model's loss: what it does not see is as the objective needs it."""
+    return (
+        isinstance(objective, Objective)
+        and type(n_real) is int
+        and objective.needs_fake
+        and (n_real > 0) == objective.needs_real
+        and (teacher_out is not None) == objective.needs_teacher
+        and type(noise_rows) is not bool
+        and _unguided(teacher_uncond, guidance)
+    )
+
+
+def _plain_generator(objective: Objective, teacher_uncond: Tensor | None, guidance: float | Tensor) -> bool:
+    """Whether C++ may look at a call of the generator's loss."""
+    return (
+        isinstance(objective, Objective)
+        and objective.flows == "all"
+        and not objective.weighs_samples
+        and _unguided(teacher_uncond, guidance)
+    )
 
 
 def _unguided(teacher_uncond: Tensor | None, guidance: float | Tensor) -> bool:

@@ -2,7 +2,8 @@
 //
 // The operators of realuid_fast_node take the arguments of those of realuid_fast and return the same bits, or nothing where a
 // call is not plain: arguments that do not fit together, a transformed tensor, a device without kernels. Then Python has the
-// answer, a node of its own or the sentence that names the wrong argument. ops/registry.py is the only caller.
+// answer, a node of its own or the sentence that names the wrong argument. The operators of explicit gradients have no node: they
+// are here for their check, which takes Python as long as a small kernel. ops/registry.py is the only caller.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -120,9 +121,10 @@ std::optional<at::ScalarType> arithmetic(at::ScalarType dtype) {
   return std::nullopt;
 }
 
-// Whether the arguments of a call fit together: what tensors.py checks, by metadata alone. Names no culprit.
+// Whether the arguments of a call fit together: what tensors.py checks, by metadata alone. Names no culprit. An `explicit_call`
+// records nothing, so only what no call differentiates may not require a gradient.
 template <class Call>
-bool fits(at::ArrayRef<c10::IValue> inputs, bool recording) {
+bool fits(at::ArrayRef<c10::IValue> inputs, bool recording, bool explicit_call = false) {
   const auto plain = [](const Tensor& t) {
     return t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested() && !traced(t);
   };
@@ -148,8 +150,8 @@ bool fits(at::ArrayRef<c10::IValue> inputs, bool recording) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!inputs[i].isTensor()) continue;
     const Tensor& t = inputs[i].toTensor();
-    if (!plain(t) || t.device() != x.device() || (recording && t.requires_grad() && !among(Call::differentiable, i)))
-      return false;
+    const bool free = explicit_call ? i != Call::coef && i != Call::noise && !among(Call::by_row, i) : among(Call::differentiable, i);
+    if (!plain(t) || t.device() != x.device() || (recording && t.requires_grad() && !free)) return false;
     if (i == Call::coef) {
       if (t.dim() != 2 || t.size(0) != rows || t.size(1) != 9 || t.scalar_type() != *wide || !t.is_contiguous()) return false;
     } else if (i == Call::noise && t.scalar_type() == at::kLong) {
@@ -273,6 +275,15 @@ Tensor interpolate(Stack& stack, at::ArrayRef<c10::IValue> inputs, bool recordin
   return InterpolateNode<false, false>::run(stack);
 }
 
+// Takes the number of noise rows that was left out for as many as there are samples.
+template <class Call>
+void complete(Stack& stack, size_t count, const Tensor& x) {
+  if constexpr (Call::noise_rows != NONE) {
+    c10::IValue& noise_rows = *(stack.end() - count + Call::noise_rows);
+    if (noise_rows.isNone()) noise_rows = x.size(0);
+  }
+}
+
 // An operator on the stack: `body` if the arguments fit together, else no result.
 template <class Call, Tensor (*body)(Stack&, at::ArrayRef<c10::IValue>, bool)>
 void operation(const c10::OperatorHandle& op, Stack* stack) {
@@ -284,11 +295,22 @@ void operation(const c10::OperatorHandle& op, Stack* stack) {
     stack->emplace_back();
     return;
   }
-  if constexpr (Call::noise_rows != NONE) {
-    c10::IValue& noise_rows = *(stack->end() - count + Call::noise_rows);
-    if (noise_rows.isNone()) noise_rows = inputs[Call::x].toTensor().size(0);
-  }
+  complete<Call>(*stack, count, inputs[Call::x].toTensor());
   stack->emplace_back(body(*stack, inputs, recording));
+}
+
+// A loss' kernel, whose gradients are among its results: no node. If the arguments do not fit together, it has no results.
+template <class Call>
+void explicit_gradients(const c10::OperatorHandle& op, Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  const auto inputs = torch::jit::last(*stack, count);
+  if (!fits<Call>(inputs, c10::GradMode::is_enabled(), true)) {
+    torch::jit::drop(*stack, count);
+    stack->resize(stack->size() + op.schema().returns().size());
+    return;
+  }
+  complete<Call>(*stack, count, inputs[Call::x].toTensor());
+  kernel<Call>().callBoxed(stack);
 }
 
 }  // namespace
@@ -298,4 +320,7 @@ TORCH_LIBRARY_IMPL(realuid_fast_node, CompositeImplicitAutograd, m) {
   m.impl("matching_loss", torch::CppFunction::makeFromBoxedFunction<&operation<Matching, loss<Matching>>>());
   m.impl("fake_loss", torch::CppFunction::makeFromBoxedFunction<&operation<Fake, loss<Fake>>>());
   m.impl("generator_loss", torch::CppFunction::makeFromBoxedFunction<&operation<Generator, loss<Generator>>>());
+  m.impl("matching", torch::CppFunction::makeFromBoxedFunction<&explicit_gradients<Matching>>());
+  m.impl("fake", torch::CppFunction::makeFromBoxedFunction<&explicit_gradients<Fake>>());
+  m.impl("generator", torch::CppFunction::makeFromBoxedFunction<&explicit_gradients<Generator>>());
 }

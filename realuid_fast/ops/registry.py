@@ -30,10 +30,11 @@ LOSSES: tuple[Loss, ...] = losses.LOSSES
 # The two libraries have names here, because torch.compile guards on every step from a module to what it calls.
 _FUSED, _REFERENCE = torch.ops.realuid_fast, torch.ops.realuid_fast_reference
 _DIFFERENTIABLE = ("interpolate", *(f"{loss.kernel}_loss" for loss in LOSSES))
+_IN_CPP = (*_DIFFERENTIABLE, *(loss.kernel for loss in LOSSES))
 
 # The function that runs a differentiable operator in eager mode, by library and operator.
 _EAGER: dict[tuple[str, str], Callable[..., Any]] = {}
-# The operators with nodes in C++. They stand for those of the library ``realuid_fast``.
+# The operators of the library of nodes in C++. They stand for those of the library ``realuid_fast``.
 _NODES: dict[str, Callable[..., Any]] = {}
 
 
@@ -42,10 +43,12 @@ def current(device: torch.device) -> Any:
     return _REFERENCE if backends.select(device) == "torch" else _FUSED
 
 
-def plain(op: str, *inputs: Any) -> Tensor | None:
+def plain(op: str, *inputs: Any) -> Any:
     """A differentiable operator by its node in C++, or None for a call that has to take the way through Python.
 
-    The inputs need no check: the node looks whether they fit together, and the checks in Python name what does not.
+    The same holds for the operators of explicit gradients, the losses' kernels.
+
+    The inputs need no check: C++ looks whether they fit together, and the checks in Python name what does not.
     Where the operator has ``noise_rows``, None stands for as many as there are samples.
     """
     if (
@@ -59,11 +62,11 @@ def plain(op: str, *inputs: Any) -> Tensor | None:
     ):
         return None
     try:
-        result: Tensor | None = _NODES[op](*inputs)
+        result = _NODES[op](*inputs)
     except RuntimeError:
         # The same call through Python ends in a sentence that says more than the dispatcher's.
         return None
-    return result
+    return None if type(result) is tuple and result[0] is None else result
 
 
 def run(op: str, device: torch.device, *inputs: Any) -> Any:
@@ -186,16 +189,17 @@ def _define(name: str) -> torch.library.Library:
 def _define_nodes() -> torch.library.Library:
     """The schemas that the nodes in C++ implement. A call that is not plain has no result."""
     library = torch.library.Library("realuid_fast_node", "DEF")
-    for op in _DIFFERENTIABLE:
+    for op in _IN_CPP:
         schema = str(getattr(torch.ops.realuid_fast, op).default._schema).partition("::")[2]
-        library.define(schema.replace("int noise_rows", "int? noise_rows") + "?")
+        arguments, arrow, results = schema.replace("int noise_rows", "int? noise_rows").partition(" -> ")
+        library.define(arguments + arrow + results.replace("Tensor", "Tensor?"))
     return library
 
 
 def load_nodes() -> None:
     """Let :func:`run` use the nodes in C++, where they load."""
     if extension.load_nodes():
-        _NODES.update({op: getattr(torch.ops.realuid_fast_node, op).default for op in _DIFFERENTIABLE})
+        _NODES.update({op: getattr(torch.ops.realuid_fast_node, op).default for op in _IN_CPP})
 
 
 # The libraries live as long as these names do.

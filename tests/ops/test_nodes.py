@@ -9,6 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import realuid_fast as rf
+from realuid_fast import tensors
 from realuid_fast.cli import main
 from realuid_fast.errors import UserError
 from realuid_fast.ops import extension, registry
@@ -97,6 +98,43 @@ def test_the_same_bits(dtype, layout, reduction, monkeypatch):
         half = len(results) // 2
         for one, other in zip(results[:half], results[half:], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), name
+
+
+def explicit(b, noise):
+    """Every call of explicit gradients on the tensors of ``b``: its results, some of which may be None."""
+    inputs = {"x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": noise, "endpoint": b.endpoint}
+    outs, rf_f = {"teacher_out": b.teacher, "fake_out": b.fake}, rf.functional
+    yield "matching", rf_f.matching_grads(out=b.fake, **inputs)
+    yield "fake", rf_f.fake_grads(REAL, fake_out=b.fake, **inputs, n_real=2)
+    yield "general", rf_f.fake_grads(GENERAL, **outs, **inputs, n_real=2)
+    yield "generator", rf_f.generator_grads(REAL, **outs, **inputs)
+    without = {**inputs, "x_t": None, "coef": zero_k_x(b.coef), "endpoint": None}
+    yield "generator, no x_t", rf_f.generator_grads(REAL, **outs, **without)
+
+
+@needs_nodes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_explicit_gradients_have_the_same_bits_without_a_check_in_python(dtype, layout, monkeypatch):
+    b = batch((6, 3, 4, 2), dtype, layout)
+    for tensor in (b.teacher, b.fake, b.x, b.x_t, b.endpoint):
+        tensor.requires_grad_()
+    for noise in (KEY, b.noise):
+        with monkeypatch.context() as patch:
+            patch.setattr(rf.functional, "check", lambda *_, **__: pytest.fail("Python checked a plain call"))
+            patch.setattr(tensors, "check", rf.functional.check)
+            found = dict(explicit(b, noise))
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "_NODES", {})
+            expected = dict(explicit(b, noise))
+        for name, results in expected.items():
+            assert type(found[name]) is type(results)
+            for one, other in zip(found[name], results, strict=True):
+                assert (one is None) == (other is None), name
+                if one is not None:
+                    assert torch.equal(one, other)
+                    assert one.stride() == other.stride()
+                    assert not one.requires_grad
 
 
 def test_a_loss_without_gradient_records_nothing(way):
@@ -277,7 +315,24 @@ def test_two_threads(way):
 def test_calls_that_do_not_fit_get_the_sentences_of_python():
     b = batch((4, 6), torch.float32)
     wide = b.x.clone().requires_grad_()
+    parts = {"teacher_out": b.teacher, "fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY}
+
+    def grads(**changed):
+        return rf.functional.generator_grads(REAL, **parts | changed)
+
     for sentence, call in {
+        "teacher_out must be a torch.Tensor, not NoneType": lambda: grads(teacher_out=None),
+        r"fake_out must have shape \(4, 6\) to go": lambda: grads(fake_out=b.fake[:2]),
+        "gives no gradient in coef": lambda: grads(coef=b.coef.clone().requires_grad_()),
+        "gives no gradient in noise": lambda: grads(noise=wide),
+        "x_t is needed: row 1 of coef": lambda: grads(x_t=None),
+        "objective must be an Objective": lambda: rf.functional.generator_grads(None, **parts),
+        "n_real must be 0 for UID": lambda: rf.functional.fake_grads(
+            UID, fake_out=b.fake, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY, n_real=2
+        ),
+        "out must be a torch.Tensor": lambda: rf.functional.matching_grads(
+            out=None, x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY
+        ),
         "teacher_out must be a torch.Tensor, not list": lambda: generator(b, teacher_out=[1.0]),
         "fake_out must be given": lambda: generator(b, fake_out=None),
         "x must have a batch dimension": lambda: generator(b, x=torch.tensor(1.0)),
