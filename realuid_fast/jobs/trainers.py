@@ -223,8 +223,7 @@ def moments(config: Config, dataset: Dataset, teacher: Model, command: str = "")
             export=settings.export, description=_of_student(config, dataset, described, generator, command),
         )  # fmt: skip
     if instant and isinstance(fake_optimiser, StepDirection):
-        # A run that goes on measures too, and then loads what it measured first.
-        fake_optimiser.measure(lambda: made.turn_backward("real"), _MEASURED, made.parts)
+        fake_optimiser.measure_first(lambda: made.turn_backward("real"), _MEASURED, made.parts)
     return made
 
 

@@ -67,11 +67,12 @@ class StepDirection(Optimiser):
 
     def __init__(self, net: TeacherStep) -> None:
         super().__init__(net, lr=1.0, clip=0.0)
-        self._net = net
+        self._net, self._unmeasured = net, lambda: None
 
     @torch.no_grad()
     def step(self) -> None:
         """Set the direction; no parameter moves."""
+        self._unmeasured()
         grads = self._gradients()
         self.adam.norm = torch.nn.utils.get_total_norm(grads.values())
         self.adam.counts[0] += 1
@@ -82,15 +83,29 @@ class StepDirection(Optimiser):
             for name, p in self._net.net.named_parameters()
         }
 
-    def measure(self, backward: Callable[[], Any], count: int, parts: int = 1) -> None:
-        """Set the second moments to the mean square of ``count`` gradients, of ``parts`` calls of ``backward`` each."""
-        for _ in range(count):
-            for _ in range(parts):
-                backward()
-            with torch.no_grad():
+    def measure_first(self, backward: Callable[[], Any], count: int, parts: int = 1) -> None:
+        """Have the first :meth:`step` set the second moments, unless they were loaded by then.
+
+        They are the mean square of ``count`` gradients, of ``parts`` calls of ``backward`` each.
+        """
+
+        def measure() -> None:
+            self._unmeasured = lambda: None
+            if self.adam.counts[0]:
+                return
+            own = [(p, p.grad) for p in self._net.parameters()]
+            for _ in range(count):
+                for p, _ in own:
+                    p.grad = None
+                with torch.enable_grad():
+                    for _ in range(parts):
+                        backward()
                 for p, grad in self._gradients().items():
                     self.adam.state[p]["exp_avg_sq"].addcmul_(grad, grad, value=1 / count)
-            self.zero_grad()
+            for p, before in own:
+                p.grad = before
+
+        self._unmeasured = measure
 
     def _gradients(self) -> dict[nn.Parameter, Tensor]:
         """The gradients that are there, their mean over ranks and passes."""

@@ -132,8 +132,9 @@ def short_teacher(file, few, held, folder):
 
 
 @pytest.mark.parametrize("name", sorted(configs.presets()))
-def test_every_preset_builds_and_runs_two_updates(name, tmp_path):
+def test_every_preset_builds_and_runs_two_updates(name, tmp_path, monkeypatch):
     """At its own path, objective and network, with small batches and, where it has none yet, a fresh teacher."""
+    monkeypatch.setattr(trainers, "_MEASURED", 3)
     few = ["distill.batch=8", "teacher.batch=8", "run.tensorboard=false"]
     config = configs.load(configs.preset(name), few)
     source = config.data | ({"n": 100, "n_heldout": 20} if config.data["name"] == "eight_gaussians" else {})

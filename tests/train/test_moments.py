@@ -163,7 +163,7 @@ def test_the_loss_in_parameter_space_is_the_papers():
 
     real = [batch() for _ in range(3)]
     left = iter(real)
-    optimiser.measure(lambda: teacher_loss(*next(left)).backward(), 3)
+    optimiser.measure_first(lambda: teacher_loss(*next(left)).backward(), 3)
     squares = [[g**2 for g in torch.autograd.grad(teacher_loss(*rows), parameters)] for rows in real]
     preconditioner = [1 / (torch.stack(g).mean(0).sqrt() + 1e-8) for g in zip(*squares, strict=True)]
 
@@ -194,10 +194,13 @@ def test_the_loss_in_parameter_space_is_the_papers():
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_turns_in_parameter_space_equal_plain_autograd():
+def test_turns_in_parameter_space_equal_plain_autograd(monkeypatch):
     """The fake turn's batch moves the teacher along its own loss' gradient; the generator's turn has another batch."""
+    monkeypatch.setattr(trainers, "_MEASURED", 3)
     trainer = moments(NULL, objective={"name": "parameter-moments"}, fake_turns=1)
     state = trainer.optimisers["fake"].adam.state
+    assert not any(state[p]["exp_avg_sq"].any() for p in trainer.fake.net.parameters())
+    trainer.update()
     moment = [state[p]["exp_avg_sq"].clone() for p in trainer.fake.net.parameters()]
     assert all(second.any() for second in moment)
     state = copy.deepcopy(trainer.state_dict())
