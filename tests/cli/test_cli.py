@@ -393,7 +393,7 @@ def test_presets_by_name(tmp_path, capsys):
     assert described.command.startswith("realuid-fast distill --preset sid --set distill.updates=1")
     capsys.readouterr()
     assert run("distill", "--preset", "none", "--out", tmp_path / "none") == 2
-    assert "there is no preset 'none': the presets are add, diff-instruct, dmd" in capsys.readouterr().err
+    assert "there is no preset 'none': the presets are add, ced, diff-instruct, dmd" in capsys.readouterr().err
     assert run("distill", "--preset", "vp", "--out", tmp_path / "vp", "--set", f"distill.teacher={tmp_path}/t") == 2
     assert "there is no teacher" in capsys.readouterr().err
 

@@ -98,7 +98,7 @@ def test_objectives_that_cannot_be_are_refused(objective, sentence):
         ("path.settings.data_at=3", "path.settings: data_at must be 0 or 1"),
         ("path.sampler=mine", "path.sampler must be one of uniform, .*, discrete; got 'mine'"),
         ("path.sampler_settings.mean=1", "path.sampler: the sampler 'stratified' has no setting 'mean'"),
-        ("path.weight=mine", "path.weight must be one of one, edm, scale; got 'mine'"),
+        ("path.weight=mine", "path.weight must be one of one, edm, scale, noise; got 'mine'"),
         ("path.match=mine", "path.match must be one of velocity, x0, noise; got 'mine'"),
         ("path.predict=residual", "path.match and path.predict: predict must not be residual on Linear"),
     ],

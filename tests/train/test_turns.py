@@ -183,7 +183,7 @@ def test_guidance_has_times_of_its_own_only_where_it_adds_a_gradient_in_the_samp
             {"sampler_settings": {"mean": 1.0}},
             r"path\.fake\.sampler_settings is given, but path\.fake\.sampler is null",
         ),
-        ({"weight": "two"}, r"path\.fake\.weight must be one of one, edm, scale; got 'two'"),
+        ({"weight": "two"}, r"path\.fake\.weight must be one of one, edm, scale, noise; got 'two'"),
     ],
 )
 def test_a_turns_law_is_refused_by_its_own_name(law, sentence):
