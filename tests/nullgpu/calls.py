@@ -157,9 +157,6 @@ def ways():
 
     objective.generator_scalars  # noqa: B018 - worked out before torch.compile sees them
     compiled = torch.compile(grads_only, fullgraph=True, dynamic=False)
-    # A setting of torch, off by default: kernels of others are then launched as its own are.
-    static = {"static_launch_user_defined_triton_kernels": True}
-    launched = torch.compile(lambda *inputs: grads_only(*inputs), fullgraph=True, dynamic=False, options=static)
     by_hand = torch.compile(peers.generator_by_hand, dynamic=False)
     plus_one = torch.compile(lambda a: a + 1, fullgraph=True, dynamic=False)
     numbers = torch.randn(3, device="cuda").unbind()
@@ -173,7 +170,6 @@ def ways():
         "fake_grads": lambda: f.fake_grads(objective, fake_out=out, x=x, **shared, **halves),
         "generator_grads": lambda: generator_grads(out, other, x, coef, key),
         "generator_grads inside torch.compile": lambda: compiled(out, other, x, coef, key),
-        "the same, torch's static launches on": lambda: launched(out, other, x, coef, key),
         "a + 1 through torch.compile": lambda: plus_one(x),
         "gradients by hand through torch.compile, noise given": lambda: by_hand(out, other, x, given),
         "fake_loss and backward": _differentiated(
