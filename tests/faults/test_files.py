@@ -137,15 +137,21 @@ def test_a_folder_that_cannot_be_written_is_refused():
         pass
 
 
-def test_a_folder_that_vanishes_is_made_again(run, after, tmp_path):
-    after(7, lambda: shutil.rmtree(tmp_path / "gone"))
+@pytest.fixture
+def vanish(tmp_path):
+    """Take the folder of the run ``gone`` away in one step: rmtree fails where a thread writes into it meanwhile."""
+    return lambda: (tmp_path / "gone").rename(tmp_path / "taken away")
+
+
+def test_a_folder_that_vanishes_is_made_again(run, after, vanish, tmp_path):
+    after(7, vanish)
     with pytest.raises(UserError, match=r"stopped after update \d+: .*; --resume goes on from update-"):
         run("gone")
     gone, straight = run("gone", resume=True), run("straight")
     assert end_of(gone)[0][0] == end_of(straight)[0][0]
 
 
-def test_a_folder_that_vanishes_under_a_checkpoint_is_made_again(run, monkeypatch, tmp_path):
+def test_a_folder_that_vanishes_under_a_checkpoint_is_made_again(run, vanish, monkeypatch, tmp_path):
     """Between the beginning and the end of a write in the background, which alone notices."""
     begun = []
     write_verified = checkpoint._write_verified
@@ -153,7 +159,7 @@ def test_a_folder_that_vanishes_under_a_checkpoint_is_made_again(run, monkeypatc
     def vanishing(stream, content):
         if not begun:
             begun.append(stream)
-            shutil.rmtree(tmp_path / "gone")
+            vanish()
         return write_verified(stream, content)
 
     monkeypatch.setattr(checkpoint, "_write_verified", vanishing)
@@ -169,7 +175,7 @@ def test_a_folder_that_vanishes_under_a_checkpoint_is_made_again(run, monkeypatc
     assert end_of(gone)[0][0] == end_of(straight)[0][0]
 
 
-def test_a_folder_that_vanishes_is_made_again_where_a_checkpoint_fails_too(run, after, monkeypatch, tmp_path):
+def test_a_folder_that_vanishes_is_made_again_where_a_checkpoint_fails_too(run, after, vanish, monkeypatch, tmp_path):
     """The row of the log is the first to notice, while a write in the background has failed and nobody has looked."""
     gone, write_verified = threading.Event(), checkpoint._write_verified
 
@@ -177,11 +183,11 @@ def test_a_folder_that_vanishes_is_made_again_where_a_checkpoint_fails_too(run, 
         assert gone.wait(60)
         return write_verified(stream, content)
 
-    def vanish():
-        shutil.rmtree(tmp_path / "gone")
+    def vanish_and_tell():
+        vanish()
         gone.set()
 
-    after(7, vanish)
+    after(7, vanish_and_tell)
     monkeypatch.setattr(checkpoint, "_write_verified", late)
     monkeypatch.setattr(Checkpoints, "check", lambda self: None)
     with pytest.raises(UserError, match=r"stopped after update \d+: .*log.csv: No such file.*; --resume goes on from"):
