@@ -1,7 +1,7 @@
 """A call planned once: what its launches take, so that a later call of the same kind only allocates and launches.
 
 An operator's module (``generator``, ``fake``, ...) works out a call's launches from its arguments, and Triton binds
-every argument and looks its kernel up. On a few samples that takes the host ten times as long as the device needs. All
+every argument and looks its kernel up. On a few samples the host then takes longer than the device is expected to. All
 of it follows from shapes, dtypes, layout, numbers and the pointers' alignment, so a plan keeps what came of it.
 """
 

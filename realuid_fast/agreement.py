@@ -31,7 +31,7 @@ def check(
     matching: Matching,
     turn_matching: Mapping[str, Matching],
 ) -> None:
-    """Refuse arguments that do not go together."""
+    """Raise :class:`UserError` for the first pair of a ``Distiller``'s arguments that do not go together."""
     if [isinstance(fake, Judged), critic is not None].count(True) != (gan is not None):
         raise UserError("gan must be given for a fake model with a discriminator's head or for a critic, and no other")
     if isinstance(fake, Judged) and not objective.needs_fake:

@@ -18,6 +18,7 @@ MODES = ("eager", "compiled", "graphs", "graphs-eager")  # ways to run the turns
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")  # arithmetics of the networks in a turn
 PLAN_STEPS = 20  # updates that --dry-run times
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "realuid_fast"
+CACHE_IN_WORDS = "realuid_fast in $XDG_CACHE_HOME or ~/.cache"
 
 
 def configs() -> list[str]:

@@ -164,8 +164,9 @@ def fake_loss(
     Args:
         fake_out: the fake model's raw output at ``x_t``, ``(R, ...)``.
         x: generated samples and, as the last ``n_real`` rows, real ones.
-        x_t, coef, noise, endpoint, noise_rows: as for :func:`interpolate`; ``noise_rows=B`` shares the noise of ``B``
-            generated rows with ``B`` real ones. ``x_t`` may be None where ``k_x = 0``.
+        x_t: the interpolant, from :func:`interpolate`. It may be None where ``k_x = 0``.
+        coef, noise, endpoint, noise_rows: as for :func:`interpolate`; ``noise_rows=B`` shares the noise of ``B``
+            generated rows with ``B`` real ones.
         objective: gives ``A, B, D, C`` of either half.
         teacher_out: the teacher's raw output at ``x_t``; needed only if ``objective.needs_teacher``.
         reduction: ``"mean"`` is the sum over all rows by the number of generated rows; ``"none"`` the ``(R,)`` losses.
@@ -233,17 +234,19 @@ def generator_loss(
     teacher_uncond: Tensor | None = None,
     guidance: float | Tensor = 1.0,
 ) -> Tensor:
-    """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
+    """The generator's loss, minimised: ``w (-Q kappa^2 ||delta||^2 + 2 kappa <delta, alpha f* - beta tgt>)``.
 
-    For a normalised objective it is ``w <D, alpha f* - beta tgt> / ||D||``, with a distance of gain ``g`` it is ``w
-    g(||D||^2) (<D, alpha f* - beta tgt> - Q/2 ||D||^2)``. Either takes two more passes over the tensors that it reads.
+    ``delta`` is ``f* - f``. For a normalised objective the loss is ``w <delta, alpha f* - beta tgt> / ||delta||``, with
+    a distance of gain ``g`` it is ``w g(||delta||^2) (<delta, alpha f* - beta tgt> - Q/2 ||delta||^2)``. Either takes
+    two more passes over the tensors that it reads.
 
     Args:
         teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``. ``fake_out``
             may be None for an objective without a fake model (:func:`~realuid_fast.objectives.SDS`): it is then
             :func:`sample_output`.
         x: generated samples ``G(z)``.
-        x_t, coef, noise, endpoint: as for :func:`interpolate`. ``x_t`` may be None where ``k_x = 0``.
+        x_t: the interpolant, from :func:`interpolate`. It may be None where ``k_x = 0``.
+        coef, noise, endpoint: as for :func:`interpolate`.
         objective: gives ``alpha, beta, Q, kappa``.
         reduction: ``"mean"`` over rows, or ``"none"`` for the ``(R,)`` losses.
         teacher_uncond: the teacher's raw output without its condition; the guided ``teacher_uncond + guidance

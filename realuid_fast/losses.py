@@ -103,7 +103,9 @@ def generator_loss(
     guidance: float | Tensor = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The generator's loss, ``w (-Q kappa^2 ||D||^2 + 2 kappa <D, alpha f* - beta tgt>)``, ``D = f* - f``, minimised.
+    """The generator's loss, minimised: ``w (-Q kappa^2 ||delta||^2 + 2 kappa <delta, alpha f* - beta tgt>)``.
+
+    ``delta`` is ``f* - f``.
 
     Args:
         objective: gives ``alpha, beta, Q, kappa``.

@@ -10,7 +10,6 @@ from .evaluate.classifier import (
     Classifier,
     digit_classifier,
     digit_features,
-    features_of,
     train_classifier,
 )
 from .evaluate.distances import (
@@ -32,7 +31,6 @@ __all__ = [
     "Statistics",
     "digit_classifier",
     "digit_features",
-    "features_of",
     "frechet_distance",
     "frechet_of_moments",
     "kernel_distance",

@@ -5,9 +5,9 @@
 A key or a tensor? Pass the key. A turn needs its noise twice, for the interpolant and for the loss. Drawing it in both
 calls costs instructions; writing it once and reading it twice costs bytes. By the counts of ``bench.kernels_report``
 drawing is cheaper on H200, H100 and A100 for every type and row, and on B200 with one exception: half-precision rows
-whose number of elements is not divisible by four. There every element draws a group of four for itself, and a tensor
-from :func:`normal` is predicted to be an eighth cheaper. No call switches by itself. The trainer's samples are float32,
-so it always passes keys.
+of fewer than 512 elements, in a number not divisible by four. There every element draws a group of four for itself, and
+a tensor from :func:`normal` is predicted to be cheaper. No call switches by itself. The trainers pass keys; with
+``teacher.coupling`` the noise is a tensor, because it is reordered.
 """
 
 from __future__ import annotations

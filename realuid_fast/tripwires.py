@@ -45,9 +45,10 @@ class Tripwires:
         for step in range(updates):
             ...  # a generator turn
             wires.update(draw, teacher_out, fake_out)
+            if step % 100 == 0 and step > 0:
+                print(reading.values(), reading.concern())
             if step % 100 == 99:
-                reading = wires.fetch()  # ask a turn later
-        print(reading.values(), reading.concern())
+                reading = wires.fetch()  # its numbers have arrived a turn later
 
     Args:
         device: where the turn runs.

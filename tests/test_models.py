@@ -61,6 +61,7 @@ def test_samples_are_those_of_the_command(student, tmp_path):
         (lambda m: rf.load("mnist")(torch.randn(1, 1, 16, 16), torch.tensor([3])), "labels must not be given"),
         (lambda m: rf.sample("mnist", 1, labels=3), "labels must not be given: the model is unconditional"),
         (lambda m: rf.sample(m, 0), "count must be a whole number of at least 1, got 0"),
+        (lambda m: rf.sample(m, 2, batch=0), "batch must be a whole number of at least 1, got 0"),
         (lambda m: rf.sample(m, 2, labels=10), "labels must name one of the model's 10 classes"),
         (lambda m: rf.sample(m, 2, labels=torch.zeros(3).long()), r"labels must have shape \(2,\)"),
         (lambda m: rf.sample(m, 2, solver="rk4"), "solver must be one of"),

@@ -1,4 +1,4 @@
-// The optimiser step on vectors: every element is read once and written once.
+// The optimiser step on vectors: every element is read once, and written once where it changes.
 //
 // Stores go through the caches: what is written was read just before, so its line is there and nothing is fetched for it.
 // Streaming the same lines would first throw them out again. What helps instead is that reads ask for their stream's next page

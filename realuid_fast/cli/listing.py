@@ -71,8 +71,11 @@ class Section:
     rows: list[Row]
 
 
-def sections(cls: type = Config, name: str = "", default: Any = None) -> Iterator[Section]:
-    """Every section of a configuration in its order, each followed by the sections inside it."""
+def sections(cls: type = Config, name: str = "", default: Any = None, meaning: str = "") -> Iterator[Section]:
+    """Every section of a configuration in its order, each followed by the sections inside it.
+
+    ``meaning`` is what the field above says of this section; several sections may be of one class.
+    """
     default, hints = default or cls(), typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     plain_ones = [key for key in known if not is_dataclass(hints[key])]
@@ -84,7 +87,8 @@ def sections(cls: type = Config, name: str = "", default: Any = None) -> Iterato
             held_to = f"one of {', '.join(choices)}" + (" or null" if NoneType in typing.get_args(hints[key]) else "")
         row = Row(_join(name, key), _words(hints[key]), getattr(default, key), held_to, known[key].metadata["meaning"])
         rows.append(row)
-    yield Section(name, "", inspect.cleandoc(cls.__doc__ or ""), rows)
+    said = f"{meaning[:1].upper()}{meaning[1:]}. " if meaning else ""
+    yield Section(name, "", said + inspect.cleandoc(cls.__doc__ or ""), rows)
     for key, (_, kinds) in NAMED.items() if cls is Config else ():
         yield from (Section(key, kind, _first(made), _rows_of(key, made)) for kind, made in kinds.items())
         if key == "data":
@@ -93,7 +97,8 @@ def sections(cls: type = Config, name: str = "", default: Any = None) -> Iterato
             yield Section(key, "", "Every data set takes", every)
     for key in known:
         if key not in plain_ones:
-            yield from sections(typing.cast(type, hints[key]), _join(name, key), getattr(default, key))
+            said = known[key].metadata["meaning"]
+            yield from sections(typing.cast(type, hints[key]), _join(name, key), getattr(default, key), said)
 
 
 def _rows_of(section: str, made: Callable[..., Any]) -> list[Row]:

@@ -134,12 +134,12 @@ def _add_pack(add: Add) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder to write")
     command.add_argument("--kind", choices=choices.SOURCES, help="what the source is (default: by its names)")
     command.add_argument("--size", type=int, help="side of the images (default: 32, CelebA's 64, MNIST's as is)")
-    command.add_argument("--channels", type=int, choices=(1, 3), help="default: 3, of MNIST 1")
+    command.add_argument("--channels", type=int, choices=(1, 3), help="channels of the images (default: 3, MNIST's 1)")
     command.add_argument(
         "--crop", type=int, help="central square to keep (default: the largest; of CelebA 140, some take 178)"
     )
     command.add_argument(
-        "--filter", choices=choices.FILTERS, default="lanczos", help="of the scaling (default: lanczos)"
+        "--filter", choices=choices.FILTERS, default="lanczos", help="filter of the scaling (default: lanczos)"
     )
     split = command.add_mutually_exclusive_group()
     text = "every so many-th image is held out (default: 10, or what the folders train and test say)"
@@ -158,10 +158,10 @@ def _add_evaluate(add: Add) -> None:
     command = add("evaluate", "models.evaluate", "compare real data, a teacher and a student by distance and speed")
     command.add_argument("--student", help="a student's file or its run's folder; default: only the teacher")
     command.add_argument("--teacher", help="a teacher's file or shipped name (default: the student's own)")
-    text = "samples of each row (default: 5408 of points and digits, 2000 of larger images; of Inception 50000)"
+    text = "samples of each row (default: 5408 where a sample has at most 256 values, else 2000; of Inception 50000)"
     command.add_argument("--samples", type=int, help=text)
     steps = " ".join(map(str, choices.TEACHER_STEPS))
-    text = f"the teacher's Euler steps (default: {steps}; of larger images the first two)"
+    text = f"the teacher's Euler steps (default: {steps}; above 256 values a sample the first two)"
     command.add_argument("--steps", type=int, nargs="+", help=text)
     command.add_argument("--device", default="cpu", help="default: cpu")
     text = "what the networks compute in (default: float32)"
@@ -171,18 +171,24 @@ def _add_evaluate(add: Add) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
     command.add_argument(
         "--metric", choices=("features", "inception"),
-        help="features: distances that suit the data, at once (default); inception: those of images in publications, "
-        "from weights",
+        help="features: distances that suit the data, without further weights (default); inception: those of images in "
+        "publications, from weights",
     )  # fmt: skip
     text = "RealUID's published protocol: --metric inception --labels balanced --repeats 3 --steps 99, where not given"
     command.add_argument("--published", action="store_true", help=text)
     apart = command.add_argument_group("--metric inception")
-    apart.add_argument("--inception-weights", type=Path, metavar="FILE", help="nothing is downloaded")
-    apart.add_argument("--real-split", choices=("train", "heldout"), default="train", help="default: train")
-    apart.add_argument("--labels", choices=choices.LABELS, help="default: empirical")
+    apart.add_argument("--inception-weights", type=Path, metavar="FILE", help="weights on disk; nothing is downloaded")
+    apart.add_argument(
+        "--real-split",
+        choices=("train", "heldout"),
+        default="train",
+        help="real images to compare with (default: train)",
+    )
+    text = "empirical: labels drawn as the data have them (default); balanced: one class after another"
+    apart.add_argument("--labels", choices=choices.LABELS, help=text)
     apart.add_argument("--repeats", type=int, help="seeds, reported with their spread (default: 1)")
     apart.add_argument("--batch", type=int, default=100, help="images at a time (default: 100)")
-    text = f"folder of the real images' statistics (default: {choices.CACHE})"
+    text = f"folder of the real images' statistics (default: {choices.CACHE_IN_WORDS})"
     apart.add_argument("--cache", type=Path, default=choices.CACHE, metavar="FOLDER", help=text)
     text = "features of a classifier of realuid-fast train-classifier (default: those that suit the data)"
     command.add_argument("--classifier", default="", metavar="FILE", help=text)

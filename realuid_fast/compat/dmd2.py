@@ -33,6 +33,7 @@ def compute_distribution_matching_loss(
         guidance: gives ``real_unet``, ``fake_unet``, ``karras_sigmas``, ``min_step``, ``max_step`` and
             ``num_train_timesteps``. The networks are called as ``net(x_t, sigma, labels)``, without gradient.
         latents: generated samples ``(B, ...)``.
+        labels: passed to the networks as they are.
 
     Returns:
         ``{"loss_dm": loss}``, float32 (float64 for float64), and the log: noisy latents, both predictions, ``g``, its
@@ -69,6 +70,7 @@ def compute_loss_fake(
     Args:
         guidance: gives ``fake_unet``, ``karras_sigmas``, ``num_train_timesteps`` and ``sigma_data``.
         latents: generated samples ``(B, ...)``; they are held fixed.
+        labels: passed to the fake model as they are.
 
     Returns:
         ``{"loss_fake_mean": loss}``, differentiable in the fake model's output, and the log.

@@ -140,6 +140,11 @@ def GANloss(
 
     ``softplus(-h(gen))`` in the generator's turn; ``-softplus(h(gen)) - softplus(-h(data))``, to be maximised, in the
     other; means over all logits, in float32 (float64 for float64).
+
+    Raises:
+        UserError: times that are neither one number nor one a sample.
+
+    Source: David-cripto/RealUID at revision 6f63be4, ``GANloss``.
     """
     t = _times(t, x1_gen)
     weight = t.view(-1, *[1] * (x0.dim() - 1))

@@ -25,7 +25,7 @@ class SID_EDMLoss:
     """Score identity distillation's two losses on EDM networks, ``net(x_t, sigma, labels, augment_labels=...)``.
 
     Args:
-        P_mean, P_std: of ``log sigma`` in the fake model's loss.
+        P_mean, P_std: mean and standard deviation of ``log sigma`` in the fake model's loss.
         sigma_data: of the weight ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` there.
         beta_d, beta_min: without effect, as in the source.
         drop_nan: whether a sample with NaN in it, or in a prediction of it, has loss and gradient 0. The source leaves
@@ -61,7 +61,11 @@ class SID_EDMLoss:
 
         Args:
             true_score, fake_score: teacher and fake model, frozen; gradients flow through both into ``images``.
-            images: generated samples ``(B, ...)``.
+            images: generated samples ``(B, C, H, W)``.
+            labels: passed to the networks as they are.
+            augment_pipe: None, or a function of images that returns them augmented, with their augmentation labels.
+            alpha: weight of ``||D||^2``.
+            tmax: the share of the schedule that is drawn from, in thousandths.
 
         Raises:
             UserError: images that are no batch of floating-point numbers, an ``alpha`` that is no finite number.

@@ -18,13 +18,12 @@ from . import stored
 class Dataset:
     """Training and held-out samples of one data set.
 
-    ``train`` and ``heldout`` are ``(N, ...)`` tensors, or rows on disk that an index reads, stored as uint8
-    (images whose pixels are bytes) or float32; :meth:`sample` and :meth:`batches` always hand out float32,
-    images in ``[-1, 1]``.  Labels are ``(N,)`` int64 or ``None``.  Endpoints, if the set has them, are the
-    starting points of two-sided paths: sample ``i``'s own if ``paired``, else drawn independently of it.
-    ``preprocessing`` says in words how a stored sample was made from the source; it goes into checkpoints.
-    With ``flip`` a run mirrors half of its images at random; with ``balance`` it draws all classes equally
-    often.
+    ``train`` and ``heldout`` are ``(N, ...)`` tensors, or rows on disk that an index reads, stored as uint8 (images
+    whose pixels are bytes) or float32; :meth:`sample` and :meth:`batches` always hand out float32, images in ``[-1,
+    1]``. Labels are ``(N,)`` int64 or ``None``. Endpoints, if the set has them, are the starting points of two-sided
+    paths: sample ``i``'s own if ``paired``, else drawn independently of it. ``preprocessing`` says in words how a
+    stored sample was made from the source; it goes into checkpoints. With ``flip`` a run mirrors half of its images at
+    random; with ``balance`` it draws all classes equally often.
     """
 
     name: str
@@ -102,7 +101,7 @@ class Dataset:
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw ``n`` distinct training samples: float32 ``(n, ...)`` and their labels ``(n,)`` or ``None``.
 
-        One ``generator`` state gives one draw, so that runs repeat.  Raises when ``n`` exceeds the training
+        One ``generator`` state gives one draw, so that runs repeat. Raises when ``n`` exceeds the training
         set.
         """
         self._check_batch(n)

@@ -164,7 +164,7 @@ def idx(path: str | Path, size: int | None = None, channels: int = 1, filter: st
         size: side of the samples, by default as stored. A larger one than the images' pads them evenly with black
             (28 to 32), a smaller one scales them as images of a :func:`folder` are.
         channels: 1, or 3 to repeat the grey one.
-        filter: of the scaling: lanczos, bicubic, bilinear, or box, which is the mean over a pixel's area.
+        filter: the filter of the scaling: lanczos, bicubic, bilinear, or box, which is the mean over a pixel's area.
 
     Raises:
         UserError: missing or damaged files, or arguments out of range.
@@ -215,7 +215,7 @@ def cifar10(path: str | Path) -> Dataset:
     """CIFAR-10 from its binary files in ``path``: uint8 ``(50000, 3, 32, 32)`` and the test batch held out.
 
     ``path`` is the folder with ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``, or its
-    parent. Fewer training batches are taken as they are.  Raises for missing files, truncated ones and
+    parent. Fewer training batches are taken as they are. Raises for missing files, truncated ones and
     impossible labels. Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 
     Args:

@@ -36,8 +36,6 @@ MEMBER_BYTES = 1 << 26
 _MOST_PARTITION = 1 << 28  # bytes of a partition; CelebA's has 5 million
 _CHUNK = 256  # images that are decoded at a time
 
-Decode = Callable[[str], np.ndarray[Any, Any]]
-
 
 @dataclass(frozen=True)
 class Images:
@@ -89,7 +87,7 @@ def pack(
         out: the folder to write.
         kind: one of :data:`KINDS`; by default ``cifar10`` and ``idx`` (MNIST) where those files are, ``celeba`` where
             images lie in ``img_align_celeba``, else ``images``.
-        size: of the stored images; by default 64 for CelebA, MNIST's as published, else 32, which CIFAR-10's are.
+        size: side of the stored images; by default 64 for CelebA, MNIST's as published, else 32, which CIFAR-10's are.
         channels: 1 or 3, by default 1 for MNIST, else 3.
         crop: side of the central square that is kept. By default 140 for CelebA's aligned 178x218 images, which leaves
             the face (Song and Ermon, 1907.05600, and score-based models since); others take 178, the full width. For
@@ -104,7 +102,7 @@ def pack(
         labels: whether folders are classes: the first one in which paths differ, below the folders of a split, in
             alphabetical order. Images that do not all lie in one have no labels. CelebA's never have any.
         limit: only the first so many images, of each split, if folders make them.
-        threads: that decode images.
+        threads: the number of threads that decode images.
         overwrite: whether a packed set in ``out`` may be replaced; anything else is never touched.
         skip_damaged: whether images that cannot be read are left out, with a warning that counts them.
         progress: whether to show a bar.

@@ -21,14 +21,14 @@ from .points import POINTS, transport
 
 
 def load(config: str | Mapping[str, Any]) -> Dataset:
-    """Data set of a name (``"digits"``, ``"moons"``) or of a mapping with ``name`` and its loader's
-    arguments.
+    """Data set of a name (``"digits"``, ``"moons"``) or of a mapping with ``name`` and its loader's arguments.
 
     ``{"name": "folder", "path": ..., "size": 32}`` reads a folder of images, ``{"name": "idx", "path": ...}`` MNIST's
     files, ``{"name": "cifar10", "path": ...}`` the binary files, ``{"name": "packed", "path": ...}`` what
-    ``realuid-fast pack`` has written.  Every
-    set takes ``flip``, ``balance`` and ``classes``, the labels that are kept.  Raises :class:`UserError` for an unknown
-    name, an argument its loader does not take, or bad files.
+    ``realuid-fast pack`` has written. Every set takes ``flip``, ``balance`` and ``classes``, the labels that are kept.
+
+    Raises:
+        UserError: an unknown name, an argument that its loader does not take, or bad files.
     """
     settings = {"name": config} if isinstance(config, str) else dict(config)
     name = settings.pop("name", None)
@@ -65,7 +65,7 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
 def digits() -> LabelledDataset:
     """The 1,797 handwritten digits that come with scikit-learn, 8 x 8 pixels of 17 grey levels.
 
-    Scaling ``x = pixel / 8 - 1``.  Split: within each class, in the data set's order, every fourth image
+    Scaling ``x = pixel / 8 - 1``. Split: within each class, in the data set's order, every fourth image
     (the 4th, 8th, ...) is held out, which makes 1,352 training and 445 held-out images, alike in class and
     writer. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
@@ -129,7 +129,7 @@ def digit_pairs(corruption: str = "downsample", amount: float = 4.0, seed: int =
 def packed(path: str | Path) -> Dataset:
     """The images that ``realuid-fast pack`` has written into the folder ``path``: uint8, read when they are drawn.
 
-    Only labels are held in memory.  Raises for a missing or damaged manifest, and for arrays that are not the ones
+    Only labels are held in memory. Raises for a missing or damaged manifest, and for arrays that are not the ones
     it describes; the images' checksums are left to :func:`realuid_fast.data.stored.verify`.
 
     Args:

@@ -173,13 +173,6 @@ def digit_features(images: Tensor, batch: int = 1000) -> Tensor:
     return features(digit_classifier(), images, batch)
 
 
-def features_of(dataset: data.Dataset, samples: Tensor) -> Tensor:
-    """The features that distances of a data set are measured on: the classifier's for digits, else the flattened
-    samples.
-    """
-    return digit_features(samples) if dataset.name == "digits" else samples.detach().float().cpu().flatten(1)
-
-
 def judge(file: str, dataset: data.Dataset) -> tuple[str, Callable[[Tensor], Tensor]]:
     """The measure's name and features of ``run.classifier``.
 

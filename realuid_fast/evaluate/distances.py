@@ -12,8 +12,10 @@ from ..errors import UserError
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``(D,)`` and unbiased covariance ``(D, D)`` of features ``(N, D)``, in float64.  Needs ``N >=
-    2``.
+    """Mean ``(D,)`` and unbiased covariance ``(D, D)`` of features ``(N, D)``, in float64.
+
+    Raises:
+        UserError: another shape, or ``N < 2``.
     """
     if features.dim() != 2 or len(features) < 2:
         raise UserError(f"features must have shape (N, D) with N >= 2, got {tuple(features.shape)}")
@@ -49,7 +51,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """The unbiased covariance ``(D, D)``; raises for fewer than two features."""
+        """The unbiased covariance ``(D, D)``; :class:`UserError` for fewer than two features."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 features, there are {self.count}")
         return self._sum / (self.count - 1)
@@ -69,6 +71,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet distance of the Gaussians fitted to features ``a`` (N, D) and ``b`` (M, D), in float64.
 
     See :func:`frechet_of_moments`.
+
+    Raises:
+        UserError: other shapes, or fewer than two features on either side.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -79,7 +84,7 @@ def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Ten
     """Squared Fréchet distance of two Gaussians of means ``(D,)`` and covariances ``(D, D)``.
 
     ``||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a^(1/2) C_b C_a^(1/2))^(1/2))``, in squared units of the features
-    (Dowson and Landau, 1982; Heusel et al., 2017, arXiv:1706.08500).  Symmetric matrices are decomposed, so
+    (Dowson and Landau, 1982; Heusel et al., 2017, arXiv:1706.08500). Symmetric matrices are decomposed, so
     that no complex square root appears.
     """
     return frechet_from_root(mean_a, cov_a, root_of(cov_a), mean_b, cov_b)
@@ -103,8 +108,11 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, 
 
     The unbiased squared maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``, averaged over ``subsets`` pairs
     of random subsets of ``size`` (or all, if there are fewer). Its expectation is 0 for samples of one law, so single
-    values may be negative (Bińkowski et al., 2018, arXiv:1801.01401).  The standard error is the subsets' standard
+    values may be negative (Bińkowski et al., 2018, arXiv:1801.01401). The standard error is the subsets' standard
     deviation over the root of their number; it is a little too small if subsets overlap much.
+
+    Raises:
+        UserError: other shapes, no subset, or subsets of fewer than two samples.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -135,6 +143,9 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int =
 
     ``sqrt(mean_u W_2^2(u.a, u.b))`` over ``projections`` random unit directions ``u`` (Bonneel et al.,
     2015); sets of different size are compared on the quantiles of the larger one.
+
+    Raises:
+        UserError: samples of different sizes, or none.
     """
     a, b = a.detach().double().flatten(1), b.detach().double().flatten(1)
     if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 1:
@@ -147,9 +158,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int =
 
 
 def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
-    """Empirical quantiles of each column of ``values`` (N, P) at ``levels`` (Q,): the step function's
-    inverse.
-    """
+    """Empirical quantiles of each column of ``values`` (N, P) at ``levels`` (Q,): the step function's inverse."""
     index = (levels * len(values)).long().clamp(max=len(values) - 1)
     return values.sort(dim=0).values[index]
 
@@ -159,6 +168,9 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
     Precision is the share of generated points inside a real point's ball, whose radius reaches that point's ``k``-th
     neighbour in its own set. Recall is the same with the sets exchanged (Kynkäänniemi et al., 1904.06991).
+
+    Raises:
+        UserError: other shapes, or a ``k`` that is not from 1 to the number of samples less 1.
     """
     if real.dim() != 2 or generated.dim() != 2 or real.shape[1] != generated.shape[1]:
         raise UserError(

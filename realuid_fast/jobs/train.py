@@ -213,8 +213,3 @@ def free_cores() -> int:
     """Cores that this process may use and that are idle by the load average of the last minute; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores - round(os.getloadavg()[0]))
-
-
-def with_threads(config: Config, threads: int) -> Config:
-    """The configuration with another thread count."""
-    return replace(config, run=replace(config.run, threads=threads))

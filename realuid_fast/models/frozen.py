@@ -24,7 +24,8 @@ def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Te
             :meth:`realuid_fast.optim.FusedAdam.averages` gives them; a parameter without one keeps its own.
 
     Raises:
-        UserError: ``state`` holds tensors of none of the network's parameters.
+        UserError: ``state`` holds tensors of none of the network's parameters, lacks a name, or has a tensor of
+            another shape.
     """
     own = net.state_dict(keep_vars=True)
     given: Mapping[Any, Tensor] = own if state is None else state
@@ -39,9 +40,13 @@ def frozen_view(net: nn.Module, state: Mapping[str, Tensor] | Mapping[Tensor, Te
             # It drops nothing in either mode. In this one torch.compile has the same code for the view as for a copy in
             # evaluation.
             module.training = False
-        for name in list(module._parameters):
-            if module._parameters[name] is not None:
-                tensor = shared[f"{prefix}.{name}" if prefix else name]
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                key = f"{prefix}.{name}" if prefix else name
+                tensor = shared.get(key)
+                if tensor is None or tensor.shape != parameter.shape:
+                    found = "nothing" if tensor is None else f"a tensor {tuple(tensor.shape)}"
+                    raise UserError(f"state has {found} for the parameter {key} of shape {tuple(parameter.shape)}")
                 module._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
         for name in list(module._buffers):
             if (key := f"{prefix}.{name}" if prefix else name) in shared:

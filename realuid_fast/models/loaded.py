@@ -138,14 +138,19 @@ def sample(
         labels: ``(count,)`` int64, or one class for all samples; classes in turn where not given.
         endpoint: ``(count, *shape)``, for a path with two endpoints.
         seed: seed of the noise. Backends draw the same noise within 1e-4.
-        steps, solver, guidance: settings of a teacher, as for :class:`Loaded`.
+        steps, solver, guidance: as for a call of :class:`Loaded`.
+        batch: samples made at a time, at least 1.
+
+    Returns:
+        float32 samples.
 
     Raises:
         UserError: a number is out of range, or tensors do not fit.
     """
     made = model if isinstance(model, Loaded) else load(model)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise UserError(f"count must be a whole number of at least 1, got {count!r}")
+    for name, number in {"count": count, "batch": batch}.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UserError(f"{name} must be a whole number of at least 1, got {number!r}")
     if solver is not None and solver not in SOLVERS:
         raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
     chosen = _labels(made.classes, count, labels)

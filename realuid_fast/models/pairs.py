@@ -60,7 +60,7 @@ class Contrast:
     energy: Distance = pseudo_huber
 
     def __call__(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The loss of samples ``(B, ...)`` for targets ``(2 B, ...)``, the teacher's and then the generator's."""
+        """Losses ``(B,)`` of samples ``(B, ...)`` for targets ``(2 B, ...)``: the teacher's, then ``previous``'s."""
         ours, others = targets.chunk(2)
         return F.softplus(self.energy(x, ours)) + F.softplus(-self.energy(x, others))
 

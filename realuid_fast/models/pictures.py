@@ -17,7 +17,9 @@ from ..extras import extra
 
 
 def save_picture(samples: Tensor, file: str | Path) -> None:
-    """Write samples as a PNG file: a grid of images ``(N, C, H, W)``, or a scatter plot of points ``(N, 2)``.
+    """Write samples as a PNG file: a grid of images ``(N, C, H, W)`` in ``[-1, 1]``, or a plot of points ``(N, 2)``.
+
+    Images are clipped to that range.
 
     Raises:
         UserError: samples of another shape, or a file that cannot be written.

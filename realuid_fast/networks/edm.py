@@ -84,8 +84,12 @@ class SongUNet(_Common):
             label dropout do.
         augment_dim: size of the augmentation labels it was trained with. Here images count as not augmented, so the
             labels' weight is kept but has no effect.
-        model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions, dropout: widths, the embedding's
-            width as a multiple, blocks a level, sides of the levels with attention, dropout in the blocks.
+        model_channels: base width.
+        channel_mult: widths of the levels as multiples of it.
+        channel_mult_emb: the embedding's width as a multiple of it.
+        num_blocks: residual blocks a level.
+        attn_resolutions: sides of the levels with attention.
+        dropout: probability of dropout in the blocks.
         embedding_type, channel_mult_noise: ``"positional"`` and 1 in DDPM++, ``"fourier"`` and 2 in NCSN++.
         encoder_type: ``"standard"`` in DDPM++, ``"residual"`` in NCSN++, or ``"skip"``.
         decoder_type: ``"standard"`` or ``"skip"``.
@@ -237,7 +241,9 @@ class DhariwalUNet(_Common):
 
     Args:
         dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb,
-            num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`; attention has heads of 64 channels.
+            num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`.
+
+    Attention has heads of 64 channels.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.

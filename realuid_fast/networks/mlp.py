@@ -16,9 +16,8 @@ from .unet import check_endpoint, check_null_label, in_full, scale_features, sca
 class MLP(nn.Module):
     """Residual perceptron on flattened samples, each block normalised and modulated by the time embedding.
 
-    Block: ``x + W2 silu(W1 (norm(x) (1 + scale) + shift))`` with ``scale, shift`` linear in the embedding
-        of ``t`` (and of
-    the label).  The last layer starts at zero.
+    Block: ``x + W2 silu(W1 (norm(x) (1 + scale) + shift))`` with ``scale, shift`` linear in the embedding of ``t`` (and
+    of the label). The last layer starts at zero.
 
     Args:
         shape: shape of one sample, ``(2,)`` or ``(C, H, W)``.

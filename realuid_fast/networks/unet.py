@@ -1,5 +1,4 @@
-"""Compact U-Net of the ADM family (Dhariwal and Nichol, 2021, arXiv:2105.05233), called as ``net(t, x,
-y=None)``.
+"""Compact U-Net of the ADM family (Dhariwal and Nichol, 2021, arXiv:2105.05233), called as ``net(t, x, y=None)``.
 
 Parameter names and shapes are those of the U-Net that published flow-matching checkpoints use (torchcfm's
 ``UNetModelWrapper``), so that their state dicts load as they are.
@@ -35,8 +34,8 @@ DEFAULT_MULT: dict[int, tuple[float, ...]] = {
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding ``[cos(t w_i), sin(t w_i)]``, ``w_i = max_period^(-i / (width // 2))``: (B,)
-    -> (B, width).
+    """Sinusoidal embedding ``(B, width)`` of ``t`` ``(B,)``: ``[cos(t w_i), sin(t w_i)]`` with ``w_i =
+    max_period^(-i / (width // 2))``.
     """
     half = width // 2
     rates = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
@@ -198,8 +197,13 @@ class UNet(nn.Module):
         channel_mult: width of each level as a multiple of ``num_channels``; by default from the image side.
         attention_resolutions: sides of the levels with attention (``(16,)`` or ``"16,8"``); the middle
             follows ``middle_attention``.
-        num_heads, num_head_channels, num_heads_upsample: heads, or channels a head (which wins when not -1).
-        use_scale_shift_norm, resblock_updown, use_new_attention_order, dropout: as in ADM.
+        num_heads: attention heads.
+        num_head_channels: channels of a head; unless -1 it takes the place of ``num_heads``.
+        num_heads_upsample: attention heads on the way up, ``num_heads`` if -1.
+        use_scale_shift_norm: whether the embedding scales and shifts the second normalisation of a block.
+        resblock_updown: whether residual blocks change the resolution.
+        use_new_attention_order: whether q, k and v are the outer split of the channels and heads the inner one.
+        dropout: probability of dropout in the residual blocks.
         class_cond, num_classes: label conditioning; then ``y`` of shape ``(B,)`` int64 is required.
         null_label: whether it also knows ``num_classes`` as "no label", for classifier-free guidance.
         learn_sigma: twice the output channels.

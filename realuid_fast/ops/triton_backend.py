@@ -44,8 +44,8 @@ _HOMES = {
     "group_norm": _Home("norm", 0, 3, None),
     "group_norm_grads": _Home("norm", 1, 4, None),
 }
-# Plans of calls, by what they follow from. A program goes on using few shapes and settings; the bound is for one that
-# does not.
+# Plans of calls, by what they follow from. Most programs use few shapes and settings; one that uses many keeps
+# _MOST_PLANS of them.
 PLANS: dict[Any, Any] = {}
 _MOST_PLANS = 512
 

@@ -80,8 +80,9 @@ class FusedAdam(torch.optim.Optimizer):
         clip: largest global gradient norm, 0 for none.
         ema_decays: decays ``d`` in (0, 1), each once.
         ema_warmup: let the averages' decay start low, so that a short run's average is not dominated by its start.
-        flat: lay every group's parameters into a :class:`FlatParameters`, which is what makes the step three launches
-            on GPU. Without it, GPUs run torch's foreach functions. CPUs gain nothing. Not for sharded parameters.
+        flat: lay every group's parameters into a :class:`FlatParameters`. On GPU the step is then three launches
+            beside those that gather the gradients. Without it, GPUs run torch's foreach functions. CPUs gain nothing.
+            Not for sharded parameters.
         amsgrad: must be False; it is here to refuse the variant of Adam that this class does not have.
 
     Attributes:

@@ -65,7 +65,8 @@ class Path(ABC):
     which exist.
 
     Args:
-        sampler: the law of :meth:`sample_time`, a :class:`~realuid_fast.paths.samplers.Sampler` or the name of one.
+        sampler: the law of :meth:`sample_time`, a :class:`~realuid_fast.paths.samplers.Sampler` or a name
+            in :data:`~realuid_fast.paths.samplers.SAMPLERS`.
         time_scale: factor on the time that the network is called with; the path's own convention when None.
         sigma_data: the data's standard deviation that the ``edm`` preconditioning assumes.
 
@@ -200,7 +201,10 @@ class Path(ABC):
             match, predict, weight: as for :meth:`coefficients`.
             shared: whether real row ``i`` has the time and the noise of generated row ``i``; then ``B`` rows draw, else
                 all ``2 B``.
-            generator: of the times.
+            generator: draws the times; torch's default generator when None.
+
+        Returns:
+            an :class:`~realuid_fast.interpolant.Interpolant` of ``B`` rows, with ``real`` of ``2 B``.
 
         Raises:
             UserError: tensors do not agree, an endpoint is missing, or :meth:`coefficients` refuses an argument.

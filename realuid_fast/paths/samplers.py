@@ -1,7 +1,7 @@
 """Laws that training times are drawn from, one small class each.
 
-Every law but :class:`Beta` is a quantile function of a uniform number, so every one can be stratified. Draws stay on
-the device and are clipped to the path's range.
+Every law but :class:`Beta` is a quantile function of a uniform number, and can be stratified. Draws stay on the device
+and are clipped to the path's range.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class QuantileSampler(Sampler):
 
     @abstractmethod
     def quantile(self, u: Tensor, path: Path) -> Tensor:
-        """The time below which a share ``u`` of the law lies (above which, if noise grows as time falls)."""
+        """Times ``(n,)`` at the shares ``u`` ``(n,)`` of the law.
+
+        A law of times counts from the start of the path's range, a law of noise levels from the least noise.
+        """
 
     def draw(
         self,
@@ -221,7 +224,7 @@ def build(name: str, settings: Mapping[str, Any] | None = None) -> Sampler:
         raise UserError(f"a sampler's name must be a string, not {type_name(name)}")
     if settings is not None and not isinstance(settings, Mapping):
         raise UserError(f"the sampler's settings must be a mapping from names to numbers, not {type_name(settings)}")
-    # Samplers whose settings have no defaults.
+    # SAMPLERS lacks these two: a table has no default, and a Beta law without numbers is the uniform one.
     bare: dict[str, type[Beta | Discrete]] = {"beta": Beta, "discrete": Discrete}
     default = {} if name in bare else vars(named(name))
     kind: Any = bare[name] if name in bare else type(named(name))

@@ -41,8 +41,9 @@ class DistillConfig:
     gan: GanConfig = setting(GanConfig, "a discriminator beside the objective")
     divergence: str = setting(
         "reverse-kl",
-        "the f-divergence that an objective descends whose gradient flows through the samples alone, or sid for "
-        "forward-kl and jeffreys; others than reverse-kl take their ratio from the discriminator",
+        "the f-divergence that is descended. All but reverse-kl take the density ratio from a discriminator, and go "
+        "with objectives whose gradient flows through the samples alone, such as dmd; forward-kl and jeffreys also "
+        "with sid",
         choices=DIVERGENCES,
     )
     regression: RegressionConfig = setting(RegressionConfig, "the baseline's trajectories")
@@ -98,7 +99,7 @@ class DistillConfig:
     fake: OptimiserConfig = setting(OptimiserConfig, "the fake model's optimiser")
     ema: tuple[float, ...] = setting((0.99,), "decays of the generator's averages", BETWEEN)
     ema_warmup: bool | None = setting(
-        None, "whether the averages' decay rises from a small one; if null, it does without a distill.start"
+        None, "whether the averages' decay rises from a small one; if null, only in a run without distill.start"
     )
     export: float = setting(
         0.99, "the decay of the average that is evaluated and saved, 0 for the last weights", BELOW_ONE

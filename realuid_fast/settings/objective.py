@@ -33,16 +33,18 @@ class ObjectiveConfig:
     alpha: float | None = setting(None, "the weight of generated rows; 0.92 if null where a preset needs it")
     beta: float | None = setting(None, "the weight of generated targets; 0.94 if null where a preset needs it")
     gamma: float | None = setting(None, "the quadratic weight of 'general'; 0.92 if null")
-    kappa: float | None = setting(None, "the parameterisation of 'general', 1 or beta")
+    kappa: float | None = setting(None, "the parameterisation of 'general', 1 or beta; 1 if null")
     teacher_target: bool | None = setting(
-        None, "whether 'general' takes the teacher's prediction in place of a real row's sampled target"
+        None, "whether 'general' takes the teacher's prediction in place of a real row's sampled target; false if null"
     )
-    l1: float | None = setting(None, "the weight of the first term of 'fgm'")
-    l2: float | None = setting(None, "the weight of the second term of 'fgm'")
-    alpha_sid: float | None = setting(None, "the weight of the quadratic term of 'sid' and 'realsid'")
-    c: float | None = setting(None, "the smoothing of the distance of 'sim', in units of the match space")
-    p: float | None = setting(None, "the power of the distance of 'sim', 1 for pseudo-Huber")
-    scaled: bool | None = setting(None, "whether 'sid' and 'realsid' divide by each sample's distance to the teacher")
+    l1: float | None = setting(None, "the weight of the first term of 'fgm'; 1 if null")
+    l2: float | None = setting(None, "the weight of the second term of 'fgm'; 1 if null")
+    alpha_sid: float | None = setting(None, "the weight of the quadratic term of 'sid' and 'realsid'; 1 if null")
+    c: float | None = setting(None, "the smoothing of the distance of 'sim', in units of the match space; 0.1 if null")
+    p: float | None = setting(None, "the power of the distance of 'sim', 1 for pseudo-Huber; 1 if null")
+    scaled: bool | None = setting(
+        None, "whether 'sid' and 'realsid' divide by each sample's distance to the teacher; true if null"
+    )
 
     @property
     def title(self) -> str:

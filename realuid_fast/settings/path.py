@@ -36,7 +36,7 @@ class PathConfig:
     """
 
     name: str | None = setting(None, "the path from noise to data", choices=paths.PATHS)
-    settings: dict[str, Any] = setting(dict, "the path's own numbers, which docs/mathematics.md lists")
+    settings: dict[str, Any] = setting(dict, "the path's own numbers, the arguments of its class in realuid_fast.paths")
     predict: str | None = setting(None, "what the network's output is", choices=paths.PREDICTIONS)
     sampler: str = setting("stratified", "the law of the times", choices=SAMPLERS)
     sampler_settings: dict[str, Any] = setting(dict, "the sampler's own numbers")

@@ -60,7 +60,7 @@ def run(
         folder: a folder from :func:`realuid_fast.train.folder.open_folder`.
         measure: the distances of evaluations.
         shape: the shape of one sample.
-        settings: intervals, logs and checkpoints, by default the section's; what concerns a trainer is ignored.
+        settings: the section ``run``, its defaults when None; settings of a trainer are ignored.
         config: what ``config.yaml`` holds, in plain values.
         resume: go on with the run in the folder.
         lock: rank 0's lock of the folder, which is checked before every write.

@@ -120,7 +120,8 @@ class Randomness:
 class Trainer(ABC):
     """Trains a network update by update; a subclass says what an update is.
 
-    Nothing in an update reads a tensor on the host: losses stay on the device until :attr:`meters` are read.
+    Nothing in an update reads a tensor on the host: losses stay on the device until :attr:`meters` are read. The one
+    exception is ``teacher.coupling``, whose assignment the host solves.
 
     Args:
         net: the network in training, on its device. It may be sharded.

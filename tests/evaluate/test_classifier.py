@@ -38,11 +38,6 @@ def test_digit_distance_orders_what_it_should():
     assert distance(digits.train[digits.train_labels != 3]) > 5 * floor
 
 
-def test_features_of_other_data_are_the_samples():
-    moons = data.moons(n=10, n_heldout=10)
-    assert torch.equal(classifier.features_of(moons, moons.train), moons.train)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A classifier of the digits after two passes, as the command writes it."""

@@ -29,6 +29,10 @@ def test_frozen_views_share_memory_and_follow_updates():
     assert torch.equal(view(t, x), net(t, x))
     other = {name: tensor + 1 for name, tensor in net.state_dict().items()}
     assert frozen_view(net, other).first.weight.data_ptr() == other["first.weight"].data_ptr()
+    for wrong, found in ((torch.zeros(3), r"a tensor \(3,\)"), (None, "nothing")):
+        state = {name: wrong if name == "first.weight" else tensor for name, tensor in other.items()}
+        with pytest.raises(UserError, match=rf"state has {found} for the parameter first.weight of shape \(\d"):
+            frozen_view(net, {name: tensor for name, tensor in state.items() if tensor is not None})
 
 
 def test_a_frozen_view_is_a_network_at_its_average():
