@@ -237,13 +237,11 @@ class SongUNet(_Common):
 
 
 class DhariwalUNet(_Common):
-    """ADM (Dhariwal and Nichol, 2105.05233) as Karras et al. (2206.00364) train it.
+    """ADM (Dhariwal and Nichol, 2105.05233) as Karras et al. (2206.00364) train it. Attention has heads of 64 channels.
 
     Args:
         dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb,
             num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`.
-
-    Attention has heads of 64 channels.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.

@@ -197,9 +197,8 @@ class UNet(nn.Module):
         channel_mult: width of each level as a multiple of ``num_channels``; by default from the image side.
         attention_resolutions: sides of the levels with attention (``(16,)`` or ``"16,8"``); the middle
             follows ``middle_attention``.
-        num_heads: attention heads.
+        num_heads, num_heads_upsample: attention heads, and those on the way up (-1: as many).
         num_head_channels: channels of a head; unless -1 it takes the place of ``num_heads``.
-        num_heads_upsample: attention heads on the way up, ``num_heads`` if -1.
         use_scale_shift_norm: whether the embedding scales and shifts the second normalisation of a block.
         resblock_updown: whether residual blocks change the resolution.
         use_new_attention_order: whether q, k and v are the outer split of the channels and heads the inner one.
