@@ -240,8 +240,8 @@ class DhariwalUNet(_Common):
     """ADM (Dhariwal and Nichol, 2105.05233) as Karras et al. (2206.00364) train it. Attention has heads of 64 channels.
 
     Args:
-        dim, out_channels, label_dim, null_label, augment_dim, model_channels, channel_mult, channel_mult_emb,
-            num_blocks, attn_resolutions, dropout: as in :class:`SongUNet`.
+        dim, out_channels, label_dim, null_label, augment_dim: as in :class:`SongUNet`.
+        model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions, dropout: as there too.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.
