@@ -104,13 +104,14 @@ def matching_loss(
     coef: Tensor,
     noise: Tensor,
     endpoint: Tensor | None = None,
+    noise_rows: int | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """The universal matching loss that trains teachers, ``w ||f - tgt||^2``.
 
     Args:
         out: the network's raw output ``F`` at ``x_t``, ``(R, ...)``.
-        x, coef, noise, endpoint: as given to :func:`interpolate`.
+        x, coef, noise, endpoint, noise_rows: as given to :func:`interpolate`.
         x_t: the interpolant; may be None where ``k_x = 0`` (``path.reads_x_t(match, predict)`` is False).
         reduction: ``"mean"`` over rows, or ``"none"`` for the ``(R,)`` losses.
 
@@ -123,22 +124,31 @@ def matching_loss(
     Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
     """
     mean = _is_mean(reduction)
-    if (loss := ops.plain("matching_loss", out, x, x_t, coef, noise, endpoint, None, mean)) is not None:
+    inputs = (out, x, x_t, coef, noise, endpoint, noise_rows, mean)
+    if type(noise_rows) is not bool and (loss := ops.plain("matching_loss", *inputs)) is not None:
         return loss
     check_tensor("out", out)
-    noise_rows = check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
+    noise_rows = check(x, coef, noise, noise_rows, out=out, x_t=x_t, endpoint=endpoint)
     refuse_gradients("matching_loss", x=x, x_t=x_t, endpoint=endpoint)
     return ops.run("matching_loss", x.device, out, x, x_t, coef, noise, endpoint, noise_rows, mean)
 
 
 def matching_grads(
-    *, out: Tensor, x: Tensor, x_t: Tensor | None, coef: Tensor, noise: Tensor, endpoint: Tensor | None = None
+    *,
+    out: Tensor,
+    x: Tensor,
+    x_t: Tensor | None,
+    coef: Tensor,
+    noise: Tensor,
+    endpoint: Tensor | None = None,
+    noise_rows: int | None = None,
 ) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
-    if (found := ops.plain("matching", out, x, x_t, coef, noise, endpoint, None, True, True)) is not None:
+    inputs = (out, x, x_t, coef, noise, endpoint, noise_rows, True, True)
+    if type(noise_rows) is not bool and (found := ops.plain("matching", *inputs)) is not None:
         return MatchingGrads(*found)
     check_tensor("out", out)
-    noise_rows = check(x, coef, noise, None, out=out, x_t=x_t, endpoint=endpoint)
+    noise_rows = check(x, coef, noise, noise_rows, out=out, x_t=x_t, endpoint=endpoint)
     op = ops.current(x.device).matching.default
     return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
 

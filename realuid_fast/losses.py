@@ -24,7 +24,7 @@ def matching_loss(draw: Interpolant, out: Tensor, *, reduction: Reduction = "mea
     """The universal matching loss that trains teachers, ``w ||f - tgt||^2``.
 
     Args:
-        draw: the batch, from :meth:`Path.draw`.
+        draw: the batch, from :meth:`Path.draw`. Real rows count as any others: the mean is over all rows.
         out: the network's raw output ``F`` at ``draw.x_t``, ``(R, ...)``.
 
     Returns:
@@ -35,12 +35,12 @@ def matching_loss(draw: Interpolant, out: Tensor, *, reduction: Reduction = "mea
 
     Source: Lipman et al., Flow Matching (2210.02747), equation 9, for the velocity space.
     """
-    return functional.matching_loss(out=out, **_tensors(draw), reduction=reduction)
+    return functional.matching_loss(out=out, **_tensors(draw), noise_rows=draw.noise_rows, reduction=reduction)
 
 
 def matching_grads(draw: Interpolant, out: Tensor) -> MatchingGrads:
     """:func:`matching_loss` with its gradient, without autograd."""
-    return functional.matching_grads(out=out, **_tensors(draw))
+    return functional.matching_grads(out=out, **_tensors(draw), noise_rows=draw.noise_rows)
 
 
 def fake_loss(

@@ -1,5 +1,7 @@
 """A drawn batch: its losses are those of the tensor calls, to the bit, and what does not fit is refused by name."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -94,6 +96,29 @@ def test_a_teacher_is_trained_on_a_draw(key):
     grads = losses.matching_grads(draw, out.detach())
     assert torch.equal(loss, grads.loss)
     assert torch.equal(out.grad, grads.out)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("predict", ["velocity", "x0"])
+def test_the_matching_loss_of_real_rows_has_the_noise_that_they_were_drawn_with(key, predict, backend):
+    """The transcription has one noise for generated row ``i`` and real row ``i``, as :meth:`Path.draw` says."""
+    path, x, real = rf.paths.Linear(), samples(dtype=torch.float64), samples(dtype=torch.float64)
+    with rf.backend(backend) if backend else contextlib.nullcontext():
+        draw = path.draw(x, key, real=real, predict=predict, t=torch.linspace(0.1, 0.9, B, dtype=torch.float64))
+        out = torch.randn_like(draw.x).requires_grad_()
+        t, n, both = draw.t.view(-1, 1, 1, 1), rf.noise.normal(key, x).repeat(2, 1, 1, 1), torch.cat((x, real))
+        velocity = out if predict == "velocity" else (out - draw.x_t) / (1 - t)
+        expected = (velocity - (both - n)).square().sum((1, 2, 3))
+        expected.mean().backward()
+        loss = losses.matching_loss(draw, out)
+        grads = losses.matching_grads(draw, out.detach())
+        rows = losses.matching_loss(draw, out.detach(), reduction="none")
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-10, atol=0)
+    for found in (rows, grads.rows):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-10, atol=0)
+    (mine,) = torch.autograd.grad(loss, out)
+    for found in (mine, grads.out):
+        torch.testing.assert_close(found, out.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_a_preconditioned_network_is_called_as_its_path_says(key):
