@@ -10,6 +10,7 @@ API = {
     "Losses of a drawn batch": "realuid_fast.losses",
     "The drawn batch": "realuid_fast.interpolant",
     "The fused calls on tensors": "realuid_fast.functional",
+    "Gradients that descend an f-divergence": "realuid_fast.descent",
     "Objectives": "realuid_fast.objectives",
     "Paths": "realuid_fast.paths",
     "Laws of times": "realuid_fast.paths.samplers",

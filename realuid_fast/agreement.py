@@ -14,7 +14,8 @@ from .models.generator import Generator
 from .models.pairs import Pairs
 from .networks.critic import Critic
 from .networks.discriminator import Gan, Judged
-from .objectives import Objective
+from .objectives import Objective, SiD
+from .paths import OneSidedPath
 
 LAWS = ("fake", "generator", "guidance")  # what may have a law of times and a weight of its own
 
@@ -40,12 +41,11 @@ def check(
         raise UserError("gan.features see clean samples; gan.least_share and divergence need a head on the fake model")
     if pairs is not None and (generator.steps > 1 or needs_endpoint(generator.net, generator.path)):
         raise UserError("regression.pairs are for a student of one step that starts from noise alone")
-    # The published weights of Uni-Instruct's other divergences add terms of another kind.
-    mixed = objective.name == "SiD" and divergence in ("forward-kl", "jeffreys")
-    if divergence != "reverse-kl" and objective.flows != "x" and not mixed:
+    expanded = objective == SiD(1.0, scaled=objective.sample_scale > 0) and isinstance(matching.path, OneSidedPath)
+    if divergence != "reverse-kl" and objective.flows != "x" and not expanded:
         raise UserError(
             f"divergence {divergence} needs an objective whose gradient flows through the samples alone, such as dmd, "
-            f"or, for forward-kl and jeffreys, sid; not {objective.name}"
+            f"or sid at alpha_sid 1 on a one-sided path; not {objective.name} on {type(matching.path).__name__}"
         )
     for law, own in turn_matching.items():
         path = replace(own.path, sampler=matching.path.sampler)

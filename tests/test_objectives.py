@@ -635,6 +635,7 @@ def test_divergence_weights_are_the_second_derivative():
     functions = {
         "reverse-kl": lambda r: -r.log(),
         "forward-kl": lambda r: r * r.log(),
+        "pearson": lambda r: (1 - r) ** 2 / 2,
         "jeffreys": lambda r: (r - 1) * r.log(),
         "jensen-shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
         "squared-hellinger": lambda r: (1 - r.sqrt()) ** 2,

@@ -106,12 +106,14 @@ FAMILY = (
         "1; 2 without the scale",
     ),
     System(
-        "Uni-Instruct, forward KL and Jeffreys",
+        "Uni-Instruct",
         ("uni-instruct",),
-        r"SiD at $\alpha = 1$ times $r$ or $1 + r$, the density ratio, and softplus of a head's logits",
-        "2505.20755, theorem 3.2, as its code has it",
-        "a-little-hoof/Uni_Instruct at 3cdf92e, the branch Forward-KL, by its formula",
-        r"1 but for $r$: theirs is normed over the batch; of Jeffreys theirs has $\frac{2}{5}$ and $\frac{3}{5}$",
+        r"$(-(h + h')\|\Delta\|^2 + 2h\langle\Delta, f^* - x\rangle) / (2\,\mathrm{mean}\,|x - f^*|)$ with $h(r)$ of any "
+        r"divergence and $h' = r\,\mathrm{d}h/\mathrm{d}r$ differentiated, and softplus of a head's logits",
+        "2505.20755, its expansion of an f-divergence; the gradient derived here",
+        "finite differences of the expansion; a-little-hoof/Uni_Instruct at 3cdf92e, the branch Forward-KL, by its "
+        "formula",
+        "1 for forward KL's value; theirs holds $r$ fixed and norms it over the batch",
     ),
     System(
         "RealSiD",

@@ -14,16 +14,14 @@ discriminator judges the ``x_t`` of the turn itself.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..coefficients import Coefficients
-from ..divergences import divergence_weight
 from ..errors import UserError
-from ..interpolant import Interpolant
 from .calling import takes_endpoint
 from .unet import GroupNorm
 
@@ -139,12 +137,3 @@ def adversarial_term(
     judged = (row.a.abs() >= least_share * row.scales.abs().sum(1)).to(logits) / (count * logits.shape[1])
     value, slope = psi(signs[:, None] * logits, loss, generator)
     return (judged[:, None] * value).sum(), (judged * signs)[:, None] * slope
-
-
-def weighed(draw: Interpolant, divergence: str | None, logits: Tensor | None) -> Interpolant:
-    """``draw`` with the rows' weights of the divergence, whose density ratio the logits give."""
-    if divergence is None or logits is None:
-        return draw
-    coef = draw.coef.clone()
-    Coefficients(coef).w.mul_(divergence_weight(divergence, logits.mean(1)))
-    return replace(draw, coef=coef)

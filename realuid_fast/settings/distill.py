@@ -42,8 +42,7 @@ class DistillConfig:
     divergence: str = setting(
         "reverse-kl",
         "the f-divergence that is descended. All but reverse-kl take the density ratio from a discriminator, and go "
-        "with objectives whose gradient flows through the samples alone, such as dmd; forward-kl and jeffreys also "
-        "with sid",
+        "with objectives whose gradient flows through the samples alone, such as dmd, and with sid (Uni-Instruct)",
         choices=DIVERGENCES,
     )
     regression: RegressionConfig = setting(RegressionConfig, "the baseline's trajectories")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, losses, precision, tripwires
+from .. import descent, functional, losses, precision, tripwires
 from ..agreement import check
 from ..coefficients import Coefficients
 from ..data import Dataset
@@ -25,7 +25,7 @@ from ..models.generator import Generator
 from ..models.pairs import Pairs
 from ..networks.calling import arguments, outputs
 from ..networks.critic import Critic
-from ..networks.discriminator import Gan, Judged, adversarial_term, weighed
+from ..networks.discriminator import Gan, Judged, adversarial_term
 from ..noise import normal
 from ..objectives import Objective
 from ..optim import Optimiser
@@ -328,8 +328,8 @@ class Distiller(Trainer):
             fake_out, logits, teacher_out, uncond = self._ask_frozen(draw, x, y, ends)
             with self.phases("generator loss"), torch.no_grad():
                 draw = replace(draw, x_t=x_t.detach())
-                grads = losses.generator_grads(
-                    self.objective, weighed(draw, self._divergence, logits), teacher_out.detach(), fake_out.detach(),
+                grads = descent.generator_grads(
+                    self.objective, draw, teacher_out.detach(), fake_out.detach(), self._divergence, logits,
                     teacher_uncond=None if uncond is None else uncond.detach(),
                     guidance=1.0 if uncond is None else self.guidance,
                 )  # fmt: skip

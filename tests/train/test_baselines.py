@@ -1,6 +1,7 @@
 """The baselines: a discriminator on the fake model's features, and trajectory regression."""
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import realuid_fast as rf
-from realuid_fast import data, teachers
+from realuid_fast import data, descent, teachers
 from realuid_fast.cli import plan
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate.measure import Measure, evaluation_noise, generate
@@ -20,7 +21,7 @@ from realuid_fast.jobs import trainers
 from realuid_fast.jobs.train import train
 from realuid_fast.models.generator import _key
 from realuid_fast.networks import build
-from realuid_fast.networks.discriminator import Head, Judged, adversarial_term, weighed
+from realuid_fast.networks.discriminator import Head, Judged, adversarial_term
 from realuid_fast.noise import normal
 from realuid_fast.sampling import integrate
 from realuid_fast.train.distill import Distiller
@@ -193,10 +194,28 @@ def test_generator_turn_with_a_discriminator_equals_plain_autograd(objective, ma
         torch.testing.assert_close(loss, plain.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_uni_instructs_forward_kl_is_its_code():
-    """``r (y_real - y_fake) (y_fake - y) / mean |y - y_real|``, the ratio ``r`` and the mean held fixed, in float64.
+def _explicit(draw, divergence, log_ratio, teacher_out, fake_out):
+    """The loss of :mod:`realuid_fast.descent` and its gradient in ``draw.x``."""
+    x_t = draw.x_t
+    fixed = dataclasses.replace(draw, x=draw.x.detach(), x_t=x_t.detach())
+    outs = teacher_out.detach(), fake_out.detach()
+    grads = descent.generator_grads(rf.objectives.SiD(1.0), fixed, *outs, divergence, log_ratio)
+    seeds = [grads.teacher_out, grads.fake_out]
+    (through,) = torch.autograd.grad([teacher_out, fake_out], draw.x, seeds, retain_graph=True)
+    direct = 0 if grads.x_t is None else torch.autograd.grad(x_t, draw.x, grads.x_t, retain_graph=True)[0]
+    return grads.loss, grads.x + through + direct
 
-    a-little-hoof/Uni_Instruct at 3cdf92e, fsim_training/fsim_loss.py and the loop's branch Forward-KL.
+
+def _with_gradient(value, x_t, gradient):
+    """``value`` ``(R, 1)`` with another gradient in ``x_t``."""
+    return value + (gradient.detach() * (x_t - x_t.detach())).sum(1, keepdim=True)
+
+
+def test_uni_instructs_forward_kl_is_its_code_with_the_ratio_differentiated():
+    """``r (y_real - y_fake) (y_fake - y) / mean |y - y_real|``, the mean held fixed, in float64.
+
+    a-little-hoof/Uni_Instruct at 3cdf92e, fsim_training/fsim_loss.py and the loop's branch Forward-KL, which holds the
+    ratio ``r`` fixed too. Its gradient is then not that of the divergence (tests/test_descent.py).
     """
     generator = torch.Generator().manual_seed(0)
     x, n = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
@@ -205,14 +224,14 @@ def test_uni_instructs_forward_kl_is_its_code():
     x = x.requires_grad_()
     draw = path.draw(x, n, match="x0", predict="x0", t=sigma)
     outs = torch.tanh(draw.x_t), torch.sin(draw.x_t) * sigma[:, None]
-    mine = rf.generator_loss(rf.objectives.SiD(1.0), weighed(draw, "forward-kl", logits), *outs)
+    mine, gradient = _explicit(draw, "forward-kl", logits, *outs)
     y_t = x + sigma[:, None] * n
     y_real, y_fake = torch.tanh(y_t), torch.sin(y_t) * sigma[:, None]
     factor = (x - y_real).abs().mean(1, keepdim=True).detach()
-    theirs = (logits.exp() * (y_real - y_fake) * (y_fake - x) / factor).sum() / 5
-    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-    grads = (torch.autograd.grad(loss, x)[0] for loss in (mine, theirs))
-    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+    ratio = _with_gradient(logits, y_t, (y_real - y_fake) / sigma[:, None] ** 2).exp()
+    theirs = (ratio * (y_real - y_fake) * (y_fake - x) / factor).sum() / 5
+    torch.testing.assert_close(mine, theirs.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs, x)[0], rtol=1e-10, atol=1e-10)
 
 
 def test_dmd2s_turn_is_the_papers():
@@ -251,10 +270,9 @@ def test_dmd2s_turn_is_the_papers():
         torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
 
 
-@pytest.mark.parametrize("objective", ["dmd", "sid"])
-def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio(objective):
+def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
     """With every logit ``c``, the ratio is ``e^c`` for all rows, and the generator's gradient as much larger."""
-    settings = {"gan": {"weight_fake": 1.0}, "objective": {"name": objective}, "generator": {"clip": 0.0}}
+    settings = {"gan": {"weight_fake": 1.0}, "objective": {"name": "dmd"}, "generator": {"clip": 0.0}}
 
     def gradient(**more):
         trainer = trainer_of(MLP, POINTS, path={"match": "x0"}, **settings, **more)
@@ -268,10 +286,46 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio(objective):
 
     for divergence, factor in (("forward-kl", math.exp(0.7)), ("jeffreys", 1 + math.exp(0.7))):
         torch.testing.assert_close(gradient(divergence=divergence), factor * gradient())
-    with pytest.raises(UserError, match=r"distill.divergence jensen-shannon needs an objective .* sid; not RealUID"):
-        trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="jensen-shannon")
-    with pytest.raises(UserError, match="forward-kl needs an objective whose gradient flows through the samples"):
-        trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="forward-kl")
+    for other in ("realuid", "sim"):
+        with pytest.raises(
+            UserError, match=r"distill.divergence jensen-shannon needs an objective .* not \w+ on Linear"
+        ):
+            trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="jensen-shannon", objective={"name": other})
+    sid = {"name": "sid", "alpha_sid": 1.2}
+    with pytest.raises(UserError, match="or sid at alpha_sid 1 on a one-sided path; not SiD on Linear"):
+        trainer_of(MLP, POINTS, path={"match": "x0"}, gan={"weight_fake": 1.0}, divergence="forward-kl", objective=sid)
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "jensen-shannon", "pearson"])
+def test_uni_instructs_turn_is_the_expansions(divergence):
+    """``-(h + h') ||delta||^2 + 2 h <delta, f* - x>`` over ``2 mean |x - f*|``, with ``h`` differentiated too."""
+    settings = {"gan": {"weight_fake": 1.0}, "objective": {"name": "sid"}, "generator": {"clip": 0.0}}
+    trainer = trainer_of(MLP, POINTS, path={"match": "x0"}, divergence=divergence, **settings)
+    trainer.update()
+    noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+    loss, _ = trainer.generator_backward()
+    explicit = torch.cat([p.grad.flatten() for p in trainer.generator.net.parameters()])
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(draws)
+    z = normal(trainer.noise.next_key(), torch.empty(8, 2))
+    x = trainer.generator(z)
+    t = trainer.path.sample_time(8, trainer.draws)[:, None]
+    x_t = t * x + (1 - t) * normal(trainer.noise.next_key(), x)
+    out, logits = trainer.judged.requires_grad_(False)(t[:, 0], x_t)
+    teacher, fake = (x_t + (1 - t) * f for f in (trainer.teacher(t[:, 0], x_t), out))
+    delta = teacher - fake
+    u = _with_gradient(logits.detach().mean(1, keepdim=True), x_t, t / (1 - t) ** 2 * delta)
+    r = u.exp()
+    h, slope = {
+        "forward-kl": (r, r), "jensen-shannon": (r / (1 + r), r / (1 + r) ** 2), "pearson": (r**2, 2 * r**2)
+    }[divergence]  # fmt: skip
+    rows = -(h + slope) * delta.square() + 2 * h * delta * (teacher - x)
+    plain = (rows / (2 * (x - teacher).abs().mean(1, keepdim=True).detach())).sum() / 8
+    found = torch.autograd.grad(plain, [*trainer.generator.net.parameters()])
+    expected = torch.cat([p.flatten() for p in found])
+    # float32: the rows' gradients cancel each other.
+    assert float((explicit - expected).norm() / expected.norm()) < 1e-4
+    torch.testing.assert_close(loss, plain.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
