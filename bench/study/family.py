@@ -108,8 +108,8 @@ FAMILY = (
     System(
         "Uni-Instruct",
         ("uni-instruct",),
-        r"$(-(h + h')\|\Delta\|^2 + 2h\langle\Delta, f^* - x\rangle) / (2\,\mathrm{mean}\,|x - f^*|)$ with $h(r)$ of any "
-        r"divergence and $h' = r\,\mathrm{d}h/\mathrm{d}r$ differentiated, and softplus of a head's logits",
+        r"$(-(h + h')\|\Delta\|^2 + 2h\langle\Delta, f^* - x\rangle) / (2\,\mathrm{mean}\,|x - f^*|)$ with $h(r)$ of "
+        r"any divergence and $h' = r\,\mathrm{d}h/\mathrm{d}r$ differentiated, and softplus of a head's logits",
         "2505.20755, its expansion of an f-divergence; the gradient derived here",
         "finite differences of the expansion; a-little-hoof/Uni_Instruct at 3cdf92e, the branch Forward-KL, by its "
         "formula",
