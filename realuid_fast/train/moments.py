@@ -127,10 +127,10 @@ class MomentTrainer(Trainer):
             return grads.loss
 
     def _steps(self) -> tuple[Tensor, Tensor]:
-        """Times ``t``, uniform from ``t_start`` to the data, and ``s``, up to a ``k``-th of that way nearer to it."""
+        """Times ``s``, uniform from the data to ``t_start``, and ``t``, up to a ``k``-th of that way nearer to the noise."""
         u, step = torch.rand(2, self.batch, generator=self.draws, device=self.device)
         way = self.generator.t_start - (data := ends(self.path).data)
-        return data + way * u, data + way * (u - step / self.generator.steps).clamp(min=0.0)
+        return data + way * (u + step / self.generator.steps).clamp(max=1.0), data + way * u
 
     def _ask(self, net: nn.Module, t: Tensor, x_t: Tensor, labels: Tensor | None, guidance: float = 1.0) -> Tensor:
         labels = None if self.labels is None else labels

@@ -121,7 +121,7 @@ def test_a_turn_equals_plain_autograd(turn, guidance):
         optimiser.zero_grad()
     real, labels = trainer.batches.next()
     u, step = torch.rand(2, 8, generator=trainer.draws)
-    t, s = 1 - u, (1 - (u - step / 4).clamp(min=0)).view(-1, 1, 1, 1)
+    t, s = 1 - (u + step / 4).clamp(max=1), (1 - u).view(-1, 1, 1, 1)
     n = [normal(trainer.noise.next_key(), real) for _ in range(2)]
     at = t.view(-1, 1, 1, 1)
     z_t = at * real + (1 - at) * n[0]
@@ -217,7 +217,7 @@ def test_turns_in_parameter_space_equal_plain_autograd(monkeypatch):
     def rows():
         real, labels = trainer.batches.next()
         u, step = torch.rand(2, 8, generator=trainer.draws)
-        t, s = 1 - u, 1 - (u - step / k).clamp(min=0)
+        t, s = 1 - (u + step / k).clamp(max=1), 1 - u
         n = [normal(trainer.noise.next_key(), real) for _ in range(2)]
         at, to = (each.view(-1, 1, 1, 1) for each in (t, s))
         z_t = at * real + (1 - at) * n[0]
