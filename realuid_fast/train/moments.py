@@ -127,7 +127,7 @@ class MomentTrainer(Trainer):
             return grads.loss
 
     def _steps(self) -> tuple[Tensor, Tensor]:
-        """``t, s``: ``s`` uniform from the data to ``t_start``, ``t`` up to a ``k``-th of that way nearer to the noise."""
+        """``t, s``: ``s`` uniform from the data to ``t_start``, ``t`` up to a ``k``-th of that way nearer to noise."""
         u, step = torch.rand(2, self.batch, generator=self.draws, device=self.device)
         way = self.generator.t_start - (data := ends(self.path).data)
         return data + way * (u + step / self.generator.steps).clamp(max=1.0), data + way * u
