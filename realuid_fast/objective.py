@@ -25,7 +25,12 @@ class FakeRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the preset table. Build it through a preset such as :func:`RealUID`."""
+    """One row of the preset table. Build it through a preset such as :func:`RealUID`, or by its own numbers.
+
+    Raises:
+        UserError: a number that is not finite, numbers that leave the fake model's loss unbounded below, or fields that
+            do not go together.
+    """
 
     name: str
     alpha: float

@@ -78,7 +78,7 @@ class Uniform(QuantileSampler):
 
 @dataclass(frozen=True)
 class LogitNormal(QuantileSampler):
-    """``logit(u) ~ N(mean, std^2)`` for the fraction ``u`` of the path's range, counted from its start.
+    """``logit(u) ~ N(mean, std^2)`` for the fraction ``u`` of the path's range, counted from its start; ``std > 0``.
 
     Source: Esser et al., Scaling Rectified Flow Transformers (2403.03206), section 3.1, whose best is ``(0, 1)``.
     """
@@ -96,7 +96,7 @@ class LogitNormal(QuantileSampler):
 
 @dataclass(frozen=True)
 class LogNormal(QuantileSampler):
-    """``ln sigma ~ N(mean, std^2)`` for the noise level ``sigma = c / a``, on any path that has one.
+    """``ln sigma ~ N(mean, std^2)`` for the noise level ``sigma = c / a``, on any path that has one; ``std > 0``.
 
     Source: Karras et al. (2206.00364), table 1: ``(-1.2, 1.2)``.
     """
@@ -115,6 +115,8 @@ class LogNormal(QuantileSampler):
 @dataclass(frozen=True)
 class Karras(QuantileSampler):
     """Noise levels ``sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho``, ``u`` uniform.
+
+    Levels are in units of the data, ``0 < sigma_min < sigma_max``; ``rho > 0`` and ``0 < share <= 1``.
 
     With a ``share`` below 1, ``u`` is uniform on ``[0, share]``: the schedule without its largest noise levels. SiD's
     generator has 0.8, its ``tmax`` of 800 of 1000 (Zhou et al., 2404.04057; mingyuanzhou/SiD at revision 01fbb13,
@@ -141,7 +143,7 @@ class Karras(QuantileSampler):
 
 @dataclass(frozen=True)
 class Discrete(QuantileSampler):
-    """Uniform on a table of path times, as models trained on numbered steps need."""
+    """Uniform on a table of path times inside the path's range, as models trained on numbered steps need."""
 
     times: tuple[float, ...] = ()
 
@@ -164,7 +166,7 @@ class Discrete(QuantileSampler):
 
 @dataclass(frozen=True)
 class Beta(Sampler):
-    """The fraction of the path's range, counted from its start, is ``Beta(a, b)``; not stratified."""
+    """The fraction of the path's range, counted from its start, is ``Beta(a, b)``, ``a, b > 0``; not stratified."""
 
     a: float = 1.0
     b: float = 1.0
@@ -189,7 +191,7 @@ class Beta(Sampler):
 
 @dataclass(frozen=True)
 class Shifted(QuantileSampler):
-    """``shift u / (1 + (shift - 1) u)`` of the path's range, ``u`` uniform, counted from its start.
+    """``shift u / (1 + (shift - 1) u)`` of the path's range, ``u`` uniform, counted from its start; ``shift > 0``.
 
     A shift above 1 draws more times near the end of the range, one below 1 (its inverse) as many near the start.
     Source: Esser et al. (2403.03206), equation 23, with data at ``t = 0`` and shift 3.
