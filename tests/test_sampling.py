@@ -10,6 +10,8 @@ from torch import nn
 from realuid_fast import paths, sampling
 from realuid_fast.errors import UserError
 from realuid_fast.models import solvers
+from realuid_fast.models.few_steps import FewSteps
+from realuid_fast.models.halving import Halving
 from realuid_fast.networks import build
 from realuid_fast.noise import NoiseStream, normal
 
@@ -186,6 +188,57 @@ def test_bridges_walk_from_endpoints_to_the_law_of_the_data(path):
         made = sampling.integrate(Posterior(path, predict), noise, 60, path=path, predict=predict, endpoint=y)
         assert float(made.mean()) == pytest.approx(MEAN, abs=0.03)
         assert float(made.std()) == pytest.approx(STD, rel=0.06)
+
+
+class Seeing(nn.Module):
+    """The exact prediction of Gaussian data from ``x_t`` and the endpoint, in float64."""
+
+    endpoint = True
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, t, x, labels, y):
+        a, b, c = (scale[:, None] for scale in self.path.scales(t.double()))
+        # At t = 0 the state is the endpoint, and says nothing.
+        variance = (a**2 * STD**2 + c**2).clamp(min=1e-300)
+        return MEAN + a * STD**2 / variance * (x - a * MEAN - b * y)
+
+
+@pytest.mark.parametrize("mix", ["linear", "trigonometric"])
+@pytest.mark.parametrize("gamma", ["parabola", "sin2"])
+def test_interpolants_walk_to_the_law_of_the_data_given_the_endpoint(mix, gamma):
+    """With ``sin2`` the noise falls faster than the endpoint's share: 100 steps leave 2.5 % of the data's deviation."""
+    path, y = paths.StochasticInterpolant(mix=mix, gamma=gamma), torch.full((20000, 1), -0.5, dtype=torch.float64)
+    noise = torch.randn(20000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = sampling.integrate(Seeing(path), noise, 100, path=path, predict="x0", endpoint=y)
+    assert float(made.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(made.std()) == pytest.approx(STD, rel=0.04)
+    if gamma == "sin2":
+        with pytest.raises(UserError, match="net must take the endpoint"):
+            sampling.integrate(Posterior(path, "x0"), noise, 100, path=path, predict="x0", endpoint=y)
+
+
+class Nothing(nn.Module):
+    def forward(self, t, x, y=None):
+        return torch.zeros_like(x)
+
+
+def test_rounding_puts_no_step_outside_the_paths_range():
+    """Ends whose seventh root and seventh power, or whose shift, used to be rounded out of the range."""
+    net, z, few = Nothing(), torch.randn(2, 2), {"predict": "edm"}
+    for high in (3.0, 10.0, 14.3):
+        for solver in ("ddim", "dpmpp"):
+            sampling.integrate(net, z, 18, solver, path=paths.VE(sigma_max=high), **few)
+        Halving(net, 4, paths.VE(sigma_max=high), "edm", torch.device("cpu"))
+        FewSteps(net, (3,), None, paths.VE(sigma_max=high), "edm")(z)
+        sampling.integrate(net, z, 18, path=paths.DDBMVE(sigma_max=high), predict="x0", endpoint=z)
+    for low, high in ((0.01, 1348.0), (0.01, 348.0), (0.01, 90.0)):
+        made = sampling.integrate(net, z, 18, "edm", path=paths.VE(sigma_min=low, sigma_max=high), **few)
+        assert made.isfinite().all()
+    for shift in (0.1, 0.2):
+        sampling.integrate(net, z, 5, "ddim", path=paths.Linear(shift=shift), predict="x0")
 
 
 def test_one_step_is_the_data_prediction():

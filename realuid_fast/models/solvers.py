@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import choices
 from ..errors import UserError
+from ..networks.calling import takes_endpoint
 from ..noise import NoiseStream, normal
 from ..paths import DDBMVE, VE, Linear, OneSidedPath, Path
 from .calls import LINEAR, call, check_endpoint, check_start, converted, ends, follows_flow, scales
@@ -56,7 +57,8 @@ def integrate(
     of ``x_s`` between ``x0`` and ``x_t`` is known: ``x_s = A x0 + B x_t + C n`` with ``B = b_s / b_t, A = a_s - B a_t,
     C^2 = c_s^2 - B^2 c_t^2``. Every step draws fresh noise, and the last one returns the prediction itself. On a bridge
     this integrates the bridge's own stochastic equation exactly between steps. Source: Liu et al., I2SB (2302.05872),
-    equation 4; Gushchin et al. (2502.01362), section 2.
+    equation 4; Gushchin et al. (2502.01362), section 2. In steps in which ``c / b`` falls ``C^2`` would be negative:
+    there ``B = c_s / c_t``, ``C = 0`` and ``x_s`` holds ``(b_s - B b_t) y`` too, for networks that take the endpoint.
 
     Args:
         net: called as the path says, see :func:`call`; on the linear path as ``net(t, x, y)``, ``t`` ``(B,)``.
@@ -75,7 +77,7 @@ def integrate(
 
     Raises:
         UserError: the solver is unknown, a number is out of range, an endpoint is missing or not wanted, or the
-            prediction gives neither a velocity nor the data.
+            prediction gives neither a velocity nor the data, or not enough without the endpoint.
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
@@ -114,8 +116,11 @@ def states(
 
     Args:
         times: the time of every step, and its signed length, as :func:`grid` gives them.
-        solver: one of :data:`SOLVERS` but ``"edm"``. ``"dpmpp"`` is DPM-Solver++ of the predicted data, whose third
-            order at most is lower in the first and the last steps. Source: Lu et al. (2211.01095), algorithm 2.
+        solver: one of :data:`SOLVERS` but ``"edm"``. ``"dpmpp"`` is DPM-Solver++ of the last three
+            predictions of the data, of fewer in the first and the last steps. With two of them it is algorithm 2 of Lu
+            et al. (2211.01095), with three the code of SFD (zju-pi/diff-sampler at 68d5ce4, ``sfd-main/solvers.py``),
+            as in diffusers. That code gives the second divided difference half of the factor that third order needs,
+            so the order is two.
     """
     if solver == "dpmpp":
         return _multistep(net, x, times, labels, path, predict, endpoint, guidance)
@@ -225,8 +230,7 @@ def edm_sampler(
         )
     check_endpoint(net, path, endpoint)
     stream = NoiseStream(0, noise.device) if stream is None else stream
-    low, high = (level ** (1 / rho) for level in path.t_range)
-    levels = [(high + i / max(steps - 1, 1) * (low - high)) ** rho for i in range(steps)]
+    levels = _levels(path.sigma_max, path.sigma_min, max(steps - 1, 1), rho)[:steps]
     most = min(s_churn / steps, math.sqrt(2) - 1)
     raised = [level * (1 + most) if s_min <= level <= s_max else level for level in levels]
     # Levels that are raised may lie above the path's largest, to which its times would be clipped: widen the range.
@@ -257,8 +261,7 @@ def _trapezoid_to_data(path: Path, predict: str) -> bool:
 def grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float, float], ...]:
     """The time of every one of :func:`integrate`'s ``steps`` steps, and its signed length."""
     if isinstance(path, (VE, DDBMVE)):
-        high, low = start ** (1 / RHO), data ** (1 / RHO)
-        times = [(high + i / steps * (low - high)) ** RHO for i in range(steps + 1)]
+        times = _levels(start, data, steps, RHO)
     else:
         upwards = data > start
         at_start, at_data = path.steep[not upwards], path.steep[upwards]
@@ -273,14 +276,25 @@ def grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float
             shares = [(1 - math.cos(math.pi * u)) / 2 for u in shares]
         else:
             shares = [u**2 if at_start else 1 - (1 - u) ** 2 for u in shares]
-        times = [start + u * (data - start) for u in shares]
+        # A share of 0 may have been rounded below it.
+        times = [start, *(start + u * (data - start) for u in shares[1:])]
     return tuple((now, then - now) for now, then in itertools.pairwise(times))
+
+
+def _levels(first: float, last: float, steps: int, rho: float) -> list[float]:
+    """The levels of noise before and after each of ``steps`` steps, equal in ``sigma^(1 / rho)``."""
+    high, low = first ** (1 / rho), last ** (1 / rho)
+    return [_between((high + i / steps * (low - high)) ** rho, first, last) for i in range(steps + 1)]
+
+
+def _between(value: float, first: float, last: float) -> float:
+    """``value`` clipped to the range between two numbers, which rounding may have put it outside of."""
+    return min(max(value, min(first, last)), max(first, last))
 
 
 def _inside(path: Path, t: float) -> float:
     """``t`` clipped to the path's range, which rounding may have put it outside of."""
-    low, high = path.t_range
-    return min(max(t, low), high)
+    return _between(t, *path.t_range)
 
 
 def first_time(path: Path, predict: str) -> float:
@@ -327,6 +341,12 @@ def _walk(
     On a one-sided path the noise takes the endpoint's place in that law, ``B = c_s / c_t`` and ``C = 0``.
     """
     stream = NoiseStream(0, x.device) if stream is None else stream
+    laws = [] if isinstance(path, OneSidedPath) else [_law(path, time, h) for time, h in times[:-1]]
+    if any(of_y for _, _, of_y, _ in laws) and not takes_endpoint(net):
+        raise UserError(
+            f"net must take the endpoint (endpoint: true) for samples from {predict} on {type(path).__name__}, or "
+            "predict the velocity: a step in which c / b falls needs the endpoint and a prediction that knows it"
+        )
     for i, (time, h) in enumerate(times):
         x0 = data_at(net, x, time, labels, path, predict, endpoint, guidance)
         if isinstance(path, OneSidedPath):
@@ -334,12 +354,23 @@ def _walk(
         elif i == len(times) - 1:
             x = x0
         else:
-            (a, b, c), (a_s, b_s, c_s) = scales(path, time), scales(path, _inside(path, time + h))
-            kept = b_s / b
-            spread = math.sqrt(max(c_s**2 - kept**2 * c**2, 0.0))
+            of_x0, kept, of_y, spread = laws[i]
             fresh = normal(stream.next_key(), x)
-            x = (a_s - kept * a) * x0 + kept * x + spread * fresh
+            x = of_x0 * x0 + kept * x + spread * fresh
+            if of_y and endpoint is not None:
+                x = x + of_y * endpoint
         yield x
+
+
+def _law(path: Path, time: float, h: float) -> tuple[float, float, float, float]:
+    """``A, B, D, C`` of ``x_s = A x0 + B x_t + D y + C n``, a step towards the data on a two-sided path."""
+    (a, b, c), (a_s, b_s, c_s) = scales(path, time), scales(path, _inside(path, time + h))
+    kept, of_y = b_s / b, 0.0
+    # By more than rounding, b_s / b of the noise in x_t is more than x_s has.
+    if c_s < kept * c * (1 - 1e-9):
+        kept = c_s / c
+        of_y = b_s - kept * b
+    return a_s - kept * a, kept, of_y, math.sqrt(max(c_s**2 - kept**2 * c**2, 0.0))
 
 
 def _multistep(

@@ -143,8 +143,8 @@ class Gaussian(torch.nn.Module):
 @pytest.mark.parametrize(
     "path", [paths.Linear(), paths.Trigonometric(), paths.VP()], ids=lambda path: type(path).__name__
 )
-def test_dpmpp_follows_the_gaussians_flow_in_third_order(path):
-    """From the law of ``x_t`` the flow leads to ``mean + deviation z``; half the steps leave an eighth of the error."""
+def test_dpmpp_follows_the_gaussians_flow(path):
+    """From the law of ``x_t`` the flow leads to ``mean + deviation z``; 20 steps leave an eighth of 10 steps' error."""
     z, start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], 0.8 if isinstance(path, paths.VP) else 0.2
     a, c = path.scales(torch.tensor(start, dtype=torch.float64))
     x = 0.7 * a + (0.36 * a**2 + c**2).sqrt() * z
@@ -156,6 +156,23 @@ def test_dpmpp_follows_the_gaussians_flow_in_third_order(path):
     assert error("dpmpp", 20) < error("ddim", 20) / 8
     assert error("dpmpp", 20) < error("dpmpp", 10) / 8
     assert sampling.evaluations(20, "dpmpp") == 20
+
+
+def test_dpmpp_is_of_second_order():
+    """Twice as many steps, equal in ``log(a / c)`` and away from the data's end, leave a quarter of the error."""
+    path, z = paths.Trigonometric(), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+
+    def error(steps):
+        # Two steps more than are looked at: the last steps of all are of lower order.
+        ratios = [-1.5 + 3.5 * i / steps for i in range(steps + 3)]
+        times = [2 / math.pi * math.atan(math.exp(ratio)) for ratio in ratios]
+        law = [path.scales(torch.tensor(times[i], dtype=torch.float64)) for i in (0, steps)]
+        start, end = (0.7 * a + (0.36 * a**2 + c**2).sqrt() * z for a, c in law)
+        rows = [(now, then - now) for now, then in itertools.pairwise(times)]
+        made = list(states(Gaussian(path), start, rows, "dpmpp", path=path, predict="x0"))[steps - 1]
+        return float((made - end).abs().max())
+
+    assert 3.5 < error(80) / error(160) < 4.7
 
 
 @pytest.mark.parametrize("steps", [[2], [1, 3]], ids=["SFD", "SFD-v"])
