@@ -16,6 +16,7 @@ from .networks.critic import Critic
 from .networks.discriminator import Gan, Judged
 from .objectives import Objective, SiD
 from .paths import OneSidedPath
+from .tensors import check_match
 
 LAWS = ("fake", "generator", "guidance")  # what may have a law of times and a weight of its own
 
@@ -39,6 +40,12 @@ def check(
         raise UserError(f"gan judges by the fake model, and {objective.name} has none: give gan.features")
     if gan is not None and critic is not None and (gan.least_share or divergence != "reverse-kl"):
         raise UserError("gan.features see clean samples; gan.least_share and divergence need a head on the fake model")
+    # The density ratio is exp(logit) at softplus's optimum; hinge's optimum is a sign, and an untrained logit is noise.
+    if gan is not None and divergence != "reverse-kl" and (gan.loss != "softplus" or gan.least_share):
+        raise UserError(
+            f"divergence {divergence} takes its density ratio from the discriminator at every noise level: "
+            "distill.gan.loss must be softplus and distill.gan.least_share 0"
+        )
     if pairs is not None and (generator.steps > 1 or needs_endpoint(generator.net, generator.path)):
         raise UserError("regression.pairs are for a student of one step that starts from noise alone")
     expanded = objective == SiD(1.0, scaled=objective.sample_scale > 0) and isinstance(matching.path, OneSidedPath)
@@ -56,3 +63,7 @@ def check(
             "guidance has times of its own only where it is not 1, and with an objective whose gradient flows through "
             f"the samples alone, such as dmd; it is {guidance:g}, with {objective.name}"
         )
+    check_match(objective, matching.path, matching.match)
+    # The expansion of a divergence has x0 space's gradient of log r, with or without SiD's scale.
+    if divergence != "reverse-kl" and expanded and matching.match != "x0":
+        raise UserError(f"divergence {divergence} with sid needs path.match=x0, not {matching.match}")

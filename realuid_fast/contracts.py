@@ -31,6 +31,11 @@ def type_name(value: object) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether a value is a real number, or a whole one: Python's and NumPy's count, truth values do not."""
+    return isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+
+
 def check_device(device: object) -> None:
     """Refuse a value that is neither a torch.device nor the name of one."""
     try:
@@ -49,5 +54,5 @@ def check_whole(name: str, value: object) -> None:
     """Refuse a value that is not a whole number. A size that is being traced counts as one."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_number(value, whole=True):
         raise UserError(f"{name} must be a whole number, not {type_name(value)}")

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .contracts import is_number
 from .errors import UserError
 
 
@@ -48,6 +49,6 @@ class SmoothPower:
 
 def finite(name: str, value: float) -> float:
     """``value`` as a float; raises :class:`UserError` for anything but a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, not {value!r}")
     return float(value)

@@ -15,6 +15,9 @@ The losses differentiate with respect to what their docstrings name, and refuse 
 do not give. Gradients are computed in the forward pass; there is no second derivative, and forward-mode derivatives
 (``torch.func.jvp``, ``forward_ad``) are refused. ``*_grads`` return the gradients as they are.
 
+These calls know coefficients and no match space. Objectives that are defined in x0 space alone (``SDS``, ``DMD``,
+``SiD``) need rows of ``path.coefficients(t, "x0")``; the losses of a draw refuse other spaces, these calls cannot.
+
 A call first goes to C++ (``ops.plain``), which looks whether the tensors fit. On a few samples the checks in Python
 take as long as the kernel. They follow where C++ has no result.
 """
@@ -252,8 +255,8 @@ def generator_loss(
 
     Args:
         teacher_out, fake_out: raw outputs of the frozen teacher and fake model at ``x_t``, ``(R, ...)``. ``fake_out``
-            may be None for an objective without a fake model (:func:`~realuid_fast.objectives.SDS`): it is then
-            :func:`sample_output`.
+            is None for an objective without a fake model (:func:`~realuid_fast.objectives.SDS`): :func:`sample_output`
+            takes its place.
         x: generated samples ``G(z)``.
         x_t: the interpolant, from :func:`interpolate`. It may be None where ``k_x = 0``.
         coef, noise, endpoint: as for :func:`interpolate`.
@@ -350,14 +353,14 @@ def sample_output(x: Tensor, x_t: Tensor | None, coef: Tensor) -> Tensor:
         check_tensor("x_t", x_t)
     if coef.dim() != 2 or coef.shape[1] != 9:
         raise UserError(f"coef must have shape (R, 9), one row a sample of x, not {tuple(coef.shape)}")
+    key = coef.new_zeros(2, dtype=torch.int64)
+    check(x, coef.detach(), key, None, x_t=x_t)
     given, rows = Coefficients(coef), torch.zeros_like(coef)
     Coefficients(rows).a.copy_(1 / given.k_out)
     Coefficients(rows).b.copy_(-given.k_x / given.k_out)
     with torch.no_grad():
         # The fused call's a x + b y, with x_t in the place of y.
-        return interpolate(
-            x.detach(), rows, rows.new_zeros(2, dtype=torch.int64), None if x_t is None else x_t.detach()
-        )
+        return interpolate(x.detach(), rows, key, None if x_t is None else x_t.detach())
 
 
 def _generator_arguments(
@@ -379,6 +382,8 @@ def _generator_arguments(
         if objective.needs_fake:
             raise UserError(f"fake_out must be given for {objective.name}: it has a fake model")
         fake_out = sample_output(x, x_t, coef)
+    elif not objective.needs_fake:
+        raise UserError(f"fake_out must not be given for {objective.name}: it has no fake model")
     check(
         x,
         coef,

@@ -12,6 +12,8 @@ from . import noise as noises
 from .contracts import check_tensor
 from .errors import UserError
 from .functional import interpolate
+from .ops import is_channels_last
+from .tensors import check_noise, refuse_gradients
 
 if TYPE_CHECKING:
     from .paths.base import Path, Weight
@@ -66,11 +68,14 @@ class Interpolant:
 
     def generated(self) -> Interpolant:
         """The same batch without its real rows."""
-        rows = slice(self.x.shape[0] - self.n_real)
+        count = self.x.shape[0] - self.n_real
+        rows, noise_rows = slice(count), min(self.noise_rows, count)
+        noise = self.noise if noises.is_key(self.noise) else self.noise[:noise_rows]
         end = None if self.endpoint is None else self.endpoint[rows]
         return replace(
-            self, x=self.x[rows], x_t=self.x_t[rows], t=self.t[rows], coef=self.coef[rows], endpoint=end, n_real=0
-        )
+            self, x=self.x[rows], x_t=self.x_t[rows], t=self.t[rows], coef=self.coef[rows], noise=noise,
+            noise_rows=noise_rows, endpoint=end, n_real=0,
+        )  # fmt: skip
 
 
 def draw(
@@ -90,7 +95,7 @@ def draw(
 ) -> Interpolant:
     """The work of :meth:`Path.draw`, which documents it."""
     check_tensor("x", x)
-    check_tensor("noise", noise)
+    check_noise(noise)
     rows = x.shape[0] if x.dim() else 0
     x = _joined("real", x, "x", real)
     if (endpoint is not None) != path.has_endpoint:
@@ -110,11 +115,15 @@ def draw(
     elif not isinstance(t, Tensor) or t.shape != (drawn,):
         found = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
         raise UserError(f"t must be a tensor of shape ({drawn},), one time for each row that draws, not {found}")
+    refuse_gradients("path.draw", t=t)
     if sharing:
         t = torch.cat((t, t))
-    if x.dtype == torch.float64:
-        t = t.double()
+    # Coefficients have the type of the arithmetic, float64 for float64 samples alone.
+    if (x.dtype == torch.float64) != (t.dtype == torch.float64):
+        t = t.double() if x.dtype == torch.float64 else t.float()
     coef = path.coefficients(t, match, predict, weight)
+    if coef.requires_grad:
+        raise UserError("weight and the path's functions must return tensors without a gradient: no call gives one")
     if not noises.is_key(noise) and noise.shape[:1] != (drawn,):
         raise UserError(
             f"noise must be a key or have {drawn} rows, one for each row that draws, not {tuple(noise.shape)}"
@@ -133,4 +142,10 @@ def _joined(name: str, above: Tensor, above_name: str, below: Tensor | None) -> 
             f"{name} must have {above_name}'s shape and dtype, {tuple(above.shape)} {above.dtype}, not {found}: "
             "the losses weigh as many real rows as generated ones"
         )
+    if below.device != above.device:
+        raise UserError(f"{name} must be on {above_name}'s device {above.device}, not {below.device}")
+    if is_channels_last(above) and not above.is_contiguous():
+        below = below.contiguous(memory_format=torch.channels_last if above.dim() == 4 else torch.channels_last_3d)
+    elif above.is_contiguous():
+        below = below.contiguous()
     return torch.cat((above, below))

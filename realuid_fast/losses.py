@@ -18,6 +18,7 @@ from .errors import UserError
 from .functional import FakeGrads, GeneratorGrads, MatchingGrads, Reduction
 from .interpolant import Interpolant
 from .objectives import Objective
+from .tensors import check_match, check_objective
 
 
 def matching_loss(draw: Interpolant, out: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -121,11 +122,14 @@ def generator_loss(
         generator through all of them.
 
     Raises:
-        UserError: real rows in ``draw``, tensors that do not agree, or a gradient wanted in the endpoint.
+        UserError: real rows in ``draw``, a match space other than x0 for an objective that is defined there alone
+            (``SDS``, ``DMD``, ``SiD``), one whose target has no ``x`` for an objective whose gradient flows through it
+            alone, tensors that do not agree, a ``fake_out`` without a fake model or the reverse, or a gradient wanted
+            in the endpoint.
 
     Source: RealUID (2509.22459), the general real-data loss, as a loss in the generator.
     """
-    _refuse_real(draw)
+    _check_generator(objective, draw)
     return functional.generator_loss(
         objective, teacher_out=teacher_out, fake_out=fake_out, **_tensors(draw), teacher_uncond=teacher_uncond,
         guidance=guidance, reduction=reduction,
@@ -142,7 +146,7 @@ def generator_grads(
     guidance: float | Tensor = 1.0,
 ) -> GeneratorGrads:
     """:func:`generator_loss` with its gradients, without autograd."""
-    _refuse_real(draw)
+    _check_generator(objective, draw)
     return functional.generator_grads(
         objective, teacher_out=teacher_out, fake_out=fake_out, **_tensors(draw), teacher_uncond=teacher_uncond,
         guidance=guidance,
@@ -164,6 +168,10 @@ def _tensors(draw: Interpolant) -> _Tensors:
     return {"x": draw.x, "x_t": draw.read_x_t, "coef": draw.coef, "noise": draw.noise, "endpoint": draw.endpoint}
 
 
-def _refuse_real(draw: Interpolant) -> None:
-    if isinstance(draw, Interpolant) and draw.n_real:
-        raise UserError("draw must hold no real rows: real data acts through the fake model's loss alone")
+def _check_generator(objective: Objective, draw: Interpolant) -> None:
+    """Refuse a draw that the generator's loss of the objective has no meaning for."""
+    check_objective(objective)
+    if isinstance(draw, Interpolant):
+        if draw.n_real:
+            raise UserError("draw must hold no real rows: real data acts through the fake model's loss alone")
+        check_match(objective, draw.path, draw.match)

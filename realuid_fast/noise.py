@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .contracts import check_device, check_tensor, type_name
+from .contracts import check_device, check_tensor, is_number, type_name
 from .errors import UserError
 
 
@@ -38,11 +38,11 @@ class NoiseStream:
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if not is_number(seed, whole=True) or not 0 <= seed < 2**63:
             raise UserError(f"seed must be an integer in [0, 2^63), not {seed!r}")
         check_device(device)
         try:
-            self.state = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+            self.state = torch.tensor([int(seed), 0], dtype=torch.int64, device=device)
         except (AssertionError, RuntimeError) as error:
             # A torch without CUDA raises an AssertionError for the device "cuda".
             raise UserError(f"device {str(device)!r} cannot be used: {str(error).partition(chr(10))[0]}") from error

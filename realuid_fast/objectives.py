@@ -151,9 +151,9 @@ def SiD(alpha_sid: float = 1.0, scaled: bool = True) -> Objective:
     """Score identity distillation: ``Q = 2 alpha_sid``, and a row's weight divided by ``2 mean |x - f*|``, held fixed.
 
     The paper's ``-alpha_sid ||f* - f||^2 + <f* - f, f* - x>``, in ``x0`` space on the path
-    :class:`~realuid_fast.paths.VE`. Without ``scaled`` the weight is ``w(t)`` alone and the loss twice that; then
-    ``alpha_sid = 1/2`` is UID. Source: Zhou et al., Score identity Distillation (2404.04057), its fused loss; published
-    choices are 1.0 and 1.2.
+    :class:`~realuid_fast.paths.VE`; the scale has a meaning there alone, so other spaces are refused with it. Without
+    ``scaled`` the weight is ``w(t)`` alone and the loss twice that; then ``alpha_sid = 1/2`` is UID. Source: Zhou et
+    al., Score identity Distillation (2404.04057), its fused loss; published choices are 1.0 and 1.2.
 
     Raises:
         UserError: ``alpha_sid`` not positive.
@@ -237,9 +237,12 @@ def RealBridge(alpha: float, beta: float) -> Objective:
 def DiffInstruct() -> Objective:
     """Integral Kullback-Leibler divergence: the generator follows ``dl/dx = w (f - f*)``, and nothing else flows.
 
-    The fake model is trained on generated samples alone, as in :func:`UID`. In ``x0`` space; the loss' value
-    ``w <f - f*, x>`` says nothing by itself. No gradient passes through the networks, so the generator's turn needs no
-    backward of either. Source: Luo et al., Diff-Instruct (2305.18455), its gradient formula in ``x0`` units.
+    The fake model is trained on generated samples alone, as in :func:`UID`. In ``x0`` space; the loss' value ``w <f -
+    f*, x>`` says nothing by itself. In velocity space on a one-sided path the gradient has the same direction and
+    another weight of a time. It is 0, and refused, where the target does not depend on ``x``: in noise space, and in
+    velocity space on the path :class:`~realuid_fast.paths.VE`. No gradient passes through the networks, so the
+    generator's turn needs no backward of either. Source: Luo et al., Diff-Instruct (2305.18455), its gradient formula
+    in ``x0`` units.
     """
     return Objective("Diff-Instruct", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0, flows="x")
 
@@ -248,9 +251,10 @@ def DMD(alpha: float = 1.0) -> Objective:
     """Distribution matching without its regression and adversarial terms: ``dl/dx = w alpha (f - f*) / mean |x - f*|``.
 
     As :func:`DiffInstruct` with the paper's weight for each sample, held fixed. With ``alpha < 1`` the fake model is
-    trained on generated rows with weight ``alpha`` and on real rows with ``1 - alpha``, so it tracks their mixture.
-    In ``x0`` space; DMD2 takes five fake turns for each of the generator's. Source: Yin et al., Distribution Matching
-    Distillation (2311.18828), equations 7 and 8, and DMD2 (2405.14867), section 4.2; the mixture: RealUID (2509.22459).
+    trained on generated rows with weight ``alpha`` and on real rows with ``1 - alpha``, so it tracks their mixture. In
+    ``x0`` space, others are refused; DMD2 takes five fake turns for each of the generator's. Source: Yin et al.,
+    Distribution Matching Distillation (2311.18828), equations 7 and 8, and DMD2 (2405.14867), section 4.2; the mixture:
+    RealUID (2509.22459).
 
     Raises:
         UserError: ``alpha`` outside ``(0, 1]``.
@@ -261,9 +265,9 @@ def DMD(alpha: float = 1.0) -> Objective:
 def MomentMatching() -> Objective:
     """Moment matching, alternating: ``dl/dx = w (f - f*)`` with a fake model held half-way to the teacher.
 
-    The fake model minimises ``||f - x||^2 + ||f - f*||^2``: ``A, B, D, C = 2, 1, 1, 1``, which ``gamma = 2`` gives,
-    so its turn evaluates the teacher. In ``x0`` space. Source: Salimans et al., Multistep Distillation of Diffusion
-    Models via Moment Matching (2406.04103), its alternating algorithm.
+    The fake model minimises ``||f - x||^2 + ||f - f*||^2``: ``A, B, D, C = 2, 1, 1, 1``, which ``gamma = 2`` gives, so
+    its turn evaluates the teacher. In ``x0`` space; for others what :func:`DiffInstruct` says holds. Source: Salimans
+    et al., Multistep Distillation of Diffusion Models via Moment Matching (2406.04103), its alternating algorithm.
     """
     return Objective("moment matching", alpha=1.0, beta=1.0, gamma=2.0, Q=2.0, flows="x")
 
@@ -283,9 +287,9 @@ def SDS() -> Objective:
     """Score distillation sampling: the generator follows ``dl/dx = w (x - f*)``, without any fake model.
 
     :func:`DiffInstruct` with the sample itself for the fake model's prediction, which is exact for a generator that
-    puts all its mass on one point: it seeks modes. In ``x0`` space, where ``w(t) (x - f*)`` is the paper's ``w(t) (eps*
-    - eps)`` in its own units. There is no fake turn, and ``fake_out`` may be None in every call. Source: Poole et al.,
-    DreamFusion (2209.14988), equation 3.
+    puts all its mass on one point: it seeks modes. In ``x0`` space (others are refused), where ``w(t) (x - f*)`` is the
+    paper's ``w(t) (eps* - eps)`` in its own units. There is no fake turn, and no call takes a ``fake_out``. Source:
+    Poole et al., DreamFusion (2209.14988), equation 3.
     """
     return Objective("SDS", alpha=1.0, beta=1.0, gamma=1.0, Q=1.0, flows="x", needs_fake=False)
 

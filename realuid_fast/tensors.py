@@ -1,21 +1,26 @@
 """The checks of a fused call's arguments: tensors of one shape, type, device and layout; refusals name the argument.
 
-Only metadata is read, so no check waits for the device.
+No check waits for the device: all but the CPU's coefficients are checked by their metadata.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import noise as noises
 from . import ops
-from .contracts import check_tensor, check_whole, type_name
+from .coefficients import Coefficients
+from .contracts import check_tensor, check_whole, host_checks_allowed, is_number, type_name
 from .errors import UserError
 from .objectives import Objective
+
+if TYPE_CHECKING:
+    from .paths.base import Path
 
 # The unconditional output and the scale of a guided teacher.
 Guidance = tuple[Tensor | None, Tensor | None]
@@ -36,15 +41,31 @@ def refuse_gradients(call: str, **tensors: Tensor | None) -> None:
 
 
 def check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **others: Tensor | None) -> int:
-    """Refuse tensors that one pass cannot run over; returns ``noise_rows``, or its default. Reads metadata only."""
+    """Refuse tensors that one pass cannot run over; returns ``noise_rows``, or its default."""
     if _fits(x, coef, noise, noise_rows, others):
-        return x.shape[0] if noise_rows is None else noise_rows
-    check_tensor("x", x)
-    check_tensor("coef", coef)
+        noise_rows = x.shape[0] if noise_rows is None else noise_rows
+    else:
+        noise_rows = _check_each(x, coef, noise, noise_rows, others)
+    for name, column in (("x_t", "k_x"), ("endpoint", "q" if "x_t" in others else "b")):
+        if name in others and others[name] is None:
+            _check_left_out(name, coef, column)
+    return noise_rows
+
+
+def check_noise(noise: object) -> None:
+    """Refuse what is neither a key nor a tensor of noise."""
     if not isinstance(noise, Tensor):
         raise UserError(
             f"noise must be a key from NoiseStream.next_key() or a tensor of noise like x, not {type_name(noise)}"
         )
+
+
+def _check_each(
+    x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, others: Mapping[str, Tensor | None]
+) -> int:
+    check_tensor("x", x)
+    check_tensor("coef", coef)
+    check_noise(noise)
     if noise_rows is not None:
         check_whole("noise_rows", noise_rows)
     if x.dim() == 0:
@@ -72,10 +93,12 @@ def check(x: Tensor, coef: Tensor, noise: Tensor, noise_rows: int | None, **othe
     wanted = _REAL[x.dtype]
     if coef.shape != (rows, 9):
         raise UserError(f"coef must have shape ({rows}, 9), one row a sample of x, not {tuple(coef.shape)}")
-    if coef.dtype != wanted or coef.device != x.device or not coef.is_contiguous():
+    if coef.dtype != wanted or coef.device != x.device:
         raise UserError(
             f"coef must be contiguous {wanted} on {x.device} for {x.dtype} samples, not {coef.dtype} on {coef.device}"
         )
+    if not coef.is_contiguous():
+        raise UserError(f"coef must be contiguous, its strides are {coef.stride()}: pass coef.contiguous()")
     refuse_gradients("a fused call", coef=coef)
     return noise_rows
 
@@ -95,6 +118,7 @@ def _fits(x: object, coef: object, noise: object, noise_rows: int | None, others
             and tensor.shape == shape
             and tensor.dtype == dtype
             and tensor.device == device
+            and tensor.layout is torch.strided
             and tensor.is_contiguous()
         ):
             return False
@@ -120,6 +144,18 @@ def _fits(x: object, coef: object, noise: object, noise_rows: int | None, others
     )
 
 
+def _check_left_out(name: str, coef: Tensor, column: str) -> None:
+    """Refuse a missing tensor, unless its column of coefficients is zero in every row."""
+    if not host_checks_allowed(coef) or torch._C._are_functorch_transforms_active():
+        return
+    values = getattr(Coefficients(coef), column)
+    if bool(values.any()):  # NaN counts as different from 0
+        if bool(values.isnan().any()):
+            raise UserError(f"coef must have no NaN, and its column {column} has")
+        row = int(values.nonzero()[0])
+        raise UserError(f"{name} is needed: row {row} of coef has {column} different from 0")
+
+
 def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocast: bool) -> None:
     if tensor.shape != shape:
         raise UserError(f"{name} must have shape {tuple(shape)} to go with x, not {tuple(tensor.shape)}")
@@ -127,17 +163,26 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, shape: torch.Size, autocas
         raise UserError(f"{name} must have x's dtype {x.dtype}, not {tensor.dtype}")
     if tensor.device != x.device:
         raise UserError(f"{name} must be on x's device {x.device}, not {tensor.device}")
+    _check_strided(name, tensor)
     if tensor.is_contiguous() and x.is_contiguous():
         return
     if not (ops.is_channels_last(tensor) and ops.is_channels_last(x)):
         _check_layout(name, tensor)
+        last = "channels_last" if x.dim() == 4 else "channels_last_3d"
+        how = "" if x.is_contiguous() else f"memory_format=torch.{last}"
         raise UserError(
             f"{name} and x must share one memory layout, contiguous or channels_last: strides are "
-            f"{tensor.stride()} and {x.stride()}"
+            f"{tensor.stride()} and {x.stride()}; pass {name}.contiguous({how})"
         )
 
 
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise UserError(f"{name} must be a plain dense tensor, not {tensor.layout}: pass {name}.to_dense()")
+
+
 def _check_layout(name: str, tensor: Tensor) -> None:
+    _check_strided(name, tensor)
     if not (tensor.is_contiguous() or ops.is_channels_last(tensor)):
         raise UserError(
             f"{name} must be contiguous or channels_last, its strides are {tensor.stride()}: call .contiguous() first"
@@ -149,7 +194,7 @@ def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coe
     if teacher_uncond is None and isinstance(guidance, float) and guidance == 1.0:
         return None, None
     if not isinstance(guidance, Tensor):
-        if not isinstance(guidance, (int, float)) or isinstance(guidance, bool):
+        if not is_number(guidance):
             raise UserError(f"guidance must be a number or a tensor of one number a row, not {type_name(guidance)}")
         if teacher_uncond is None:
             if guidance != 1.0:
@@ -174,6 +219,21 @@ def check_objective(objective: Objective) -> None:
     if not isinstance(objective, Objective):
         raise UserError(
             f"objective must be an Objective such as objectives.RealUID(0.92, 0.94), not {type_name(objective)}"
+        )
+
+
+def check_match(objective: Objective, path: Path, match: str) -> None:
+    """Refuse a match space in which an objective's loss of the generator is another than its formula."""
+    if (objective.sample_scale or not objective.needs_fake) and match != "x0":
+        raise UserError(
+            f"match must be x0 for {objective.name}, not {match}: it compares a sample with the teacher's prediction "
+            'of it. Give match="x0", path.match=x0 in a configuration'
+        )
+    if objective.flows == "x" and not path.target_has_x(match):
+        raise UserError(
+            f"match must not be {match} for {objective.name} on the path {type(path).__name__}: its gradient flows "
+            "through the sample in the target alone, and that target does not depend on it. Give "
+            'match="x0", path.match=x0 in a configuration'
         )
 
 

@@ -49,6 +49,7 @@ CASES = {
     "several steps": (LABELLED, {"times": [0.5, 0.8]}),
     "regression": (SMALL, {"objective": {"name": "regression"}}),
 }
+OF_X0 = ("sid", "dmd", "sds")
 
 
 class Generator(torch.Generator):
@@ -146,7 +147,7 @@ def test_a_students_update_stays_on_its_device(case):
     dataset = data.load("digits")
     distill = {"batch": 4, "updates": 20, "fake_turns": 2, "ema": [0.9], "export": 0.9, **settings}
     with pretended():
-        config = content(dataset, distill=distill)
+        config = content(dataset, distill=distill, path={"match": "x0"} if case in OF_X0 else {})
         model = teachers.Model(build(network), teachers.Description(network, data=dataset.config))
         trainer = trainers.trainer("distill", config, dataset, model)
         assert {p.device.type for p in trainer.network.parameters()} == {"meta"}

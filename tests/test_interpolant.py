@@ -89,6 +89,64 @@ def test_halves_apart_draw_their_own_times_and_noise(key):
     assert not torch.equal(draw.t[:B], draw.t[B:])
 
 
+@pytest.mark.parametrize("given", ["key", "noise"])
+def test_the_generated_rows_of_halves_apart_keep_their_noise(key, given):
+    path, x, out = rf.paths.Linear(), samples(), samples(2 * B)
+    noise = key if given == "key" else samples(2 * B)
+    draw = path.draw(x, noise, real=samples(), shared=False)
+    rows = losses.matching_loss(draw, out, reduction="none")
+    assert torch.equal(losses.matching_loss(draw.generated(), out[:B], reduction="none"), rows[:B])
+    losses.generator_loss(UID, draw.generated(), out[:B], samples())
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 4, 4)])
+def test_real_rows_take_the_layout_of_the_generated_ones(key, layout, sizes):
+    last = torch.channels_last if len(sizes) == 2 else torch.channels_last_3d
+    formats = [last, torch.contiguous_format] if layout == "channels_last" else [torch.contiguous_format, last]
+    x, real = (torch.randn(B, 3, *sizes).contiguous(memory_format=each) for each in formats)
+    draw = rf.paths.Linear().draw(x, key, real=real)
+    assert draw.x.is_contiguous(memory_format=formats[0])
+    assert torch.equal(draw.x, torch.cat((x, real)))
+    losses.fake_loss(REALUID, draw, torch.randn_like(draw.x_t))
+
+
+@pytest.mark.parametrize(("dtype", "of_t"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float64)])
+def test_times_of_another_type_are_converted(key, dtype, of_t):
+    x, t = samples(dtype=dtype), torch.linspace(0, 1, B, dtype=of_t)
+    draw = rf.paths.Linear().draw(x, key, t=t)
+    assert torch.equal(draw.x_t, rf.paths.Linear().draw(x, key, t=t.float()).x_t)
+
+
+OF_X0 = [rf.objectives.SDS(), rf.objectives.DMD(), rf.objectives.SiD(), rf.objectives.RealSiD(0.9, 0.95)]
+
+
+@pytest.mark.parametrize("objective", OF_X0, ids=lambda each: each.name)
+@pytest.mark.parametrize("match", ["velocity", "noise"])
+def test_an_objective_of_x0_space_refuses_another(key, objective, match):
+    path, outs = rf.paths.Linear(), [samples() for _ in range(1 + objective.needs_fake)]
+    for call in (losses.generator_loss, losses.generator_grads):
+        with pytest.raises(UserError, match=f'match must be x0 for {objective.name}, not {match}.* match="x0"'):
+            call(objective, path.draw(samples(), key, match=match), *outs)
+        call(objective, path.draw(samples(), key, match="x0"), *outs)
+
+
+@pytest.mark.parametrize(
+    ("path", "match", "predict"), [(rf.paths.Linear(), "noise", "noise"), (rf.paths.VE(), "velocity", "edm")]
+)
+def test_a_gradient_through_the_target_alone_needs_a_target_with_the_sample(key, path, match, predict):
+    """There the gradient of Diff-Instruct and of moment matching would be 0; elsewhere it has x0's direction."""
+    for objective in (rf.objectives.DiffInstruct(), rf.objectives.MomentMatching()):
+        with pytest.raises(UserError, match=rf"match must not be {match} for .* on the path {type(path).__name__}"):
+            losses.generator_loss(
+                objective, path.draw(samples(), key, match=match, predict=predict), samples(), samples()
+            )
+        draws = (rf.paths.Linear().draw(samples(), key, match=each) for each in ("velocity", "x0"))
+        outs = samples(), samples()
+        one, other = (losses.generator_grads(objective, draw, *outs).x.flatten(1) for draw in draws)
+        torch.testing.assert_close(torch.cosine_similarity(one, other), torch.ones(B))
+
+
 def test_a_teacher_is_trained_on_a_draw(key):
     draw, out = rf.paths.Linear().draw(samples(), key), samples().requires_grad_()
     loss = losses.matching_loss(draw, out)
@@ -138,7 +196,11 @@ def test_a_preconditioned_network_is_called_as_its_path_says(key):
         ({"t": torch.rand(2)}, r"t must be a tensor of shape \(6,\)"),
         ({"t": 0.5}, r"t must be a tensor of shape \(6,\)"),
         ({"noise": samples(2)}, "noise must be a key or have 6 rows"),
-        ({"noise": 0}, "noise must be a torch.Tensor"),
+        ({"noise": 0}, "noise must be a key from NoiseStream.next_key.. or a tensor of noise like x, not int"),
+        ({"noise": None}, "noise must be a key from NoiseStream.next_key.. or a tensor of noise like x, not NoneType"),
+        ({"real": samples().to("meta")}, "real must be on x's device cpu, not meta"),
+        ({"t": torch.rand(B, requires_grad=True)}, r"path\.draw gives no gradient in t: pass t\.detach\(\)"),
+        ({"weight": lambda t: t * torch.ones((), requires_grad=True)}, "weight and the path's functions must return"),
         ({"x": [1.0]}, "x must be a torch.Tensor"),
         ({"match": "speed"}, "match"),
     ],
@@ -160,5 +222,7 @@ def test_losses_refuse_what_is_no_draw_of_their_turn(key):
         losses.matching_loss(out, out)
     with pytest.raises(UserError, match="draw must hold no real rows"):
         losses.generator_loss(REALUID, path.draw(samples(), key, real=samples()), samples(2 * B), samples(2 * B))
+    with pytest.raises(UserError, match="fake_out must not be given for SDS: it has no fake model"):
+        losses.generator_loss(rf.objectives.SDS(), path.draw(samples(), key, match="x0"), out, out)
     with pytest.raises(UserError, match="gives no gradient in x"):
         losses.fake_loss(UID, path.draw(samples().requires_grad_(), key), out)

@@ -265,7 +265,7 @@ def test_a_function_without_a_gradient_is_a_sentence():
     content = {"data": POINTS, "distill": {"batch": 8, "fake_turns": 1, "objective": {"name": "uid"}}}
     with pytest.raises(UserError, match="the teacher gives no gradient in x_t, which UID needs"):
         trainers.distiller(configs.from_mapping(content), data.load(POINTS), model).update()
-    content["distill"]["objective"] = {"name": "dmd"}
+    content |= {"path": {"match": "x0"}, "distill": content["distill"] | {"objective": {"name": "dmd"}}}
     trainers.distiller(configs.from_mapping(content), data.load(POINTS), model).update()
 
 

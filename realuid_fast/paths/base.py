@@ -119,7 +119,12 @@ class Path(ABC):
     def reads_x_t(self, match: str = "velocity", predict: str = "velocity") -> bool:
         """Whether ``k_x`` differs from zero, so that the losses need ``x_t``."""
         self._check_pair(match, predict)
-        return _reads_x_t(self, match, predict)
+        return _uses(self, "k_x", match, predict)
+
+    def target_has_x(self, match: str = "velocity") -> bool:
+        """Whether ``p`` differs from zero, so that the target of the match space depends on the sample ``x``."""
+        self._check_pair(match, match)
+        return _uses(self, "p", match, match)
 
     def coefficients(
         self, t: Tensor, match: str = "velocity", predict: str = "velocity", weight: Weight | None = None
@@ -197,7 +202,7 @@ class Path(ABC):
             noise: a key of a :class:`~realuid_fast.NoiseStream`, or normals with a row for each row that draws.
             real: as many real samples, for the fake model's turn only. They become the last rows of the batch.
             endpoint, real_endpoint: the second endpoint ``y`` of either half, on a two-sided path.
-            t: path times for the rows that draw their own; from :meth:`sample_time` where not given.
+            t: path times for the rows that draw their own, no gradient wanted; from :meth:`sample_time` if not given.
             match, predict, weight: as for :meth:`coefficients`.
             shared: whether real row ``i`` has the time and the noise of generated row ``i``; then ``B`` rows draw, else
                 all ``2 B``.
@@ -300,7 +305,8 @@ def _weights(weight: Weight, t: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _reads_x_t(path: Path, match: str, predict: str) -> bool:
+def _uses(path: Path, column: str, match: str, predict: str) -> bool:
+    """Whether a column of the coefficients differs from zero at some time."""
     low, high = path.t_range
     inside = low + (high - low) * torch.linspace(0.1, 0.9, 65, dtype=torch.float64)
-    return bool((Coefficients(path.coefficients(inside, match, predict)).k_x != 0).any())
+    return bool((getattr(Coefficients(path.coefficients(inside, match, predict)), column) != 0).any())

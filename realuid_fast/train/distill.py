@@ -120,6 +120,7 @@ class Distiller(Trainer):
             generator.net, matching, dataset, setup, optimisers, names, export, generator_optimiser, description
         )  # fmt: skip
         self.teacher, self.generator, self.objective = teacher, generator, objective
+        self._descended = objective if objective.needs_fake else replace(objective, needs_fake=True)
         # The fake model with the discriminator's head, where there is one.
         self.judged, self.fake = fake, fake.net if isinstance(fake, Judged) else fake
         self.generator_optimiser, self.fake_optimiser = generator_optimiser, fake_optimiser
@@ -275,8 +276,7 @@ class Distiller(Trainer):
             # Real rows that serve the discriminator alone do not enter the fake model's own loss.
             rows = slice(None) if self.objective.needs_real else slice(self.batch)
             # A slice of all rows would cost its backward pass a copy.
-            own_out = out if self.objective.needs_real else out[rows]
-            own = draw if self.objective.needs_real else draw.generated()
+            own, own_out = (draw, out) if self.objective.needs_real else (draw.generated(), out[rows])
             teacher_out = uncond = None
             if self.objective.needs_teacher:
                 asked = tuple(None if tensor is None else tensor[rows] for tensor in seen)
@@ -328,10 +328,10 @@ class Distiller(Trainer):
             fake_out, logits, teacher_out, uncond = self._ask_frozen(draw, x, y, ends)
             with self.phases("generator loss"), torch.no_grad():
                 draw = replace(draw, x_t=x_t.detach())
+                # Always with a fake prediction: without a fake model it is the sample's, or the unguided one.
                 grads = descent.generator_grads(
-                    self.objective, draw, teacher_out.detach(), fake_out.detach(), self._divergence, logits,
-                    teacher_uncond=None if uncond is None else uncond.detach(),
-                    guidance=1.0 if uncond is None else self.guidance,
+                    self._descended, draw, teacher_out.detach(), fake_out.detach(), self._divergence, logits,
+                    teacher_uncond=uncond, guidance=1.0 if uncond is None else self.guidance,
                 )  # fmt: skip
                 asked = teacher_out if uncond is None else torch.lerp(uncond, teacher_out, self.guidance)
                 watched = {self.tripwires.names[0]: self.tripwires.sums(draw, asked.detach(), fake_out.detach())}
@@ -374,7 +374,7 @@ class Distiller(Trainer):
         with self.phases("frozen forward"), torch.no_grad(), self.precisions["generator"].networks():
             conditional, uncond = self._ask_teacher(self._seen(draw, labels, endpoint))
         with self.phases("generator loss"), torch.no_grad():
-            return losses.generator_grads(self.objective, draw, conditional, uncond).x
+            return losses.generator_grads(self._descended, draw, conditional, uncond).x
 
     def _ask_frozen(
         self, draw: Interpolant, x: Tensor, labels: Tensor | None, endpoint: Tensor | None

@@ -108,7 +108,7 @@ def size(tensors):
 
 @pytest.mark.parametrize("objective", ["realuid", "uid", "general", "diff-instruct", "sds"])
 def test_a_distillation_is_counted_as_it_runs(objective):
-    changes = (f"distill.objective.name={objective}",)
+    changes = (f"distill.objective.name={objective}", f"path.match={'x0' if objective == 'sds' else 'velocity'}")
     config, found = configured(*changes), planned(*changes)
     trainer = trainers.distiller(config, images(), teacher())
     assert found.images_per_update == trainer.images_per_update

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,17 +39,60 @@ def test_an_endpoint_cannot_be_left_out_where_the_path_has_one(backend):
         ),
     ]
     for call in calls:
-        with rf.backend(backend), pytest.raises((ValueError, RuntimeError), match="endpoint is needed"):
+        with (
+            rf.backend(backend),
+            pytest.raises(UserError, match=r"endpoint is needed: row 0 of coef has [bq] different"),
+        ):
             call()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_x_t_cannot_be_left_out_where_the_prediction_reads_it(backend):
     b = batch((4, 6), torch.float32)
-    with rf.backend(backend), pytest.raises((ValueError, RuntimeError), match="x_t is needed"):
-        rf.functional.generator_loss(
-            UID, teacher_out=b.teacher, fake_out=b.fake, x=b.x, x_t=None, coef=b.coef, noise=KEY
-        )
+    given = {"x": b.x, "x_t": None, "coef": b.coef, "noise": KEY}
+    outs = {"teacher_out": b.teacher, "fake_out": b.fake}
+    for call in (
+        lambda: rf.functional.generator_loss(UID, **outs, **given),
+        lambda: rf.functional.generator_loss(UID, **outs, **given, teacher_uncond=b.uncond, guidance=2.0),
+        lambda: rf.functional.generator_grads(UID, **outs, **given),
+        lambda: rf.functional.fake_grads(UID, fake_out=b.fake, **given),
+        lambda: rf.functional.matching_grads(out=b.fake, **given),
+        lambda: rf.sample_output(b.x, None, b.coef),
+    ):
+        with rf.backend(backend), pytest.raises(UserError, match=r"^x_t is needed: row \d of coef has k_x different"):
+            call()
+
+
+def test_what_is_wrong_with_coefficients_is_said():
+    b = batch((4, 6), torch.float32)
+    coef = PATH.coefficients(torch.linspace(0.1, 0.9, 4))
+    for wrong, sentence in (
+        (coef.T.contiguous().T, r"coef must be contiguous, its strides are \(1, 4\): pass coef\.contiguous\(\)"),
+        (coef * float("nan"), "coef must have no NaN, and its column b has"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            rf.interpolate(b.x, wrong, KEY)
+
+
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr"])
+def test_a_sparse_output_is_named(kind):
+    b = batch((4, 6), torch.float32)
+    with pytest.raises(UserError, match=r"out must be a plain dense tensor, not torch\.sparse.*: pass out\.to_dense"):
+        rf.functional.matching_loss(out=getattr(b.fake, kind)(), x=b.x, x_t=b.x_t, coef=b.coef, noise=KEY)
+
+
+def test_numpys_numbers_are_taken():
+    b = batch((4, 6), torch.float32)
+    assert torch.equal(rf.NoiseStream(np.int64(3)).next_key(), rf.NoiseStream(3).next_key())
+    assert rf.objectives.RealUID(np.float32(0.875), np.float64(0.9)) == rf.objectives.RealUID(0.875, 0.9)
+    given = {"teacher_out": b.teacher, "fake_out": b.fake, "x": b.x, "x_t": b.x_t, "coef": b.coef, "noise": KEY}
+    guided = (
+        rf.functional.generator_loss(UID, **given, teacher_uncond=b.uncond, guidance=scale)
+        for scale in (np.float32(2), np.int64(2), 2.0)
+    )
+    assert len({float(loss) for loss in guided}) == 1
+    with pytest.raises(UserError, match=r"seed must be an integer in \[0, 2\^63\)"):
+        rf.NoiseStream(np.int64(-1))
 
 
 def bad(**changes):
@@ -64,7 +108,14 @@ def bad(**changes):
         ({"fake": lambda v: v[:3]}, r"fake_out must have shape \(4, 3, 2, 2\) to go with x, not \(3, 3, 2, 2\)"),
         ({"fake": lambda v: v.double()}, "fake_out must have x's dtype torch.float32, not torch.float64"),
         ({"teacher": lambda v: v.to("meta")}, "teacher_out must be on x's device cpu, not meta"),
-        ({"x_t": lambda v: LAYOUTS["channels_last"](v)}, "x_t and x must share one memory layout"),
+        (
+            {"x_t": lambda v: LAYOUTS["channels_last"](v)},
+            r"x_t and x must share one memory layout.*; pass x_t\.contiguous\(\)",
+        ),
+        (
+            {"x": lambda v: LAYOUTS["channels_last"](v)},
+            r"one memory layout.*; pass endpoint\.contiguous\(memory_format=torch\.channels_last\)",
+        ),
         ({"endpoint": lambda v: v.transpose(1, 2).contiguous().transpose(1, 2)}, "endpoint must be contiguous or"),
         ({"coef": lambda v: v[:2]}, r"coef must have shape \(4, 9\)"),
         ({"coef": lambda v: v.double()}, "coef must be contiguous torch.float32"),

@@ -31,15 +31,17 @@ CASES = {
     },
     "discriminator": {"distill": {"gan": {"weight_fake": 3.0, "weight_generator": 2.0, "least_share": 0.2}}},
     "f-divergence": {
-        "distill": {"objective": {"name": "dmd"}, "gan": {"weight_fake": 1.0}, "divergence": "forward-kl"}
+        "path": {"match": "x0"},
+        "distill": {"objective": {"name": "dmd"}, "gan": {"weight_fake": 1.0}, "divergence": "forward-kl"},
     },
     "guided teacher": GUIDED,
     "labels of the batch, two steps": {"distill": {"labels": "batch", "times": [0.5, 0.75]}},
-    "no fake model": {"distill": {"objective": {"name": "sds"}}},
+    "no fake model": {"path": {"match": "x0"}, "distill": {"objective": {"name": "sds"}}},
     "points": {"base": "mixture"},
     "a network of EDM": {"network": EDM, "distill": {"objective": {"name": "uid"}}},
-    "sid": {"distill": {"objective": {"name": "sid"}, "t_start": 0.5}},
+    "sid": {"path": {"match": "x0"}, "distill": {"objective": {"name": "sid"}, "t_start": 0.5}},
     "heads on frozen features": {
+        "path": {"match": "x0"},
         "network": {"class_cond": False},
         "distill": {
             "objective": {"name": "sds"},

@@ -270,6 +270,18 @@ def test_dmd2s_turn_is_the_papers():
         torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
 
 
+def test_a_head_judges_real_rows_with_times_and_noise_of_their_own():
+    """The fake model's own loss, UID's, is then that of the generated rows alone, with their noise."""
+    trainer = trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, objective={"name": "uid"}, shared_draws=False)
+    state, net = copy.deepcopy(trainer.state_dict()), copy.deepcopy(trainer.fake)
+    generated = torch.randn(8, 2)
+    trainer.fake_turn(generated)
+    *_, t, _, key = drawn_again(trainer, state)
+    draw = trainer.path.draw(generated, key, t=t[:8])
+    plain = rf.fake_loss(rf.objectives.UID(), draw, net(draw.t, draw.x_t))
+    assert trainer.meters.read()["fake loss"] == pytest.approx(float(plain.detach()), rel=1e-5)
+
+
 def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
     """With every logit ``c``, the ratio is ``e^c`` for all rows, and the generator's gradient as much larger."""
     settings = {"gan": {"weight_fake": 1.0}, "objective": {"name": "dmd"}, "generator": {"clip": 0.0}}
@@ -291,6 +303,9 @@ def test_a_divergence_weighs_the_rows_by_the_discriminators_ratio():
             UserError, match=r"distill.divergence jensen-shannon needs an objective .* not \w+ on Linear"
         ):
             trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="jensen-shannon", objective={"name": other})
+    sid = {"name": "sid", "alpha_sid": 1.0, "scaled": False}
+    with pytest.raises(UserError, match=r"divergence forward-kl with sid needs path\.match=x0, not velocity"):
+        trainer_of(MLP, POINTS, gan={"weight_fake": 1.0}, divergence="forward-kl", objective=sid)
     sid = {"name": "sid", "alpha_sid": 1.2}
     with pytest.raises(UserError, match="or sid at alpha_sid 1 on a one-sided path; not SiD on Linear"):
         trainer_of(MLP, POINTS, path={"match": "x0"}, gan={"weight_fake": 1.0}, divergence="forward-kl", objective=sid)
@@ -339,6 +354,13 @@ def test_uni_instructs_turn_is_the_expansions(divergence):
             "distill.gan judges by the fake model, and SDS",
         ),
         ({"divergence": "forward-kl"}, "divergence forward-kl needs a discriminator"),
+        *(
+            (
+                {"gan": {"weight_fake": 1.0} | wrong, "divergence": "forward-kl", "objective": {"name": "dmd"}},
+                r"divergence forward-kl takes its density ratio .*: distill\.gan\.loss must be softplus and",
+            )
+            for wrong in ({"loss": "hinge"}, {"least_share": 0.2})
+        ),
         ({"divergence": "kl"}, "distill.divergence must be one of reverse-kl, forward-kl"),
         (
             {"regression": {"solver": "dopri"}},

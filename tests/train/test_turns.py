@@ -27,18 +27,18 @@ from ..helpers import (
     settings,
 )
 
+IN_X0 = [{"name": "sid"}, {"name": "dmd", "alpha": 0.9}]  # these are defined there alone
+ANYWHERE = [
+    {"name": "uid"},
+    {"name": "moment-matching"},
+    {"name": "realuid", "alpha": 0.9, "beta": 0.95},
+    {"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8, "kappa": 0.95},
+]
 
-@pytest.mark.parametrize("match", ["velocity", "x0"])
+
 @pytest.mark.parametrize(
-    "objective",
-    [
-        {"name": "uid"},
-        {"name": "sid"},
-        {"name": "dmd", "alpha": 0.9},
-        {"name": "moment-matching"},
-        {"name": "realuid", "alpha": 0.9, "beta": 0.95},
-        {"name": "general", "alpha": 0.9, "beta": 0.95, "gamma": 0.8, "kappa": 0.95},
-    ],
+    ("objective", "match"),
+    [*((each, "velocity") for each in ANYWHERE), *((each, "x0") for each in [*ANYWHERE, *IN_X0])],
 )
 def test_generator_turn_equals_plain_autograd(objective, match):
     trainer = distiller(path={"match": match}, distill={"objective": objective})
@@ -167,6 +167,12 @@ def test_guidance_at_times_of_its_own_equals_the_two_terms(objective):
     x.backward(gradient)
     for mine, p in zip(explicit, trainer.generator.parameters(), strict=True):
         torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("objective", [{"name": "sds"}, *IN_X0])
+def test_an_objective_of_x0_space_is_not_distilled_in_another(objective):
+    with pytest.raises(UserError, match=r"match must be x0 for .*, not velocity: .* path\.match=x0"):
+        distiller(distill={"objective": objective})
 
 
 @pytest.mark.parametrize("given", [{"objective": {"name": "uid"}, "guidance": 2.0}, {"objective": {"name": "dmd"}}])
