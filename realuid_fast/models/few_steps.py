@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..data import Dataset
 from ..errors import UserError
+from ..matching import Matching
 from ..networks.calling import takes_guidance
-from ..paths import OneSidedPath, Path
+from ..paths import OneSidedPath, Path, name_and_settings
 from .calls import check_start, ends, scales
 from .files import Description
 from .generator import Generator
@@ -189,3 +191,24 @@ def generator_of(net: nn.Module, told: Description) -> Generator | FewSteps:
     if told.steps:
         return FewSteps(net, told.steps, told.t_start, path, predict, told.times)
     return Generator(net, told.t_start, path, predict, told.times, told.ancestral)
+
+
+def described(
+    net: nn.Module, matching: Matching, dataset: Dataset, decay: float, generator: Generator | FewSteps | None = None
+) -> Description:
+    """The description of the network that a trainer exports, where its user gives none: the inverse of
+    :func:`generator_of` for a student's ``generator``. For a path of no name it is one that files refuse.
+    """
+    like = matching if generator is None else generator
+    path, settings = name_and_settings(like.path)
+    network = getattr(net, "built_from", {"kind": "yours", "dim": list(dataset.shape)})
+    told = Description(
+        network, path=path, path_settings=settings, predict=like.predict, data=dataset.config,
+        preprocessing=dataset.preprocessing, decay=decay,
+    )  # fmt: skip
+    if generator is None:
+        return told
+    return replace(
+        told, role="student", t_start=generator.t_start, times=generator.times, steps=generator.numbers,
+        ancestral=generator.ancestral,
+    )  # fmt: skip

@@ -66,6 +66,15 @@ class Description:
         """Evaluations of a student's network a sample, the most that it is trained for."""
         return self.steps[-1] if self.steps else 1 + len(self.times)
 
+    def checked(self) -> Description:
+        """This description; raises :class:`UserError` if it has no path, so that a file would not say how to sample."""
+        if not self.path:
+            raise UserError(
+                "description must be given: the path is none of realuid_fast.paths.PATHS, so that a file cannot name "
+                "it. Enter the class of the path there, or give the trainer a teachers.Description"
+            )
+        return self
+
     def interpolant(self) -> paths.Path:
         """The path; raises :class:`UserError` if this version does not have it."""
         return paths.build(self.path, self.path_settings)
@@ -85,7 +94,12 @@ class Model:
 
 
 def save(file: str | Path, state: Mapping[str, Tensor], description: Description) -> None:
-    """Write a state dict and its description as safetensors; ``file`` is replaced in one step, never half written."""
+    """Write a state dict and its description as safetensors; ``file`` is replaced in one step, never half written.
+
+    Raises:
+        UserError: the description has no path, or the file cannot be written.
+    """
+    description.checked()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     file = Path(file)
     try:

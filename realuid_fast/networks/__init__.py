@@ -49,13 +49,15 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"network '{kind}' needs the setting {', '.join(missing)}")
     try:
         with at_most(MOST_PARAMETERS, f"network '{kind}'"):
-            return KINDS[kind](**settings)
+            net = KINDS[kind](**settings)
     except UserError:
         raise
     except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
         # Sizes that no memory holds, text in the place of a number, an empty list.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"network '{kind}' cannot be built with these settings: {reason}") from error
+    net.built_from = dict(config)  # type: ignore[assignment]  # a trainer writes it into a file's description
+    return net
 
 
 @contextmanager

@@ -62,6 +62,14 @@ def build(name: str, settings: Mapping[str, Any] | None = None, sampler: str | s
         raise UserError(f"path.settings: {error}") from None
 
 
+def name_and_settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """The arguments that :func:`build` makes a path of, but for its sampler; ``""`` for a path that is not in PATHS."""
+    own = [f for f in fields(path) if f.name != "sampler"]
+    settings = {f.name: getattr(path, f.name) for f in own if getattr(path, f.name) != f.default}
+    name = next((name for name, kind in PATHS.items() if kind is type(path)), "")
+    return name, settings if name else {}
+
+
 def weight(name: str, path: Path) -> Weight | None:
     """The time weight of a name: ``one``; ``edm``, :meth:`Path.edm_weight`; ``scale``, the data's scale ``a(t)``;
     ``noise``, the noise's variance ``c(t)^2``.

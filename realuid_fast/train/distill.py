@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..interpolant import Interpolant
 from ..matching import Matching
 from ..models.conditions import endpoints_to_draw, give, labels_to_draw
+from ..models.few_steps import described
 from ..models.files import Description
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
@@ -112,7 +113,7 @@ class Distiller(Trainer):
         if gan is not None:
             names += ["discriminator loss", "adversarial loss"]
         names += ["regression loss"] * (pairs is not None)
-        description = description or Description({}, "student", predict=matching.predict, t_start=generator.t_start)
+        description = description or described(generator.net, matching, dataset, export, generator)
         optimisers = {"fake": fake_optimiser, "generator": generator_optimiser}
         if critic is not None and critic_optimiser is not None:
             optimisers["critic"], names = critic_optimiser, [*names, "critic gradient"]
@@ -134,7 +135,7 @@ class Distiller(Trainer):
         self._seed_scale = precision.seed_scale(self.batch) if fp16 else 1.0
         # Views come after the optimisers, which may move the parameters into one buffer.
         self.frozen_fake: Any = sharding.frozen(fake) if self.sharded else frozen_view(self.judged)
-        self.student = Generator(self._exported, generator.t_start, self.path, matching.predict, generator.times)
+        self.student = generator.on(self._exported)
         self.takes_real = objective.needs_real or gan is not None
         self._labels_of_batch = labels == "batch" or generator.noised
         self.batches: Batches | None = None

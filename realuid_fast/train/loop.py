@@ -87,6 +87,7 @@ class _Run:
         resume: bool,
         lock: Lock | None,
     ) -> None:
+        trainer.description.checked()  # before the first update, not after the last
         self.trainer, self.folder, self.measure, self.shape = trainer, folder, measure, shape
         self.settings, self.config, self.lock = settings, config, lock
         self.leader = distributed.rank() == 0

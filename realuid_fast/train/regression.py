@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..matching import Matching
 from ..models.calls import follows_flow
 from ..models.conditions import endpoints_to_draw, labels_to_draw
-from ..models.few_steps import FewSteps, Flow, Pursuit, pursuit
+from ..models.few_steps import FewSteps, Flow, Pursuit, described, pursuit
 from ..models.files import Description
 from ..models.generator import Generator
 from ..models.pairs import Distance, mean_square, plain_rows, pull
@@ -75,13 +75,9 @@ class RegressionTrainer(Trainer):
                 f"{type(path).__name__} they are random"
             )
         check_solver(solver, path, predict)
-        description = description or Description(
-            {}, "student", predict=predict, t_start=generator.t_start, times=generator.times, steps=generator.numbers
-        )
+        description = description or described(generator.net, matching, dataset, export, generator)
         watched, optimisers = ("regression loss", "generator gradient"), {"generator": optimiser}
-        super().__init__(
-            generator.net, matching, dataset, setup, optimisers, watched, export, optimiser, description
-        )  # fmt: skip
+        super().__init__(generator.net, matching, dataset, setup, optimisers, watched, export, optimiser, description)
         self.teacher, self.generator, self.optimiser = teacher, generator, optimiser
         self.student, self.numbers = generator.on(self._exported), generator.numbers or (1,)
         self._teacher = Flow(teacher, steps, solver, guidance, getattr(distance, "previous", None))

@@ -17,6 +17,7 @@ from ..interpolant import Interpolant
 from ..matching import Matching
 from ..models.calls import call, follows_flow
 from ..models.conditions import endpoints_to_draw, labels_to_draw
+from ..models.few_steps import described
 from ..models.files import Description
 from ..models.halving import Halving
 from ..models.solvers import integrate
@@ -73,7 +74,7 @@ class TeacherTrainer(Trainer):
         export: float = 0.0,
         description: Description | None = None,
     ) -> None:
-        description = description or Description({}, predict=matching.predict)
+        description = description or described(net, matching, dataset, export)
         watched, optimisers = ("loss", "gradient"), {"network": optimiser}
         super().__init__(
             net.train(), matching, dataset, setup, optimisers, watched, export, optimiser, description

@@ -214,7 +214,7 @@ class Trainer(ABC):
     def exported(self) -> tuple[dict[str, Tensor], Description]:
         """The weights that are saved at the end, and their description."""
         with self._exporting():
-            return sharding.whole(self._exported.state_dict()), self.description
+            return sharding.whole(self._exported.state_dict()), self.description.checked()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next update depends on, for any number of ranks; all ranks must call."""

@@ -10,9 +10,11 @@ from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
 from realuid_fast.matching import Matching
+from realuid_fast.models.few_steps import FewSteps
 from realuid_fast.models.generator import Generator
 from realuid_fast.optim import Optimiser
 from realuid_fast.train.distill import Distiller
+from realuid_fast.train.loop import run
 from realuid_fast.train.regression import RegressionTrainer
 from realuid_fast.train.teacher import TeacherTrainer
 from realuid_fast.train.trainer import Setup
@@ -86,6 +88,64 @@ def test_the_other_trainers_of_objects_train():
     student.update()
     assert student.step == 1
     assert torch.isfinite(torch.tensor(student.meters.read()["regression loss"]))
+
+
+def student_on(path, net, **given):
+    generator = Generator(copy.deepcopy(net), t_start=0.9, path=path, predict="noise", times=(0.5,), **given)
+    fake, objective = copy.deepcopy(net), rf.objectives.UID()
+    return Distiller(
+        rf.frozen_view(net), fake, generator, Matching(path, "noise", "x0"), objective, rf.data.moons(),
+        Optimiser(fake, 1e-3), Optimiser(generator.net, 1e-3), Setup(batch=8), fake_turns=1,
+    )  # fmt: skip
+
+
+class Own(torch.nn.Sequential):
+    def forward(self, t, x, y=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_the_file_of_a_student_without_a_description_says_how_to_sample(tmp_path, ancestral):
+    net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1})
+    trainer = student_on(rf.paths.VP(beta_max=12.0), net, ancestral=ancestral)
+    trainer.update()
+    file, z = tmp_path / "student.safetensors", torch.randn(3, 2)
+    rf.teachers.save(file, *trainer.exported())
+    read = rf.load(file)
+    assert torch.equal(read(z), trainer.generator(z))
+    assert torch.equal(trainer.sample(z), trainer.generator(z))
+    assert (read.description.data, read.description.decay) == (rf.data.moons().config, 0.0)
+
+
+def test_the_file_of_every_trainer_names_its_path_and_its_network(tmp_path):
+    path, file = rf.paths.VP(beta_max=12.0), tmp_path / "net.safetensors"
+    own = Own(torch.nn.Linear(2, 2))
+    rf.teachers.save(file, *student_on(path, own).exported())
+    with pytest.raises(UserError, match=r"your own module: give the module to teachers\.load as 'net'"):
+        rf.load(file)
+    assert rf.teachers.load(file, net=copy.deepcopy(own)).description.interpolant() == path
+    net, matching = rf.networks.build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1}), Matching(path, "noise")
+    teacher = TeacherTrainer(net, matching, rf.data.moons(), Optimiser(net, 1e-3), SETUP)
+    rf.teachers.save(file, *teacher.exported())
+    assert (rf.load(file).description.interpolant(), rf.load(file).description.predict) == (path, "noise")
+    few = FewSteps(copy.deepcopy(net), (3,), None, path, "noise")
+    student = RegressionTrainer(rf.frozen_view(net), few, matching, rf.data.moons(), Optimiser(few.net, 1e-3), SETUP)
+    rf.teachers.save(file, *student.exported())
+    z = torch.randn(3, 2)
+    assert torch.equal(rf.load(file)(z), few(z))
+
+
+def test_a_student_on_a_path_without_a_name_needs_a_description(tmp_path):
+    net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1})
+    path = rf.paths.custom(lambda t: 1 - t, lambda t: t, t_range=(0.0, 0.95))
+    trainer = student_on(path, net)
+    trainer.update()
+    for refused in (trainer.exported, lambda: run(trainer, tmp_path, None, (2,))):
+        with pytest.raises(
+            UserError, match=r"description must be given: the path is none of realuid_fast\.paths\.PATHS"
+        ):
+            refused()
+    assert not list(tmp_path.iterdir())
 
 
 def test_arguments_that_do_not_fit_are_named():
