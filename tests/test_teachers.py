@@ -132,6 +132,45 @@ def test_keys_that_do_not_fit_are_listed(tmp_path, saved, net):
         teachers.load(file)
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_another_type_are_refused_by_name(tmp_path, saved, kind):
+    state, file = load_file(str(saved)), tmp_path / "other.safetensors"
+    state["last.bias"] = state["last.bias"].abs().to(kind)
+    teachers.save(file, state, teachers.Description(NETWORK))
+    with pytest.raises(UserError, match=rf"of another type last\.bias {kind} instead of torch\.float32"):
+        teachers.load(file)
+
+
+def test_halves_and_whole_buffers_load(tmp_path):
+    net, file = torch.nn.BatchNorm1d(2), tmp_path / "norm.safetensors"
+    state = {name: value.half() if value.is_floating_point() else value + 3 for name, value in net.state_dict().items()}
+    teachers.save(file, state, teachers.wrap(net, (2,)).description)
+    read = teachers.load(file, net=net).net
+    assert (read.weight.dtype, int(read.num_batches_tracked)) == (torch.float32, 3)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.last.weight = self.first.weight
+
+    def forward(self, t, x, y=None):
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_a_student_with_tied_weights_is_saved_and_read_again(tmp_path):
+    torch.manual_seed(0)
+    content = {"data": {"name": "moons"}, "distill": {"batch": 8, "updates": 2, "fake_turns": 1}}
+    trainer = trainers.distiller(configs.from_mapping(content), data.load(content["data"]), teachers.wrap(Tied(), (2,)))
+    trainer.update()
+    file, z = tmp_path / "student.safetensors", torch.randn(3, 2)
+    teachers.save(file, *trainer.exported())
+    read = teachers.load(file, net=teachers.wrap(Tied(), (2,)).net).net
+    assert torch.equal(sampling.one_step(read, z, trainer.description.t_start), trainer.sample(z))
+    assert read.net.last.weight is read.net.first.weight
+
+
 def test_published_checkpoints(tmp_path):
     net = build(UNET)
     states = {d: {f"module.{k}": v + d for k, v in net.state_dict().items()} for d in (0.5, 0.9)}

@@ -100,7 +100,14 @@ def save(file: str | Path, state: Mapping[str, Tensor], description: Description
         UserError: the description has no path, or the file cannot be written.
     """
     description.checked()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # Tied weights are one tensor of two names, and safetensors refuses memory that two names share.
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
     file = Path(file)
     try:
         # Not written by the safetensors library, whose files only their owner can read.
@@ -120,8 +127,8 @@ def load(file: str | Path, role: str | None = None, net: nn.Module | None = None
 
     Raises:
         UserError: a missing, damaged or foreign file, a newer format, the other role, or parameters that do not fit the
-            described network or are not finite (each one named). The checksum that :func:`save` wrote is compared;
-            files of earlier formats may have none.
+            described network, by name, shape or type, or are not finite (each one named). The checksum that
+            :func:`save` wrote is compared; files of earlier formats may have none.
     """
     file = Path(file)
     tensors, metadata = read_safetensors(file)
@@ -199,7 +206,8 @@ def load_exactly(
             ``state``, and of entries of ``state`` that ``net`` need not have.
 
     Raises:
-        UserError: a name is missing or unexpected, a shape differs, or a value is not finite.
+        UserError: a name is missing or unexpected, a shape differs, a number is whole or complex where ``net`` has a
+            float or the reverse, a float has 8 bits, or a value is not finite.
     """
     _check_fit(net, state, where, allow_missing, allow_unexpected)
     own = net.state_dict()
@@ -247,9 +255,21 @@ def _check_fit(
         for name in set(own) & set(state)
         if own[name].shape != state[name].shape
     )
-    lists = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    retyped = sorted(
+        f"{name} {state[name].dtype} instead of {own[name].dtype}"
+        for name in set(own) & set(state)
+        if _kind(state[name]) != _kind(own[name])
+    )
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another type": retyped}
     if faults := [f"{what} {few(names)}" for what, names in lists.items() if names]:
         raise UserError(f"{where} does not fit the network: {'; '.join(faults)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    """The types that are cast into one another without a loss of meaning. Floats of 8 bits lack their scales."""
+    if not tensor.is_floating_point():
+        return "complex" if tensor.is_complex() else "whole"
+    return "float" if tensor.element_size() > 1 else "float of 8 bits"
 
 
 def _not_allowed(names: set[str], patterns: Sequence[str]) -> list[str]:
