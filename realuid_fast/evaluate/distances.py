@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +110,8 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, 
     The unbiased squared maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``, averaged over ``subsets`` pairs
     of random subsets of ``size`` (or all, if there are fewer). Its expectation is 0 for samples of one law, so single
     values may be negative (Bińkowski et al., 2018, arXiv:1801.01401). The standard error is the subsets' standard
-    deviation over the root of their number; it is a little too small if subsets overlap much.
+    deviation over the root of their number; it is a little too small if subsets overlap much. It is NaN for one subset,
+    and where every subset is all of ``a`` and all of ``b``: equal subsets say nothing of the error.
 
     Raises:
         UserError: other shapes, no subset, or subsets of fewer than two samples.
@@ -134,8 +136,8 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, 
         x, y = (each[torch.randperm(len(each), generator=generator)[:size].to(each.device)] for each in (a, b))
         found.append(within(x) + within(y) - 2 * kernel(x, y).mean())
     values = torch.stack(found)
-    error = values.std().item() / subsets**0.5 if subsets > 1 else float("nan")
-    return values.mean().item(), error
+    known = subsets > 1 and size < max(len(a), len(b))
+    return values.mean().item(), values.std().item() / subsets**0.5 if known else math.nan
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int = 0) -> float:

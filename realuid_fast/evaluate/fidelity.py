@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,10 @@ _CACHE_FORMAT = 2
 
 @dataclass(frozen=True)
 class Scores:
-    """Distances of one set of generated samples to real ones; ``kernel_error`` is the standard error of ``kernel``."""
+    """Distances of one set of generated samples to real ones; ``kernel_error`` is the standard error of ``kernel``.
+
+    It is NaN, an empty cell of the table and null in JSON, where :func:`.distances.kernel_distance` cannot give one.
+    """
 
     frechet: float
     kernel: float
@@ -248,7 +252,9 @@ class Row:
         found = {}
         for name in (field.name for field in fields(Scores)):
             values = [getattr(each, name) for each in self.scores]
-            found[name] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            # The standard library has no deviation of NaN.
+            known = len(values) > 1 and not any(map(math.isnan, values))
+            found[name] = statistics.mean(values), statistics.stdev(values) if known else 0.0
         return found
 
 
@@ -289,7 +295,8 @@ def markdown(table: Sequence[Row], protocol: dict[str, Any]) -> str:
     ]
     for row in table:
         found = row.spread()
-        kernel = f"{1000 * found['kernel'][0]:.4g} ± {1000 * found['kernel_error'][0]:.2g}"
+        error = found["kernel_error"][0]
+        kernel = f"{1000 * found['kernel'][0]:.4g}" + ("" if math.isnan(error) else f" ± {1000 * error:.2g}")
         cells = [_cell(row, "frechet", ".4g"), kernel, _cell(row, "precision", ".3f"), _cell(row, "recall", ".3f")]
         lines.append(f"| {' | '.join([row.name, *cells, str(row.evaluations or '')])} |")
     lines += [
@@ -307,14 +314,19 @@ def _cell(row: Row, name: str, digits: str) -> str:
     return f"{mean:{digits}} ± {deviation:{digits}} ({', '.join(f'{getattr(s, name):{digits}}' for s in row.scores)})"
 
 
+def _plain(values: dict[str, float]) -> dict[str, float | None]:
+    """``values`` with None in the place of NaN, which JSON does not have."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
 def write(folder: Path, table: Sequence[Row], protocol: dict[str, Any], **context: Any) -> None:
     """``evaluation.json`` and ``table.md`` in ``folder``; ``context`` (threads, versions) joins the former."""
     found = [
         {
             "name": row.name,
             "network_evaluations": row.evaluations,
-            **{name: mean for name, (mean, _) in row.spread().items()},
-            "seeds": [asdict(each) for each in row.scores],
+            **_plain({name: mean for name, (mean, _) in row.spread().items()}),
+            "seeds": [_plain(asdict(each)) for each in row.scores],
         }
         for row in table
     ]

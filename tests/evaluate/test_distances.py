@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import sys
 import types
 
@@ -95,6 +96,11 @@ def test_kernel_distance_is_the_double_loop():
     assert error == pytest.approx(np.std(found, ddof=1) / 2, rel=1e-10)
     # A subset is never larger than a set.
     assert distances.kernel_distance(a, b[:7], 1, 1000)[0] == pytest.approx(loop(a, b[:7]), rel=1e-10)
+    # Subsets that are all of both sets are one and the same; their deviation is that of rounding, and no error.
+    whole, unknown = distances.kernel_distance(a, b[:7], 50, 1000)
+    assert whole == pytest.approx(loop(a, b[:7]), rel=1e-10)
+    assert math.isnan(unknown)
+    assert distances.kernel_distance(a, b, 50, 1000)[1] > 1e-6
 
 
 def test_kernel_distance_of_one_law_is_zero_within_its_error():

@@ -57,7 +57,9 @@ def noisy(z, labels=None):
     return (0.5 * z).clamp(-1, 1)
 
 
-def test_scores_are_those_of_all_samples_at_once(dataset):
+def test_scores_are_those_of_all_samples_at_once(dataset, monkeypatch):
+    # All of the 20 that are kept would leave the standard error unknown.
+    monkeypatch.setattr(fidelity, "SUBSET_SIZE", 15)
     images, made = dataset.pixels("train"), []
 
     def sample(z):
@@ -70,7 +72,7 @@ def test_scores_are_those_of_all_samples_at_once(dataset):
     generated, real = extract(torch.cat(made)), extract(images)
     assert found.frechet == pytest.approx(metrics.frechet_distance(generated, real), rel=1e-6)
     kept = torch.arange(20) * 60 // 20
-    kernel = metrics.kernel_distance(generated[:20], real[kept], fidelity.SUBSETS, fidelity.SUBSET_SIZE)
+    kernel = metrics.kernel_distance(generated[:20], real[kept], fidelity.SUBSETS, 15)
     assert (found.kernel, found.kernel_error) == pytest.approx(kernel, rel=1e-4)
     assert (found.precision, found.recall) == metrics.precision_recall(real[kept], generated[:20])
 
@@ -199,6 +201,21 @@ def test_the_rows_of_teacher_and_student(student, dataset):
     assert (mean, deviation) == pytest.approx((sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5))
     line = fidelity.markdown(table, judge.protocol(10, 2)).splitlines()[5]
     assert f"| {mean:.4g} ± {deviation:.4g} ({scores[0]:.4g}, {scores[1]:.4g}) |" in line
+
+
+def test_a_standard_error_that_is_not_known_is_left_out(dataset, tmp_path):
+    """30 samples and 30 of the real ones: every subset is all of both."""
+    judge = Fidelity(dataset, Means(), keep=30, cache=None)
+    table = [fidelity.Row("one", [judge(noisy, UNCONDITIONAL, 30, seed) for seed in seeds]) for seeds in ((0,), (0, 1))]
+    fidelity.write(tmp_path, table, judge.protocol(30, 2))
+
+    def no_number(found):
+        raise AssertionError(f"{found} is no JSON")
+
+    rows = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=no_number)["rows"]
+    assert [row["kernel_error"] for row in rows] == [each["kernel_error"] for each in rows[1]["seeds"]] == [None, None]
+    lines = fidelity.markdown(table, judge.protocol(30, 2)).splitlines()[2:4]
+    assert [line.split(" | ")[2] for line in lines] == [f"{1000 * row['kernel']:.4g}" for row in rows]
 
 
 def test_settings_that_cannot_be_used(dataset):

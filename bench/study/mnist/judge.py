@@ -3,6 +3,7 @@ distance, memorisation."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +31,8 @@ class Scores:
         interval: its 95 % bootstrap interval, over samples and held-out images.
         to_train: the same distance to 10,000 training images.
         precision, recall: Kynkäänniemi et al., 1904.06991, on 2,000 of each.
-        kernel, kernel_error: kernel distance and its standard error, Bińkowski et al., 1801.01401.
+        kernel, kernel_error: kernel distance and its standard error, Bińkowski et al., 1801.01401; the latter is NaN,
+            null in JSON, where every subset is all samples.
         memorised: the probability that a sample is nearer, in pixels, to its nearest training image than a held-out
             image is to its own. New images of the training law have 0.5, copies of training images have 1.
     """
@@ -45,7 +47,7 @@ class Scores:
     memorised: float
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | ({"kernel_error": None} if math.isnan(self.kernel_error) else {})
 
 
 class Judge:
