@@ -167,7 +167,9 @@ class Linear(OneSidedPath):
 
     ``shift`` concerns only samplers with many steps. Without it steps are equal in the share ``u`` of noise that is
     left. With it the share becomes ``shift u / (1 + (shift - 1) u)``: above 1 more steps are taken in noise.
-    Source: Esser et al. (2403.03206), equation 23; ``shift`` of diffusers' ``FlowMatchEulerDiscreteScheduler``.
+    Source: Esser et al. (2403.03206), equation 23; ``shift`` of diffusers' ``FlowMatchEulerDiscreteScheduler``, whose
+    levels differ: before the shift all but the last are equal from 1 to a smallest level, and the last leads from there
+    to 0. With shift 3 and 10 steps it has 0.9601, 0.9133, 0.8577 after 1, and this path 0.9643, 0.9231, 0.875.
     """
 
     data_at: int = field(default=1, kw_only=True)

@@ -98,6 +98,8 @@ class LogitNormal(QuantileSampler):
 class LogNormal(QuantileSampler):
     """``ln sigma ~ N(mean, std^2)`` for the noise level ``sigma = c / a``, on any path that has one; ``std > 0``.
 
+    On :class:`~realuid_fast.paths.DDBMVE` it is the diffusion's ``sigma``, the time.
+
     Source: Karras et al. (2206.00364), table 1: ``(-1.2, 1.2)``.
     """
 

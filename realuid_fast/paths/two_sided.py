@@ -308,6 +308,7 @@ class DDBMVE(TwoSidedPath):
         return -speed, speed, (left - share) / torch.sqrt(left)
 
     def time_at_sigma(self, sigma: Tensor) -> Tensor:
+        """``sigma`` itself: the diffusion's, from which ``c / a = sigma / sqrt(1 - r)`` differs."""
         return sigma
 
 
