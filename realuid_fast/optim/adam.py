@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UserError
 from ..ops.reference import average_
+from .checks import check_decays, check_group, check_setting, check_state, check_unmoved
 from .flat import FlatParameters, check_parameters, is_sharded, like_parameter, local, padded, spread
 
 
@@ -115,10 +116,8 @@ class FusedAdam(torch.optim.Optimizer):
     ) -> None:
         if amsgrad:
             raise UserError("amsgrad must be False: FusedAdam keeps no maximum of the second moments")
-        if not clip >= 0:
-            raise UserError(f"clip must not be negative, got {clip:g}")
-        if len(set(ema_decays)) != len(ema_decays) or not all(0 < d < 1 for d in ema_decays):
-            raise UserError(f"ema_decays must be different numbers in (0, 1), got {list(ema_decays)}")
+        check_setting("clip", clip, "be a number that is not negative", lambda norm: norm >= 0)
+        check_decays(ema_decays)
         self.clip, self.ema_decays, self.ema_warmup = float(clip), tuple(map(float, ema_decays)), ema_warmup
         self._lay_flat = flat
         self._reset()
@@ -162,6 +161,13 @@ class FusedAdam(torch.optim.Optimizer):
                     for p, home in zip(params, self._room(name, index, rows), strict=True):
                         self.state[p][name] = home.copy_(self.state[p][name])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch's schedulers wrap `step` when they are made. They would fill a table of rates with a table.
+        tables = getattr(value, "_wrapped_by_lr_sched", False) and [group["lr"] for group in self.param_groups]
+        if tables and any(isinstance(lr, Tensor) and lr.numel() > 1 for lr in tables):
+            raise UserError("lr is a table, a schedule of its own: give one rate to use a scheduler of torch")
+        super().__setattr__(name, value)
+
     @property
     def skipped(self) -> Tensor:
         """Steps skipped so far, an int64 tensor ``()``."""
@@ -183,7 +189,7 @@ class FusedAdam(torch.optim.Optimizer):
         _plain(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            check_group(group)
             check_parameters(self._parameters())
             if self._lay_flat and is_sharded(group["params"][0]):
                 raise UserError("flat storage is for parameters that a process holds whole, these are sharded")
@@ -213,12 +219,22 @@ class FusedAdam(torch.optim.Optimizer):
         """Update the parameters from their gradients, then the averages; the closure's loss, if there is one.
 
         Raises:
-            UserError: no parameter has a gradient, or one has a sparse gradient.
+            UserError: no parameter has a gradient, one has a sparse gradient, or a parameter has another type, device
+                or layout in memory than when the optimiser was built.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._step()
+        except RuntimeError:
+            params = self._parameters()
+            check_unmoved(params, [self.state[p]["exp_avg_sq"] for p in params])
+            raise
+        return loss
+
+    def _step(self) -> None:
         # `reduce` may replace gradients, so collect the tensors to update afterwards.
         if self.reduce and (present := [local(p.grad) for p in self._parameters() if p.grad is not None]):
             self.reduce(present)
@@ -260,7 +276,6 @@ class FusedAdam(torch.optim.Optimizer):
         if idle and self.ema_decays:
             averages = [self.state[p]["ema"] for p in idle]
             average_([*map(local, idle)], averages, self.norm, self.counts, self._decays, self.ema_warmup)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, or set them to zero, as ``torch.optim.Optimizer`` does."""
@@ -283,7 +298,7 @@ class FusedAdam(torch.optim.Optimizer):
                 group["lr"] = float(lr.flatten()[min(int(self.counts[0]), lr.numel() - 1)])
         # Parameters share a counter here; torch's Adam counts each for itself.
         state["state"] = {k: {**values, "step": values["step"].clone()} for k, values in state["state"].items()}
-        return {**state, "counts": self.counts}
+        return {**state, "counts": self.counts.clone()}
 
     def adam_state_dict(self) -> dict[str, Any]:
         """A copy of the state for ``torch.optim.Adam.load_state_dict``, to go on without clip and averages."""
@@ -304,15 +319,10 @@ class FusedAdam(torch.optim.Optimizer):
         steps. A schedule is kept; a learning rate that is a number is replaced by the loaded one.
 
         Raises:
-            UserError: state of Adam with ``amsgrad`` or ``decoupled_weight_decay``, or another number of averages.
+            UserError: state of Adam with ``amsgrad`` or ``decoupled_weight_decay``, another number of averages, or a
+                tensor of another shape. Nothing has been loaded then.
         """
-        for group in state_dict["param_groups"]:
-            for name in ("amsgrad", "decoupled_weight_decay"):
-                if group.get(name):
-                    raise UserError(f"state_dict was made with {name}, which FusedAdam does not have")
-        for values in state_dict["state"].values():
-            if "ema" in values and len(values["ema"]) != len(self.ema_decays):
-                raise UserError(f"state_dict has {len(values['ema'])} averages, this has {len(self.ema_decays)}")
+        check_state(state_dict, self._parameters(), len(self.ema_decays))
         mine, own_lr = self.state, [group["lr"] for group in self.param_groups]
         _plain(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         theirs, self.state = self.state, mine
@@ -331,8 +341,6 @@ class FusedAdam(torch.optim.Optimizer):
                 state, saved = self.state[p], theirs.get(p, {})
                 for name, value in state.items():
                     if name in saved and name != "step":
-                        if is_sharded(p) and not is_sharded(saved[name]):
-                            raise UserError(f"state_dict holds a whole {name}, the parameters are sharded")
                         value.copy_(local(saved[name]))
                     elif name.startswith("exp_avg"):
                         value.zero_()
@@ -421,21 +429,3 @@ class FusedAdam(torch.optim.Optimizer):
             yield _Update(
                 first["step"], [local(p) for p, _ in members], [like_parameter(p) for p, _ in members], *lists
             )
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        device = group["params"][0].device if group["params"] else lr.device
-        if lr.device != device or lr.dtype not in (torch.float32, torch.float64):
-            raise UserError(f"lr as a tensor must be float32 or float64 on {device}, got {lr.dtype} on {lr.device}")
-        if not lr.numel() or not lr.is_contiguous():
-            raise UserError(f"lr as a tensor must be contiguous with at least one element, got shape {tuple(lr.shape)}")
-    elif not lr >= 0:
-        raise UserError(f"lr must not be negative, got {lr:g}")
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        raise UserError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
-    if not group["eps"] > 0:
-        raise UserError(f"eps must be positive, got {group['eps']:g}")
-    if not group["weight_decay"] >= 0:
-        raise UserError(f"weight_decay must not be negative, got {group['weight_decay']:g}")

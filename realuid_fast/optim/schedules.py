@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .adam import FusedAdam
+from .checks import check_setting
 from .flat import is_sharded, local, spread
 
 DECAYS = ("constant", "cosine", "linear")
@@ -73,8 +75,7 @@ class Optimiser:
         ema_warmup: bool = True,
         warmup_from_zero: bool = False,
     ) -> None:
-        if not lr > 0:
-            raise UserError(f"lr must be positive, got {lr:g}")
+        check_setting("lr", lr, "be a positive number", lambda rate: 0 < rate < math.inf)
         if warmup < 0 or total < 0:
             raise UserError(f"warmup and total must not be negative, got {warmup} and {total}")
         if not 0 <= floor <= 1:

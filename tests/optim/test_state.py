@@ -110,6 +110,17 @@ def test_checkpoints_of_torchs_fused_adam_load(beta1):
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"clip": math.nan}, "clip"),
         ({"ema_decays": (0.9, 0.9)}, "ema_decays"),
+        ({"lr": "1e-3"}, "lr must be a finite number"),
+        ({"lr": math.inf}, "lr must be a finite number"),
+        ({"lr": torch.tensor(-1.0)}, "lr as a tensor must hold finite numbers"),
+        ({"lr": torch.tensor([0.1, math.nan])}, "lr as a tensor must hold finite numbers"),
+        ({"betas": None}, "betas must be two numbers"),
+        ({"betas": ("a", 0.9)}, "betas must be two numbers"),
+        ({"eps": "x"}, "eps must be a positive number"),
+        ({"weight_decay": None}, "weight_decay must be"),
+        ({"clip": None}, "clip must be a number"),
+        ({"ema_decays": 0.9}, "ema_decays must be a tuple or a list"),
+        ({"ema_decays": ("a",)}, "ema_decays must be different numbers"),
     ],
 )
 def test_settings_of_adam_outside_their_range_are_refused(settings, word):
@@ -215,3 +226,58 @@ def test_state_that_cannot_be_is_refused():
         FusedAdam(params).load_state_dict(adam.state_dict())
     with pytest.raises(UserError, match="1 averages, this has 2"):
         FusedAdam(params, ema_decays=(0.5, 0.9)).load_state_dict(FusedAdam(params, ema_decays=(0.5,)).state_dict())
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,)])
+def test_a_state_of_other_shapes_is_refused_before_anything_changes(shape):
+    def stepped(*shapes):
+        params = [nn.Parameter(torch.ones(each)) for each in shapes]
+        optimiser = FusedAdam(params)
+        give_gradients(params, 0)
+        optimiser.step()
+        return optimiser
+
+    mine, other = stepped((4,), (3,)), stepped((4,), shape)
+    other.state[other.param_groups[0]["params"][0]]["exp_avg"].fill_(5.0)
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(UserError, match=rf"exp_avg of shape \({shape[0]},\) for the parameter 1, not \(3,\)"):
+        mine.load_state_dict(other.state_dict())
+    for key, values in before["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, mine.state_dict()["state"][key][name])
+    mine.step()
+    assert before["counts"].tolist() == [1, 0]
+    for junk in (None, {}):
+        with pytest.raises(UserError, match="state_dict must be the state of a FusedAdam"):
+            mine.load_state_dict(junk)
+
+
+def test_the_state_is_not_the_counts_that_go_on():
+    params = make_params()
+    optimiser = FusedAdam(params)
+    state = optimiser.state_dict()
+    give_gradients(params, 0)
+    optimiser.step()
+    assert state["counts"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("move", "words"),
+    [
+        (lambda net: net.to(memory_format=torch.channels_last), "parameter 0 has changed its layout in memory"),
+        (lambda net: net.double(), r"parameter 0 has changed its type .* from torch\.float32 to torch\.float64"),
+    ],
+)
+def test_a_network_that_was_moved_after_its_optimiser_was_built_is_named(move, words):
+    net = nn.Conv2d(3, 4, 3)
+    optimiser = FusedAdam(net.parameters())
+    move(net)
+    net(torch.randn(2, 3, 5, 5, dtype=net.weight.dtype)).square().sum().backward()
+    with pytest.raises(UserError, match=words + ".*build the optimiser after the network is moved"):
+        optimiser.step()
+
+
+def test_schedulers_of_torch_are_refused_for_a_table_of_rates():
+    optimiser = FusedAdam(make_params(), lr=torch.linspace(0.1, 0.01, 5))
+    with pytest.raises(UserError, match="lr is a table, a schedule of its own"):
+        torch.optim.lr_scheduler.StepLR(optimiser, 2)
