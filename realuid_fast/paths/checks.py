@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..contracts import check_tensor, host_checks_allowed, type_name
+from ..contracts import check_tensor, host_checks_allowed, is_number, type_name
 from ..errors import UserError
 
 
@@ -38,7 +38,8 @@ def _rounded(t_range: tuple[float, float], dtype: torch.dtype) -> tuple[float, f
 def check_number(name: str, value: float, above: float = -math.inf, below: float = math.inf) -> None:
     """Refuse a value that is not a finite number strictly between ``above`` and ``below``."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, not {value!r}")
+        how = f": pass float({name})" if is_number(value) and not isinstance(value, (int, float)) else ""
+        raise UserError(f"{name} must be a finite number, not {value!r}{how}")
     if not above < value < below:
         bound = f"above {above:g}" if math.isinf(below) else f"between {above:g} and {below:g}"
         raise UserError(f"{name} must lie {bound}, got {value:g}")

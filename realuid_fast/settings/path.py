@@ -40,7 +40,11 @@ class PathConfig:
     predict: str | None = setting(None, "what the network's output is", choices=paths.PREDICTIONS)
     sampler: str = setting("stratified", "the law of the times", choices=SAMPLERS)
     sampler_settings: dict[str, Any] = setting(dict, "the sampler's own numbers")
-    match: str = setting("velocity", "the space in which distances are taken", choices=paths.MATCH_SPACES)
+    match: str = setting(
+        "velocity",
+        "the space in which distances are taken; the objectives sds, dmd, sid and realsid need x0",
+        choices=paths.MATCH_SPACES,
+    )
     weight: str = setting("one", "the weight of a time in the loss", choices=paths.WEIGHTS)
     fake: LawConfig = setting(LawConfig, "the times of the fake model's turn and their weight")
     generator: LawConfig = setting(LawConfig, "the times of the generator's turn and their weight")

@@ -497,6 +497,7 @@ def test_every_named_path_builds_and_runs():
         (lambda: Linear(data_at=2), "data_at must be 0 or 1"),
         (lambda: Linear(time_scale=0.0), "time_scale must lie above 0, got 0"),
         (lambda: VE(sigma_data=float("nan")), "sigma_data must be a finite number"),
+        (lambda: VE(sigma_data=np.float32(0.5)), r"sigma_data must be a finite number, .*: pass float\(sigma_data\)"),
         (lambda: VE(sigma_min=1.0, sigma_max=0.5), "sigma_max must lie above 1, got 0.5"),
         (lambda: VP(beta_max=0.05), "beta_max must lie above 0.1"),
         (lambda: VPCosine(offset="0"), "offset must be a finite number, not '0'"),
