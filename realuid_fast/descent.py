@@ -15,6 +15,7 @@ from .functional import GeneratorGrads
 from .interpolant import Interpolant
 from .objective import Objective
 from .objectives import SiD
+from .paths import OneSidedPath
 
 
 def generator_grads(
@@ -71,6 +72,11 @@ def generator_grads(
         return grads(objective, replace(draw, coef=coef))
     if objective.name != "SiD":
         raise UserError(f"objective must be SiD, or one whose gradient flows through x alone; not {objective.name}")
+    if draw.match != "x0" or not isinstance(draw.path, OneSidedPath):
+        raise UserError(
+            f"draw must be of a one-sided path in x0 space for {objective.name} with a divergence, not of "
+            f"{type(draw.path).__name__} in {draw.match} space"
+        )
     # Two of SiD's losses span the row: -||delta||^2 + 2 <delta, f* - x> and the same with -2 ||delta||^2.
     once, twice = (grads(SiD(alpha, scaled=objective.sample_scale > 0), draw) for alpha in (0.5, 1.0))
     with torch.enable_grad():

@@ -76,3 +76,6 @@ def test_without_a_divergence_it_is_the_plain_call():
         descent.generator_grads(SiD(1.0), draw, a, b, "kl", torch.randn(3))
     with pytest.raises(UserError, match="objective must be SiD, or one whose gradient flows through x alone; not UID"):
         descent.generator_grads(UID(), draw, a, b, "forward-kl", torch.randn(3))
+    velocity = paths.Linear().draw(x, n, t=torch.rand(3))
+    with pytest.raises(UserError, match=r"draw must be of a one-sided path in x0 space .* not of Linear in velocity"):
+        descent.generator_grads(SiD(1.0, scaled=False), velocity, a, b, "forward-kl", torch.randn(3))
