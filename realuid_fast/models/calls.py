@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from ..coefficients import Coefficients
 from ..errors import UserError
 from ..networks.calling import arguments, both, null_labels, takes_endpoint, takes_guidance
 from ..paths import Linear, OneSidedPath, Path
+from ..paths.facts import fact
 
 LINEAR = Linear()
 
@@ -23,7 +23,7 @@ class Ends(NamedTuple):
     data: float
 
 
-@functools.lru_cache(maxsize=256)
+@fact
 def ends(path: Path) -> Ends:
     """:func:`ends`: the data's end of time is the one where ``x_t`` holds less of noise and endpoint."""
     low, high = path.t_range
@@ -81,6 +81,7 @@ def follows_flow(path: Path, predict: str) -> bool:
     raise AssertionError
 
 
+@fact
 def scales(path: Path, t: float) -> tuple[float, float, float]:
     row = Coefficients(path.coefficients(torch.tensor([t], dtype=torch.float64), "x0", "x0")[0])
     return row.a.item(), row.b.item(), row.c.item()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..coefficients import Coefficients
 from ..errors import UserError
 from ..paths import OneSidedPath, Path
+from ..paths.facts import fact
 from .calls import LINEAR, arguments, check_endpoint, check_start, ends, follows_flow, scales
 
 START_SIGMA = 2.5  # noise level that a generator starts from: Zhou et al., SiD (2404.04057)
@@ -82,7 +82,7 @@ def step_at(start: Start, net: nn.Module, x: Tensor, labels: Tensor | None, endp
     return torch.add(x if start.k_x == 1 else x * start.k_x, out, alpha=start.k_out)
 
 
-@functools.lru_cache(maxsize=256)
+@fact
 def starting(path: Path, predict: str, t_start: float) -> Start:
     """The numbers of :func:`one_step`; raises its errors."""
     check_start(path, t_start)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from ..errors import UserError
 from ..networks.calling import takes_endpoint
 from ..noise import NoiseStream, normal
 from ..paths import DDBMVE, VE, Linear, OneSidedPath, Path
+from ..paths.facts import fact
 from .calls import LINEAR, call, check_endpoint, check_start, converted, ends, follows_flow, scales
 
 SOLVERS = choices.SOLVERS
@@ -264,7 +264,7 @@ def _trapezoid_to_data(path: Path, predict: str) -> bool:
     return predict == "velocity" and not path.steep[ends(path).data == path.t_range[1]]
 
 
-@functools.lru_cache(maxsize=256)
+@fact
 def grid(path: Path, start: float, data: float, steps: int) -> tuple[tuple[float, float], ...]:
     """The time of every one of :func:`integrate`'s ``steps`` steps, and its signed length."""
     if isinstance(path, (VE, DDBMVE)):

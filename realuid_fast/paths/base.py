@@ -6,7 +6,6 @@ native prediction into it, follow from them. So a new path is one small class an
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from ..coefficients import Coefficients
 from ..contracts import check_device, check_tensor, check_whole, type_name
 from ..errors import UserError
 from .checks import check_choice, check_number, check_times
+from .facts import fact
 from .samplers import Sampler, named
 
 MATCH_SPACES = ("velocity", "x0", "noise")
@@ -304,7 +304,7 @@ def _weights(weight: Weight, t: Tensor) -> Tensor:
     return w.to(t.dtype)
 
 
-@functools.lru_cache(maxsize=256)
+@fact
 def _uses(path: Path, column: str, match: str, predict: str) -> bool:
     """Whether a column of the coefficients differs from zero at some time."""
     low, high = path.t_range

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..extras import extra
 from .checks import check_number
+from .facts import fact
 from .one_sided import OneSidedPath, Pair
 
 NEWTON_STEPS = 12
@@ -136,7 +136,7 @@ def _scales(ratio: Tensor) -> Pair:
     return torch.sqrt(torch.sigmoid(ratio)), torch.sqrt(torch.sigmoid(-ratio))
 
 
-@functools.lru_cache(maxsize=32)
+@fact
 def _cubics(path: DiscreteVP, device: torch.device) -> Pair:
     """``ln(A / (1 - A))`` of every step and its slope per step, copied to the device once."""
     with extra():
@@ -146,5 +146,4 @@ def _cubics(path: DiscreteVP, device: torch.device) -> Pair:
     values = np.log(table) - np.log1p(-table)
     steps = np.arange(len(table))
     slopes = PchipInterpolator(steps, values).derivative()(steps)
-    with torch.inference_mode(False):  # the cached tensors outlive a caller's inference mode
-        return torch.tensor(values, device=device), torch.tensor(slopes, device=device)
+    return torch.tensor(values, device=device), torch.tensor(slopes, device=device)
