@@ -84,7 +84,7 @@ class Tripwires:
         check_whole("batch", batch)
         if batch is None or batch < 1 or not heldout.numel():
             raise UserError(f"batch must be at least 1, and heldout hold a sample, got {batch} and {len(heldout)}")
-        held, self._batch = heldout[:MOST].flatten(1), batch
+        held, self._batch, self._held = heldout[:MOST].flatten(1), batch, heldout.shape[1:]
         directions = torch.randn(held.shape[1], PROJECTIONS, generator=torch.Generator().manual_seed(0))
         directions = F.normalize(directions, dim=0)
         ranks = ((torch.arange(batch) + 0.5) / batch * len(held)).long()
@@ -111,6 +111,9 @@ class Tripwires:
             raise UserError(
                 f"draw must hold {self._batch} samples, the batch of the sliced distance, not {len(draw.x)}"
             )
+        if self._batch is not None and draw.x.shape[1:] != self._held:
+            shape = tuple(draw.x.shape[1:])
+            raise UserError(f"draw must hold samples of shape {tuple(self._held)} like heldout, not {shape}")
         for name, out in (("teacher_out", teacher_out), ("fake_out", fake_out)):
             check_tensor(name, out)
             if out.shape != draw.x.shape or out.device != draw.x.device:

@@ -66,6 +66,14 @@ def test_samples_are_those_of_the_command(student, tmp_path):
         (lambda m: rf.sample(m, 2, labels=torch.zeros(3).long()), r"labels must have shape \(2,\)"),
         (lambda m: rf.sample(m, 2, solver="rk4"), "solver must be one of"),
         (lambda m: rf.save_picture(torch.zeros(3), "x.png"), "samples must be images"),
+        (lambda m: m(torch.randn(2, 1, 8, 8), torch.zeros(2)), r"labels must be int64, not torch\.float32"),
+        (lambda m: m(torch.randn(2, 1, 8, 8), [0, 1]), r"labels must be a torch\.Tensor, not list"),
+        (lambda m: m(torch.randn(2, 1, 8, 8).double(), torch.zeros(2).long()), r"z must be torch\.float32 like"),
+        (lambda m: m(torch.randn(2, 1, 8, 8).half(), torch.zeros(2).long()), r"z must be torch\.float32 like"),
+        (lambda m: rf.load(None), "source must be the name of a file"),
+        (lambda m: one_step(m.net, torch.randn(2, 2), 0.3, path="linear"), "path must be a path such as"),
+        (lambda m: integrate(m.net, torch.randn(2, 2), 2, path="linear"), "path must be a path such as"),
+        (lambda m: integrate(m.net, torch.randn(2, 2), 2.5), "steps must be a whole number, not float"),
     ],
 )
 def test_what_does_not_fit_is_named(student, call, sentence):

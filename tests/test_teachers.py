@@ -141,6 +141,13 @@ def test_weights_of_another_type_are_refused_by_name(tmp_path, saved, kind):
         teachers.load(file)
 
 
+def test_a_network_in_the_place_of_its_state_is_named(tmp_path, net):
+    with pytest.raises(UserError, match="state must be a Mapping, not MLP"):
+        teachers.save(tmp_path / "net.safetensors", net, teachers.Description(NETWORK))
+    with pytest.raises(UserError, match="description must be a Description, not dict"):
+        teachers.save(tmp_path / "net.safetensors", net.state_dict(), {})
+
+
 def test_halves_and_whole_buffers_load(tmp_path):
     net, file = torch.nn.BatchNorm1d(2), tmp_path / "norm.safetensors"
     state = {name: value.half() if value.is_floating_point() else value + 3 for name, value in net.state_dict().items()}
@@ -329,6 +336,10 @@ def test_a_module_with_labels_is_wrapped_with_their_number():
         ({"predict": "data"}, "predict must be one of"),
         ({"path": "ddbm-vp", "predict": "noise"}, "noise gives neither velocity nor data"),
         ({"null_label": True}, "null_label needs num_classes"),
+        ({"call": "x"}, "call must be a function, not 'x'"),
+        ({"num_classes": "10"}, "num_classes must be a whole number, not str"),
+        ({"dim": 2}, "dim must be the shape of one sample"),
+        ({"dim": (2.5,)}, "dim must be a whole number, not float"),
     ],
 )
 def test_wrapping_is_refused_in_a_sentence(settings, words):

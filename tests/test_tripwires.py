@@ -105,6 +105,10 @@ def test_what_does_not_fit_is_named():
         (lambda: wires.update(draw, teacher[:3], fake), r"teacher_out must have shape \(8, 3, 4, 4\) .*\(3, 3, 4, 4\)"),
         (lambda: wires.update(draw, teacher, None), "fake_out must be a torch.Tensor, not NoneType"),
         (lambda: wires.update(*turn(rows=5)), "draw must hold 8 samples, the batch of the sliced distance, not 5"),
+        (
+            lambda: Tripwires(heldout=torch.zeros(5, 3), batch=8).update(draw, teacher, fake),
+            r"draw must hold samples of shape \(3,\) like heldout, not \(3, 4, 4\)",
+        ),
         (lambda: Tripwires(precision="half"), "precision must be one of float32, tf32, bf16, fp16; got 'half'"),
         (lambda: Tripwires(heldout=draw.x), "batch must be a whole number, not NoneType"),
         (lambda: Tripwires(heldout=draw.x, batch=0), "batch must be at least 1"),

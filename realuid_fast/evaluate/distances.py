@@ -74,10 +74,13 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     See :func:`frechet_of_moments`.
 
     Raises:
-        UserError: other shapes, or fewer than two features on either side.
+        UserError: other shapes, features that are not finite, or fewer than two on either side.
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"a and b must be (N, D) and (M, D) features, got {tuple(a.shape)} and {tuple(b.shape)}")
+    for name, features in {"a": a, "b": b}.items():
+        if not bool(torch.isfinite(features).all()):
+            raise UserError(f"{name} must hold finite features")
     return frechet_of_moments(*moments(a), *moments(b))
 
 

@@ -93,6 +93,12 @@ def converted(path: Path, match: str, predict: str, t: Tensor, out: Tensor, x_t:
     return torch.addcmul(coef.k_out * out, coef.k_x, x_t)
 
 
+def check_path(path: object) -> None:
+    """Refuse a path's name in the place of a path."""
+    if not isinstance(path, Path):
+        raise UserError(f"path must be a path such as paths.Linear(), not {path!r:.60}")
+
+
 def check_start(path: Path, t_start: float) -> None:
     low, high = path.t_range
     data = ends(path).data

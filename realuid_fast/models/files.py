@@ -97,8 +97,11 @@ def save(file: str | Path, state: Mapping[str, Tensor], description: Description
     """Write a state dict and its description as safetensors; ``file`` is replaced in one step, never half written.
 
     Raises:
-        UserError: the description has no path, or the file cannot be written.
+        UserError: an argument of another type, a description without a path, or a file that cannot be written.
     """
+    for name, value, kind in (("state", state, Mapping), ("description", description, Description)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
     description.checked()
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()

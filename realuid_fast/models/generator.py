@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional as rf
 from ..errors import UserError
+from ..networks.calling import like
 from ..paths import COLUMNS, Coefficients, OneSidedPath, Path
 from .calls import LINEAR, arguments, ends, needs_endpoint
 from .one_step import default_start, starting, state_from, step_at, step_from
@@ -131,7 +132,7 @@ class Generator(nn.Module):
             state = torch.stack(states)[step, torch.arange(len(z), device=z.device)]
             t, *scales = self._numbers[step].unbind(1)
             c_in, k_out, k_x = (scale.view(-1, *[1] * (z.dim() - 1)) for scale in scales)
-        out = self.net(*arguments(self.net, t, state * c_in, labels, endpoint))
+        out = like(self.net(*arguments(self.net, t, state * c_in, labels, endpoint)), z)
         return torch.addcmul(k_x * state, k_out, out.to(state.dtype))
 
     def _noised(self, number: int, x: Tensor, z: Tensor, endpoint: Tensor | None) -> Tensor:

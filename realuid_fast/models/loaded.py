@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..choices import STUDENTS
+from ..contracts import check_tensor, type_name
 from ..errors import UserError
 from ..noise import NoiseStream, normal
 from . import files, published
@@ -73,8 +74,15 @@ class Loaded:
         Raises:
             UserError: noise, labels or the endpoint do not fit, or a student is given a setting of a teacher.
         """
+        check_tensor("z", z)
+        if z.dtype != (own := next(self.net.parameters()).dtype):
+            raise UserError(f"z must be {own} like the network's weights, not {z.dtype}")
         if z.shape[1:] != self.shape:
             raise UserError(f"z must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
+        if labels is not None:
+            check_tensor("labels", labels)
+            if labels.dtype not in (torch.int32, torch.int64):
+                raise UserError(f"labels must be int64, not {labels.dtype}")
         if self.classes and (labels is None or labels.shape != z.shape[:1]):
             raise UserError(f"labels must be given, one for each of the {len(z)} samples: 0 to {self.classes - 1}")
         # "No label" is one more, where the network knows it.
@@ -106,6 +114,8 @@ def load(source: str | Path) -> Loaded:
 
 def open_model(source: str | Path) -> Model:
     """The network with its description, which :func:`load` wraps."""
+    if not isinstance(source, (str, Path)):
+        raise UserError(f"source must be the name of a file, a folder or a shipped network, not {type_name(source)}")
     if str(source) in SHIPPED:
         return published.load_teacher(str(source))
     if str(source) in STUDENTS:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..coefficients import Coefficients
 from ..errors import UserError
+from ..networks.calling import like
 from ..paths import OneSidedPath, Path
 from ..paths.facts import fact
-from .calls import LINEAR, arguments, check_endpoint, check_start, ends, follows_flow, scales
+from .calls import LINEAR, arguments, check_endpoint, check_path, check_start, ends, follows_flow, scales
 
 START_SIGMA = 2.5  # noise level that a generator starts from: Zhou et al., SiD (2404.04057)
 START_SHARE = 0.1  # of the range that a generator on a noisy two-sided path starts away from the endpoint
@@ -56,6 +57,7 @@ def one_step(
         UserError: ``t_start`` is out of range, an endpoint is missing or not wanted, or the prediction gives neither a
             velocity nor the data.
     """
+    check_path(path)
     return step_from(starting(path, predict, float(t_start)), net, z, labels, path, endpoint)
 
 
@@ -78,7 +80,7 @@ def state_from(start: Start, z: Tensor, endpoint: Tensor | None) -> Tensor:
 def step_at(start: Start, net: nn.Module, x: Tensor, labels: Tensor | None, endpoint: Tensor | None) -> Tensor:
     """The generator's data prediction from a state ``x`` at the time of ``start``."""
     t = x.new_full((len(x),), start.t, dtype=torch.float32)
-    out = net(*arguments(net, t, x if start.c_in == 1 else x * start.c_in, labels, endpoint))
+    out = like(net(*arguments(net, t, x if start.c_in == 1 else x * start.c_in, labels, endpoint)), x)
     return torch.add(x if start.k_x == 1 else x * start.k_x, out, alpha=start.k_out)
 
 

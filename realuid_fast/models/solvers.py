@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import choices
+from ..contracts import check_whole
 from ..errors import UserError
 from ..networks.calling import takes_endpoint
 from ..noise import NoiseStream, normal
 from ..paths import DDBMVE, VE, Linear, OneSidedPath, Path
 from ..paths.facts import fact
-from .calls import LINEAR, call, check_endpoint, check_start, converted, ends, follows_flow, scales
+from .calls import LINEAR, call, check_endpoint, check_path, check_start, converted, ends, follows_flow, scales
 
 SOLVERS = choices.SOLVERS
 RHO = 7.0  # exponent of the grid of noise levels: Karras et al. (2206.00364), equation 5
@@ -86,6 +87,8 @@ def integrate(
         UserError: the solver is unknown, a number is out of range, an endpoint is missing or not wanted, or the
             prediction gives neither a velocity nor the data, or not enough without the endpoint.
     """
+    check_path(path)
+    check_whole("steps", steps)
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
     check_solver(solver, path, predict)

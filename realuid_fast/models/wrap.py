@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..contracts import check_whole
 from ..errors import UserError
 from .calls import follows_flow
 from .files import Description, Model
@@ -61,6 +62,14 @@ def wrap(
     """
     if not isinstance(net, nn.Module):
         raise UserError(f"net must be a torch.nn.Module, whose weights a student can start from, not {net!r:.60}")
+    for name, function in {"call": call, "teacher": teacher}.items():
+        if function is not None and not callable(function):
+            raise UserError(f"{name} must be a function, not {function!r:.60}")
+    if not isinstance(dim, (tuple, list)):
+        raise UserError(f"dim must be the shape of one sample, such as (3, 32, 32), not {dim!r:.60}")
+    for size in dim:
+        check_whole("dim", size)
+    check_whole("num_classes", num_classes)
     if null_label and not num_classes:
         raise UserError("null_label needs num_classes")
     description = Description(

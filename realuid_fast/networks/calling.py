@@ -27,6 +27,18 @@ def arguments(
     return (t, x, labels, endpoint) if takes_endpoint(net) else (t, x, labels)
 
 
+def like(out: Tensor, x: Tensor) -> Tensor:
+    """A network's output ``out``; raises :class:`UserError` unless it is a tensor with rows shaped like those of ``x``.
+
+    It may have more rows than ``x``.
+    """
+    if not isinstance(out, Tensor) or out.shape[1:] != x.shape[1:]:
+        found = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        rows = ", ".join(map(str, ("B", *x.shape[1:])))
+        raise UserError(f"a network must return a tensor of shape ({rows}), not {found}: see call of teachers.wrap")
+    return out
+
+
 def null_labels(net: nn.Module, labels: Tensor | None) -> Tensor:
     """Labels like ``labels`` that all mean "no label"; raises :class:`UserError` if the network has no such label."""
     null = getattr(net, "null_label", None)

@@ -66,6 +66,8 @@ def check_state(state: Mapping[str, Any], params: Sequence[Tensor], averages: in
         for name in ("amsgrad", "decoupled_weight_decay"):
             if group.get(name):
                 raise UserError(f"state_dict was made with {name}, which FusedAdam does not have")
+        if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]:
+            raise UserError(f"state_dict has no {missing[0]} in its param_groups: it is of another optimiser")
     for values in state["state"].values():
         if "ema" in values and len(values["ema"]) != averages:
             raise UserError(f"state_dict has {len(values['ema'])} averages, this has {averages}")

@@ -41,9 +41,11 @@ def custom(
             :class:`~realuid_fast.paths.TwoSidedPath`.
 
     Raises:
-        UserError: ``t_range`` is empty, or a scale or derivative is not finite or not shaped like its times. They are
-            tried at the ends and in the middle of the range.
+        UserError: ``t_range`` is empty, ``db`` is given without ``b``, or a scale or derivative is not finite or not
+            shaped like its times. They are tried at the ends and in the middle of the range.
     """
+    if b is None and db is not None:
+        raise UserError("db must not be given without b")
     functions = {"a": (a, da), "c": (c, dc)} | ({} if b is None else {"b": (b, db)})
     for name, (scale, rate) in functions.items():
         for label, function in ((name, scale), *([] if rate is None else [(f"d{name}", rate)])):

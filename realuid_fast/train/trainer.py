@@ -18,6 +18,7 @@ from ..matching import Matching
 from ..meters import Meters
 from ..models.conditions import picked
 from ..models.files import Description
+from ..networks.calling import like
 from ..networks.compiling import sharing
 from ..noise import NoiseStream
 from ..optim import Optimiser, is_sharded
@@ -287,7 +288,7 @@ class Trainer(ABC):
 
     def _float(self, tensor: Tensor) -> Tensor:
         # Losses are computed in float32. Under autocast a network returns a shorter type.
-        return self._laid_out(tensor.float())
+        return self._laid_out(like(tensor, self._like).float())
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         # The fused calls want one layout; a tensor that has it already is passed on as it is.

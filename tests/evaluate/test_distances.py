@@ -237,6 +237,8 @@ def test_errors_name_the_argument():
     points = torch.zeros(10, 2)
     with pytest.raises(UserError, match="a and b must be"):
         distances.frechet_distance(points, torch.zeros(10, 3))
+    with pytest.raises(UserError, match="b must hold finite features"):
+        distances.frechet_distance(points, points / 0)
     with pytest.raises(UserError, match="features must have shape"):
         distances.frechet_distance(points, points[:1])
     with pytest.raises(UserError, match="a and b must be"):

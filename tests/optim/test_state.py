@@ -250,6 +250,9 @@ def test_a_state_of_other_shapes_is_refused_before_anything_changes(shape):
     for junk in (None, {}):
         with pytest.raises(UserError, match="state_dict must be the state of a FusedAdam"):
             mine.load_state_dict(junk)
+    with pytest.raises(UserError, match="no betas in its param_groups: it is of another optimiser"):
+        mine.load_state_dict(torch.optim.SGD(make_params()[:2]).state_dict())
+    assert mine.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_the_state_is_not_the_counts_that_go_on():

@@ -521,6 +521,7 @@ def test_every_named_path_builds_and_runs():
         (lambda: ICFM().coefficients(torch.rand(2), "noise", "noise"), "on ICFM with c = 0: x_t holds no noise"),
         (lambda: DDBMVP().network_time(torch.rand(2), "vp"), "predict must not be vp on DDBMVP"),
         (lambda: I2SB().time_at_sigma(torch.rand(2)), "I2SB has no noise level"),
+        (lambda: custom(torch.sin, torch.cos, db=torch.cos), "db must not be given without b"),
         (lambda: custom(torch.sin, torch.cos, t_range=(1.0, 0.0)), "t_range must hold a lower and an upper time"),
         (lambda: custom(torch.sin, lambda t: 1.0), "c must return one value a time, as a tensor"),
         (lambda: custom(torch.sqrt, torch.cos), r"da must be finite on t_range \[0, 1\]: clip its ends off"),

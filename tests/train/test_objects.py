@@ -148,6 +148,32 @@ def test_a_student_on_a_path_without_a_name_needs_a_description(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Pair(Own):
+    def forward(self, t, x, y=None):
+        return super().forward(t, x), "aux"
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (Pair(torch.nn.Linear(2, 2)), r"must return a tensor of shape \(B, 2\), not a tuple"),
+        (Own(torch.nn.Linear(2, 3)), r"must return a tensor of shape \(B, 2\), not shape \(8, 3\)"),
+        (Own(torch.nn.Linear(2, 1)), r"must return a tensor of shape \(B, 2\), not shape \(8, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "fake", "generator"])
+def test_a_network_of_another_output_is_a_sentence(net, words, role):
+    path, sound = rf.paths.Linear(), Own(torch.nn.Linear(2, 2))
+    teacher, fake, made = (copy.deepcopy(net if role == each else sound) for each in ("teacher", "fake", "generator"))
+    generator = Generator(made, t_start=0.3, path=path)
+    trainer = Distiller(
+        rf.frozen_view(teacher), fake, generator, Matching(path), rf.objectives.UID(), rf.data.moons(),
+        Optimiser(fake, 1e-3), Optimiser(made, 1e-3), Setup(batch=8), fake_turns=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=words):
+        trainer.update()
+
+
 def test_arguments_that_do_not_fit_are_named():
     points = rf.data.load("eight_gaussians")
     net = rf.networks.build({"kind": "mlp", "shape": [2], "width": 8, "depth": 1})
