@@ -20,6 +20,9 @@ def host_checks_allowed(tensor: Tensor) -> bool:
     """Whether a check may read ``tensor``: reading needs no synchronisation (CPU, eager), or contracts are on."""
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
+    # Inside torch.func's transforms a tensor may stand for many.
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
     return tensor.device.type == "cpu" or contracts_on()
 
 

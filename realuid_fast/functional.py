@@ -35,7 +35,7 @@ from .contracts import check_tensor
 from .errors import UserError
 from .objectives import Objective
 from .sample_weights import mean_of, weighed
-from .tensors import Guidance, check, check_objective, fake_arguments, guidance_inputs, refuse_gradients
+from .tensors import Guidance, check, check_objective, fake_arguments, guidance_inputs, refuse_gradients, refuse_mixed
 
 Reduction = Literal["mean", "none"]
 
@@ -96,6 +96,7 @@ def interpolate(
     if x_t is not None:
         return x_t
     noise_rows = check(x, coef, noise, noise_rows, endpoint=endpoint)
+    refuse_mixed("interpolate", x, noise=noise, endpoint=endpoint)
     return ops.run("interpolate", x.device, x, coef, noise, endpoint, noise_rows)
 
 
@@ -152,6 +153,7 @@ def matching_grads(
         return MatchingGrads(*found)
     check_tensor("out", out)
     noise_rows = check(x, coef, noise, noise_rows, out=out, x_t=x_t, endpoint=endpoint)
+    refuse_mixed("matching_grads", x, out=out, x_t=x_t, noise=noise, endpoint=endpoint)
     op = ops.current(x.device).matching.default
     return MatchingGrads(*op(out, x, x_t, coef, noise, endpoint, noise_rows, True, True))
 
@@ -230,6 +232,8 @@ def fake_grads(
     arguments = fake_arguments(
         fake_out, x, x_t, coef, noise, objective, n_real, teacher_out, endpoint, noise_rows, teacher_uncond, guidance
     )
+    others = {"noise": noise, "teacher_out": teacher_out, "endpoint": endpoint, "teacher_uncond": teacher_uncond}
+    refuse_mixed("fake_grads", x, fake_out=fake_out, x_t=x_t, **others)
     return FakeGrads(*ops.current(x.device).fake.default(*arguments, True, True))
 
 
@@ -321,6 +325,8 @@ def generator_grads(
     fake_out, guided = _generator_arguments(
         teacher_out, fake_out, x, x_t, coef, noise, objective, endpoint, teacher_uncond, guidance
     )
+    others = {"noise": noise, "x_t": x_t, "endpoint": endpoint, "teacher_uncond": teacher_uncond}
+    refuse_mixed("generator_grads", x, teacher_out=teacher_out, fake_out=fake_out, **others)
     coef, extra, own_rows = weighed(objective, teacher_out, fake_out, x, x_t, coef, noise, endpoint, guided)
     networks = objective.flows == "all"
     want_x_t, want_uncond = networks and x_t is not None, networks and teacher_uncond is not None

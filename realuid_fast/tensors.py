@@ -189,6 +189,16 @@ def _check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
+def refuse_mixed(call: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse tensors of another dtype in a call that autocast does not cast; :func:`check` let them pass for it."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != x.dtype:
+            raise UserError(
+                f"{name} must have x's dtype {x.dtype} in {call}, not {tensor.dtype}: autocast casts the arguments "
+                f"of the losses alone, so call {name}.to(x.dtype)"
+            )
+
+
 def guidance_inputs(teacher_uncond: Tensor | None, guidance: float | Tensor, coef: Tensor) -> Guidance:
     """The operators' arguments for a guided teacher: its unconditional output and the scale ``(R,)``, or neither."""
     if teacher_uncond is None and isinstance(guidance, float) and guidance == 1.0:

@@ -76,7 +76,7 @@ class Tripwires:
         self.names = names(heldout is not None)
         self._meters = Meters(self.names, device)
         self._buckets = torch.arange(BUCKETS, device=device)
-        self._one = torch.ones((), device=device)
+        self._one = torch.ones((), device=device, dtype=torch.float32)
         self._batch = None
         if heldout is None:
             return
@@ -85,9 +85,10 @@ class Tripwires:
         if batch is None or batch < 1 or not heldout.numel():
             raise UserError(f"batch must be at least 1, and heldout hold a sample, got {batch} and {len(heldout)}")
         held, self._batch, self._held = heldout[:MOST].flatten(1), batch, heldout.shape[1:]
-        directions = torch.randn(held.shape[1], PROJECTIONS, generator=torch.Generator().manual_seed(0))
+        draws = torch.Generator().manual_seed(0)
+        directions = torch.randn(held.shape[1], PROJECTIONS, generator=draws, dtype=torch.float32)
         directions = F.normalize(directions, dim=0)
-        ranks = ((torch.arange(batch) + 0.5) / batch * len(held)).long()
+        ranks = ((torch.arange(batch, dtype=torch.float32) + 0.5) / batch * len(held)).long()
         held = held.to("cpu", torch.float32)
         self._directions = directions.to(device)
         self._quantiles = (held @ directions).sort(dim=0).values[ranks].to(device)

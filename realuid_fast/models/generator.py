@@ -71,7 +71,7 @@ class Generator(nn.Module):
         if ancestral:
             if not isinstance(path, OneSidedPath):
                 raise UserError(f"ancestral states are for one-sided paths, not {type(path).__name__}")
-            row, before = Coefficients(rows), torch.tensor((self.t_start, *self.times[:-1])[: len(later)])
+            row, before = Coefficients(rows), later.new_tensor((self.t_start, *self.times[:-1])[: len(later)])
             for column, value in zip((row.a, row.b, row.c), path.posterior(later, before), strict=True):
                 column.copy_(value)
         # Tables are made here and on the device: a captured step cannot copy from the host, and a compiled one cannot

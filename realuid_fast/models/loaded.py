@@ -167,7 +167,9 @@ def sample(
     if needs_endpoint(made.net, made.description.interpolant()) and (endpoint is None or len(endpoint) != count):
         raise UserError(f"endpoint must be given, {count} rows: the model restores one endpoint of a bridge")
     device = next(made.net.parameters()).device
-    z = normal(NoiseStream(seed, device).next_key(), torch.empty(count, *made.shape, device=device))
+    z = normal(
+        NoiseStream(seed, device).next_key(), torch.empty(count, *made.shape, device=device, dtype=torch.float32)
+    )
 
     parts = []
     for i in range(0, count, batch):

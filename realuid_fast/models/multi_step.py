@@ -84,7 +84,7 @@ class MultiStep(nn.Module):
                 f"target_steps need a network that is called with x_t itself, not one that predicts {predict}"
             )
         self.net, self.steps, self.path, self.predict = net, steps, path, predict
-        self._scale = float(path.network_time(torch.ones(1), predict))
+        self._scale = float(path.network_time(torch.ones(1, dtype=torch.float32), predict))
 
     def forward(self, time: Tensor, x: Tensor, y: Tensor | None = None, guidance: float | Tensor = 1.0) -> Tensor:
         """``F`` like ``x``."""

@@ -67,7 +67,7 @@ class Contrast:
 
 def plain_rows(count: int, device: torch.device) -> Tensor:
     """Coefficients ``(count, 9)`` with which the matching loss is ``||out - x||^2``."""
-    rows = torch.zeros(count, len(COLUMNS), device=device)
+    rows = torch.zeros(count, len(COLUMNS), device=device, dtype=torch.float32)
     for name in ("p", "k_out", "w"):
         # With these three at 1 and the rest at 0 the matching loss has f = F and tgt = x.
         rows[:, COLUMNS.index(name)] = 1.0

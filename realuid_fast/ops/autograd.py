@@ -46,6 +46,15 @@ def refuse_forward_mode(call: str, inputs: Sequence[Any]) -> None:
             tensor = torch._C._functorch.get_unwrapped(tensor) if wrapped else None
 
 
+def refuse_transforms(call: str) -> None:
+    """Refuse to record a node inside a transform of torch.func: the gradients are saved in the forward pass."""
+    if torch._C._are_functorch_transforms_active():
+        raise UserError(
+            f"{call} cannot be differentiated inside torch.func (grad, vjp, jacrev, vmap): take its gradient with "
+            "backward or torch.autograd.grad"
+        )
+
+
 def _scaled(kernel: Any, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     """The kernel's gradients times the incoming gradient, in the kernel's own buffers. The host reads no value."""
     if _traced(scale):

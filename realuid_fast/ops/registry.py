@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from ..errors import UserError
 from . import adam, backends, extension, layers, losses
-from .autograd import LossFunction, refuse_forward_mode
+from .autograd import LossFunction, refuse_forward_mode, refuse_transforms
 from .operator import Loss, Operator
 
 KERNELS: tuple[Operator, ...] = (*losses.OPERATORS, *adam.OPERATORS)
@@ -138,6 +138,7 @@ def _define_loss(library: torch.library.Library, name: str, loss: Loss) -> None:
             leaves = [inputs[i] for i in loss.differentiable]
             wants = [leaf is not None and leaf.requires_grad for leaf in leaves]
             if True in wants:
+                refuse_transforms(op)
                 return LossFunction.apply(kernel, wants, inputs, *itertools.compress(leaves, wants))
         return without_gradients(*inputs)
 
@@ -161,6 +162,7 @@ def _differentiate(library: torch.library.Library, name: str, op: str, function:
     def with_gradients(*inputs: Any) -> Any:
         refuse_forward_mode(op, inputs)
         if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
+            refuse_transforms(op)
             return function.apply(kernel, *inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(*inputs)

@@ -108,7 +108,7 @@ class DiscreteVP(OneSidedPath):
         wanted = (-2 * torch.log(sigma.double())).clamp(values[-1], values[0])
         steps = self.steps - 1
         after = torch.searchsorted(-values, -wanted).clamp(1, steps)
-        low, high = (after - 1) / steps, after / steps
+        low, high = (after - 1).float() / steps, after.float() / steps
         left, right = values[after - 1], values[after]
         t = low + (high - low) * (left - wanted) / (left - right)
         for _ in range(NEWTON_STEPS):

@@ -62,7 +62,7 @@ class QuantileSampler(Sampler):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        u = torch.rand(n, generator=generator, device=device)
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float32)
         if self.stratified:
             u = (torch.randperm(n, generator=generator, device=device) + u) / n
         return self.quantile(u, path).clamp(*path.t_range)
@@ -248,7 +248,7 @@ def named(name: str) -> Sampler:
 @functools.lru_cache(maxsize=32)
 def _table(times: tuple[float, ...], device: torch.device) -> Tensor:
     """The table on its device, copied there once: a copy from the host would stall every draw."""
-    return torch.tensor(times, device=device)
+    return torch.tensor(times, device=device, dtype=torch.float32)
 
 
 def _on_range(u: Tensor, path: Path) -> Tensor:
