@@ -80,12 +80,12 @@ def _dense(grad: Tensor) -> Tensor:
 
 OPERATORS = (
     Operator(
-        "normal_like(Tensor key, Tensor like, int noise_rows) -> Tensor",
+        "normal_like(Tensor key, Tensor like, SymInt noise_rows) -> Tensor",
         reference.normal_like,
         _shapes_normal_like,
     ),
     Operator(
-        "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows) -> Tensor",
+        "interpolate(Tensor x, Tensor coef, Tensor noise, Tensor? endpoint, SymInt noise_rows) -> Tensor",
         reference.interpolate,
         _shapes_interpolate,
         _InterpolateFunction,
@@ -102,7 +102,7 @@ OPERATORS = (
         _shapes_mean_abs_error,
     ),
     Operator(
-        "matching(Tensor out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? endpoint, int noise_rows, "
+        "matching(Tensor out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? endpoint, SymInt noise_rows, "
         "bool mean, bool want_out) -> (Tensor loss, Tensor rows, Tensor g_out)",
         reference.matching,
         _shapes_matching,
@@ -110,9 +110,9 @@ OPERATORS = (
     # A guided teacher is teacher_uncond + guidance (teacher_out - teacher_uncond); q_rows (R,) takes the place of q.
     Operator(
         "fake(Tensor fake_out, Tensor x, Tensor? x_t, Tensor coef, Tensor noise, Tensor? teacher_out, Tensor? "
-        "endpoint, Tensor? teacher_uncond, Tensor? guidance, int noise_rows, int n_real, float a_gen, float b_gen, "
-        "float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool want_fake) "
-        "-> (Tensor loss, Tensor rows, Tensor g_fake)",
+        "endpoint, Tensor? teacher_uncond, Tensor? guidance, SymInt noise_rows, SymInt n_real, float a_gen, float "
+        "b_gen, float d_gen, float c_gen, float a_real, float b_real, float d_real, float c_real, bool mean, bool "
+        "want_fake) -> (Tensor loss, Tensor rows, Tensor g_fake)",
         reference.fake,
         _shapes_matching,
     ),

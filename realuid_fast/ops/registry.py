@@ -189,11 +189,13 @@ def _define(name: str) -> torch.library.Library:
 
 
 def _define_nodes() -> torch.library.Library:
-    """The schemas that the nodes in C++ implement. A call that is not plain has no result."""
+    """The schemas that the nodes in C++ implement, sizes untraced. A call that is not plain has no result."""
     library = torch.library.Library("realuid_fast_node", "DEF")
     for op in _IN_CPP:
         schema = str(getattr(torch.ops.realuid_fast, op).default._schema).partition("::")[2]
-        arguments, arrow, results = schema.replace("int noise_rows", "int? noise_rows").partition(" -> ")
+        arguments, arrow, results = (
+            schema.replace("SymInt n", "int n").replace("int noise_rows", "int? noise_rows").partition(" -> ")
+        )
         library.define(arguments + arrow + results.replace("Tensor", "Tensor?"))
     return library
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import realuid_fast as rf
 from realuid_fast.errors import UserError
@@ -64,3 +65,35 @@ def test_a_draw_works_inside_vmap():
     draws = torch.func.vmap(lambda x, t: PATH.draw(x, OUT, t=t).x_t)(torch.stack((X, OUT2)), times)
     for x, t, x_t in zip((X, OUT2), times, draws, strict=True):
         torch.testing.assert_close(x_t, PATH.draw(x, OUT, t=t).x_t)
+
+
+class Turn(torch.nn.Module):
+    """The interpolant, and the losses of generated and of real rows."""
+
+    def forward(self, x, real, t, out):
+        draw = PATH.draw(x, KEY, t=t, real=real)
+        fake = rf.fake_loss(rf.objectives.RealUID(0.9, 0.8), draw, torch.cat((out, out)), teacher_out=draw.x)
+        generated = draw.generated()
+        return draw.x_t, fake, rf.matching_loss(generated, out), rf.generator_loss(UID, generated, out, x)
+
+
+def arguments(rows):
+    draws = torch.Generator().manual_seed(rows)
+    x, real, out = torch.randn(3, rows, 6, generator=draws)
+    return x, real, torch.linspace(0.1, 0.9, rows), out
+
+
+def test_one_compiled_program_takes_any_number_of_rows():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(Turn(), backend=counter, fullgraph=True, dynamic=True)
+    for rows in range(2, 8):
+        torch.testing.assert_close(compiled(*arguments(rows)), Turn()(*arguments(rows)))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_takes_any_number_of_rows(strict):
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    exported = torch.export.export(Turn(), arguments(4), dynamic_shapes=(rows,) * 4, strict=strict).module()
+    torch.testing.assert_close(exported(*arguments(7)), Turn()(*arguments(7)))
