@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,27 @@ def command_line(arguments: argparse.Namespace) -> str:
 def model(source: str) -> Model:
     """A student or teacher: a file, a finished run's folder, or a shipped name."""
     return models.open_model(source)
+
+
+def check_out(file: Path, overwrite: bool) -> None:
+    """Refuse a file for ``--out`` that exists or cannot be written, before anything is computed."""
+    if os.path.isdir(file):
+        raise UserError(f"--out {file} is a folder: give the name of a file")
+    if os.path.lexists(file) and not overwrite:
+        raise UserError(f"--out {file} exists: give --overwrite or another name")
+    if not os.path.isdir(file.parent):
+        raise UserError(f"--out {file}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {file} cannot be written: permission denied to write into the folder {file.parent}")
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turns the disk's errors in the block into a sentence about ``--out``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
 
 def shape(model: Model) -> tuple[int, ...]:

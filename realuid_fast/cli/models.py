@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from ..evaluate import fidelity
 from ..evaluate import table as evaluation
 from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import WARMING, Measure, class_by_class, generate
+from ..files import replacing
 from ..jobs import config as configs
 from ..jobs.train import usable_device, usable_precision
 from ..models import convert as conversion
@@ -38,8 +40,7 @@ PUBLISHED = {"metric": "inception", "labels": "balanced", "repeats": 3, "steps":
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists() and not arguments.overwrite:
-        raise UserError(f"--out {arguments.out} exists: give --overwrite or another name")
+    common.check_out(arguments.out, arguments.overwrite)
     given = configs.nested(arguments.set)
     config = configs.load(arguments.config, arguments.set) if arguments.config else configs.from_mapping(given)
     made = conversion.convert(
@@ -71,12 +72,9 @@ def sample(arguments: argparse.Namespace) -> None:
     for file in arguments.out:
         if file.suffix not in (".png", ".npy", ".safetensors"):
             raise UserError(f"--out {file} must end in .png, .npy or .safetensors")
-        if file.exists() and not arguments.overwrite:
-            raise UserError(f"--out {file} exists: give --overwrite or another name")
-        if not file.parent.is_dir():
-            raise UserError(f"--out {file}: there is no folder {file.parent}")
         if arguments.pairs and file.suffix != ".safetensors":
             raise UserError(f"--out {file} must end in .safetensors with --pairs")
+        common.check_out(file, arguments.overwrite)
     for name, value in (("count", arguments.count), ("steps", arguments.steps)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
@@ -123,25 +121,27 @@ def sample(arguments: argparse.Namespace) -> None:
     with bar(made * number, "evaluation", unit_scale=True, delay=2) as shown, counting(model.net, shown):
         samples, speed = generate(draw, noise, labels, endpoint)
     for file in arguments.out:
-        try:
+        with common.writing(file):
             if arguments.pairs:
                 pairs.write(file, noise, samples, labels, f"{arguments.model}, {number} evaluations by {solver}")
             else:
                 _write_samples(samples, file)
-        except OSError as error:
-            raise UserError(f"--out {file} cannot be written: {error.strerror or error}") from None
     print(f"{arguments.count} samples, {speed:,.0f} a second, written to {', '.join(map(str, arguments.out))}")
 
 
 def _write_samples(samples: Tensor, file: Path) -> None:
+    made = io.BytesIO()
     if file.suffix == ".png":
-        save_png(picture(samples), file)
+        save_png(picture(samples), made)
     elif file.suffix == ".npy":
-        np.save(file, samples.numpy())
+        np.save(made, samples.numpy())
     else:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({"samples": samples.contiguous()}, str(file))
+        made.write(save({"samples": samples.contiguous()}))
+    # Not written by these libraries themselves: some of their errors do not say that the disk is full.
+    with replacing(file) as stream:
+        stream.write(made.getbuffer())
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -199,21 +199,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
         of = dataset, teacher, student, count, arguments.steps
         table, metric = common.show_table(measure, *of, device, arguments.precision)
         if folder is not None:
-            evaluation.write(folder, table, metric, samples=count, **common.context())
+            with common.writing(folder):
+                evaluation.write(folder, table, metric, samples=count, **common.context())
     if folder is not None:
         print(f"written to {folder}")
 
 
 def train_classifier(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
-    if out.exists() and not arguments.overwrite:
-        raise UserError(f"--out {out} exists: give --overwrite or another name")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out} must end in .safetensors")
+    common.check_out(out, arguments.overwrite)
     common.use_threads(arguments.threads)
     dataset = data.load(configs.load(arguments.config, arguments.set).data)
     net, accuracy = classifiers.train_classifier(arguments.epochs, seed=arguments.seed, dataset=dataset)
-    classifiers.write(out, net, dataset, accuracy)
+    with common.writing(out):
+        classifiers.write(out, net, dataset, accuracy)
     floor = Measure(dataset, classifier=str(out)).floor().distance
     print(f"held-out accuracy {accuracy:.4f}, training images at distance {floor:.4f}, written to {out}")
 
@@ -235,15 +236,16 @@ def _inception_table(
     protocol = judge.protocol(count, *how)
     print("\n" + fidelity.markdown(table, protocol))
     if arguments.out is not None:
-        fidelity.write(arguments.out, table, protocol, **common.context())
+        with common.writing(arguments.out):
+            fidelity.write(arguments.out, table, protocol, **common.context())
 
 
 def _open_results(folder: Path, overwrite: bool) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give the name of a folder")
     if (folder / "evaluation.json").exists() and not overwrite:
         raise UserError(f"{folder} holds an evaluation already: give --overwrite or another folder")
-    try:
+    with common.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written: {error.strerror or error}") from None

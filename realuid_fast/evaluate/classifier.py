@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..errors import UserError
-from ..files import check_regular
+from ..files import check_regular, replacing
 from ..models.checksums import CHECKSUM, matches, with_checksum
 
 CLASSIFIER_FILE = Path(__file__).parent.parent / "assets" / "digits_classifier.safetensors"
@@ -117,7 +117,8 @@ def write(file: Path, net: Classifier, dataset: data.Dataset, accuracy: float) -
         "data": dataset.name,
         "heldout_accuracy": round(accuracy, 4),
     }
-    file.write_bytes(with_checksum(net.state_dict(), _METADATA, description))
+    with replacing(file) as stream:
+        stream.write(with_checksum(net.state_dict(), _METADATA, description))
 
 
 def read(file: str | Path) -> tuple[Classifier, dict[str, Any]]:

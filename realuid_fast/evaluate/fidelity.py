@@ -331,5 +331,7 @@ def write(folder: Path, table: Sequence[Row], protocol: dict[str, Any], **contex
         for row in table
     ]
     content = {"metric": "inception", "protocol": protocol, **context, "rows": found}
-    (folder / "evaluation.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(table, protocol))
+    written = {"evaluation.json": json.dumps(content, indent=1) + "\n", "table.md": markdown(table, protocol)}
+    for name, text in written.items():
+        with replacing(folder / name) as stream:
+            stream.write(text.encode())
