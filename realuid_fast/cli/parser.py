@@ -70,7 +70,7 @@ def _add_classifier(add: Add) -> None:
     command = add("train-classifier", "models.train_classifier", text)
     command.add_argument("--config", default="digits", help=f"whose data: a YAML file or one of: {SHIPPED}")
     add_settings(command, "data.KEY=VALUE, over the configuration's data")
-    command.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    command.add_argument("--out", type=place, required=True, help="the .safetensors file to write")
     command.add_argument("--epochs", type=int, default=30, help="passes over the training split (default: 30)")
     command.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -80,7 +80,7 @@ def _add_classifier(add: Add) -> None:
 def _add_convert(add: Add) -> None:
     command = add("convert", "models.convert", "write a network of others as a file of this package")
     command.add_argument("source", type=Path, help="a checkpoint, a pickled EDM network, or a diffusers folder")
-    command.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
+    command.add_argument("--out", required=True, type=place, help="the .safetensors file to write")
     command.add_argument(
         "--config", help=f"whose network, path and data a checkpoint has: a YAML file or one of: {SHIPPED}"
     )
@@ -104,7 +104,7 @@ def _add_sample(add: Add) -> None:
         required=True,
         help=f"a file, a finished run's folder, or: {', '.join(choices.TEACHERS | choices.STUDENTS)}",
     )
-    command.add_argument("--out", required=True, nargs="+", type=Path, help="files to write: .png, .npy, .safetensors")
+    command.add_argument("--out", required=True, nargs="+", type=place, help="files to write: .png, .npy, .safetensors")
     command.add_argument("--count", type=int, default=64, help="number of samples (default: 64)")
     command.add_argument(
         "--steps", type=int, help="a teacher's steps (default: 100, of edm 18), or one of a student's numbers"
@@ -131,7 +131,7 @@ def _add_pack(add: Add) -> None:
     )
     text = "a folder or zip archive of images, such as CelebA's, or the folder of MNIST's or CIFAR-10's files"
     command.add_argument("source", nargs="?", type=Path, help=text)
-    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--out", type=place, required=True, help="folder to write")
     command.add_argument("--kind", choices=choices.SOURCES, help="what the source is (default: by its names)")
     command.add_argument("--size", type=int, help="side of the images (default: 32, CelebA's 64, MNIST's as is)")
     command.add_argument("--channels", type=int, choices=(1, 3), help="channels of the images (default: 3, MNIST's 1)")
@@ -167,7 +167,7 @@ def _add_evaluate(add: Add) -> None:
     text = "what the networks compute in (default: float32)"
     command.add_argument("--precision", choices=choices.PRECISIONS, default="float32", help=text)
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    command.add_argument("--out", type=Path, help="folder for evaluation.json and table.md")
+    command.add_argument("--out", type=place, help="folder for evaluation.json and table.md")
     command.add_argument("--overwrite", action="store_true", help="replace an evaluation in --out")
     command.add_argument(
         "--metric", choices=("features", "inception"),
@@ -221,13 +221,20 @@ def _add_tools(add: Add) -> None:
     command.add_argument("options", nargs=argparse.REMAINDER, help=text)
 
 
+def place(text: str) -> Path:
+    """The path of a file or folder to write; an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it must not be empty")
+    return Path(text)
+
+
 def add_settings(command: argparse.ArgumentParser, text: str = "KEY.SUB=VALUE, over the configuration") -> None:
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
 
 
 def add_folder(command: argparse.ArgumentParser, default: Path | None = None, needed: bool = True) -> None:
     text = "folder to write" + (f" (default: {default})" if default else "")
-    command.add_argument("--out", type=Path, required=needed and default is None, default=default, help=text)
+    command.add_argument("--out", type=place, required=needed and default is None, default=default, help=text)
     how = command.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     how.add_argument("--overwrite", action="store_true", help="remove the run in the folder and start afresh")

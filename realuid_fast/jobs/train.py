@@ -19,7 +19,8 @@ from ..lock import held
 from ..precision import Precision, in_words, why_not
 from ..settings import REGRESSION, Config
 from ..train import distributed
-from ..train.folder import open_folder, require_run
+from ..train.checkpoint import files as checkpoints_in
+from ..train.folder import open_folder, require_run, role_of
 from ..train.loop import run
 from . import config as configs
 from . import trainers
@@ -27,43 +28,55 @@ from .alike import check_alike
 
 # A warm-up longer than a run divided by this number was more likely meant for a longer run.
 WARMUP_SHARE = 5
+ROLES = {"train-teacher": "teacher", "distill": "student"}  # of what each job trains
 
 
-def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool, default: str = "digits") -> Config:
+def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool, job: str | None = None) -> Config:
     """The configuration of a run, new or resumed.
 
     A resumed run keeps its own configuration. One that is given again must agree with it, except for the section
-    ``run``, whose settings may change, and for ``teacher.updates`` and ``distill.updates``, which may be raised: the
-    run then goes on beyond its end. From there on a decay of the learning rate is that of the longer run. So only with
-    a constant rate does the run become the one that as many updates from the beginning give.
+    ``run``, whose settings may change, and for ``teacher.updates`` and ``distill.updates``, which may be any number
+    from the newest checkpoint's on: the run then ends earlier, or goes on beyond its end. From there on a decay of the
+    learning rate is that of a run of this length. So only with a constant rate does the run become the one that as many
+    updates from the beginning give.
 
     Raises:
-        UserError: the configuration is bad, or differs from the run's; the error names the first key that differs.
+        UserError: the configuration is bad, or differs from the run's, with the first key that differs; or the folder
+            holds a run of another ``job``.
     """
     if not resume:
-        return configs.load(source or default, overrides)
+        return configs.load(source or "digits", overrides)
     kept = folder / "config.yaml"
     require_run(folder)
+    if job is not None and role_of(folder) not in (None, ROLES[job]):
+        other = next(name for name in ROLES if name != job)
+        raise UserError(f"{folder} is a run of {other}, not of {job}")
     before = configs.load_kept(kept)
     asked = configs.load(source, overrides) if source else configs.load_kept(kept, overrides)
     for section in ("teacher", "distill"):
-        before = _extended(before, asked, section)
+        before = _of_length(before, asked, section, folder)
     if (key := _difference(configs.to_mapping(before), configs.to_mapping(asked))) is not None:
         raise UserError(f"{key} differs from the run in {folder}: a resumed run keeps all its settings but run.*")
     return asked
 
 
-def _extended(before: Config, asked: Config, section: str) -> Config:
-    """The run's own configuration, with the number of updates asked for if that is larger."""
+def _of_length(before: Config, asked: Config, section: str, folder: Path) -> Config:
+    """The run's own configuration, with the number of updates asked for, which its checkpoints may not be beyond."""
     own, wanted = getattr(before, section), getattr(asked, section).updates
-    if wanted < own.updates:
-        raise UserError(f"{section}.updates {wanted} differs from the run's {own.updates}: a run can only be extended")
-    if wanted > own.updates:
+    made = max((int(file.stem.removeprefix("update-")) for file in checkpoints_in(folder / "checkpoints")), default=0)
+    if wanted < own.updates and (not made or wanted < made):
+        till = f", or ended from its checkpoint's update {made} on" if made else ""
+        raise UserError(
+            f"{section}.updates {wanted} differs from the run's {own.updates}: a run can only be extended{till}"
+        )
+    # A run that ends where it is makes no update more.
+    if wanted not in (own.updates, made):
         steps = [own.optimiser] if section == "teacher" else [own.generator, own.fake]
         if any(step.decay != "constant" for step in steps):
+            moves = "goes up again" if wanted > own.updates else "goes down"
             warnings.warn(
                 f"{section}.updates goes from {own.updates} to {wanted}: the learning rate now falls over {wanted} "
-                "updates, and so goes up again where the run goes on",
+                f"updates, and so {moves} where the run goes on",
                 stacklevel=3,
             )
     return replace(before, **{section: replace(own, updates=wanted)})
@@ -103,8 +116,12 @@ def warn_of_warmup(job: str, config: Config) -> None:
     else:
         updates, turns = config.distill.updates, config.distill.fake_turns
         optimisers = [("distill.generator", config.distill.generator, updates)]
-        # Neither trajectory regression nor moment matching in parameter space trains a fake model.
-        if config.distill.objective.name not in (REGRESSION, "parameter-moments"):
+        # Neither trajectory regression nor moment matching in parameter space trains a fake model. Without one this
+        # optimiser trains the discriminator that stands alone.
+        objective = config.distill.objective
+        with warnings.catch_warnings(action="ignore"):  # the trainer has given the objective's own warnings
+            trains = objective.name != REGRESSION and (config.distill.gan.features or objective.build().needs_fake)
+        if trains and objective.name != "parameter-moments":
             optimisers += [("distill.fake", config.distill.fake, updates * turns)]
     for name, optimiser, steps in optimisers:
         if optimiser.warmup * WARMUP_SHARE > steps:

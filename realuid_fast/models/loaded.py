@@ -126,7 +126,23 @@ def open_model(source: str | Path) -> Model:
     for role in ROLES[::-1]:
         if (place / f"{role}.safetensors").is_file():
             return files.load(place / f"{role}.safetensors")
-    raise UserError(f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?")
+    raise UserError(
+        f"the folder {place} holds no student.safetensors or teacher.safetensors: is its run finished?{_instead(place)}"
+    )
+
+
+def _instead(run: Path) -> str:
+    """Sentences that say how the network of a run that is not finished is had."""
+    best, said = run / "best.safetensors", ""
+    if best.is_file():
+        said += f" {best} has the smallest distance so far."
+    updates = [int(file.stem.removeprefix("update-")) for file in (run / "checkpoints").glob("update-*.pt")]
+    if updates:
+        said += (
+            f" Its command with --resume --set distill.updates={max(updates)} (of a teacher teacher.updates) ends it "
+            "where it is"
+        )
+    return said
 
 
 def sample(

@@ -52,13 +52,11 @@ def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> 
         make_folder(folder)
         there = [file for file in folder.iterdir() if not _is_remnant(file)]
         if there and not resume:
-            if not overwrite:
-                raise UserError(
-                    f"the folder {folder} is not empty: give --resume to go on with its run, --overwrite to start "
-                    "afresh, or another folder"
-                )
+            how = "give --resume to go on with its run, --overwrite to start afresh, or another folder"
             if not (folder / "config.yaml").is_file():
-                raise UserError(f"the folder {folder} holds files but no run, so --overwrite leaves it alone")
+                overwrite, how = False, "it holds no run, so --overwrite leaves it alone; give another folder"
+            if not overwrite:
+                raise UserError(f"the folder {folder} is not empty: {how}")
         for file in (folder / name for name in (*RUN_FILES, *RUN_FOLDERS)):
             kind = "file" if file.name in RUN_FILES else "folder"
             if file.is_symlink() or (file.exists() and not (file.is_file() if kind == "file" else file.is_dir())):
@@ -78,23 +76,25 @@ def open_folder(folder: Path, resume: bool = False, overwrite: bool = False) -> 
 def require_run(folder: Path) -> None:
     """Raise :class:`UserError` where ``folder`` holds no run to go on with."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"there is no run to resume in {folder}: it has no config.yaml; leave --resume out to start a run there"
-        )
+        raise UserError(f"there is no run to resume in {folder}: it has no config.yaml; leave --resume out to start")
 
 
-def write_config(folder: Path, config: Mapping[str, Any], identity: str) -> None:
-    """Write the run's configuration and its identity, which its checkpoints repeat."""
-    # The identity is a comment, not a setting: another run that is started from this file gets its own.
-    head = f"# run {identity}: checkpoints of other runs are refused\n"
+def write_config(folder: Path, config: Mapping[str, Any], identity: str, role: str) -> None:
+    """Write the run's configuration, its identity, which its checkpoints repeat, and the role of what it trains."""
+    # Identity and role are a comment, not settings: another run that is started from this file gets its own.
+    head = f"# run {identity}: it trains a {role}; checkpoints of other runs are refused\n"
     with replacing(folder / "config.yaml") as stream:
         stream.write((head + yaml.safe_dump(dict(config), sort_keys=False)).encode())
 
 
-def identity_of(folder: Path) -> str | None:
+def identity_of(folder: Path, what: str = "([0-9a-f]{16}):") -> str | None:
     """The identity in a run's config.yaml; None if an earlier version or a person wrote the file."""
-    found = re.search(r"^# run ([0-9a-f]{16}):", (folder / "config.yaml").read_text(), re.MULTILINE)
-    return found[1] if found else None
+    return (re.search(f"^# run {what}", (folder / "config.yaml").read_text(), re.MULTILINE) or (None, None))[1]
+
+
+def role_of(folder: Path) -> str | None:
+    """``"teacher"`` or ``"student"``, whichever the run trains; None as in :func:`identity_of`."""
+    return identity_of(folder, "[0-9a-f]{16}: it trains a (teacher|student);")
 
 
 def _is_remnant(file: Path) -> bool:

@@ -101,7 +101,7 @@ class _Run:
         self.checkpoints.identity = identity or (saved or {}).get("run") or secrets.token_hex(8)
         if self.leader:
             self.check()
-            write_config(folder, config, self.checkpoints.identity)
+            write_config(folder, config, self.checkpoints.identity, trainer.description.role)
         self.log, self.distances = self._logs()
         self.log.cut(self.log.start if saved is None else saved["log"])
         self.distances.cut(self.distances.start if saved is None else saved["distances"])
@@ -285,7 +285,7 @@ class _Run:
             if (self.folder / "config.yaml").exists():
                 return
             make_folder(self.folder)
-            write_config(self.folder, self.config, self.checkpoints.identity or "")
+            write_config(self.folder, self.config, self.checkpoints.identity or "", self.trainer.description.role)
             self._logs()
             self.checkpoints.save(self.trainer.step, self.state())
 
