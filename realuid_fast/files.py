@@ -112,7 +112,8 @@ def check_regular(file: Path, most: int | None = None) -> None:
     """Refuse anything but a regular file: a FIFO keeps its reader waiting, and a device such as /dev/zero never ends.
 
     Raises:
-        OSError: ``file`` is missing, is no regular file, or has more than ``most`` bytes. ``strerror`` says which.
+        OSError: ``file`` is missing, is no regular file, has more than ``most`` bytes, or may not be read. ``strerror``
+            says which.
     """
     found = os.stat(file)
     if not stat.S_ISREG(found.st_mode):
@@ -121,6 +122,8 @@ def check_regular(file: Path, most: int | None = None) -> None:
         raise OSError(errno.EINVAL, f"it is {kind} and not a regular file", str(file))
     if most is not None and found.st_size > most:
         raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and at most {most:,} are read", str(file))
+    # The safetensors library says of a file that may not be read that it is missing.
+    os.close(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def read_regular(file: Path, most: int) -> bytes:

@@ -71,8 +71,8 @@ def test_the_largest_seed_is_one():
     ("words", "sentence"),
     [
         (["sample", "--count", 10**14], f"--count must be at most {LARGE}, got 100000000000000"),
-        (["sample", "--seed", 2**64], "seed must be an integer in [0, 2^63)"),
-        (["sample", "--seed", -1], "seed must be an integer in [0, 2^63)"),
+        (["sample", "--seed", 2**64], f"--seed must be at most {2**63 - 1}, got {2**64}"),
+        (["sample", "--seed", -1], "--seed must not be negative, got -1"),
         (["sample", "--threads", 100_000], "--threads must be at most 1024, got 100000"),
         (["sample", "--steps", 2**70], f"--steps must be at most {LARGE}"),
         (["evaluate", "--threads", 100_000], "--threads must be at most 1024"),

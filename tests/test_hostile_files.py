@@ -193,6 +193,25 @@ def test_what_is_no_regular_file_is_not_opened(name, tmp_path):
             read(file)
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_may_not_be_read_is_not_called_missing_or_damaged(name, tmp_path, monkeypatch):
+    filename, read = READERS[name]
+    file = tmp_path / filename
+    file.write_bytes(b"content")
+    opening = os.open
+
+    def denied(path, *given, **options):
+        if str(path) == str(file):
+            raise PermissionError(13, "Permission denied", path)
+        return opening(path, *given, **options)
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(UserError) as told:
+        read(file)
+    assert "Permission denied" in str(told.value)
+    assert "damaged" not in str(told.value)
+
+
 def test_the_parts_of_a_diffusers_folder_are_regular_files(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with within(5), pytest.raises(UserError, match=r"config\.json cannot be read: it is a FIFO"):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,18 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def as_typed(**options: str) -> Iterator[None]:
+    """Errors in the block that begin with an argument's name begin with the option's, as it was typed."""
+    try:
+        yield
+    except UserError as error:
+        word = re.match(r"\w+", str(error))
+        if word is None or word[0] not in options:
+            raise
+        raise UserError(options[word[0]] + str(error)[word.end() :]) from None
 
 
 def shape(model: Model) -> tuple[int, ...]:

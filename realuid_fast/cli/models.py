@@ -68,6 +68,7 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.out}")
 
 
+@common.as_typed(guidance="--guidance", solver="--solver")
 def sample(arguments: argparse.Namespace) -> None:
     for file in arguments.out:
         if file.suffix not in (".png", ".npy", ".safetensors"):

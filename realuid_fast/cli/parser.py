@@ -17,7 +17,7 @@ WHOLE = {
     **dict.fromkeys(("count", "steps", "limit", "repeats", "batch", "ranks", "epochs"), Range(1)),
     **dict.fromkeys(("samples", "heldout_every", "measure"), Range(0)),
     **dict.fromkeys(("size", "crop"), Range(1, 2**15)),
-    "seeds": SEED,  # NoiseStream checks --seed
+    **dict.fromkeys(("seed", "seeds"), SEED),
     **dict.fromkeys(("threads", "jobs"), Range(1, THREADS.most)),
 }
 BENCHMARKS = {

@@ -25,6 +25,7 @@ from .parser import BENCHMARKS, STUDIES
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
 
+@common.as_typed(heldout_every="--heldout-every", partition="--partition", path="SOURCE")
 def pack(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     if arguments.verify == (arguments.source is not None):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -35,8 +36,8 @@ class Layout:
     def split(self, every: int | None) -> tuple[list[int], list[int]]:
         """The rows to train on and the rows to hold out: by folders, else every ``every``-th image is held out.
 
-        For ``every = 0`` both are all rows. Raises :class:`UserError` if ``every`` is given although folders make the
-        split.
+        Both are all rows for ``every = 0``, and, with a warning, for fewer than ``every`` images. Raises
+        :class:`UserError` if ``every`` is given although folders make the split.
         """
         if self.splits:
             if every is not None:
@@ -45,7 +46,13 @@ class Layout:
         every, rows = HELDOUT_EVERY if every is None else every, list(range(len(self.names)))
         if not every:
             return rows, rows
-        return [row for row in rows if (row + 1) % every], rows[every - 1 :: every] or rows
+        if len(rows) < every:
+            warnings.warn(
+                f"with fewer than heldout_every = {every} images, here {len(rows)}, the training images are held out too",
+                stacklevel=2,
+            )
+            return rows, rows
+        return [row for row in rows if (row + 1) % every], rows[every - 1 :: every]
 
 
 def check_heldout_every(every: int | None) -> None:
@@ -68,13 +75,37 @@ def is_image(name: PurePosixPath) -> bool:
 def images_in(root: Path) -> list[str]:
     """The images under a folder, as paths inside it, sorted folder by folder.
 
-    Raises :class:`UserError` if there are none.
+    Links are followed, but for those to a folder that they lie in. A link that leads to nothing counts as an image that
+    cannot be read if it is called like one; else a warning names it.
+
+    Raises :class:`UserError` if there are none, or if a folder cannot be read.
     """
-    files = ((PurePosixPath(file.relative_to(root).as_posix()), file) for file in root.rglob("*"))
-    names = [str(name) for name, file in sorted(files) if is_image(name) and file.is_file()]
+    names = [name for file in _files(root, ()) if is_image(name := PurePosixPath(os.path.relpath(file, root)))]
     if not names:
         raise UserError(f"path: the folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return names
+    return [str(name) for name in sorted(names)]
+
+
+def _files(folder: Path | str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """The files under a folder and the links to nothing, without hidden ones; ``above`` are the folders around it."""
+    try:
+        found = os.stat(folder)
+        own = found.st_dev, found.st_ino
+        with os.scandir(folder) as opened:
+            entries = [entry for entry in opened if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"path: the folder {folder} cannot be read: {error.strerror or error}") from None
+    if own in above:
+        return
+    for entry in entries:
+        if os.path.isdir(entry):
+            yield from _files(entry.path, (*above, own))
+        elif entry.is_symlink() and not os.path.exists(entry):
+            if not is_image(PurePosixPath(entry.name)):
+                warnings.warn(f"the link {entry.path} leads to nothing that can be read", stacklevel=2)
+            yield entry.path
+        elif entry.is_file():
+            yield entry.path
 
 
 def layout(names: Sequence[str], labels: bool = True, limit: int | None = None) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def folder(
     Each image is scaled so that its shorter side is ``size`` (Lanczos) and cut to the central square, see
     :func:`square`. Folders are classes and, where they are called ``train`` and ``test`` (or ``val``), the split
     (:func:`.folders.layout`). Without such folders every ``heldout_every``-th image, by default the 10th, in the order
-    of their paths is held out; with one image or ``heldout_every=0`` the held-out split is the training split.
+    of their paths is held out; with fewer images or ``heldout_every=0`` the held-out split is the training split.
 
     Args:
         path: the folder. Hidden files and folders in it are left out.
@@ -70,7 +71,7 @@ def folder(
             raise
         except Exception as error:
             # A file from elsewhere can make the decoder raise any kind of exception.
-            damaged[i] = f"{root / name} cannot be read as an image ({error})"
+            damaged[i] = f"{root / name} cannot be read as an image ({getattr(error, 'strerror', None) or error})"
             if not skip_damaged:
                 raise UserError(f"path: {damaged[i]}; data.skip_damaged=true leaves such files out") from None
     train, heldout = ([row for row in rows if row not in damaged] for rows in found.split(heldout_every))
@@ -106,9 +107,14 @@ def square(
     the file does not say (whole numbers of 32 bits, floating point), and whatever the decoder does for a damaged one.
     """
     with extra():
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
-    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+    try:
+        opening = Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        count = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+        raise ValueError(f"it is {'no image' if count else 'empty'}") from None
+    with opening as opened:
         width, height = opened.size
         if width * height > MOST_PIXELS:
             raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS}")

@@ -111,7 +111,10 @@ def pack(
         UserError: arguments, a source or a file in it that cannot be used, or ``out`` that cannot be written.
     """
     source, out = Path(source), Path(os.path.abspath(out))
-    kind = kind or _kind(source)
+    try:
+        kind = kind or _kind(source)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}") from None
     if kind not in KINDS:
         raise UserError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if threads < 1 or (limit is not None and limit < 1):
@@ -194,7 +197,7 @@ def _decoded(source: Path, opened: Callable[[str], bytes], how: Images, name: st
         raise
     except Exception as error:
         # A decoder can raise any kind of exception at a foreign file.
-        return UserError(f"{source}: {name} cannot be read as an image ({error})")
+        return UserError(f"{source}: {name} cannot be read as an image ({getattr(error, 'strerror', None) or error})")
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -430,7 +433,10 @@ def _written(out: Path, overwrite: bool) -> Iterator[Path]:
         with staging.staged(out, FILES, overwrite) as place:
             yield place
     except OSError as error:
-        raise UserError(f"{error.filename or out} cannot be read or written: {error.strerror or error}") from None
+        # The name of a working folder says nothing to a user.
+        other = error.filename and staging.PREFIX not in str(error.filename)
+        where = f"{error.filename} cannot be read or written" if other else f"{out} cannot be written"
+        raise UserError(f"{where}: {error.strerror or error}") from None
 
 
 def _finish(place: Path, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +42,9 @@ def load(config: str | Mapping[str, Any]) -> Dataset:
             Range(-(2**31), 2**31 - 1 if key != "seed" else 2**62).check(f"data.{key}", value)
         elif key == "seed":
             raise UserError(f"data.seed must be a whole number, got {value!r:.60}")
+    for key, parameter in inspect.signature(LOADERS[name]).parameters.items():
+        if parameter.default is parameter.empty and key not in settings:
+            raise UserError(f"data.{key} must be given with data.name={name}")
     try:
         dataset = LOADERS[name](**settings)
     except TypeError as error:

@@ -85,7 +85,11 @@ class Measure:
             for split, rows in (("heldout", dataset.heldout), ("train", dataset.train))
         )
         if len(self.heldout) < 2:
-            raise UserError(f"data set '{dataset.name}' needs at least 2 held-out samples to measure a distance to")
+            hint = {"folder": "data.heldout_every", "packed": "pack --heldout-every"}.get(dataset.name)
+            raise UserError(
+                f"data set '{dataset.name}' needs at least 2 held-out samples to measure a distance to"
+                + (f": a smaller {hint} holds out more images" if hint else "")
+            )
         self._labels, self._heldout_labels = dataset.train_labels, dataset.heldout_labels
         self._endpoints = None if dataset.heldout_endpoints is None else to_float(dataset.heldout_endpoints)
         self._paired = dataset.paired

@@ -147,16 +147,18 @@ def load(file: str | Path, role: str | None = None, net: nn.Module | None = None
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; raises :class:`UserError` for a missing or damaged one."""
+    """Tensors and metadata of a safetensors file; raises :class:`UserError` for a missing, unreadable or damaged one."""
     from safetensors import SafetensorError, safe_open
 
-    if not file.exists():
-        raise UserError(f"there is no file {file}")
     try:
+        if not file.exists():
+            raise UserError(f"there is no file {file}")
         check_regular(file)
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata() or {}
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except (SafetensorError, OSError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
         raise UserError(f"{file} is no safetensors file, or a damaged one: {reason}") from None

@@ -15,6 +15,7 @@ from PIL import Image
 from realuid_fast import data
 from realuid_fast.data import folders, packing, stored
 from realuid_fast.errors import UserError
+from realuid_fast.evaluate.measure import Measure
 
 
 def test_digits_split_covers_the_source_once():
@@ -172,8 +173,9 @@ def test_errors_name_the_argument(tmp_path):
         data.load("mnist")
     with pytest.raises(UserError, match="argument it cannot use"):
         data.load({"name": "digits", "size": 3})
-    with pytest.raises(UserError, match="argument it cannot use"):
-        data.load("folder")
+    for name in ("folder", "idx", "cifar10", "packed"):
+        with pytest.raises(UserError, match=f"data.path must be given with data.name={name}"):
+            data.load(name)
     with pytest.raises(UserError, match="there is no folder"):
         data.load({"name": "folder", "path": str(tmp_path / "none")})
     with pytest.raises(UserError, match="holds no images"):
@@ -412,6 +414,63 @@ def test_hidden_files_are_no_images(tmp_path):
     (tmp_path / ".thumbnails").mkdir()
     write_image(tmp_path / ".thumbnails" / "a.png", 4, 4, (1, 2, 3))
     assert len(data.folder(tmp_path, size=4)) == 1
+
+
+def test_links_and_folders_that_cannot_be_read(tmp_path, monkeypatch):
+    for i in range(20):
+        file = tmp_path / "real" / ("a", "b")[i % 2] / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_image(file, 8, 8, (10 * i, 0, 0))
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    for file in (tmp_path / "real" / "a").iterdir():
+        (root / "a" / file.name).symlink_to(file)
+    (root / "b").symlink_to(tmp_path / "real" / "b")
+    (tmp_path / "real" / "b" / "around").symlink_to(root)
+    settings = {"name": "folder", "size": 4}
+    linked, plain = data.load({**settings, "path": str(root)}), data.load({**settings, "path": str(tmp_path / "real")})
+    assert linked.classes == 2
+    # The link back to the folder adds nothing to the linked folder, and to the real one those of a once more.
+    assert (len(linked), len(linked.heldout)) == (18, 2)
+    assert len(plain) + len(plain.heldout) == 30
+    manifest = packing.pack(root, tmp_path / "packed", size=4)
+    assert manifest.classes == ("a", "b")
+    assert np.array_equal(np.load(tmp_path / "packed" / "train_images.npy"), linked.train.numpy())
+
+    (root / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"a/gone\.png cannot be read as an image \(No such file or directory\)"):
+        data.load({**settings, "path": str(root)})
+    with pytest.raises(UserError, match=r"a/gone\.png cannot be read as an image \(No such file or directory\)"):
+        packing.pack(root, tmp_path / "other", size=4)
+    (root / "c").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning) as told:
+        found = data.load({**settings, "path": str(root), "skip_damaged": True})
+    assert (len(found), len(found.heldout)) == (18, 2)
+    said = sorted(str(each.message) for each in told)
+    assert "1 of 21 images were left out" in said[0]
+    assert said[1] == f"the link {root / 'c'} leads to nothing that can be read"
+
+    scan = os.scandir
+
+    def closed(folder):
+        if str(folder) == str(root / "b"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match="images/b cannot be read: Permission denied"):
+        data.load({**settings, "path": str(root)})
+
+
+def test_few_images_are_held_out_with_a_word(tmp_path):
+    for i in range(12):
+        write_image(tmp_path / f"{i:02}.png", 8, 8, (10 * i, 0, 0))
+    settings = {"name": "folder", "path": str(tmp_path), "size": 4}
+    with pytest.warns(UserWarning, match="fewer than heldout_every = 10 images, here 9, the training images are"):
+        few = data.load({**settings, "limit": 9})
+    assert few.heldout is few.train
+    with pytest.raises(UserError, match=r"at least 2 held-out samples .* a smaller data\.heldout_every holds out more"):
+        Measure(data.load(settings))
 
 
 def write_idx(file, values):

@@ -432,6 +432,36 @@ def test_errors_name_the_argument(folder, tmp_path):
         packing.pack(folder, tmp_path / "file")
 
 
+def test_the_commands_errors_name_options_and_not_what_they_became(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "packed"
+
+    def refused(*words, code=2):
+        capsys.readouterr()
+        assert cli.main([*map(str, words), "--out", str(out), "--size", "8"]) == code
+        return capsys.readouterr().err
+
+    assert "error: --heldout-every must be 0" in refused("pack", folder, "--heldout-every", 1)
+    (tmp_path / "list.txt").write_text("nobody.png 0\n")
+    assert "error: --partition: " in refused("pack", folder, "--partition", tmp_path / "list.txt")
+    (tmp_path / "empty").mkdir()
+    assert "error: SOURCE: the folder" in refused("pack", tmp_path / "empty")
+    (folder / "cats" / "00.png").write_bytes(b"")
+    (folder / "cats" / "02.png").write_bytes(b"text")
+    assert "cats/00.png cannot be read as an image (it is empty)" in refused("pack", folder, "--skip-damaged", code=0)
+    (folder / "cats" / "00.png").unlink()
+    assert "cats/02.png cannot be read as an image (it is no image)" in refused("pack", folder, "--overwrite")
+
+    def denied(file, *_, **__):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.os, "mkdir", lambda *given: denied(*given))
+        said = refused("pack", folder, "--overwrite")
+    assert f"error: {out} cannot be written: Permission denied" in said
+    monkeypatch.setattr(packing, "_kind", denied)
+    assert f"error: {folder} cannot be read: Permission denied" in refused("pack", folder)
+
+
 def test_the_bar_fills_no_log_file(folder, tmp_path, monkeypatch, capsys):
     square = data.square
 
