@@ -48,7 +48,7 @@ class Layout:
             return rows, rows
         if len(rows) < every:
             warnings.warn(
-                f"with fewer than heldout_every = {every} images, here {len(rows)}, the training images are held out too",
+                f"with fewer than heldout_every = {every} images (here {len(rows)}) the training images are held out",
                 stacklevel=2,
             )
             return rows, rows

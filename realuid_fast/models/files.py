@@ -147,7 +147,7 @@ def load(file: str | Path, role: str | None = None, net: nn.Module | None = None
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; raises :class:`UserError` for a missing, unreadable or damaged one."""
+    """Tensors and metadata of a safetensors file; raises :class:`UserError` if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

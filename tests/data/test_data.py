@@ -443,12 +443,12 @@ def test_links_and_folders_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a/gone\.png cannot be read as an image \(No such file or directory\)"):
         packing.pack(root, tmp_path / "other", size=4)
     (root / "c").symlink_to(tmp_path / "nowhere")
-    with pytest.warns(UserWarning) as told:
+    with (
+        pytest.warns(UserWarning, match="images/c leads to nothing that can be read"),
+        pytest.warns(UserWarning, match="1 of 21 images were left out"),
+    ):
         found = data.load({**settings, "path": str(root), "skip_damaged": True})
     assert (len(found), len(found.heldout)) == (18, 2)
-    said = sorted(str(each.message) for each in told)
-    assert "1 of 21 images were left out" in said[0]
-    assert said[1] == f"the link {root / 'c'} leads to nothing that can be read"
 
     scan = os.scandir
 
@@ -466,7 +466,7 @@ def test_few_images_are_held_out_with_a_word(tmp_path):
     for i in range(12):
         write_image(tmp_path / f"{i:02}.png", 8, 8, (10 * i, 0, 0))
     settings = {"name": "folder", "path": str(tmp_path), "size": 4}
-    with pytest.warns(UserWarning, match="fewer than heldout_every = 10 images, here 9, the training images are"):
+    with pytest.warns(UserWarning, match=r"fewer than heldout_every = 10 images \(here 9\) the training images are"):
         few = data.load({**settings, "limit": 9})
     assert few.heldout is few.train
     with pytest.raises(UserError, match=r"at least 2 held-out samples .* a smaller data\.heldout_every holds out more"):
