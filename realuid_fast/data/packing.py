@@ -111,16 +111,13 @@ def pack(
         UserError: arguments, a source or a file in it that cannot be used, or ``out`` that cannot be written.
     """
     source, out = Path(source), Path(os.path.abspath(out))
-    try:
+    with _told(source, "read"):
         kind = kind or _kind(source)
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror or error}") from None
     if kind not in KINDS:
         raise UserError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if threads < 1 or (limit is not None and limit < 1):
         raise UserError("threads and limit must be at least 1")
     folders.check_heldout_every(heldout_every)
-    _writing(out, lambda: staging.recover(out, FILES))
     _check_free(out, overwrite)
     whole = (crop, partition, limit, heldout_every) == (None,) * 4
     if kind in ("cifar10", "idx"):
@@ -202,6 +199,8 @@ def _decoded(source: Path, opened: Callable[[str], bytes], how: Images, name: st
 
 def _check_free(out: Path, overwrite: bool) -> None:
     """Refuse a place that holds anything, but for a packed set and nothing else where it may be replaced."""
+    with _told(out):
+        staging.recover(out, FILES)
     if out.is_symlink():
         raise UserError(f"{out} is a link: give the folder that it leads to, {os.path.realpath(out)}")
     if out.exists() and not out.is_dir():
@@ -374,7 +373,8 @@ class ArrayWriter:
         self._bytes = 0  # of values, behind the header
 
     def __enter__(self) -> ArrayWriter:
-        self._stream: BinaryIO = _writing(self._file, lambda: self._file.open("xb"))
+        with _told(self._file):
+            self._stream: BinaryIO = self._file.open("xb")
         self._header = self._header_of(self._shape)
         self._write(memoryview(self._header))
         return self
@@ -391,7 +391,8 @@ class ArrayWriter:
         return header.getvalue()
 
     def _write(self, raw: memoryview) -> None:
-        _writing(self._file, lambda: self._stream.write(raw))
+        with _told(self._file):
+            self._stream.write(raw)
         self._hash.update(raw)
 
     def _correct(self) -> None:
@@ -407,23 +408,21 @@ class ArrayWriter:
                 self._hash.update(chunk)
 
     def __exit__(self, kind: object, *_: object) -> None:
-        def finish() -> None:
-            with self._stream:
-                if kind is None:
-                    self._stream.flush()
-                    if self._bytes != math.prod(self._shape) * self._dtype.itemsize:
-                        self._correct()
-                    os.fsync(self._stream.fileno())
-
-        _writing(self._file, finish)
+        with _told(self._file), self._stream:
+            if kind is None:
+                self._stream.flush()
+                if self._bytes != math.prod(self._shape) * self._dtype.itemsize:
+                    self._correct()
+                os.fsync(self._stream.fileno())
         self.entry = File(self._file.name, len(self._header) + self._bytes, self._hash.hexdigest())
 
 
-def _writing(file: Path, action: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def _told(file: Path, what: str = "written") -> Iterator[None]:
     try:
-        return action()
+        yield
     except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{file} cannot be {what}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -434,21 +433,17 @@ def _written(out: Path, overwrite: bool) -> Iterator[Path]:
             yield place
     except OSError as error:
         # The name of a working folder says nothing to a user.
-        other = error.filename and staging.PREFIX not in str(error.filename)
-        where = f"{error.filename} cannot be read or written" if other else f"{out} cannot be written"
-        raise UserError(f"{where}: {error.strerror or error}") from None
+        named = error.filename if staging.PREFIX not in str(error.filename) else None
+        raise UserError(f"{named or out} cannot be read or written: {error.strerror or error}") from None
 
 
 def _finish(place: Path, manifest: Manifest) -> None:
     """The manifest, and everything on disk."""
-
-    def write() -> None:
+    with _told(place / MANIFEST):
         with (place / MANIFEST).open("xb") as stream:
             stream.write(manifest.text().encode())
             stream.flush()
             os.fsync(stream.fileno())
         sync(place)
-
-    _writing(place / MANIFEST, write)
     # A set that the reader would refuse must not get its name.
     read_manifest(place / MANIFEST)

@@ -457,7 +457,7 @@ def test_the_commands_errors_name_options_and_not_what_they_became(folder, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(packing.os, "mkdir", lambda *given: denied(*given))
         said = refused("pack", folder, "--overwrite")
-    assert f"error: {out} cannot be written: Permission denied" in said
+    assert f"error: {out} cannot be read or written: Permission denied" in said
     monkeypatch.setattr(packing, "_kind", denied)
     assert f"error: {folder} cannot be read: Permission denied" in refused("pack", folder)
 
