@@ -136,7 +136,7 @@ class Generator(nn.Module):
         return torch.addcmul(k_x * state, k_out, out.to(state.dtype))
 
     def _noised(self, number: int, x: Tensor, z: Tensor, endpoint: Tensor | None) -> Tensor:
-        coef = self._rows[number - 1].repeat(len(x), 1)
+        coef = self._rows[number - 1].repeat(x.shape[0], 1)
         # Networks may return any memory layout, and the fused call takes one layout for all tensors.
         layout = torch.contiguous_format if z.is_contiguous() else torch.channels_last
         end = None if endpoint is None else endpoint.contiguous(memory_format=layout)

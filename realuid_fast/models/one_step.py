@@ -79,7 +79,7 @@ def state_from(start: Start, z: Tensor, endpoint: Tensor | None) -> Tensor:
 
 def step_at(start: Start, net: nn.Module, x: Tensor, labels: Tensor | None, endpoint: Tensor | None) -> Tensor:
     """The generator's data prediction from a state ``x`` at the time of ``start``."""
-    t = x.new_full((len(x),), start.t, dtype=torch.float32)
+    t = x.new_full((x.shape[0],), start.t, dtype=torch.float32)
     out = like(net(*arguments(net, t, x if start.c_in == 1 else x * start.c_in, labels, endpoint)), x)
     return torch.add(x if start.k_x == 1 else x * start.k_x, out, alpha=start.k_out)
 

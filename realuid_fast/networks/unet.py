@@ -358,9 +358,9 @@ def scale_layers(features: int, width: int) -> nn.Sequential:
 
 def scale_features(scale: float | Tensor, x: Tensor, features: int) -> Tensor:
     """Sinusoidal features ``(B, features)`` of a guidance scale, one for all rows of ``x`` or one a row."""
-    rows = scale if isinstance(scale, Tensor) else x.new_full((len(x),), scale, dtype=torch.float32)
+    rows = scale if isinstance(scale, Tensor) else x.new_full((x.shape[0],), scale, dtype=torch.float32)
     if rows.shape != x.shape[:1]:
-        raise UserError(f"guidance must be a number or have shape ({len(x)},), got {tuple(rows.shape)}")
+        raise UserError(f"guidance must be a number or have shape ({x.shape[0]},), got {tuple(rows.shape)}")
     # The fastest feature has the period 2 pi, the range of common scales.
     return timestep_embedding(rows, features)
 

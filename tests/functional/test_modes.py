@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounter
 
 import realuid_fast as rf
 from realuid_fast.errors import UserError
+from realuid_fast.models.generator import Generator
 
 X, OUT, OUT2 = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0.1, 0.3, 0.5, 0.8])
@@ -97,3 +98,12 @@ def test_an_exported_program_takes_any_number_of_rows(strict):
     rows = {0: torch.export.Dim("rows", min=2, max=64)}
     exported = torch.export.export(Turn(), arguments(4), dynamic_shapes=(rows,) * 4, strict=strict).module()
     torch.testing.assert_close(exported(*arguments(7)), Turn()(*arguments(7)))
+
+
+def test_an_exported_generator_takes_any_number_of_rows():
+    made = Generator(rf.load("mnist").net, 0.3, times=(0.6,))
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    z = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exported = torch.export.export(made, (z[:3],), dynamic_shapes=(rows,)).module()
+        torch.testing.assert_close(exported(z), made(z))
