@@ -22,6 +22,7 @@ from ..evaluate.inception import HOW_TO_GET, Inception
 from ..evaluate.measure import WARMING, Measure, class_by_class, generate
 from ..files import replacing
 from ..jobs import config as configs
+from ..jobs.start import dataset_of
 from ..jobs.train import usable_device, usable_precision
 from ..models import convert as conversion
 from ..models import pairs
@@ -174,8 +175,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
             raise UserError(f"--student {arguments.student} holds a teacher: give it as --teacher")
         name = name or student.description.teacher
     teacher = None
-    if arguments.teacher or name in SHIPPED or Path(name or "").suffix == ".safetensors":
+    if arguments.teacher or name in SHIPPED or (name and (Path(name).suffix == ".safetensors" or Path(name).is_dir())):
+        if not arguments.teacher and name not in SHIPPED and not Path(name).exists():
+            raise UserError(
+                f"there is no file {name}, the student's teacher as seen from where it was distilled: give --teacher"
+            )
         teacher = common.model(name)
+        if teacher.description.role != "teacher":
+            raise UserError(f"--teacher {name} holds a student: give it as --student")
     elif name:
         print(f"the teacher {name} is left out: give it as a .safetensors file with --teacher", file=sys.stderr)
     described = student or teacher
@@ -183,7 +190,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     source = configs.merge({"data": described.description.data}, configs.nested(arguments.set))
     if set(source) != {"data"} or not source["data"]:
         raise UserError("--set takes data.KEY=VALUE here, and the data's name where the file does not have it")
-    dataset = data.load(source["data"])
+    dataset = dataset_of(source["data"])
     for model in (student, teacher):
         if model is None:
             continue

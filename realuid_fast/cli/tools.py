@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import platform
 import sys
@@ -44,6 +45,10 @@ def pack(arguments: argparse.Namespace) -> None:
 
 def config(arguments: argparse.Namespace) -> None:
     chosen = configs.load(arguments.name, arguments.set) if arguments.name else None
+    file = choices.CONFIGS / f"{arguments.name}.yaml"
+    if arguments.name and file.is_file():
+        # The lines above a shipped configuration: what it is, and the commands that make the files that it names.
+        print("".join(itertools.takewhile(lambda line: line.startswith("#"), file.open())))
     print(listing.as_yaml(chosen or configs.from_mapping(configs.nested(arguments.set)), chosen is None), end="")
 
 

@@ -17,7 +17,7 @@ from ..bounds import Range, shown
 from ..errors import UserError
 from ..extras import extra
 from ..files import read_regular
-from ..settings import PARITY, PARITY_OBJECTIVES, REGRESSION, Config
+from ..settings import PARITY, PARITY_OBJECTIVES, REGRESSION, Config, DistillConfig, RegressionConfig
 from ..train.modes import captures
 
 with extra():
@@ -57,8 +57,11 @@ def load_kept(file: Path, overrides: Iterable[str] = ()) -> Config:
     are left out.
     """
     content = _read(file)
-    for key in _filled(content).distill.objective.foreign():
+    distill = _filled(content).distill
+    for key in distill.objective.foreign():
         del content["distill"]["objective"][key]
+    for key in _of_baseline(distill):
+        del content["distill"]["regression"][key]
     return from_mapping(merge(content, nested(overrides)))
 
 
@@ -154,9 +157,11 @@ def _read(source: str | Path, above: tuple[Path, ...] = (), bases: list[Path] | 
     bases = [] if bases is None else bases
     file = CONFIGS / f"{source}.yaml" if (CONFIGS / f"{source}.yaml").is_file() else Path(source)
     if not file.exists():
-        names = [*sorted(f.stem for f in CONFIGS.glob("*.yaml")), *(f"recipes/{name}" for name in recipes())]
-        shipped = ", ".join(names)
-        raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped})")
+        names = [*choices.configs(), *(f"recipes/{name}" for name in recipes())]
+        every = {name.rpartition("/")[2]: name for name in [*(f"presets/{name}" for name in presets()), *names]}
+        near = difflib.get_close_matches(str(source), every, n=1)
+        shipped = f"{', '.join(names)}; or presets/NAME){f'. Did you mean {every[near[0]]}?' if near else ''}"
+        raise UserError(f"there is no configuration {str(source)!r}: neither a file nor one of the shipped ({shipped}")
     try:
         content = _plain_yaml(read_regular(file, _MOST_BYTES).decode())
     except OSError as error:
@@ -246,8 +251,8 @@ def _named(
     for key, value in section.items():
         _check_key(key, hints, where, f"of {where}.{chooser} {name}")
         made = _value(hints[key], value, f"{where}.{key}")
-        # YAML reads 1e-3 without a point as text. All other values go on as they are written.
-        filled[key] = made if isinstance(value, str) else value
+        # YAML reads 1e-3 without a point as text, and 1.0e+3 as no whole number. All other values go on as written.
+        filled[key] = made if isinstance(value, (str, float)) else value
     return filled
 
 
@@ -309,10 +314,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             return tuple(_value(inner[0], each, name) for each in value)
     elif hint is Any or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool))):
         return value
-    elif hint is float:
-        number = _number(value, name)
-        if number is not None:
-            return number
+    elif hint in (float, int):
+        number = value if isinstance(value, float) else _number(value, name)
+        if number is not None and (hint is float or number.is_integer()):
+            return hint(number)
     raise UserError(f"{name} must be {in_words(hint)}, got {shown(value)}")
 
 
@@ -395,6 +400,8 @@ def _check(config: Config) -> None:
             "run.checkpoint_activations must be false with run.shard: a sharded fake model is frozen in its forward "
             "pass alone"
         )
+    for key in _of_baseline(distill):
+        raise UserError(f"distill.regression.{key} is for distill.objective regression alone")
     if distill.steps and distill.objective.name != REGRESSION:
         raise UserError(f"distill.steps is for the objective {REGRESSION}; other students take distill.times")
     whole = not (run.shard or run.offload_teacher or distill.teacher_precision == "bf16")
@@ -415,6 +422,13 @@ def _check(config: Config) -> None:
     for section, job in (("teacher", teacher), ("distill", distill)):
         if job.export and job.export not in job.ema:
             raise UserError(f"{section}.export must be 0 or one of {section}.ema {list(job.ema)}, got {job.export:g}")
+
+
+def _of_baseline(distill: DistillConfig) -> list[str]:
+    """Settings of the baseline's trajectories that are given to another objective, which does not read them."""
+    own, usual = distill.regression, RegressionConfig()
+    of_another = distill.objective.name != REGRESSION
+    return [key for key in ("steps", "solver") if of_another and getattr(own, key) != getattr(usual, key)]
 
 
 def _join(prefix: str, key: object) -> str:

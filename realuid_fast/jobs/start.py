@@ -1,18 +1,55 @@
-"""The start of a second stage: the student that ``distill.start`` names, in the average of ``distill.start_decay``."""
+"""What a run starts from: its data, files that its settings name, and the student that ``distill.start`` names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from .. import teachers
+from .. import choices, data, teachers
 from ..errors import UserError
 from ..teachers import CHECKPOINTS, Description
 from ..train.checkpoint import files as checkpoints_in
 from ..train.checkpoint import read
 from ..train.sharding import Damaged
+
+
+def dataset_of(source: Mapping[str, Any]) -> data.Dataset:
+    """:func:`realuid_fast.data.load` of the section ``data``; errors about its path name ``data.path``."""
+    try:
+        return data.load(source)
+    except UserError as error:
+        if not str(error).startswith("path: "):
+            raise
+        gone = not Path(str(source.get("path", "."))).exists()
+        how = "; run the command from the folder that data.path is seen from, or give --set data.path=PATH"
+        raise UserError(f"data.{error}{how if gone else ''}") from None
+
+
+@contextlib.contextmanager
+def named(setting: str, source: str) -> Iterator[None]:
+    """Put the setting in front of an error about the file ``source`` that it names.
+
+    If the file is not there and a shipped configuration makes it, the error says which one.
+    """
+    try:
+        yield
+    except UserError as error:
+        how = "" if Path(source).exists() else _how_made(Path(source))
+        raise UserError(f"{setting}: {error}{how}") from None
+
+
+def _how_made(source: Path) -> str:
+    """A clause that names the shipped configuration whose first lines have the command that makes ``source``."""
+    for file in sorted(choices.CONFIGS.rglob("*.yaml")):
+        commands = (line for line in file.read_text().splitlines() if line.startswith("#   realuid-fast"))
+        if any({str(source), str(source.parent)} & set(line.partition(" --out ")[2].split()) for line in commands):
+            name = file.relative_to(choices.CONFIGS).with_suffix("")
+            return f"; realuid-fast config {name} prints the command that makes it"
+    return ""
 
 
 def student_of(
@@ -40,7 +77,8 @@ def student_of(
         network, described = teachers.filled(settings, state, source), Description(settings)
     else:
         _hint(file)
-        model = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
+        with named(setting, source):
+            model = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
         network, described = model.net, model.description
     if described.network != teacher.network:
         raise UserError(f"{setting} {source} has another network than the teacher")

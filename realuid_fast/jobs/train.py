@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ from ..train.loop import run
 from . import config as configs
 from . import trainers
 from .alike import check_alike
+from .start import dataset_of, named
 
 # A warm-up longer than a run divided by this number was more likely meant for a longer run.
 WARMUP_SHARE = 5
@@ -55,7 +58,11 @@ def resolve(source: str | None, overrides: list[str], folder: Path, resume: bool
     asked = configs.load(source, overrides) if source else configs.load_kept(kept, overrides)
     for section in ("teacher", "distill"):
         before = _of_length(before, asked, section, folder)
-    if (key := _difference(configs.to_mapping(before), configs.to_mapping(asked))) is not None:
+    was, wanted = configs.to_mapping(before), configs.to_mapping(asked)
+    if job == "distill" and not _describes_no_network(before):
+        # The run has its teacher's network, see _written.
+        del was["network"], wanted["network"]
+    if (key := _difference(was, wanted)) is not None:
         raise UserError(f"{key} differs from the run in {folder}: a resumed run keeps all its settings but run.*")
     return asked
 
@@ -165,18 +172,10 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
         # Make it the default for events, streams and generators that are created without a device.
         torch.cuda.set_device(device)
     usable_precision("run.evaluate_precision", config.run.evaluate_precision, device)
-    dataset, settings = data.load(config.data), config.distill
+    dataset = dataset_of(config.data)
     # No local name keeps the teacher alive: the trainer may have its own copy (offloaded or in bf16), and two would
     # not fit.
-    trainer = trainers.trainer(
-        job,
-        config,
-        dataset,
-        teachers.load_teacher(settings.teacher, config.teachers_network(), settings.teacher_decay, dataset.config)
-        if job == "distill"
-        else None,
-        command,
-    )
+    trainer = trainers.trainer(job, config, dataset, _teacher(config, dataset) if job == "distill" else None, command)
     measure = _measure(config, dataset)
     measure.name += in_words(config.run.evaluate_precision)
     if distributed.rank() == 0:
@@ -188,11 +187,41 @@ def train(job: str, config: Config, folder: Path, resume: bool, overwrite: bool,
             open_folder(folder, resume, overwrite)
         distributed.wait()
         try:
-            content = configs.to_mapping(asked)
+            content = _written(job, asked, trainer.description.network)
             return run(trainer, folder, measure, dataset.shape, asked.run, content, resume, lock), measure
         finally:
             # NCCL cannot be shut down while a CUDA graph holds one of its reductions.
             trainer.forget_graphs()
+
+
+def _describes_no_network(config: Config) -> bool:
+    """Whether the teacher is a published checkpoint, which is read by the configured network."""
+    return Path(config.distill.teacher).suffix in teachers.CHECKPOINTS
+
+
+def _written(job: str, config: Config, network: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``config.yaml``: the configuration, in ``distill`` with the network that the teacher describes.
+
+    If the configuration says otherwise, a warning names what is not taken.
+    """
+    content = configs.to_mapping(config)
+    if job != "distill" or _describes_no_network(config) or not network:
+        return content
+    own, given = configs.as_plain(network), content["network"]
+    alike = given.get("kind", own.get("kind")) == own.get("kind")
+    keys = [key for key in given if key in own] if alike else ["kind"]
+    other = [f"network.{key} is {own[key]}, not {given[key]}" for key in keys if given[key] != own[key]]
+    if other and distributed.rank() == 0:
+        warnings.warn(f"the student has the network of its teacher: {'; '.join(other)}", stacklevel=3)
+    return content | {"network": own}
+
+
+def _teacher(config: Config, dataset: data.Dataset) -> teachers.Model:
+    settings = config.distill
+    with named("distill.teacher", settings.teacher):
+        return teachers.load_teacher(
+            settings.teacher, config.teachers_network(), settings.teacher_decay, dataset.config
+        )
 
 
 def evaluated(job: str, config: Config) -> Config:

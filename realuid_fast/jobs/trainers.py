@@ -38,7 +38,7 @@ from ..train.moments import MomentTrainer
 from ..train.regression import RegressionTrainer
 from ..train.teacher import TeacherTrainer
 from ..train.trainer import Setup, Trainer
-from .start import student_of
+from .start import named, student_of
 
 _MEASURED = 100  # batches of real data whose gradients give the preconditioner of parameter-moments
 
@@ -69,7 +69,8 @@ def teacher_trainer(config: Config, dataset: Dataset, command: str = "") -> Teac
     if settings.guided and settings.halved:
         raise UserError("teacher.guided and teacher.halved are two stages: give one of them")
     if file := settings.guided or settings.halved:
-        source = teachers.load_teacher(file, config.teachers_network(), None, dataset.config)
+        with named(f"teacher.{'guided' if settings.guided else 'halved'}", file):
+            source = teachers.load_teacher(file, config.teachers_network(), None, dataset.config)
     described = None if source is None else source.description
     matching = config.teachers_path().build(described)
     network = network_for(config, dataset) if described is None else dict(described.network)
@@ -163,7 +164,8 @@ def _further(net: nn.Module, config: Config, matching: Matching, objective: Obje
 def _pairs(stored: RegressionConfig) -> pairs.Pairs | None:
     if not stored.pairs:
         return None
-    return pairs.Pairs(pairs.read(stored.pairs), stored.weight, pairs.DISTANCES[stored.distance])
+    with named("distill.regression.pairs", stored.pairs):
+        return pairs.Pairs(pairs.read(stored.pairs), stored.weight, pairs.DISTANCES[stored.distance])
 
 
 def _gan(config: Config, dataset: Dataset) -> tuple[Gan | None, Critic | None]:

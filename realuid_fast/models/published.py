@@ -30,10 +30,10 @@ def load_teacher(
     """A teacher: a shipped one by name (``"digits"``), a file of this package, or a published checkpoint.
 
     Args:
-        source: a shipped name, a ``.safetensors`` file, or a checkpoint written by ``torch.save`` (``.pt``, ``.pth``,
-            ``.ckpt``), whose dictionary holds ``ema_models`` or, a student's, ``ema_gens`` (decay to state dict),
-            ``ema_model``, ``net_model``, or is itself a state dict. It is read as tensors and plain values only: no
-            code in it runs.
+        source: a shipped name, a ``.safetensors`` file, the folder of a finished run of ``train-teacher``, or a
+            checkpoint written by ``torch.save`` (``.pt``, ``.pth``, ``.ckpt``), whose dictionary holds ``ema_models``
+            or, a student's, ``ema_gens`` (decay to state dict), ``ema_model``, ``net_model``, or is itself a state
+            dict. It is read as tensors and plain values only: no code in it runs.
         network: the network of a published checkpoint, which does not describe it. :func:`published` says when its
             ``time_scale`` and ``norm_groups`` are replaced.
         decay: the decay of the average to take, 0 for the last weights; the largest by default. A file of this package
@@ -49,6 +49,10 @@ def load_teacher(
     file = Path(source)
     if not file.exists():
         raise UserError(f"there is no teacher {name!r}: neither a file nor one of the shipped ({', '.join(SHIPPED)})")
+    if (file / "config.yaml").exists():
+        file /= "teacher.safetensors"
+        if not file.exists():
+            raise UserError(f"the folder {source} holds no teacher.safetensors: it is no finished run of train-teacher")
     if file.is_dir() or file.suffix == ".pkl":
         raise UserError(f"{file} is not read as it is: realuid-fast convert makes a file for this package of it")
     if file.suffix not in CHECKPOINTS:

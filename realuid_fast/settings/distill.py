@@ -21,7 +21,7 @@ class DistillConfig:
     coarse there once the fake model is near the teacher, which the run then says (:mod:`realuid_fast.precision`).
     """
 
-    teacher: str = setting("digits", "a shipped teacher's name or a file")
+    teacher: str = setting("digits", "a shipped teacher's name, a file, or the folder of its run")
     teacher_network: dict[str, Any] = setting(
         dict, "the network of a published checkpoint, the section network if empty"
     )
