@@ -46,6 +46,8 @@ class Batches:
             raise UserError(f"batch {whole} is larger than data set '{dataset.name}', which has {len(dataset)} samples")
         self._samples, self._labels, self._n, self._device = dataset.train, dataset.train_labels, n, device
         self._endpoints = dataset.train_endpoints
+        # Floats have no checksum: another processor may round those that are computed differently.
+        self._sha256 = dataset.fingerprint("train") if self._samples.dtype == torch.uint8 else ""
         self._balanced, self._flip, self._draws = dataset.balance, dataset.flip, draws
         self._generator = torch.Generator().manual_seed(seed)
         self._pass = self._shuffled()
@@ -133,19 +135,16 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         shuffle, position = self._handed_out
-        return {
-            "generator": shuffle.generator,
-            "order": shuffle.order,
-            "position": position,
-            "samples": getattr(self._samples, "sha256", ""),
-        }
+        return {"generator": shuffle.generator, "order": shuffle.order, "position": position, "samples": self._sha256}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; raises when it belongs to other samples on disk or another number."""
+        """Continue from :meth:`state_dict`; raises when it belongs to other bytes or another number of samples."""
         before, now = len(state["order"]), len(self._pass.order)
         if before != now:
             raise UserError(f"the run was started on {before} training samples, the data set has {now} now")
-        if state.get("samples", "") != getattr(self._samples, "sha256", ""):
+        # Earlier versions wrote no checksum of samples in memory.
+        known = state.get("samples") or self._thread is not None
+        if known and state.get("samples", "") != self._sha256:
             raise UserError("the run was started on other training samples than the data set has now")
         self._rewind(_Pass(state["order"], state["generator"]), int(state["position"]))
 

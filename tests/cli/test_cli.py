@@ -290,7 +290,7 @@ def test_bad_input_to_training(place, capsys):
     assert "--overwrite leaves it alone" in refused(capsys, *full, "--overwrite")
     assert (place / "full/mine.txt").read_text() == "precious"
     under = [word if word != "run" else "tiny.yaml/run" for word in DISTILL]
-    assert "tiny.yaml/run cannot be written" in refused(capsys, *under)
+    assert "tiny.yaml/run cannot be written: tiny.yaml is a file and no folder" in refused(capsys, *under)
 
 
 def test_a_weight_without_signal_is_a_warning(place, capsys):
@@ -313,7 +313,7 @@ def test_bad_input_to_sampling(place, capsys):
     assert "in one step" in refused(capsys, *model, "a.png", "--steps", 3)
     assert "none of the model's 10 classes" in refused(capsys, *model, "a.png", "--label", 10)
     assert "--threads must be at least 1" in refused(capsys, *model, "a.png", "--threads", 0)
-    assert "seed must be an integer" in refused(capsys, *model, "a.png", "--seed", -1)
+    assert "--seed must not be negative" in refused(capsys, *model, "a.png", "--seed", -1)
     teacher = ["sample", "--model", "teacher.safetensors", "--out", "a.png"]
     assert "steps must be at least 1" in refused(capsys, *teacher, "--steps", 0)
     assert "no file gone.safetensors" in refused(capsys, "sample", "--model", "gone.safetensors", "--out", "a.png")

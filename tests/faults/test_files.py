@@ -247,6 +247,18 @@ def test_data_deleted_in_a_run(run, after, tmp_path):
         run("broken", resume=True, **given)
 
 
+def test_an_image_that_changed_is_noticed(run, after, tmp_path):
+    images = tmp_path / "images"
+    given = image_teacher(tmp_path, {"name": "folder", "path": str(images), "size": 8, "heldout_every": 4})
+    run("run", **given)
+    before = (images / "a" / "0.png").read_bytes()
+    (images / "a" / "0.png").write_bytes((images / "a" / "2.png").read_bytes())
+    with pytest.raises(UserError, match="the run was started on other training samples than the data set has now"):
+        run("run", resume=True, **given)
+    (images / "a" / "0.png").write_bytes(before)
+    run("run", resume=True, **given)
+
+
 @pytest.fixture
 def streamed(tmp_path):
     """The arguments of a run on images that are read from disk, mirrored and drawn by class; the file of them."""

@@ -69,6 +69,10 @@ def test_memory_and_disk_resume_each_other_never(sets):
     with pytest.raises(UserError, match="the run was started on other training samples than the data set has now"):
         Batches(stored, 6, 0, CPU).load_state_dict(Batches(memory, 6, 0, CPU).state_dict())
     state = Batches(memory, 6, 0, CPU).state_dict()
+    state["samples"] = ""  # as checkpoints were before samples in memory had a checksum
+    Batches(memory, 6, 0, CPU).load_state_dict(state)
+    with pytest.raises(UserError, match="the run was started on other training samples"):
+        Batches(stored, 6, 0, CPU).load_state_dict(state)
     del state["samples"]  # as checkpoints were before samples could lie on disk
     Batches(memory, 6, 0, CPU).load_state_dict(state)
 
