@@ -14,6 +14,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the folder holds the result of this very configuration."""
         kept = self.folder / "config.yaml"
-        return self.file.is_file() and kept.is_file() and configs.load_kept(kept) == self.config
+        if not (self.file.is_file() and kept.is_file()):
+            return False
+        found = configs.load_kept(kept)
+        # A student's run is kept with its teacher's network.
+        return (replace(found, network=self.config.network) if self.role == "student" else found) == self.config
 
 
 class Student(Run):

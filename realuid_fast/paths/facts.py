@@ -55,7 +55,6 @@ def fact(function: F) -> F:
         _KNOWN[own] = _KNOWN[alike] = path, found[1]
         return found[1]
 
-    @torch.compiler.assume_constant_result
     def constant(kind: type, names: tuple[str, ...], *values: Any) -> Any:
         # A path that the compiled program makes has no object yet.
         path: Any = object.__new__(kind)
@@ -63,6 +62,9 @@ def fact(function: F) -> F:
             object.__setattr__(path, name, value)
         return known_now(path, values[len(names) :])
 
+    # The mark of torch.compiler.assume_constant_result, which would first import torch._dynamo: that takes longer than
+    # all else that a short command does.
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return known  # type: ignore[return-value]
 
 
