@@ -48,7 +48,9 @@ def config(arguments: argparse.Namespace) -> None:
     file = choices.CONFIGS / f"{arguments.name}.yaml"
     if arguments.name and file.is_file():
         # The lines above a shipped configuration: what it is, and the commands that make the files that it names.
-        print("".join(itertools.takewhile(lambda line: line.startswith("#"), file.open())))
+        print(
+            "".join(itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines(keepends=True)))
+        )
     print(listing.as_yaml(chosen or configs.from_mapping(configs.nested(arguments.set)), chosen is None), end="")
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: its data, files that its settings name, and the student that ``distill.start`` names."""
+"""Inputs of a run: its data, files that its settings name, and the student that ``distill.start`` names."""
 
 from __future__ import annotations
 
