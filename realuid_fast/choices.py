@@ -7,8 +7,10 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).parent / "configs"
-TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors"}  # the shipped teachers
-STUDENTS = {"mnist": ASSETS / "mnist_student.safetensors"}  # and students
+# The shipped teachers, students, and classifiers of evaluations.
+TEACHERS = {"digits": ASSETS / "digits_teacher.safetensors", "mnist-teacher": ASSETS / "mnist_teacher.safetensors"}
+STUDENTS = {"mnist": ASSETS / "mnist_student.safetensors"}
+CLASSIFIERS = {"digits": ASSETS / "digits_classifier.safetensors", "mnist": ASSETS / "mnist_classifier.safetensors"}
 SOLVERS = ("euler", "heun", "midpoint", "ddim", "dpmpp", "edm")
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")  # filters that scale images
 SOURCES = ("images", "celeba", "idx", "cifar10")  # kinds of sources that `pack` reads

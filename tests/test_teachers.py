@@ -73,6 +73,17 @@ def test_shipped_digits_teacher_draws_digits():
     assert torch.isfinite(model.net(torch.tensor([0.2, 0.9]), x, labels)).all()
 
 
+def test_the_shipped_mnist_teacher_draws_images_in_steps():
+    teacher = rf.load("mnist-teacher")
+    described = teacher.description
+    assert (described.role, described.data["name"], described.data["path"]) == ("teacher", "idx", "data/mnist")
+    assert described.command == "make study DATA=data/mnist"
+    x = teacher(torch.randn(100, 1, 16, 16, generator=torch.Generator().manual_seed(0)), steps=10)
+    assert float(x.mean()) == pytest.approx(2 * 0.1307 - 1, abs=0.07)
+    assert float(x[:, :, [0, -1]].mean()) < -0.95
+    assert float(x.std(0).mean()) > 0.3
+
+
 def test_the_shipped_mnist_student_draws_images_at_once():
     student = rf.load("mnist")
     described = student.description

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,12 @@ def _command(common: Path, out: Path, own: list[str], resume: bool) -> list[str]
     return [*command, "--set", *quiet, *own]
 
 
-def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
+def run_all(
+    commands: dict[str, list[str]], jobs: int, folder: Path, done: Callable[[str], None] = lambda name: None
+) -> None:
     """Run commands by name, ``jobs`` at a time with one thread each; their output is in ``folder/runs/NAME.log``.
+
+    ``done`` is called with the name of each command that has ended well.
 
     Raises:
         UserError: a command that failed, with its last line; the others are stopped.
@@ -155,6 +159,7 @@ def run_all(commands: dict[str, list[str]], jobs: int, folder: Path) -> None:
                 if code:
                     lines = (folder / "runs" / f"{name}.log").read_text().strip().splitlines()
                     raise UserError(f"run {name} failed: {lines[-1] if lines else f'exit code {code}'}")
+                done(name)
                 print(f"finished {name}", flush=True)
     finally:
         for process in running.values():

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data
+from ..choices import CLASSIFIERS
 from ..errors import UserError
 from ..files import check_regular, replacing
 from ..models.checksums import CHECKSUM, matches, with_checksum
 
-CLASSIFIER_FILE = Path(__file__).parent.parent / "assets" / "digits_classifier.safetensors"
+CLASSIFIER_FILE = CLASSIFIERS["digits"]
 FEATURES = 64
 SMALLEST, MOST_CLASSES = 4, 10_000
 _KINDS = ("classifier", "digit_classifier")  # the second is in the shipped digits' file
@@ -122,13 +123,14 @@ def write(file: Path, net: Classifier, dataset: data.Dataset, accuracy: float) -
 
 
 def read(file: str | Path) -> tuple[Classifier, dict[str, Any]]:
-    """A classifier's file as a frozen network and its description.
+    """A classifier's file, or a shipped one's name, as a frozen network and its description.
 
     Raises:
         UserError: the file is missing, damaged, or holds no classifier.
     """
     from safetensors import SafetensorError, safe_open
 
+    file = CLASSIFIERS.get(str(file), file)
     try:
         check_regular(Path(file))
     except OSError as error:

@@ -6,7 +6,6 @@ plain torch. They have no second derivative.
 
 from __future__ import annotations
 
-import functools
 from typing import cast
 
 import torch
@@ -157,7 +156,11 @@ def _autocasts(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
 
 
-@functools.cache
 def _has_matrix_unit() -> bool:
     """Whether this processor's oneDNN multiplies half types many times faster than float32."""
     return torch.cpu._is_amx_tile_supported()
+
+
+# torch.compile cannot trace the call above. This is the mark of torch.compiler.assume_constant_result. That function
+# itself imports torch._dynamo first, which takes longer than all else that a short command does.
+_has_matrix_unit._dynamo_marked_constant = True  # type: ignore[attr-defined]

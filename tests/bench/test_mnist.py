@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import shutil
 import struct
 from unittest.mock import ANY
 
@@ -12,7 +13,7 @@ import torch
 
 from bench.study.mnist import __main__ as study
 from bench.study.mnist import arms, criterion, judge
-from realuid_fast import cli, metrics
+from realuid_fast import choices, cli, metrics
 from realuid_fast.cli import training
 
 TINY = [
@@ -76,14 +77,27 @@ def write_set(root):
         (root / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
 
 
+def ship(monkeypatch, out, folder, teacher="teacher"):
+    """The package as if it shipped the networks of a study in small."""
+    folder.mkdir()
+    for shipped, name, made in (
+        ("TEACHERS", "mnist-teacher", f"{teacher}/teacher"),
+        ("CLASSIFIERS", "mnist", "classifier"),
+    ):
+        file = shutil.copy(out / f"{made}.safetensors", folder / f"{name}.safetensors")
+        monkeypatch.setitem(getattr(choices, shipped), name, file)
+
+
 def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     write_set(tmp_path / "set")
     started = []
 
-    def here(commands, *_):
+    def here(commands, _jobs, _folder, done=lambda name: None):
         """Starting a process takes longer than these runs."""
-        started.extend(commands)
-        assert [cli.main(command[3:]) for command in commands.values()] == [0] * len(commands)
+        for name, command in commands.items():
+            started.append(name)
+            assert cli.main(command[3:]) == 0
+            done(name)
 
     monkeypatch.setattr(study, "run_all", here)
     # Other tests prove these, so there are fewer here: draws of the bootstrap, rounds of the clock, pictures of runs.
@@ -153,10 +167,43 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
             if row["against"]:
                 assert row["less"]["verdict"] == "one seed, no verdict"
                 assert row["less"]["mean"] == pytest.approx(row["final"][0] - rows[row["against"]]["final"][0])
+    # Another machine has no runs. The report needs none, and a run without a record is made with the others' teacher.
+    ship(monkeypatch, tmp_path / "out", tmp_path / "shipped")
+    monkeypatch.setattr(judge.Judge, "__call__", measure)
+    elsewhere = [*words[:2], "--out", str(tmp_path / "elsewhere"), *words[4:6], "--go-on", *words[6:]]
+    kept = tmp_path / "results" / "runs"
+    lost = json.loads((kept / "uid-seed1.json").read_text())
+    (kept / "uid-seed1.json").unlink()
+    started.clear()
+    assert study.main([*elsewhere, "--only", "report"]) == 2
+    assert "has no record of the run uid-seed1 with these settings" in capsys.readouterr().err
+    assert study.main(elsewhere) == 0
+    assert started == ["uid-seed1"]
+    again = json.loads((tmp_path / "results" / "main.json").read_text())
+    assert again["results"] == content["results"]
+    assert again["comparison"] == content["comparison"]
+    assert json.loads((kept / "uid-seed1.json").read_text()) == {**lost, "machine": ANY}
+    # Whoever makes a run again is told whether it ended where the record did.
+    started.clear()
+    assert study.main([*elsewhere, "--repeat", "realuid-0.8-1-seed0", "uid-seed1"]) == 0
+    assert started == ["realuid-0.8-1-seed0"]
+    said = capsys.readouterr().out
+    assert said.count("the student equals the recorded one to the bit") == 2
+    lost["student"], lost["scores"]["interval"] = "another", [0.0, lost["scores"]["distance"] / 2]
+    (kept / "uid-seed1.json").write_text(json.dumps(lost))
+    assert study.main([*elsewhere, "--repeat", "uid-seed1"]) == 0
+    assert "another student of distance" in (said := capsys.readouterr().out)
+    assert "does not hold the new one" in said
+    assert study.main([*elsewhere, "--repeat", "uid-seed7"]) == 2
+    assert "--repeat uid-seed7: this group has no such run, it has uid-seed0" in capsys.readouterr().err
+    # A record of another teacher is no record.
+    ship(monkeypatch, tmp_path / "out", tmp_path / "other", teacher="teacher-half")
+    assert study.main([*elsewhere, "--only", "report"]) == 2
+    assert "has no record of the run uid-seed0 with these settings and this teacher" in capsys.readouterr().err
     # A run of other settings is not taken for a finished one.
     capsys.readouterr()
     assert study.main([*words, "distill.batch=5", "--only", "report"]) == 2
-    assert "is not finished" in capsys.readouterr().err
+    assert "it is not finished" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_refused(tmp_path, capsys):

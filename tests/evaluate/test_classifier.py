@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import realuid_fast as rf
 from realuid_fast import cli, data
 from realuid_fast.errors import UserError
 from realuid_fast.evaluate import classifier
@@ -72,6 +73,18 @@ def test_runs_and_evaluations_are_measured_in_its_features(trained, tmp_path, ca
     settings += ["run.tensorboard=false", "run.progress=false", "run.teacher_steps=0", f"run.classifier={trained}"]
     assert cli.main(["distill", "--out", str(tmp_path / "run"), "--set", *settings]) == 0
     assert "features of a classifier of digits" in capsys.readouterr().out
+
+
+def test_shipped_classifiers_are_known_by_name():
+    net, described = classifier.read("mnist")
+    assert net.shape == (1, 16, 16)
+    assert (described["data"], described["heldout_accuracy"]) == ("idx", 0.9924)
+    # The shipped teacher's digits are digits: the classifier is sure of most of them, and finds all ten.
+    noise = torch.randn(200, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = net(rf.load("mnist-teacher")(noise, steps=10)).softmax(1).max(1)
+    assert float((found.values > 0.9).float().mean()) > 0.7
+    assert len(found.indices.unique()) == 10
+    assert classifier.read("digits")[0].shape == (1, 8, 8)
 
 
 def test_a_classifier_of_other_images_or_a_bad_file_is_named(trained, tmp_path):

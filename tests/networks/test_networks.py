@@ -5,6 +5,7 @@ sentence.
 import pytest
 import torch
 
+import realuid_fast as rf
 from realuid_fast.errors import UserError
 from realuid_fast.networks import MLP, UNet, build, layers
 
@@ -71,6 +72,17 @@ def test_unet_is_the_same_function_in_channels_last(name):
     net = net.to(memory_format=torch.channels_last)
     actual = net(t, x.contiguous(memory_format=torch.channels_last), y)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_is_traced_under_autocast_on_a_cpu(dtype):
+    """The layers ask which convolution this processor has for half types: torch.compile cannot trace the question."""
+    net = rf.load("mnist-teacher").net.to(memory_format=torch.channels_last)
+    t, x = torch.rand(8), torch.randn(8, 1, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        # The backend changes no arithmetic: what is asked is whether the program is whole.
+        traced = torch.compile(net, backend="eager", fullgraph=True)(t, x)
+        assert torch.equal(traced, net(t, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from realuid_fast import choices
 from realuid_fast.jobs import config as configs
 from realuid_fast.train.checkpoint import files as checkpoints_in
 
@@ -122,22 +122,32 @@ def longer(ratio: float, extra: list[str]) -> Arm:
 
 @dataclass(frozen=True)
 class Place:
-    """The folders of a study: ``data`` has MNIST's four files, ``out`` all that is made."""
+    """The folders of a study: ``data`` has MNIST's four files, ``out`` all that is made.
+
+    With ``shipped`` the classifier and the study's own teacher are the package's.
+    """
 
     data: Path
     out: Path
+    shipped: bool = False
 
     @property
     def classifier(self) -> Path:
-        return self.out / "classifier.safetensors"
+        return choices.CLASSIFIERS["mnist"] if self.shipped else self.out / "classifier.safetensors"
 
     def teacher(self, name: str = "teacher") -> Path:
         """The file of a teacher of :data:`TEACHERS`."""
+        if self.shipped and name == "teacher":
+            return choices.TEACHERS["mnist-teacher"]
         return self.out / (name if name == "teacher" else f"teacher-{name}") / "teacher.safetensors"
 
     def run(self, arm: Arm, seed: int) -> Path:
         """The folder of one student's run."""
         return self.out / "runs" / f"{arm.name}-seed{seed}"
+
+    def start(self, arm: Arm, seed: int) -> Path:
+        """The folder of the run whose student the arm goes on from."""
+        return self.out / "runs" / f"{arm.start}-seed{seed}"
 
     def common(self) -> list[str]:
         """Settings of every run."""
@@ -147,7 +157,7 @@ class Place:
         """Everything that a student's run changes in the configuration, ``extra`` before what makes the arm."""
         own = [f"distill.teacher={self.teacher(arm.teacher)}", f"run.seed={seed}"]
         if arm.start:
-            own.append(f"distill.start={self.out / 'runs' / f'{arm.start}-seed{seed}' / 'student.safetensors'}")
+            own.append(f"distill.start={self.start(arm, seed) / 'student.safetensors'}")
         return [*self.common(), *own, *extra, *arm.changes]
 
 
@@ -167,21 +177,9 @@ def teacher_command(place: Place, name: str, extra: list[str]) -> list[str]:
     return _command("train-teacher", place.teacher(name).parent, own)
 
 
-def student_commands(place: Place, arms: tuple[Arm, ...], seeds: tuple[int, ...], extra: list[str]) -> Iterator[Run]:
-    """The runs that are not finished, seed by seed: a study that is cut short has whole comparisons of fewer seeds."""
-    for seed in seeds:
-        for arm in arms:
-            folder, changes = place.run(arm, seed), place.settings(arm, seed, extra)
-            if not finished(folder, changes):
-                yield Run(folder.name, _command("distill", folder, changes))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A command and the name of its log."""
-
-    name: str
-    command: list[str]
+def student_command(place: Place, arm: Arm, seed: int, extra: list[str]) -> list[str]:
+    """The command that trains a student, or goes on with it."""
+    return _command("distill", place.run(arm, seed), place.settings(arm, seed, extra))
 
 
 def finished(folder: Path, changes: list[str]) -> bool:

@@ -1,25 +1,36 @@
-"""Writes the shipped student ``rf.load("mnist")``: ``python -m bench.study.mnist.asset RUN``.
+"""Writes the networks of the study that the package ships: ``python -m bench.study.mnist.asset OUT``.
 
-RUN is a finished run's folder. The description keeps what makes samples, and names no folder of the machine that
-trained the student.
+OUT is the folder of a study with a teacher, a classifier and the run ``uid-seed0``. The descriptions keep what makes
+samples, and name no folder of the machine that trained the networks.
 """
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from realuid_fast import choices, teachers
 
+from .arms import MAIN, Place
+
 COMMAND = "make study DATA=data/mnist"
 
 
-def main(run: str) -> int:
-    """Write the student of ``run`` into the package."""
-    made = teachers.load(Path(run) / "student.safetensors", role="student")
-    own = made.description
-    described = replace(own, data={**own.data, "path": "data/mnist"}, teacher="", command=COMMAND)
-    teachers.save(choices.STUDENTS["mnist"], made.net.state_dict(), described)
-    print(f"written to {choices.STUDENTS['mnist']}")
+def main(out: str) -> int:
+    """Write teacher, classifier and student into the package."""
+    place = Place(Path(), Path(out))
+    student = place.run(MAIN[0], 0) / "student.safetensors"
+    networks = {
+        "teacher": (place.teacher(), choices.TEACHERS["mnist-teacher"]),
+        "student": (student, choices.STUDENTS["mnist"]),
+    }
+    for role, (file, asset) in networks.items():
+        made = teachers.load(file, role=role)
+        own = made.description
+        described = replace(own, data={**own.data, "path": "data/mnist"}, teacher="", command=COMMAND)
+        teachers.save(asset, made.net.state_dict(), described)
+    shutil.copyfile(place.classifier, choices.CLASSIFIERS["mnist"])
+    print(f"written to {choices.ASSETS}")
     return 0
 
 
