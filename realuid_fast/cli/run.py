@@ -48,7 +48,7 @@ def _answered(arguments: argparse.Namespace, command: Command | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"{stop}; go on with the same command and --resume", file=sys.stderr)
+        print(f"{stop}; go on with the same command{' and --resume' * hasattr(arguments, 'resume')}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         return 130

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import shutil
+import signal
 import struct
 from unittest.mock import ANY
 
@@ -15,6 +16,7 @@ from bench.study.mnist import __main__ as study
 from bench.study.mnist import arms, criterion, judge
 from realuid_fast import choices, cli, metrics
 from realuid_fast.cli import training
+from realuid_fast.train.hooks import Interrupted
 
 TINY = [
     *("data.size=8", "network.num_channels=4", "network.channel_mult=[1]", "network.norm_groups=2"),
@@ -204,6 +206,16 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert study.main([*words, "distill.batch=5", "--only", "report"]) == 2
     assert "it is not finished" in capsys.readouterr().err
+
+
+def test_a_stopped_study_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(_commands, _jobs, folder, *_):
+        raise Interrupted(signal.SIGTERM, folder)
+
+    write_set(tmp_path / "set")
+    monkeypatch.setattr(study, "run_all", stopped)
+    assert study.main(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith(f"saved in {tmp_path / 'out'}; go on with the same command\n")
 
 
 def test_what_cannot_be_is_refused(tmp_path, capsys):
