@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .unet import check_null_label
+from .unet import check_null_label, scale_features, scale_layers
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+SCALE_FEATURES = 256  # sinusoidal features of a guidance scale
 
 
 class Diffusers(nn.Module):
@@ -27,6 +28,8 @@ class Diffusers(nn.Module):
         dim: ``(C, H, W)`` of the samples.
         null_label: whether the last of a U-Net's class embeddings is "no label". A transformer's configuration says it.
         negate: whether the prediction is the model's negative output.
+        guided: whether it takes the scale of its guidance, a number or ``(B,)``, 1 by default. Its layers, which are
+            this package's and start at zero, add to the model's every embedding of a timestep.
 
     Raises:
         UserError: diffusers is not installed, another class, or a configuration that the class or this adapter refuses.
@@ -39,6 +42,7 @@ class Diffusers(nn.Module):
         dim: Sequence[int],
         null_label: bool = False,
         negate: bool = False,
+        guided: bool = False,
     ) -> None:
         super().__init__()
         if class_name not in CLASSES:
@@ -66,6 +70,16 @@ class Diffusers(nn.Module):
                 module.__dict__["dropout_prob"] = 0.0
         if (middle := self._middle()) is not None:
             middle.register_forward_hook(_keep)
+        self.guided = guided
+        if guided:
+            embedders = self._embedders()
+            for embedder in embedders:
+                embedder.register_forward_hook(_tell)
+            self.scale_embed = scale_layers(SCALE_FEATURES, embedders[0].linear_2.out_features)
+
+    def _embedders(self) -> list[Any]:
+        """The layers that embed the timestep: one in a U-Net, one in each block of a transformer."""
+        return [module for module in self.net.modules() if type(module).__name__ == "TimestepEmbedding"]
 
     def _middle(self) -> nn.Module | None:
         """The block whose output a discriminator reads: a U-Net's middle one, or that half-way in a transformer."""
@@ -75,10 +89,15 @@ class Diffusers(nn.Module):
         return self.net.mid_block  # type: ignore[return-value]
 
     def forward(
-        self, t: Tensor, x: Tensor, y: Tensor | None = None, with_features: bool = False
+        self,
+        t: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        with_features: bool = False,
+        guidance: float | Tensor = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Prediction like ``x`` ``(B, C, H, W)`` at the model's timesteps ``t`` ``(B,)`` or ``()``; ``with_features``
-        also the middle block's output ``(B, F, h, w)``.
+        also the middle block's output ``(B, F, h, w)``. ``guidance`` is the scale for a network that takes it.
 
         The channels of a learned variance are left off.
         """
@@ -99,7 +118,15 @@ class Diffusers(nn.Module):
             arguments["class_labels"] = y
         if middle is not None:
             middle.__dict__["kept"] = []
+        if self.guided:
+            features = scale_features(guidance, x, SCALE_FEATURES)
+            scale = self.scale_embed(features.to(next(self.scale_embed.parameters()).dtype))
+            for embedder in self._embedders():
+                embedder.__dict__["scale"] = scale
         out: Tensor = self.net(x, timestep=t, **arguments)[0][:, : self.dim[0]]
+        if self.guided:
+            for embedder in self._embedders():
+                del embedder.__dict__["scale"]
         out = -out if self.negate else out
         if middle is None:
             return out
@@ -115,6 +142,11 @@ def _keep(block: nn.Module, _: object, out: Tensor) -> None:
     """A hook of the middle block: its output, while somebody waits for it."""
     if (kept := block.__dict__.get("kept")) is not None:
         kept.append(out)
+
+
+def _tell(embedder: nn.Module, _: object, out: Tensor) -> Tensor:
+    """A hook of an embedding of the timestep: the guidance scale's embedding is added."""
+    return out + embedder.__dict__["scale"].to(out.dtype)
 
 
 def _class(name: str) -> Callable[..., nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .edm_layers import Block, Conv, Frequencies, Norm, Positions
-from .unet import check_null_label, timestep_embedding
+from .unet import check_null_label, scale_features, scale_layers, timestep_embedding
 
 MOST_BLOCKS = 256  # most blocks of a level; a damaged file may ask for any number
 ROOT_HALF = math.sqrt(0.5)
@@ -33,6 +33,7 @@ class _Common(nn.Module):
         out_channels: int | None,
         label_dim: int,
         null_label: bool,
+        guided: bool,
     ) -> None:
         super().__init__()
         if not 1 <= num_blocks <= MOST_BLOCKS:
@@ -49,6 +50,18 @@ class _Common(nn.Module):
             raise UserError(f"out_channels must be at least the images' {self.dim[0]} channels, got {out_channels}")
         self.num_classes = label_dim or None
         self.null_label = check_null_label(null_label, label_dim)
+        self.guided = guided
+
+    def _takes_scale(self, features: int, embedding: int) -> None:
+        """Make the layers of a guidance scale, after all others have been drawn."""
+        self._features = features
+        self.scale_embed = scale_layers(features, embedding) if self.guided else None
+
+    def _told(self, embedding: Tensor, guidance: float | Tensor, x: Tensor) -> Tensor:
+        """The embedding with the guidance scale, where the network takes it."""
+        if self.scale_embed is None:
+            return embedding
+        return embedding + self.scale_embed(scale_features(guidance, x, self._features).to(embedding.dtype))
 
     def _checked(self, t: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
         """The times as ``(B,)``."""
@@ -94,6 +107,8 @@ class SongUNet(_Common):
         encoder_type: ``"standard"`` in DDPM++, ``"residual"`` in NCSN++, or ``"skip"``.
         decoder_type: ``"standard"`` or ``"skip"``.
         resample_filter: taps of the resampling, ``(1, 1)`` in DDPM++, ``(1, 3, 3, 1)`` in NCSN++.
+        guided: whether it takes the scale of its guidance, a number or ``(B,)``, 1 by default. Its layers are this
+            package's own and start at zero, so a published state makes the published network.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.
@@ -117,8 +132,9 @@ class SongUNet(_Common):
         encoder_type: str = "standard",
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
+        guided: bool = False,
     ) -> None:
-        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label, guided)
         _check("embedding_type", embedding_type, ("positional", "fourier"))
         _check("encoder_type", encoder_type, ("standard", "skip", "residual"))
         _check("decoder_type", decoder_type, ("standard", "skip"))
@@ -178,12 +194,18 @@ class SongUNet(_Common):
                 self.dec[f"{at}_aux_norm"] = Norm(channels, 1e-6)
                 self.dec[f"{at}_aux_conv"] = Conv(channels, self.out_channels, 3)
         self._initialise()
+        self._takes_scale(model_channels, embedding)
 
     def forward(
-        self, t: Tensor, x: Tensor, y: Tensor | None = None, with_features: bool = False
+        self,
+        t: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        with_features: bool = False,
+        guidance: float | Tensor = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``; ``with_features`` also
-        the middle's output, on the lowest level.
+        the middle's output, on the lowest level. ``guidance`` is the scale for a network that takes it.
         """
         t = self._checked(t, x, y)
         cosine, sine = self.map_noise(t).chunk(2, dim=1)
@@ -192,7 +214,7 @@ class SongUNet(_Common):
             assert self.map_label is not None
             rows = self._one_hot(y, self.map_label.weight)
             features = features + self.map_label(rows * math.sqrt(rows.shape[1]))
-        embedding = F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
+        embedding = F.silu(self._told(self.map_layer1(F.silu(self.map_layer0(features))), guidance, x))
 
         aux, x = x, self.enc[f"{_square(self.sides[0])}_conv"](x)
         skips = [x]
@@ -241,7 +263,7 @@ class DhariwalUNet(_Common):
 
     Args:
         dim, out_channels, label_dim, null_label, augment_dim: as in :class:`SongUNet`.
-        model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions, dropout: as there too.
+        model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions, dropout, guided: as there too.
 
     Raises:
         UserError: for a setting, shape or label that the network cannot take.
@@ -260,8 +282,9 @@ class DhariwalUNet(_Common):
         num_blocks: int = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
+        guided: bool = False,
     ) -> None:
-        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label)
+        super().__init__(dim, len(channel_mult), num_blocks, out_channels, label_dim, null_label, guided)
         sides = [self.dim[1] >> level for level in range(len(channel_mult))]
         embedding = model_channels * channel_mult_emb
         self.model_channels = model_channels
@@ -304,12 +327,18 @@ class DhariwalUNet(_Common):
         self.out_norm = Norm(channels, 1e-5)
         self.out_conv = Conv(channels, self.out_channels, 3)
         self._initialise()
+        self._takes_scale(model_channels, embedding)
 
     def forward(
-        self, t: Tensor, x: Tensor, y: Tensor | None = None, with_features: bool = False
+        self,
+        t: Tensor,
+        x: Tensor,
+        y: Tensor | None = None,
+        with_features: bool = False,
+        guidance: float | Tensor = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``F(x; c_noise = t)`` for images ``x`` ``(B, C, R, R)`` and ``t`` ``(B,)`` or ``()``; ``with_features`` also
-        the middle's output, on the lowest level.
+        the middle's output, on the lowest level. ``guidance`` is the scale for a network that takes it.
         """
         t = self._checked(t, x, y)
         features = timestep_embedding(t, self.model_channels).to(self.map_layer0.weight.dtype)
@@ -317,7 +346,7 @@ class DhariwalUNet(_Common):
         if y is not None:
             assert self.map_label is not None
             embedding = embedding + self.map_label(self._one_hot(y, self.map_label.weight))
-        embedding = F.silu(embedding)
+        embedding = F.silu(self._told(embedding, guidance, x))
         skips = []
         for block in self.enc.values():
             x = block(x, embedding) if isinstance(block, Block) else block(x)

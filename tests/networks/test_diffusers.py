@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import realuid_fast as rf
 from realuid_fast import data, networks, paths, sampling, teachers
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
@@ -15,6 +16,7 @@ from realuid_fast.models.convert import convert, diffusers_folder
 from realuid_fast.networks import build
 from realuid_fast.networks import diffusers as adapter
 from realuid_fast.networks.discriminator import Judged
+from realuid_fast.networks.unet import timestep_embedding
 
 from ..helpers import random_network
 
@@ -225,6 +227,58 @@ def test_a_student_is_distilled_from_a_converted_model(name, flow, tmp_path):
         path=student.description.interpolant(), predict=student.description.predict,
     )  # fmt: skip
     assert torch.isfinite(samples).all()
+
+
+@pytest.mark.parametrize("name", ["unet", "conditional unet, labels", "transformer"])
+def test_a_guidance_scale_is_a_shift_of_the_timesteps_embedding(name):
+    """A network starts as the published one at every scale; then a scale acts as another bias of the embedding."""
+    class_name, config = MODELS[name]
+    network = {"kind": "diffusers", "class_name": class_name, "config": config, "dim": [1, 8, 8]}
+    plain, net = random_network(network).eval(), build({**network, "guided": True}).eval()
+    told = net.load_state_dict(plain.state_dict(), strict=False)
+    assert told.missing_keys == [f"scale_embed.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
+    t, x = torch.tensor([40.0, 700.0]), torch.randn(2, 1, 8, 8)
+    y = None if name == "unet" else torch.tensor([1, 3])
+    assert torch.equal(net(t, x, y, guidance=3.0), plain(t, x, y))
+    last = net.scale_embed[2].weight
+    last.data.copy_(0.1 * torch.randn(last.shape, generator=torch.Generator().manual_seed(0)))
+    # A copy tells its own layers.
+    net = copy.deepcopy(net)
+    both = net(t, x, y, guidance=torch.tensor([1.0, 3.0]))
+    for row, scale in enumerate((1.0, 3.0)):
+        moved = copy.deepcopy(plain)
+        for embedder in moved._embedders():
+            embedder.linear_2.bias.data += net.scale_embed(timestep_embedding(torch.tensor([scale]), 256))[0]
+        wanted = moved(t, x, y)
+        assert not torch.allclose(wanted, plain(t, x, y), rtol=1e-3)
+        # The bias is added before and not after a product's rounding to float32.
+        torch.testing.assert_close(net(t, x, y, guidance=scale), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[row], wanted[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["unet, labels", "transformer"])
+def test_a_student_of_several_numbers_of_steps_from_a_converted_model(name, tmp_path):
+    """SFD-v: the network is told the number of its steps, in training, in its file and in samples."""
+    pipeline(tmp_path, name, "FlowMatchEulerDiscreteScheduler")
+    file = tmp_path / "teacher.safetensors"
+    convert(tmp_path, file, data={"name": "digits"})
+    few = {"objective": {"name": "regression"}, "steps": [2, 3], "regression": {"steps": 2}, "t_start": None}
+    content = {"distill": {"teacher": str(file), "batch": 4, "updates": 4, **few}}
+    trainer = trainers.regression(
+        configs.from_mapping(content), data.load({"name": "digits"}), teachers.load_teacher(file)
+    )
+    for _ in range(4):
+        trainer.update()
+    teachers.save(tmp_path / "student.safetensors", *trainer.exported())
+    student, z, y = rf.load(tmp_path / "student.safetensors"), torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    assert student.description.network["guided"]
+    of_number = student.net.scale_embed[2].weight
+    assert float(of_number.abs().max()) > 0
+    two = student(z, y, steps=2)
+    assert not torch.allclose(two, student(z, y, steps=3))
+    # Without the layers of the number, two steps are others.
+    of_number.zero_()
+    assert not torch.equal(two, student(z, y, steps=2))
 
 
 @pytest.mark.parametrize("name", ["unet", "transformer"])

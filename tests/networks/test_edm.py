@@ -1,5 +1,6 @@
 """EDM's networks: published names and sizes, and outputs against the formulas written out on their state dicts."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 from realuid_fast.errors import UserError
 from realuid_fast.networks import build
+from realuid_fast.networks.unet import timestep_embedding
 
 SONG = {"kind": "song-unet", "dim": [3, 8, 8], "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
 SONG |= {"attn_resolutions": [4], "dropout": 0.0}
@@ -210,6 +212,31 @@ def test_channels_last_and_bfloat16_give_the_same_function(name):
         half = net(t, x, y)
     assert half.dtype == torch.float32
     assert (half - expected).norm() < 0.05 * expected.norm()  # 8 bits of a bfloat16 through a few dozen layers
+
+
+@pytest.mark.parametrize("config", [VARIANTS["ncsn++"], VARIANTS["labels"], ADM | {"label_dim": 5}])
+def test_a_guidance_scale_is_a_shift_of_the_embedding(config):
+    """A network starts as the published one at every scale; then a scale acts as another bias of ``map_layer1``."""
+    plain, net = shaken(config), build(config | {"guided": True}).double().eval()
+    told = net.load_state_dict(plain.state_dict(), strict=False)
+    assert told.missing_keys == [f"scale_embed.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
+    t, x = torch.tensor([-0.5, 0.25]).double(), torch.randn(2, 3, 8, 8).double()
+    y = torch.tensor([1, 3]) if config.get("label_dim") else None
+    assert torch.equal(net(t, x, y, guidance=3.0), plain(t, x, y))
+    last = net.scale_embed[2].weight
+    last.data.copy_(0.1 * torch.randn(last.shape, generator=torch.Generator().manual_seed(0)))
+    # 1e-12: the bias is added before and not after the product's rounding.
+    both = net(t, x, y, guidance=torch.tensor([1.0, 3.0]))
+    width = net.scale_embed[0].in_features
+    for row, scale in enumerate((1.0, 3.0)):
+        moved = copy.deepcopy(plain)
+        moved.map_layer1.bias.data += net.scale_embed(timestep_embedding(torch.tensor([scale]), width).double())[0]
+        wanted = moved(t, x, y)
+        assert not torch.allclose(wanted, plain(t, x, y), rtol=1e-3)
+        torch.testing.assert_close(net(t, x, y, guidance=scale), wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(both[row], wanted[row], rtol=1e-12, atol=1e-12)
+    with pytest.raises(UserError, match=r"guidance must be a number or have shape \(2,\), got \(3,\)"):
+        net(t, x, y, guidance=torch.ones(3))
 
 
 def test_every_parameter_has_a_gradient():

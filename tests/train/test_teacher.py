@@ -49,6 +49,17 @@ def test_a_teacher_on_coupled_batches(case, monkeypatch):
         assert [rows[tuple(row.flatten().tolist())] for row in coupled] == labels.tolist()
 
 
+EDM = {
+    "kind": "song-unet",
+    "dim": [1, 8, 8],
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "dropout": 0.0,
+}
+EDM |= {"attn_resolutions": [], "label_dim": 10, "null_label": True}
+
+
 def guided(folder, network=NULL, **teacher):
     """A trainer that learns a guided teacher, which is saved in ``folder``."""
     held, source = data.load("digits"), folder / "source.safetensors"
@@ -58,7 +69,7 @@ def guided(folder, network=NULL, **teacher):
 
 
 @pytest.mark.parametrize("match", ["velocity", "x0"])
-@pytest.mark.parametrize("network", [NULL, {**UNET, "class_cond": True, "num_classes": 10, "null_label": True}])
+@pytest.mark.parametrize("network", [NULL, {**UNET, "class_cond": True, "num_classes": 10, "null_label": True}, EDM])
 def test_guided_distillation_is_its_paper(network, match, tmp_path):
     """Meng et al. (2210.03142): ``w ||f(z_t, s) - (u + s (c - u))||^2``, ``s`` uniform in each row, real ``z_t``."""
     trainer = guided(tmp_path, network, match=match)
