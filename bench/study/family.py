@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -287,14 +288,18 @@ FAMILY = (
 )
 
 
-def table() -> list[str]:
-    """The family tree as lines of Markdown."""
+def table(measured: Mapping[str, float]) -> list[str]:
+    """The family tree as lines of Markdown, with a column of the distances that were ``measured``, by preset."""
     lines = [
         "| system | presets | generator's loss over $w$, or gradient in $x$ | paper | compared with | ours / theirs |",
         "|---|---|---|---|---|---|",
     ]
+    if measured:
+        lines = [lines[0] + " MNIST |", lines[1] + "---:|"]
     for system in FAMILY:
         # A bar inside of a formula would end its cell.
         cells = [system.name, ", ".join(f"`{name}`" for name in system.presets) or "-", *system[2:]]
+        if measured:
+            cells.append(", ".join(f"{measured[name]:.1f}" for name in system.presets if name in measured) or "-")
         lines.append("| " + " | ".join(cell.replace(r"\|", r"\Vert ").replace("|", r"\vert ") for cell in cells) + " |")
     return lines

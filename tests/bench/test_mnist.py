@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from bench.study import presets
 from bench.study.mnist import __main__ as study
 from bench.study.mnist import arms, criterion, judge
 from realuid_fast import choices, cli, metrics
 from realuid_fast.cli import training
+from realuid_fast.jobs import config as configs
 from realuid_fast.train.hooks import Interrupted
 
 TINY = [
@@ -169,6 +171,21 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
             if row["against"]:
                 assert row["less"]["verdict"] == "one seed, no verdict"
                 assert row["less"]["mean"] == pytest.approx(row["final"][0] - rows[row["against"]]["final"][0])
+    # The family tree's systems are the presets' own settings.
+    monkeypatch.setattr(arms, "SYSTEM_UPDATES", 2)
+    few = ("uid", "sid", "moments-parameters")
+    every = arms.configs.presets()
+    monkeypatch.setattr(arms.configs, "presets", lambda: few)
+    started.clear()
+    assert study.main([*words[:6], "--group", "family", *one[2:]]) == 0
+    monkeypatch.setattr(arms.configs, "presets", lambda: every)
+    assert started == ["family-uid-seed0", "family-moments-parameters-seed0", "family-sid-seed0"]
+    found = json.loads((tmp_path / "results" / "family.json").read_text())
+    assert (found["updates"], found["seeds"], len(found["rows"])) == (2, [0], 3)
+    monkeypatch.setattr(presets, "_family", lambda: found)
+    page = presets.page({"rows": []})
+    assert f"| 1; 2 without the scale | {found['rows'][2]['final'][0]:.1f} |" in page
+    assert "after 2 updates, one seed" in page
     # Another machine has no runs. The report needs none, and a run without a record is made with the others' teacher.
     ship(monkeypatch, tmp_path / "out", tmp_path / "shipped")
     monkeypatch.setattr(judge.Judge, "__call__", measure)
@@ -206,6 +223,21 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert study.main([*words, "distill.batch=5", "--only", "report"]) == 2
     assert "it is not finished" in capsys.readouterr().err
+
+
+def test_the_systems_of_the_family_tree_are_the_presets_own_settings():
+    found = {arm.name.removeprefix("family-"): arm for arm in arms.systems()}
+    # Left out are presets of other data or paths, and two that need a file of their own.
+    apart = ("ibmd", "real-bridge", "interpolant", "vp", "edm", "sid-edm", "uni-instruct", "trigonometric")
+    apart += ("guided", "dmd-decoupled", "dmd-pairs", "ced")
+    assert set(found) == set(choices.presets()) - set(apart)
+    for name, arm in found.items():
+        here, there = configs.load("mnist", arm.changes), configs.load(configs.preset(name))
+        assert here.distill.objective == there.distill.objective
+        assert (here.distill.times, here.distill.states) == (there.distill.times, there.distill.states)
+        assert (here.path.match, here.path.weight) == (there.path.match, there.path.weight)
+        assert here.distill.updates == arms.SYSTEM_UPDATES
+    assert configs.load("mnist", found["add"].changes).distill.gan.features == "mnist"
 
 
 def test_a_stopped_study_says_how_to_go_on(tmp_path, monkeypatch, capsys):

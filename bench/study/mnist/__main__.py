@@ -45,6 +45,7 @@ from .arms import (
     finished,
     longer,
     student_command,
+    systems,
     teacher_command,
 )
 from .cost import costs
@@ -62,7 +63,7 @@ TEACHER_STEPS = (
     (100, "heun"),
 )
 STEPS = ("classifier", "teacher", "costs", "students", "report")
-GROUPS = ("main", "ablations", "others")
+GROUPS = ("main", "ablations", "others", "family")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "tables and plots (default: bench/results/mnist)"
     parser.add_argument("--results", type=Path, default=machine.ROOT / "bench" / "results" / "mnist", help=text)
     parser.add_argument("--group", choices=GROUPS, default="main", help="which comparison (default: main)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds (default: 0 1 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: 0 1 2; 0 for the group family)")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="these steps (default: all)")
     text = "make no run again that --results has a record of"
     parser.add_argument("--go-on", action="store_true", help=text)
@@ -98,6 +99,7 @@ def run(asked: argparse.Namespace, command: str) -> None:
         UserError: data or numbers that cannot be used, a run that failed, or a report of unfinished runs.
         realuid_fast.train.hooks.Interrupted: after a signal, with everything saved.
     """
+    asked.seeds = list(SEEDS[: 1 if asked.group == "family" else None]) if asked.seeds is None else asked.seeds
     if asked.samples < 2 or not asked.seeds or min(asked.seeds) < 0 or len(set(asked.seeds)) < len(asked.seeds):
         raise UserError("--samples must be at least 2 and --seeds different numbers from 0 on")
     jobs = free_cores() if asked.jobs is None else asked.jobs
@@ -108,7 +110,7 @@ def run(asked: argparse.Namespace, command: str) -> None:
     data.idx(place.data)  # refused at once where the files are missing
     (place.out / "runs").mkdir(parents=True, exist_ok=True)
     main = asked.group == "main"
-    arms = MAIN if main else OTHERS if asked.group == "others" else ablations(_best(asked.results / "main.json"))
+    arms = _arms(asked)
     if not main:
         _require(records, _all(_used(arms), asked))
     if "classifier" in asked.only and not place.classifier.is_file():
@@ -181,6 +183,13 @@ def _repeat(records: Records, arms: Sequence[Arm], asked: argparse.Namespace, ju
         print(records.repeated(*run, judge))
 
 
+def _arms(asked: argparse.Namespace) -> tuple[Arm, ...]:
+    """The arms of a group, without the main comparison's longest."""
+    if asked.group == "ablations":
+        return ablations(_best(asked.results / "main.json"))
+    return {"main": MAIN, "others": OTHERS}.get(asked.group) or systems()
+
+
 def _best(file: Path) -> Arm:
     """The RealUID arm of the smallest mean final distance in the main comparison's results."""
     if not file.is_file():
@@ -191,7 +200,7 @@ def _best(file: Path) -> Arm:
 
 def _used(arms: Sequence[Arm]) -> tuple[Arm, ...]:
     """The arms of the main comparison that a group's arms are compared with or go on from."""
-    names = {UID, *(arm.against for arm in arms), *(arm.start for arm in arms)}
+    names = {name for arm in arms for name in (arm.against, arm.start)}
     return tuple(arm for arm in MAIN if arm.name in names)
 
 
@@ -286,14 +295,15 @@ def _report_group(
     _require(records, _all(arms, asked))
     place, shown = records.place, (*_used(arms), *arms)
     results = _results({arm.name: [records.find(arm, seed) or {} for seed in asked.seeds] for arm in shown}, asked)
-    rows = report.group(results, shown, priced["ratio"], config.distill.updates)
+    updates = configs.load("mnist", [*asked.set, *arms[0].changes]).distill.updates
+    rows = report.group(results, shown, priced["ratio"], updates)
     of_teachers = {}
     for name in dict.fromkeys(arm.teacher for arm in shown):
         file = place.teacher(name)
         of_teachers[name] = _scores(place.out / f"{name}-euler-100.json", judge, teachers.load_teacher(file), 100)
     content = {
         **_about(asked, command, judge),
-        "updates": config.distill.updates,
+        "updates": updates,
         "arms": [{"name": arm.name, "title": arm.title, "changes": list(arm.changes)} for arm in shown],
         "costs": priced,
         "teachers": of_teachers,
@@ -301,7 +311,7 @@ def _report_group(
         "results": results,
     }
     write_json(asked.results / f"{asked.group}.json", content)
-    table = report.group_markdown(rows, config.distill.updates)
+    table = report.group_markdown(rows, updates)
     (asked.results / f"{asked.group}.md").write_text(table)
     floor = judge.floor().distance
     report.curves(results, shown, of_teachers["teacher"]["distance"], floor, asked.results / f"{asked.group}.png")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from realuid_fast import choices
 from realuid_fast.jobs import config as configs
 from realuid_fast.train.checkpoint import files as checkpoints_in
+
+from ..family import FAMILY
 
 SEEDS = (0, 1, 2)
 UID = "uid"
@@ -112,6 +115,46 @@ OTHERS = (
     ),
     _objective("regression", "regression of 20 Euler steps"),
 )
+
+
+SYSTEM_UPDATES = 500
+# Settings that all systems share here; a preset's own are for the digits' teacher.
+SHARED = ("updates", "fake_turns", "generator", "fake")
+
+
+def systems() -> tuple[Arm, ...]:
+    """Every preset for a teacher of images on the linear path, the preset ``uid`` first.
+
+    An arm changes here what its preset changes in the preset ``uid``. Presets that need a file of their own, of pairs
+    or of an earlier student, are left out.
+    """
+    titles = {preset: system.name for system in FAMILY for preset in system.presets}
+    presets = {name: configs.to_mapping(configs.load(configs.preset(name))) for name in configs.presets()}
+    base, arms = presets[UID], []
+    for name in sorted(presets, key=lambda name: (name != UID, name)):
+        own = presets[name]
+        alike = all(own[section] == base[section] for section in ("data", "network"))
+        files = own["distill"]["regression"]["pairs"] or own["distill"]["regression"]["previous"]
+        if not alike or files or any(own["path"][key] != base["path"][key] for key in ("name", "predict")):
+            continue
+        changes = {
+            f"{section}.{key}": value
+            for section in ("path", "distill")
+            for key, value in own[section].items()
+            if key not in SHARED and (value != base[section][key] or key == "objective")
+        }
+        changes["distill.objective"] = {k: v for k, v in changes["distill.objective"].items() if v is not None}
+        if (gan := changes.get("distill.gan")) and gan["features"]:
+            changes["distill.gan"] = {**gan, "features": "mnist"}
+        if changes["distill.objective"]["name"] == "parameter-moments":
+            # It has no fake model, and refuses settings of one.
+            changes |= {"distill.fake_turns": 1, "distill.fake_start": "teacher"}
+        words = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        title = f"{titles[name]} (`{name}`)"
+        against = "" if name == UID else f"family-{UID}"
+        words.append(f"distill.updates={SYSTEM_UPDATES}")
+        arms.append(Arm(f"family-{name}", title, tuple(words), against=against))
+    return tuple(arms)
 
 
 def longer(ratio: float, extra: list[str]) -> Arm:

@@ -147,12 +147,14 @@ def _scores(runs: Sequence[Mapping[str, Any]]) -> str:
 def curves(results: Scored, arms: Sequence[Arm], teacher: float, floor: float, file: Path) -> None:
     """One panel an arm: its seeds' curves beside those of the arm that it is compared with, UID if none is named.
 
-    The teacher and the training images are lines.
+    An arm whose other has no results, such as a group's first, has no panel. The teacher and the training images are
+    lines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [(arm, arm.against or UID) for arm in arms if arm.name != UID]
+    pairs = [(arm, arm.against or UID) for arm in arms if arm.name != UID]
+    shown = [(arm, other) for arm, other in pairs if other in results]
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(3.1 * min(COLUMNS, len(shown)), 3.4 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
