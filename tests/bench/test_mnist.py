@@ -193,6 +193,9 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     kept = tmp_path / "results" / "runs"
     lost = json.loads((kept / "uid-seed1.json").read_text())
     (kept / "uid-seed1.json").unlink()
+    # A record is as old as its run: it knows no setting that came later.
+    del (old := json.loads((kept / "uid-seed0.json").read_text()))["settings"]["distill"]["target_steps"]
+    (kept / "uid-seed0.json").write_text(json.dumps(old))
     started.clear()
     assert study.main([*elsewhere, "--only", "report"]) == 2
     assert "has no record of the run uid-seed1 with these settings" in capsys.readouterr().err

@@ -54,7 +54,13 @@ class Records:
         if not file.is_file():
             return None
         found = dict(json.loads(file.read_text()))
-        return found if all(found[key] == value for key, value in self._made_with(arm, seed).items()) else None
+        asked = self._made_with(arm, seed)
+        try:
+            # Settings that have come since are at their defaults, under which the run was made.
+            then = settings(configs.from_mapping(found["settings"]))
+        except UserError:
+            return None
+        return found if all({**found, "settings": then}[key] == value for key, value in asked.items()) else None
 
     def write(self, arm: Arm, seed: int, judge: Judge) -> None:
         """Measure the finished run's student and keep its record."""
@@ -71,8 +77,10 @@ class Records:
             "samples": _packed(samples[:SHOWN]),
             "machine": machine.describe(),
         }
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(arm, seed), record)
+        with replacing(self._file(arm, seed)) as part:
+            part.write(f"{{\n{lines}\n}}\n".encode())
 
     def repeated(self, arm: Arm, seed: int, judge: Judge) -> str:
         """One sentence that compares a run made again with its record.
