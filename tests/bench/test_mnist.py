@@ -218,7 +218,9 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     assert "does not hold the new one" in said
     assert study.main([*elsewhere, "--repeat", "uid-seed7"]) == 2
     assert "--repeat uid-seed7: this group has no such run, it has uid-seed0" in capsys.readouterr().err
-    # A record of another teacher is no record.
+    # A record of another teacher, or of another number of samples, is no record.
+    assert study.main([*elsewhere, "--only", "report", "--samples", "30"]) == 2
+    assert "has no record of the run uid-seed0 with these settings" in capsys.readouterr().err
     ship(monkeypatch, tmp_path / "out", tmp_path / "other", teacher="teacher-half")
     assert study.main([*elsewhere, "--only", "report"]) == 2
     assert "has no record of the run uid-seed0 with these settings and this teacher" in capsys.readouterr().err

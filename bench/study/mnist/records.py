@@ -42,14 +42,16 @@ class Records:
         folder: where they are.
         place: the folders of the runs, the teachers and the classifier.
         extra: settings of every run, over the configuration.
+        count: the number of samples of every distance.
     """
 
     folder: Path
     place: Place
     extra: list[str]
+    count: int
 
     def find(self, arm: Arm, seed: int) -> dict[str, Any] | None:
-        """The run's record; None where there is none, or one of other settings, another teacher or classifier."""
+        """The run's record; None where there is none that was made with the same (:meth:`_made_with`)."""
         file = self._file(arm, seed)
         if not file.is_file():
             return None
@@ -106,11 +108,12 @@ class Records:
         return self.folder / f"{self.place.run(arm, seed).name}.json"
 
     def _made_with(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """What decides a run's numbers on one processor: settings, teacher, classifier."""
+        """What decides a record's numbers on one processor: settings, teacher, classifier, number of samples."""
         return {
             "settings": settings(configs.load("mnist", self.place.settings(arm, seed, self.extra))),
             "teacher": digest(self.place.teacher(arm.teacher)),
             "classifier": digest(self.place.classifier),
+            "count": self.count,
         }
 
 
