@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import realuid_fast as rf
 from bench.study import presets
 from bench.study.mnist import __main__ as study
-from bench.study.mnist import arms, criterion, judge
+from bench.study.mnist import arms, asset, criterion, judge
 from realuid_fast import choices, cli, metrics
 from realuid_fast.cli import training
 from realuid_fast.jobs import config as configs
@@ -81,15 +82,12 @@ def write_set(root):
         (root / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
 
 
-def ship(monkeypatch, out, folder, teacher="teacher"):
+def ship(monkeypatch, out, folder):
     """The package as if it shipped the networks of a study in small."""
     folder.mkdir()
-    for shipped, name, made in (
-        ("TEACHERS", "mnist-teacher", f"{teacher}/teacher"),
-        ("CLASSIFIERS", "mnist", "classifier"),
-    ):
-        file = shutil.copy(out / f"{made}.safetensors", folder / f"{name}.safetensors")
-        monkeypatch.setitem(getattr(choices, shipped), name, file)
+    for shipped, name in (("TEACHERS", "mnist-teacher"), ("STUDENTS", "mnist"), ("CLASSIFIERS", "mnist")):
+        monkeypatch.setitem(getattr(choices, shipped), name, folder / f"{shipped.lower()}.safetensors")
+    assert asset.main(str(out)) == 0
 
 
 def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
@@ -188,6 +186,9 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     assert "after 2 updates, one seed" in page
     # Another machine has no runs. The report needs none, and a run without a record is made with the others' teacher.
     ship(monkeypatch, tmp_path / "out", tmp_path / "shipped")
+    for file in (tmp_path / "shipped").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+    assert rf.load("mnist").description.command == rf.load("mnist-teacher").description.command == asset.COMMAND
     monkeypatch.setattr(judge.Judge, "__call__", measure)
     elsewhere = [*words[:2], "--out", str(tmp_path / "elsewhere"), *words[4:6], "--go-on", *words[6:]]
     kept = tmp_path / "results" / "runs"
@@ -221,7 +222,7 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     # A record of another teacher, or of another number of samples, is no record.
     assert study.main([*elsewhere, "--only", "report", "--samples", "30"]) == 2
     assert "has no record of the run uid-seed0 with these settings" in capsys.readouterr().err
-    ship(monkeypatch, tmp_path / "out", tmp_path / "other", teacher="teacher-half")
+    shutil.copy(tmp_path / "out" / "teacher-half" / "teacher.safetensors", choices.TEACHERS["mnist-teacher"])
     assert study.main([*elsewhere, "--only", "report"]) == 2
     assert "has no record of the run uid-seed0 with these settings and this teacher" in capsys.readouterr().err
     # A run of other settings is not taken for a finished one.
