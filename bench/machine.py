@@ -19,12 +19,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def describe() -> dict[str, Any]:
     """The machine and the software, as plain values for a JSON file; bandwidth in GB/s (10^9 bytes), one thread."""
     return {
-        "processor": _processor(),
+        **kind(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": extension.isa(),
         "copy_GBps": round(streaming_copy(2 << 28, threads=1) or 0.0, 1),
         "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def kind() -> dict[str, Any]:
+    """What a result's bits depend on: processor, instruction set and software."""
+    return {
+        "processor": _processor(),
+        "isa": extension.isa(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "revision": _revision(),

@@ -77,7 +77,7 @@ class Records:
             "curve": [(int(row["update"]), row["distance"]) for row in read_csv(folder / "distances.csv")],
             "scores": judge(samples).as_dict(),
             "samples": _packed(samples[:SHOWN]),
-            "machine": machine.describe(),
+            "machine": machine.kind(),
         }
         lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
         self.folder.mkdir(parents=True, exist_ok=True)
