@@ -191,7 +191,7 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     assert rf.load("mnist").description.command == rf.load("mnist-teacher").description.command == asset.COMMAND
     monkeypatch.setattr(judge.Judge, "__call__", measure)
     elsewhere = [*words[:2], "--out", str(tmp_path / "elsewhere"), *words[4:6], "--go-on", *words[6:]]
-    kept = tmp_path / "results" / "runs"
+    kept = tmp_path / "results" / "records"
     lost = json.loads((kept / "uid-seed1.json").read_text())
     (kept / "uid-seed1.json").unlink()
     # A record is as old as its run: it knows no setting that came later.

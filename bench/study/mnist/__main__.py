@@ -106,7 +106,7 @@ def run(asked: argparse.Namespace, command: str) -> None:
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     place = Place(asked.data.resolve(), asked.out.resolve(), shipped=asked.go_on or bool(asked.repeat))
-    records = Records(asked.results / "runs", place, asked.set, asked.samples)
+    records = Records(asked.results / "records", place, asked.set, asked.samples)
     data.idx(place.data)  # refused at once where the files are missing
     (place.out / "runs").mkdir(parents=True, exist_ok=True)
     main = asked.group == "main"
