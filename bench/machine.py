@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
 
 
 def kind() -> dict[str, Any]:
-    """What a result's bits depend on: processor, instruction set and software."""
+    """Processor, instruction set and software, on which the bits of a result depend."""
     return {
         "processor": _processor(),
         "isa": extension.isa(),

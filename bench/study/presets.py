@@ -293,7 +293,7 @@ def _on_mnist() -> dict[str, float]:
 
 
 def _of_mnist() -> list[str]:
-    """What the column of MNIST's distances is."""
+    """The lines that explain the column of MNIST's distances."""
     if not (found := _family()):
         return []
     teacher = found["teachers"]["teacher"]["distance"]

@@ -206,7 +206,7 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     assert again["results"] == content["results"]
     assert again["comparison"] == content["comparison"]
     assert json.loads((kept / "uid-seed1.json").read_text()) == {**lost, "machine": ANY}
-    # Whoever makes a run again is told whether it ended where the record did.
+    # A run that is made again is compared with its record.
     started.clear()
     assert study.main([*elsewhere, "--repeat", "realuid-0.8-1-seed0", "uid-seed1"]) == 0
     assert started == ["realuid-0.8-1-seed0"]

@@ -108,7 +108,7 @@ class Records:
         return self.folder / f"{self.place.run(arm, seed).name}.json"
 
     def _made_with(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """What decides a record's numbers on one processor: settings, teacher, classifier, number of samples."""
+        """Settings, teacher, classifier and number of samples: on one processor they decide a record's numbers."""
         return {
             "settings": settings(configs.load("mnist", self.place.settings(arm, seed, self.extra))),
             "teacher": digest(self.place.teacher(arm.teacher)),
