@@ -212,11 +212,14 @@ def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):
     assert started == ["realuid-0.8-1-seed0"]
     said = capsys.readouterr().out
     assert said.count("the student equals the recorded one to the bit") == 2
-    lost["student"], lost["scores"]["interval"] = "another", [0.0, lost["scores"]["distance"] / 2]
-    (kept / "uid-seed1.json").write_text(json.dumps(lost))
-    assert study.main([*elsewhere, "--repeat", "uid-seed1"]) == 0
-    assert "another student of distance" in (said := capsys.readouterr().out)
-    assert "does not hold the new one" in said
+    lost["student"], width = "another", lost["scores"]["distance"]
+    for apart, word in ((0.2, "within"), (0.9, "beyond")):
+        lost["scores"] |= {"distance": width * (1 + apart), "interval": [0.0, width]}
+        (kept / "uid-seed1.json").write_text(json.dumps(lost))
+        assert study.main([*elsewhere, "--repeat", "uid-seed1"]) == 0
+        said = capsys.readouterr().out
+        assert f"another student of distance {width:.3f}" in said
+        assert f"the difference is {word} half of its 95 % bootstrap interval" in said
     assert study.main([*elsewhere, "--repeat", "uid-seed7"]) == 2
     assert "--repeat uid-seed7: this group has no such run, it has uid-seed0" in capsys.readouterr().err
     # A record of another teacher, or of another number of samples, is no record.

@@ -98,10 +98,11 @@ class Records:
             return f"{name}: the student equals the recorded one to the bit"
         again = judge(judge.made_by(teachers.load(file, role="student"))).distance
         before, (low, high) = record["scores"]["distance"], record["scores"]["interval"]
-        holds = "holds" if low <= again <= high else "does not hold"
+        # The interval is one of the laws' distance, which lies below the samples'. So its half width is compared.
+        within = "within" if abs(again - before) <= (high - low) / 2 else "beyond"
         return (
-            f"{name}: another student of distance {again:.3f}; the recorded distance is {before:.3f}, and its interval "
-            f"{low:.3f} to {high:.3f} {holds} the new one"
+            f"{name}: another student of distance {again:.3f}; the recorded one is {before:.3f}, and the difference "
+            f"is {within} half of its 95 % bootstrap interval, {(high - low) / 2:.3f}"
         )
 
     def _file(self, arm: Arm, seed: int) -> Path:
