@@ -163,8 +163,8 @@ def _train(
             continue
         if arm.start and not (place.start(arm, seed) / "student.safetensors").is_file():
             raise UserError(
-                f"{arm.name} of seed {seed} goes on from a student that {place.out} does not hold: --repeat "
-                f"{place.start(arm, seed).name} makes it"
+                f"{arm.name} of seed {seed} goes on from a student that {place.out} does not hold: "
+                f"--group main --repeat {place.start(arm, seed).name} makes it"
             )
         waiting[place.run(arm, seed).name] = arm, seed
     commands = {name: student_command(place, *run, asked.set) for name, run in waiting.items()}
