@@ -285,6 +285,14 @@ FAMILY = (
         "zju-pi/diff-sampler at 68d5ce4, `sfd-main`, by its formula, without its first step and thresholding",
         "1",
     ),
+    System(
+        "SFD's second stage, one evaluation",
+        ("sfd-second",),
+        r"$\|G(z) - x(z)\|_1$, $x(z)$ the samples of a student of several steps, which is $G$ at first, no fake model",
+        "2409.19681, as its code has it",
+        "zju-pi/diff-sampler at 68d5ce4, `sfd-main`, by its formula, without its first step and LPIPS",
+        "1",
+    ),
 )
 
 

@@ -168,18 +168,23 @@ class Student(Run):
         if config.distill.regression.pairs:
             self._pairs = asked.work / Path(config.distill.regression.pairs).name
             own.append(f"distill.regression.pairs={self._pairs}")
-        self._before = None
-        if config.distill.regression.previous:
-            self._before = asked.work / "runs" / f"{preset}-before-seed{seed}" / "student.safetensors"
-            own.append(f"distill.regression.previous={self._before}")
+        self._before: Path | None = None
+        self._making: list[str] = []
+        made_by = {"previous": ["regression", "distill.regression.distance=huber"], "first_stage": ["sfd"]}
+        for key, making in made_by.items():
+            if getattr(config.distill.regression, key):
+                self._before = asked.work / "runs" / f"{preset}-before-seed{seed}" / "student.safetensors"
+                self._making = making
+                own.append(f"distill.regression.{key}={self._before}")
         super().__init__(f"{preset}-seed{seed}", preset, [*QUIET, *own], asked.work)
 
     def make_pairs(self) -> None:
         """Make the pairs and the earlier student that the preset reads, where they are not there, as its file says."""
         if self._before is not None and not self._before.is_file():
-            words = ["distill", "--preset", "regression", "--out", str(self._before.parent), "--overwrite", "--set"]
+            maker, *changed = self._making
+            words = ["distill", "--preset", maker, "--out", str(self._before.parent), "--overwrite", "--set"]
             settings = [*QUIET, f"run.seed={self.seed}", f"distill.updates={self.config.distill.updates}"]
-            settings += ["distill.regression.distance=huber", "run.evaluate_every=0"]
+            settings += [*changed, "run.evaluate_every=0"]
             if cli.main([*words, *settings]):
                 raise UserError(f"the earlier student {self._before} could not be made")
         if self._pairs is not None and not self._pairs.is_file():

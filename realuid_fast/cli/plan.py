@@ -10,36 +10,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from .. import backends, choices, data, networks, teachers
+from .. import choices, data, networks, teachers
 from ..data import Dataset, folders
 from ..errors import UserError
 from ..jobs import trainers
+from ..jobs.networks import network_for
 from ..jobs.train import usable_device
-from ..jobs.trainers import network_for
-from ..models.calls import arguments, needs_endpoint, takes_endpoint
+from ..models.calls import needs_endpoint
 from ..models.files import SHIPPED, Description, Model
 from ..models.solvers import evaluations
-from ..networks import memory
-from ..networks.recompute import recompute
+from ..models.teacher_step import TeacherStep
 from ..precision import Precision
-from ..settings import REGRESSION, Config, OptimiserConfig
-from ..train import distributed, sharding
+from ..settings import REGRESSION, Config
+from ..train import distributed
 from ..train.trainer import Trainer
-from . import timing
+from . import counts, timing
 
 STEPS = choices.PLAN_STEPS
-CPU = torch.device("cpu")
+CPU = counts.CPU
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,9 @@ def make(job: str, config: Config, steps: int = STEPS, bound: float = timing.BOU
         model, config = _teacher(config, dataset, missing), _from_the_teacher(config, missing)
         if needs_endpoint(model.net, config.path.build(model.description).path) and dataset.train_endpoints is None:
             dataset = replace(dataset, train_endpoints=dataset.pixels(), heldout_endpoints=dataset.pixels())
-        plan = (_distillation, _regression)[config.distill.objective.name == REGRESSION](config, dataset, model, ranks)
+        made = _moments if config.distill.states == "data" else _distillation
+        made = _regression if config.distill.objective.name == REGRESSION else made
+        plan = made(config, dataset, model, ranks)
     else:
         if (file := config.teacher.guided or config.teacher.halved) and not Path(file).exists():
             missing.append(f"the teacher's own {file} is not there: the plan leaves its two passes out")
@@ -211,16 +207,18 @@ def _teaching(config: Config, dataset: Dataset, ranks: int) -> Plan:
     counted = trainers.teacher_trainer(_to_count(config, settings.batch), dataset)
     pixels, batch, net = 4 * math.prod(dataset.shape), settings.batch, counted.net
     rows = batch // (ranks * config.run.accumulate)
-    size = _count(net)
+    size = counts.count(net)
     share = ranks if config.run.shard else 1
-    operations = _operations(counted.description.network, config.run.checkpoint_activations)
+    operations = counts.operations(counted.description.network, config.run.checkpoint_activations)
     return Plan(
         job="train-teacher",
         parameters={"network": size},
         memory={
-            **_shared({"parameters": 4 * size, **_kept(size, settings.optimiser, settings.ema)}, share),
-            **_together([net] if share > 1 else []),
-            "activations of the backward pass": _activations(net, dataset.shape, rows, config.run.device),
+            **counts.shared(
+                {"parameters": 4 * size, **counts.kept([(size, settings.optimiser.betas[0], settings.ema)])}, share
+            ),
+            **counts.together([net] if share > 1 else []),
+            "activations of the backward pass": counts.activations(net, dataset.shape, rows, config.run.device),
             "batch buffers": 2 * rows * pixels,
         },
         batch=batch,
@@ -235,17 +233,14 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     counted = trainers.distiller(_to_count(config, settings.batch), dataset, model)
     objective, turns = counted.objective, counted.turns
     steps = 1 if counted.generator.noised else counted.generator.steps
-    size = _count(model.net)
-    parameters = {"teacher": size, "generator": _count(counted.generator.net)}
-    trained = {"generator": (parameters["generator"], settings.generator, settings.ema)}
+    size = counts.count(model.net)
+    parameters = {"teacher": size, "generator": counts.count(counted.generator.net)}
+    trained = [(parameters["generator"], settings.generator.betas[0], settings.ema)]
     fakes = objective.needs_fake
     heads = {"fake model": counted.judged} if fakes else {}
     for name, net in (heads | ({} if counted.critic is None else {"discriminator": counted.critic})).items():
-        parameters[name] = _count(net)
-        trained[name] = (parameters[name], settings.fake, ())
-    kept: dict[str, int] = {}
-    for of_one in (_kept(*each) for each in trained.values()):
-        kept = {name: kept.get(name, 0) + value for name, value in of_one.items()}
+        parameters[name] = counts.count(net)
+        trained.append((parameters[name], settings.fake.betas[0], ()))
 
     batch, asked = settings.batch, settings.target_steps * (1 if settings.guidance == 1.0 else 2)
     a_pass = batch // (ranks * config.run.accumulate)
@@ -255,27 +250,27 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     fake_kept, shape, device = 0, dataset.shape, config.run.device
     with Precision(settings.fake_precision, CPU).networks():
         if fakes:
-            fake_kept = _activations(counted.judged, shape, rows * a_pass, device)
+            fake_kept = counts.activations(counted.judged, shape, rows * a_pass, device)
     with Precision(settings.generator_precision, CPU).networks():
-        generator_kept = _activations(counted.generator.net, shape, a_pass, device)
+        generator_kept = counts.activations(counted.generator.net, shape, a_pass, device)
         if fakes and (backward or judged):
-            generator_kept += _activations(counted.frozen_fake, shape, a_pass, device, to_input=True)
+            generator_kept += counts.activations(counted.frozen_fake, shape, a_pass, device, to_input=True)
         if backward:
             rounded = settings.teacher_precision != "float32"
             own = Precision(settings.teacher_precision, CPU).networks() if rounded else contextlib.nullcontext()
             with own:
-                generator_kept += _activations(counted.teacher, shape, asked * a_pass, device, to_input=True)
+                generator_kept += counts.activations(counted.teacher, shape, asked * a_pass, device, to_input=True)
     turn = "fake" if fake_kept > generator_kept else "generator"
     made = turns * batch
     share = ranks if config.run.shard else 1
-    state = {"parameters": 4 * sum(count for count, *_ in trained.values()), **kept}
+    state = {"parameters": 4 * sum(count for count, *_ in trained), **counts.kept(trained)}
     if not config.run.offload_teacher:
-        state["teacher"] = _bytes(counted.teacher)
+        state["teacher"] = counts.weights(counted.teacher)
     gathered = [counted.generator.net] if share > 1 else [counted.teacher] if config.run.offload_teacher else []
     # Rows of one fake turn; noise and samples of all fake turns; noise, samples and interpolants of the generator turn.
     buffers = rows * a_pass + 2 * made // ranks + (3 + 3 * twice) * a_pass
 
-    one = _operations(model.description.network, config.run.checkpoint_activations)
+    one = counts.operations(model.description.network, config.run.checkpoint_activations)
     frozen = asked * (one.input if backward else one.forward)
     frozen += fakes * (one.input if backward or judged else one.forward)
     operations = {"samples for the fake turns": made * steps * one.forward} if turns else {}
@@ -287,8 +282,8 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
         job="distill",
         parameters=parameters,
         memory={
-            **_shared(state, share),
-            **_together(gathered),
+            **counts.shared(state, share),
+            **counts.together(gathered),
             f"activations of the {turn} turn, the largest": max(fake_kept, generator_kept),
             "batch buffers": 4 * math.prod(shape) * buffers,
         },
@@ -299,24 +294,70 @@ def _distillation(config: Config, dataset: Dataset, model: Model, ranks: int) ->
     )
 
 
+def _moments(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
+    """Moment matching in several steps, or in parameter space, whose first update's preparation is left out."""
+    settings = config.distill
+    counted = trainers.moments(_to_count(config, settings.batch), dataset, model)
+    net, shape, device = counted.generator.net, dataset.shape, config.run.device
+    batch, a_pass = settings.batch, settings.batch // (ranks * config.run.accumulate)
+    instant = isinstance(counted.fake, TeacherStep)
+    parameters = {"teacher": counts.count(model.net), "generator": counts.count(net)}
+    size = parameters["the teacher's step" if instant else "fake model"] = counts.count(counted.fake)
+    # A step of the teacher keeps second moments alone, and its direction beside them.
+    fakes = (size, 0.0 if instant else settings.fake.betas[0], ())
+    trained = [(parameters["generator"], settings.generator.betas[0], settings.ema), fakes]
+    with Precision(settings.generator_precision, CPU).networks():
+        fake_kept = counts.activations(counted.fake, shape, a_pass, device)
+        generator_kept = counts.activations(net, shape, a_pass, device)
+        if instant:
+            generator_kept += counts.activations(counts.Moved(copy.deepcopy(model.net)), shape, a_pass, device)
+    turn = "fake" if fake_kept > generator_kept else "generator"
+    one = counts.operations(model.description.network, config.run.checkpoint_activations)
+    asked = batch * one.forward * (1 if settings.guidance == 1.0 else 2)
+    further = counts.moved(model.description.network) if instant else one.forward
+    return Plan(
+        job="distill",
+        parameters=parameters,
+        memory={
+            "parameters": 4 * sum(count for count, *_ in trained),
+            **counts.kept(trained),
+            **({"direction of the teacher's step": 4 * size} if instant else {}),
+            "teacher": 0 if config.run.offload_teacher else counts.weights(counted.teacher),
+            **counts.together([counted.teacher] if config.run.offload_teacher else []),
+            f"activations of the {turn} turn, the largest": max(fake_kept, generator_kept),
+            # Real samples, noised ones, the generator's, those of the posterior, and two predictions.
+            "batch buffers": 6 * a_pass * 4 * math.prod(shape),
+        },
+        batch=batch,
+        updates=settings.updates,
+        images_per_update=batch * (settings.fake_turns + 1),
+        operations={
+            f"fake turns ({settings.fake_turns})": settings.fake_turns * (batch * (one.forward + one.training) + asked),
+            "generator turn": batch * (one.training + further) + asked,
+        },
+    )
+
+
 def _regression(config: Config, dataset: Dataset, model: Model, ranks: int) -> Plan:
     settings = config.distill
     counted = trainers.regression(_to_count(config, settings.batch), dataset, model)
     batch, a_pass, net = settings.batch, settings.batch // (ranks * config.run.accumulate), counted.generator.net
-    size = _count(net)
+    size = counts.count(net)
     with Precision(settings.generator_precision, CPU).networks():
-        activations = _activations(net, dataset.shape, a_pass, config.run.device)
-    one = _operations(model.description.network, config.run.checkpoint_activations)
+        activations = counts.activations(net, dataset.shape, a_pass, config.run.device)
+    one = counts.operations(model.description.network, config.run.checkpoint_activations)
     flow, how = config.path.build(model.description), settings.regression
     made = batch * sum(counted.numbers) // len(counted.numbers)
     asked = evaluations(how.steps, how.solver, flow.path, flow.predict) * (1 if settings.guidance == 1.0 else 2)
+    asked += bool(how.previous)
     return Plan(
         job="distill",
-        parameters={"teacher": _count(model.net), "generator": size},
+        parameters={"teacher": counts.count(model.net), "generator": size},
         memory={
             "parameters": 4 * size,
-            **_kept(size, settings.generator, settings.ema),
-            "teacher": 4 * _count(model.net),
+            **({"earlier student": 4 * size} if how.previous else {}),
+            **counts.kept([(size, settings.generator.betas[0], settings.ema)]),
+            "teacher": 4 * counts.count(model.net),
             "activations of the backward pass": activations,
             # Noise, samples and the teacher's samples.
             "batch buffers": 3 * a_pass * 4 * math.prod(dataset.shape),
@@ -337,87 +378,12 @@ def _to_count(config: Config, batch: int) -> Config:
     if batch % run.accumulate:
         return replace(config, run=run)
     plain: dict[str, Any] = {"fake_precision": "float32", "generator_precision": "float32"}
-    plain["regression"] = replace(config.distill.regression, pairs="")
+    plain["regression"] = replace(config.distill.regression, pairs="", previous="", first_stage="")
     return _with_batch(replace(config, run=run, distill=replace(config.distill, **plain)), run.accumulate)
 
 
 def _with_batch(config: Config, batch: int) -> Config:
     return replace(config, teacher=replace(config.teacher, batch=batch), distill=replace(config.distill, batch=batch))
-
-
-def _activations(net: nn.Module, shape: tuple[int, ...], rows: int, device: str, to_input: bool = False) -> int:
-    """Bytes that ``rows`` samples keep for a backward pass, counted on tensors without memory.
-
-    The package's own layers keep less than torch's, but they run on the CPU alone. For a GPU torch's are counted.
-    """
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        net = copy.deepcopy(net)
-    plain = contextlib.nullcontext() if torch.device(device).type == "cpu" else backends.backend("torch")
-    with mode, plain:
-        return memory.kept_bytes(net, shape, CPU, rows, to_input)
-
-
-def _count(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
-
-
-def _bytes(net: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in net.parameters())
-
-
-def _shared(state: dict[str, int], ranks: int) -> dict[str, int]:
-    """One rank's share, in bytes, of a state that is spread over ``ranks``."""
-    return {name: -(-size // ranks) for name, size in state.items()}
-
-
-def _together(nets: Sequence[nn.Module]) -> dict[str, int]:
-    """Bytes of two blocks of networks that are gathered block by block: the one in use and the one fetched ahead."""
-    sizes = [_bytes(block) for net in nets for block in sharding.blocks(net)]
-    return {"blocks of networks, brought together": 2 * max(sizes)} if sizes else {}
-
-
-def _kept(parameters: int, step: OptimiserConfig, averages: Sequence[float]) -> dict[str, int]:
-    """Bytes beside the parameters: gradients, Adam's moments (no first one if ``beta1`` is 0) and averages."""
-    return {
-        "gradients": 4 * parameters,
-        "moments": 4 * parameters * (1 + (step.betas[0] > 0)),
-        "averages": 4 * parameters * len(averages),
-    }
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Operations of one sample: a forward pass alone, with a backward pass to the parameters, with one to the input."""
-
-    forward: int
-    training: int
-    input: int
-
-
-def _operations(network: dict[str, Any], again: bool = False) -> Operations:
-    """Operations by torch's counter on tensors without memory; ``again``: blocks run again in the backward pass."""
-    # The counter does not know torch's fused attention for CPUs, nor the package's own layers. So attention runs as
-    # plain products here, and torch's layers take the place of the package's.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), backends.backend("torch"):
-        net = networks.build(network).requires_grad_(True)
-        if again:
-            # In evaluation mode: in training a block that runs again reads dropout's random state, which needs memory.
-            recompute(net.eval())
-        shape = tuple(network.get("dim", network.get("shape", ())))
-        x = torch.zeros(1, *shape, requires_grad=True)
-        labels = torch.zeros(1, dtype=torch.int64) if getattr(net, "num_classes", 0) else None
-        end = torch.zeros(1, *shape) if takes_endpoint(net) else None
-
-        with FlopCounterMode(display=False) as counter:
-            out = net(*arguments(net, torch.zeros(1), x, labels, end)).sum()
-        counts = [forward := int(counter.get_total_flops())]
-        # One graph serves both backward passes: autograd computes the gradients that are asked for and no others.
-        for wanted in ([*net.parameters()], [x]):
-            with FlopCounterMode(display=False) as counter:
-                out.backward(retain_graph=True, inputs=wanted)
-            counts.append(forward + int(counter.get_total_flops()))
-        return Operations(*counts)
 
 
 def _with_hours(plan: Plan, config: Config, dataset: Dataset, model: Model | None, steps: int, bound: float) -> Plan:

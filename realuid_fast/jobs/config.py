@@ -427,8 +427,8 @@ def _check(config: Config) -> None:
 def _of_baseline(distill: DistillConfig) -> list[str]:
     """Settings of the baseline's trajectories that are given to another objective, which does not read them."""
     own, usual = distill.regression, RegressionConfig()
-    of_another = distill.objective.name != REGRESSION
-    return [key for key in ("steps", "solver") if of_another and getattr(own, key) != getattr(usual, key)]
+    keys = () if distill.objective.name == REGRESSION else ("first_stage", "previous", "steps", "solver")
+    return [key for key in keys if getattr(own, key) != getattr(usual, key)]
 
 
 def _join(prefix: str, key: object) -> str:

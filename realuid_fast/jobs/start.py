@@ -76,9 +76,7 @@ def student_of(
         settings, state = teachers.published(file, teacher.network, decay)
         network, described = teachers.filled(settings, state, source), Description(settings)
     else:
-        _hint(file)
-        with named(setting, source):
-            model = teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
+        model = model_of_student(source, setting)
         network, described = model.net, model.description
     if described.network != teacher.network:
         raise UserError(f"{setting} {source} has another network than the teacher")
@@ -93,6 +91,14 @@ def student_of(
         raise UserError(f"distill.start_decay {decay:g} is not in {source}, which {holds}: give its run's folder")
     network.load_state_dict(_average(file, decay))
     return network
+
+
+def model_of_student(source: str, setting: str) -> teachers.Model:
+    """The student of a file or of a finished run's folder, which ``setting`` names."""
+    file = Path(source)
+    _hint(file)
+    with named(setting, source):
+        return teachers.load(file / "student.safetensors" if file.is_dir() else file, role="student")
 
 
 def _hint(file: Path) -> None:

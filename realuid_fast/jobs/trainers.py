@@ -17,14 +17,13 @@ from ..errors import UserError
 from ..evaluate import classifier
 from ..matching import Matching
 from ..models import pairs
-from ..models.few_steps import FewSteps
+from ..models.few_steps import FewSteps, generator_of
 from ..models.files import Description, Model
 from ..models.frozen import frozen_view
 from ..models.generator import Generator
 from ..models.halving import Halving
 from ..models.multi_step import MultiStep
 from ..models.teacher_step import StepDirection, TeacherStep
-from ..networks import build
 from ..networks.calling import null_labels, takes_guidance
 from ..networks.critic import Critic
 from ..networks.discriminator import Gan, Judged
@@ -38,7 +37,8 @@ from ..train.moments import MomentTrainer
 from ..train.regression import RegressionTrainer
 from ..train.teacher import TeacherTrainer
 from ..train.trainer import Setup, Trainer
-from .start import named, student_of
+from .networks import fresh, network_for
+from .start import model_of_student, named, student_of
 
 _MEASURED = 100  # batches of real data whose gradients give the preconditioner of parameter-moments
 
@@ -53,8 +53,6 @@ def trainer(job: str, config: Config, dataset: Dataset, teacher: Model | None = 
     """
     if job == "train-teacher" or teacher is None:
         return teacher_trainer(config, dataset, command)
-    if config.distill.regression.previous and config.distill.objective.name != REGRESSION:
-        raise UserError("distill.regression.previous is for distill.objective regression alone")
     if config.distill.objective.name == "parameter-moments" and config.distill.states != "data":
         raise UserError("distill.states must be data for parameter-space moment matching, whose states are noised data")
     if config.distill.states == "data":
@@ -263,8 +261,10 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
             raise UserError(f"{name} is not for distill.objective regression")
     _check(config, dataset, described)
     matching = config.path.build(described)
-    net = _prepared(teacher.net, config, dataset)
-    trained, network = copy.deepcopy(net), dict(described.network)
+    first = _first_stage(config, described)
+    source = first or teacher
+    net = _prepared(source.net, config, dataset)
+    trained, network = copy.deepcopy(net), dict(source.description.network)
     if len(settings.steps) > 1 and not takes_guidance(net):
         # The layers of the number of steps are new, and start as if there were none.
         network["guided"] = True
@@ -283,8 +283,9 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
             generator.net.load_state_dict(before.state_dict())
             before = _placed(before.eval().requires_grad_(False), config, dataset)
             distance = pairs.Contrast(generator.on(before), distance)
+        frozen = frozen_view(net).eval() if source.function is None else source.function
         return RegressionTrainer(
-            frozen_view(net).eval() if teacher.function is None else teacher.function, generator, matching, dataset,
+            frozen if first is None else generator_of(frozen, first.description), generator, matching, dataset,
             _optimiser(generator.net, settings.generator, int(settings.updates * turns), settings.ema),
             _setup(config, settings.batch, settings.updates),
             steps=settings.regression.steps, solver=settings.regression.solver, guidance=settings.guidance,
@@ -292,6 +293,33 @@ def regression(config: Config, dataset: Dataset, teacher: Model, command: str = 
             export=settings.export,
             description=_of_student(config, dataset, replace(described, network=network), generator, command),
         )  # fmt: skip
+
+
+def _first_stage(config: Config, teacher: Description) -> Model | None:
+    """The student of several steps that a second stage learns from; None without one."""
+    settings, name = config.distill, "distill.regression.first_stage"
+    if not (file := settings.regression.first_stage):
+        return None
+    refused = {
+        "distill.regression.previous": bool(settings.regression.previous),
+        "distill.guidance": settings.guidance != 1.0,
+        "distill.regression.solver": settings.regression.solver != "euler",
+    }
+    for other, given in refused.items():
+        if given:
+            raise UserError(f"{other} is not for a run with {name}, which makes DDIM steps as they were trained")
+    first = model_of_student(file, name)
+    if not first.description.steps:
+        raise UserError(f"{name} {file} is a student of one step; it must be one of several (distill.steps)")
+    theirs, ours = (
+        {key: getattr(each, key) for key in ("path", "path_settings", "predict")}
+        | {key: each.network.get(key) for key in ("dim", "shape", "num_classes")}
+        for each in (first.description, teacher)
+    )
+    for key, value in theirs.items():
+        if value != ours[key]:
+            raise UserError(f"{name} {file} has {key} {value}, the teacher has {ours[key]}")
+    return first
 
 
 def _copies(net: nn.Module, config: Config, described: Description) -> tuple[nn.Module, nn.Module]:
@@ -308,42 +336,6 @@ def _copies(net: nn.Module, config: Config, described: Description) -> tuple[nn.
             raise UserError("distill.fake_start fresh needs a teacher that says which network it is")
         fake.load_state_dict(fresh(described.network, config.run.seed).state_dict())
     return trained, fake
-
-
-def fresh(network: dict[str, Any], seed: int) -> nn.Module:
-    """An untrained network, whose weights follow from ``seed``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return build(network)
-
-
-def network_for(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """The configured network, with the samples' shape and classes filled in where they are not given.
-
-    Raises:
-        UserError: the network's shape is not the samples', it wants labels that the data do not have, or it is given a
-            number of classes without ``class_cond``.
-    """
-    network = dict(config.network)
-    network.setdefault("kind", "unet" if len(dataset.shape) == 3 else "mlp")
-    key = "shape" if network["kind"] == "mlp" else "dim"
-    network.setdefault(key, list(dataset.shape))
-    # A shape that is not a list is refused by the network itself, in its own words.
-    if isinstance(network[key], (list, tuple)) and tuple(network[key]) != dataset.shape:
-        raise UserError(f"network.{key} is {list(network[key])}, the data have samples of shape {list(dataset.shape)}")
-    if network.get("class_cond"):
-        if not dataset.classes:
-            hint = ": the images must all lie in folders of classes" if dataset.name == "folder" else ""
-            raise UserError(f"network.class_cond is true, but data set '{dataset.name}' has no labels{hint}")
-        network.setdefault("num_classes", dataset.classes)
-    elif network["kind"] == "unet" and "num_classes" in network:
-        raise UserError(
-            "network.num_classes is given without network.class_cond, so the network would see no labels: set "
-            "network.class_cond=true, where the number of classes follows from the data, or leave num_classes out"
-        )
-    if config.teacher.label_dropout:
-        network.setdefault("null_label", True)
-    return network
 
 
 @contextlib.contextmanager

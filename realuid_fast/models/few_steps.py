@@ -5,13 +5,14 @@ A student's step leads from its own state at ``t_i`` to its next time, with ``x0
     x_s = (a_s - c_s/c a) x0 + c_s/c x_t        a, c at t_i, a_s, c_s at t_(i+1), the last of which is the data's end
 
 The teacher makes several steps of any solver from each of these times to the next, on a trajectory of its own from the
-same noise. Source: Zhou et al., Simple and Fast Distillation (2409.19681): SFD with one number of steps, and SFD-v, a
-network that takes the number as a condition.
+same noise. In a second stage the teacher is a student of more such steps. Source: Zhou et al., Simple and Fast
+Distillation (2409.19681): SFD with one number of steps, and SFD-v, a network that takes the number as a condition.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -120,6 +121,7 @@ class FewSteps(nn.Module):
 class Flow(NamedTuple):
     """A frozen teacher with the number of steps of its ``solver``, in each step of the student, and its guidance.
 
+    A teacher that is itself a student of several steps makes its own DDIM steps, ``steps`` in each of the student's.
     With a ``previous`` generator of one step, the samples that it makes of the same noise follow the teacher's.
     """
 
@@ -128,6 +130,27 @@ class Flow(NamedTuple):
     solver: str = "euler"
     guidance: float = 1.0
     previous: nn.Module | None = None
+
+
+def check_first_stage(teacher: nn.Module, generator: Generator | FewSteps, each: int) -> None:
+    """Refuse a student of several steps as the teacher of one that does not stop at its times.
+
+    Args:
+        teacher: a first stage; any other teacher passes.
+        generator: the student that is trained.
+        each: the first stage's steps in each of the generator's.
+    """
+    if not isinstance(teacher, FewSteps):
+        return
+    wanted = generator.grids if isinstance(generator, FewSteps) else {1: ()}
+    for number, theirs in wanted.items():
+        ours = teacher.grids.get(each * number, ())[::each]
+        met = [math.isclose(at, time, rel_tol=1e-9) for (at, _), (time, _) in zip(ours, theirs, strict=False)]
+        if not theirs or len(ours) != len(theirs) or not all(met):
+            raise UserError(
+                f"regression.steps {each} in each step of the student must make a number of steps of the first stage "
+                f"({', '.join(map(str, teacher.numbers))}), on the same times; a student of one step takes steps [1]"
+            )
 
 
 @dataclass
@@ -174,6 +197,12 @@ def pursuit(
         if teacher.previous is not None:
             made.append(teacher.previous(z, labels, endpoint))
         return Pursuit(z, labels, endpoint, [torch.cat(made)])
+    if isinstance(first := teacher.net, FewSteps):
+        x, passed = first.start(z), []
+        for place in range(steps * teacher.steps):
+            x = first(x, labels, endpoint, steps * teacher.steps, place)
+            passed.append(x)
+        return Pursuit(generator.start(z), labels, endpoint, passed[teacher.steps - 1 :: teacher.steps], steps)
     begin = first_time(path, predict)
     between = itertools.pairwise((begin, *(time for time, _ in generator.grids[steps][1:]), ends(path).data))
     times = [row for now, then in between for row in grid(path, now, then, teacher.steps)]

@@ -121,3 +121,8 @@ class RegressionConfig:
         "the file of a student that the baseline's one-step student goes on from, and whose samples it is told from "
         "(contrastive energy distillation)",
     )
+    first_stage: str = setting(
+        "",
+        "the file of a student of several steps, whose network the baseline's student starts from, and whose states "
+        "it learns in place of the teacher's (the second stage of SFD)",
+    )

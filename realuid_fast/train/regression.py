@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..matching import Matching
 from ..models.calls import follows_flow
 from ..models.conditions import endpoints_to_draw, labels_to_draw
-from ..models.few_steps import FewSteps, Flow, Pursuit, described, pursuit
+from ..models.few_steps import FewSteps, Flow, Pursuit, check_first_stage, described, pursuit
 from ..models.files import Description
 from ..models.generator import Generator
 from ..models.pairs import Distance, mean_square, plain_rows, pull
@@ -34,7 +34,7 @@ class RegressionTrainer(Trainer):
     """Trains a generator on its teacher's samples; no real data, no fake model, a turn an update for each step.
 
     Args:
-        teacher: the frozen teacher, called as ``teacher(t, x, labels)``.
+        teacher: the frozen teacher, called as ``teacher(t, x, labels)``, or a student of several steps.
         generator: the generator, trained in place. Of several numbers of steps each update takes the next in turn.
         matching: the path and the networks' prediction.
         dataset: gives the samples' shape, labels and endpoints.
@@ -75,6 +75,7 @@ class RegressionTrainer(Trainer):
                 f"{type(path).__name__} they are random"
             )
         check_solver(solver, path, predict)
+        check_first_stage(teacher, generator, steps)
         description = description or described(generator.net, matching, dataset, export, generator)
         watched, optimisers = ("regression loss", "generator gradient"), {"generator": optimiser}
         super().__init__(generator.net, matching, dataset, setup, optimisers, watched, export, optimiser, description)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from realuid_fast import backends, cli, data, teachers
-from realuid_fast.cli import plan, timing
+from realuid_fast.cli import counts, plan, timing
 from realuid_fast.errors import UserError
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
@@ -37,13 +37,13 @@ def one_count_of_a_network():
 
     A plan collects garbage before it measures. What other tests of this process left is not looked through each time.
     """
-    operations, activations, counts = plan._operations, plan._activations, {}
+    operations, activations, found = counts.operations, counts.activations, {}
 
     def operations_of(network, again=False):
         key = json.dumps([network, again], sort_keys=True, default=list)
-        if key not in counts:
-            counts[key] = operations(network, again)
-        return counts[key]
+        if key not in found:
+            found[key] = operations(network, again)
+        return found[key]
 
     def activations_of(net, *arguments, **how):
         # Networks that are made alike, of parameters of one kind: the parameters' values decide nothing.
@@ -51,15 +51,15 @@ def one_count_of_a_network():
         modules = [(type(m), m.training, getattr(m, "recompute", False)) for m in net.modules()]
         rounded = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         key = str((net, kinds, modules, arguments, how, rounded))
-        if key not in counts:
-            counts[key] = activations(net, *arguments, **how)
-        return counts[key]
+        if key not in found:
+            found[key] = activations(net, *arguments, **how)
+        return found[key]
 
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "_operations", operations_of)
-        patch.setattr(plan, "_activations", activations_of)
+        patch.setattr(counts, "operations", operations_of)
+        patch.setattr(counts, "activations", activations_of)
         yield
 
 
@@ -349,8 +349,42 @@ def test_states_from_noised_data_take_one_step_and_their_presets_are_planned():
     )
     for turn in ("samples for the fake turns", "generator turn"):
         assert noised.operations[turn] < own.operations[turn]
-    found = plan.make("distill", configs.load(configs.preset("moments-parameters"), ["distill.batch=4"]), steps=0)
-    assert found.operations["generator turn"] > 0
+
+
+@pytest.mark.parametrize("form", ["moment-matching", "parameter-moments"])
+def test_moment_matching_is_counted_as_it_runs(form):
+    """Several steps: a turn asks the generator once. In parameter space the teacher's step is differentiated twice."""
+    changes = (f"distill.objective.name={form}", "path.match=x0", "distill.states=data", "distill.times=[0.5]")
+    changes += ("distill.fake_turns=1", "distill.t_start=0.1", "distill.fake.betas=[0.9,0.999]")
+    config, found = configured(*changes), planned(*changes)
+    trainer = trainers.moments(config, images(), teacher())
+    assert found.images_per_update == trainer.images_per_update == 16
+    if form == "parameter-moments":
+        # The first update's preparation reads 100 batches, and is no part of the plan.
+        trainer.kept["fake_optimiser"].adam.counts[0] = 1
+    trainer.update()
+    assert sum(found.operations.values()) == pytest.approx(counted(trainer.update), rel=0.01)
+    state = trainer.state_dict()
+    moments = [
+        value for turn in ("generator", "fake") for each in state[f"{turn}_optimiser"]["adam"]["state"].values()
+        for name, value in each.items() if name.startswith("exp_avg")
+    ]  # fmt: skip
+    assert found.memory["moments"] == size(moments)
+    assert found.memory["parameters"] == sum(size(state[turn].values()) for turn in ("generator", "fake"))
+    third = "the teacher's step" if form == "parameter-moments" else "fake model"
+    assert set(found.parameters) == {"teacher", "generator", third}
+    assert ("direction of the teacher's step" in found.memory) == (form == "parameter-moments")
+
+
+def test_every_preset_with_a_file_of_its_own_can_be_planned():
+    plain, previous = (
+        plan.make("distill", configs.load(configs.preset(name), ["distill.batch=4"]), steps=0)
+        for name in ("regression", "ced")
+    )
+    assert previous.memory["earlier student"] == previous.memory["parameters"]
+    assert previous.operations["the teacher's samples"] > plain.operations["the teacher's samples"]
+    second = plan.make("distill", configs.load(configs.preset("sfd-second"), ["distill.batch=4"]), steps=0)
+    assert 5 * second.operations["the teacher's samples"] == plain.operations["the teacher's samples"]
 
 
 def test_bad_settings_are_refused():

@@ -153,6 +153,7 @@ def test_a_teacher_is_named_by_its_runs_folder(place, capsys):
     ("command", "preset", "setting", "maker"),
     [
         ("distill", "ced", "distill.regression.previous", "presets/ced"),
+        ("distill", "sfd-second", "distill.regression.first_stage", "presets/sfd-second"),
         ("distill", "dmd-pairs", "distill.regression.pairs", "presets/dmd-pairs"),
         ("distill", "uni-instruct", "distill.teacher", "presets/sid-edm"),
         ("train-teacher", "guided", "teacher.guided", "presets/dmd-decoupled"),

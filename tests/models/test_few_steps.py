@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -87,25 +88,43 @@ def test_an_update_is_the_published_one(solver, published, numbers):
     """sfd-main/training: ``get_teacher_traj`` of M = 1 and 3, then ``loss`` and its gradient a step, in float64."""
     teacher = Denoiser(0)
     student = FewSteps(Denoiser(1, guided=len(numbers) > 1), numbers, None, VE, "x0")
-    net, z = student.net, torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    z = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for number, each in itertools.product(numbers, (2, 4)):
         # Their loop: num_steps - 1 steps of the student, and M = each - 1 levels between two of its levels.
         levels, more = schedule(number), {"guidance": float(number)} if len(numbers) > 1 else {}
         trajectory = published(teacher, 80 * z, schedule(number * each))[each::each]
-        part, latents = pursuit(student, Flow(teacher, each, solver), z, number), 80 * z
-        assert len(part.targets) == number
-        for place in range(number):
-            now, then = levels[place], levels[place + 1]
-            theirs = latents + (then - now) * (latents - denoised(net, latents, now, **more)) / now
-            loss = (theirs - trajectory[place]).abs().sum() / len(z)
-            (expected,) = torch.autograd.grad(loss, [net.weight])
-            made = part.step(student, place)
-            value, seed = pull(DISTANCES["l1"], made, part.targets[place])
-            torch.testing.assert_close(value, loss.detach(), rtol=1e-10, atol=1e-10)
-            found = torch.autograd.grad(made, [net.weight], seed)[0]
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
-            latents, part.x = theirs.detach(), made.detach()
-        torch.testing.assert_close(student(z, steps=number), latents, rtol=1e-10, atol=1e-10)
+        part = pursuit(student, Flow(teacher, each, solver), z, number)
+        check_steps(student, part, z, levels, trajectory, more)
+
+
+def check_steps(student, part, z, levels, trajectory, more):
+    """A batch's losses and gradients, and the student's samples, against sfd-main's in each step."""
+    net, latents = student.net, 80 * z
+    assert len(part.targets) == len(levels) - 1 == len(trajectory)
+    for place, (now, then) in enumerate(itertools.pairwise(levels)):
+        theirs = latents + (then - now) * (latents - denoised(net, latents, now, **more)) / now
+        loss = (theirs - trajectory[place]).abs().sum() / len(z)
+        (expected,) = torch.autograd.grad(loss, [net.weight])
+        made = part.step(student, place)
+        value, seed = pull(DISTANCES["l1"], made, part.targets[place])
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-10, atol=1e-10)
+        found = torch.autograd.grad(made, [net.weight], seed)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+        latents, part.x = theirs.detach(), made.detach()
+    torch.testing.assert_close(student(z, steps=len(levels) - 1), latents, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("numbers", [(4,), (2, 4)], ids=["SFD", "SFD-v"])
+def test_a_second_stage_is_the_published_one(numbers, steps):
+    """sfd-main/training with ``is_second_stage``: the first stage's own Euler steps, told their number, in float64."""
+    first = FewSteps(Denoiser(0, guided=len(numbers) > 1), numbers, None, VE, "x0")
+    student = FewSteps(Denoiser(1), (steps,), None, VE, "x0")
+    z = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    told = {"guidance": 4.0} if len(numbers) > 1 else {}
+    each = 4 // steps
+    trajectory = published_euler(lambda *seen: first.net(*seen, **told), 80 * z, schedule(4))[each::each]
+    check_steps(student, pursuit(student, Flow(first, each), z, steps), z, schedule(steps), trajectory, {})
 
 
 def test_a_students_heun_targets_are_the_methods_states():
@@ -216,6 +235,75 @@ def test_an_update_of_the_trainer_steps_the_optimiser_once_a_step(steps):
         assert trainer.meters.read()["regression loss"] == pytest.approx(total / number, rel=1e-4)
 
 
+GUIDED = {**LABELLED, "guided": True}
+
+
+def first_stage(folder, network=GUIDED, seed=5, **told):
+    """The file of a first stage's student, of 2 and 4 steps."""
+    described = teachers.Description(network, "student", **{"steps": (2, 4), "t_start": 0.0, **told})
+    teachers.save(folder / "first.safetensors", random_network(network, seed=seed).state_dict(), described)
+    return str(folder / "first.safetensors")
+
+
+def test_a_second_stage_starts_from_the_first_and_learns_its_samples(tmp_path):
+    """Digits with labels, one step: the trainer's gradients equal autograd's of the formula."""
+    stage = {"steps": 4, "distance": "l1", "first_stage": first_stage(tmp_path)}
+    trainer = trainer_of(LABELLED, {"name": "digits"}, distill={**SFD, "steps": [1], "regression": stage})
+    first = random_network(GUIDED, seed=5)
+    assert trainer.description.network == GUIDED
+    assert trainer.description.steps == (1,)
+    for name, value in trainer.generator.net.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name])
+    noise, draws = copy.deepcopy(trainer.noise.state_dict()), trainer.draws.get_state()
+    seen = []
+    trainer.optimiser.step = lambda: seen.extend(p.grad.clone() for p in trainer.generator.net.parameters())
+    trainer.update()
+    trainer.noise.load_state_dict(noise)
+    trainer.draws.set_state(draws)
+    labels = trainer.labels[torch.randint(len(trainer.labels), (8,), generator=trainer.draws)]
+    z = normal(trainer.noise.next_key(), torch.empty(8, 1, 8, 8))
+    x = z
+    with torch.no_grad():
+        for i in range(4):
+            x = x + first(torch.full((8,), i / 4), x, labels, guidance=4.0) / 4
+    loss = (z + first(torch.zeros(8), z, labels) - x).abs().sum() / 8
+    assert trainer.meters.read()["regression loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    for mine, p in zip(seen, torch.autograd.grad(loss, [*first.parameters()]), strict=True):
+        torch.testing.assert_close(mine, p, rtol=1e-3, atol=1e-4 * float(p.abs().max()) + 1e-7)
+
+
+def test_what_does_not_go_with_a_first_stage_is_named(tmp_path):
+    file = first_stage(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = first_stage(tmp_path / "other", path="trigonometric")
+    (tmp_path / "one").mkdir()
+    one = first_stage(tmp_path / "one", LABELLED, steps=())
+    many = "must make a number of steps of the first stage (2, 4), on the same times"
+    for stage, more, sentence in (
+        (
+            {},
+            {"objective": {"name": "uid"}},
+            "distill.regression.first_stage is for distill.objective regression alone",
+        ),
+        ({"solver": "heun"}, {}, "distill.regression.solver is not for a run with distill.regression.first_stage"),
+        ({}, {"guidance": 2.0}, "distill.guidance is not for a run with distill.regression.first_stage"),
+        ({"steps": 3}, {}, f"distill.regression.steps 3 in each step of the student {many}"),
+        ({}, {"steps": []}, f"distill.regression.steps 4 in each step of the student {many}"),
+        ({}, {"t_start": 0.2}, f"distill.regression.steps 4 in each step of the student {many}"),
+        (
+            {"first_stage": other},
+            {},
+            f"distill.regression.first_stage {other} has path trigonometric, the teacher has ",
+        ),
+        ({"first_stage": one}, {}, f"distill.regression.first_stage {one} is a student of one step; it must be"),
+        ({"first_stage": "gone.safetensors"}, {}, "distill.regression.first_stage: "),
+    ):
+        asked = {**SFD, "steps": [1], **more}
+        asked["regression"] = {"steps": 4, "distance": "l1", "first_stage": file, **stage}
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            trainer_of(LABELLED, {"name": "digits"}, distill=asked)
+
+
 def test_an_sfd_student_trains_by_the_command_and_samples_in_each_of_its_numbers_of_steps(tmp_path, capsys):
     teacher, out = save_teacher(tmp_path / "teacher.safetensors", MLP, POINTS), tmp_path / "run"
     few = [f"distill.teacher={teacher}", *(f"data.{key}={value}" for key, value in POINTS.items())]
@@ -246,6 +334,13 @@ def test_an_sfd_student_trains_by_the_command_and_samples_in_each_of_its_numbers
     assert cli.main(judged) == 0
     rows = json.loads((tmp_path / "table" / "evaluation.json").read_text())["rows"]
     assert [row["network_evaluations"] for row in rows if row["name"].startswith("student")] == [2, 3, 4, 5]
+    # Its second stage, from the run's folder, makes the samples in one step.
+    second = [*few, f"distill.regression.first_stage={out}"]
+    words = ["distill", "--preset", "sfd-second", "--out", str(tmp_path / "second")]
+    assert cli.main([*words, *(word for setting in second for word in ("--set", setting))]) == 0
+    last = rf.load(tmp_path / "second")
+    assert (last.description.steps, last.description.network["guided"]) == ((1,), True)
+    torch.testing.assert_close(last(z), z + last.net(torch.zeros(6), z), rtol=1e-5, atol=1e-6)
 
 
 def test_what_takes_no_several_steps_is_named():

@@ -7,6 +7,7 @@ import torch
 from realuid_fast import data, teachers
 from realuid_fast.jobs import config as configs
 from realuid_fast.jobs import trainers
+from realuid_fast.jobs.networks import network_for
 from realuid_fast.networks import build
 from realuid_fast.train import modes
 from realuid_fast.train.checkpoint import Checkpoints
@@ -29,7 +30,7 @@ def ingredients(content, cifar=False):
         dataset = data.Dataset("cifar10", pixels, pixels[:8], torch.arange(512) % 10, torch.arange(8))
     else:
         dataset = data.load(config.data)
-    network = trainers.network_for(config, dataset)
+    network = network_for(config, dataset)
     return config, dataset, teachers.Model(build(network), teachers.Description(network, data=dataset.config))
 
 

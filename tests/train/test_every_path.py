@@ -156,6 +156,11 @@ def test_every_preset_builds_and_runs_two_updates(name, tmp_path, monkeypatch):
         teachers.save(tmp_path / "earlier.safetensors", *earlier.exported())
         few = [*few, f"distill.regression.previous={tmp_path / 'earlier.safetensors'}"]
         config = configs.load(configs.preset(name), few)
+    if config.distill.regression.first_stage:
+        earlier = trainers.trainer("distill", configs.load(configs.preset("sfd"), few), held, model)
+        teachers.save(tmp_path / "earlier.safetensors", *earlier.exported())
+        few = [*few, f"distill.regression.first_stage={tmp_path / 'earlier.safetensors'}"]
+        config = configs.load(configs.preset(name), few)
     student = trainers.trainer("distill", config, held, model)
     for _ in range(2):
         student.update()

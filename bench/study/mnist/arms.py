@@ -134,7 +134,7 @@ def systems() -> tuple[Arm, ...]:
     for name in sorted(presets, key=lambda name: (name != UID, name)):
         own = presets[name]
         alike = all(own[section] == base[section] for section in ("data", "network"))
-        files = own["distill"]["regression"]["pairs"] or own["distill"]["regression"]["previous"]
+        files = any(own["distill"]["regression"][key] for key in ("pairs", "previous", "first_stage"))
         if not alike or files or any(own["path"][key] != base["path"][key] for key in ("name", "predict")):
             continue
         changes = {
