@@ -47,7 +47,7 @@ def rendered(text: str) -> str:
         body = speed() if name == "speed" else file.read_text().strip()
         return f"<!-- table: {name} -->\n{body}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ([\w/]+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def relinked(text: str) -> str:

@@ -87,7 +87,7 @@ def ship(monkeypatch, out, folder):
     folder.mkdir()
     for shipped, name in (("TEACHERS", "mnist-teacher"), ("STUDENTS", "mnist"), ("CLASSIFIERS", "mnist")):
         monkeypatch.setitem(getattr(choices, shipped), name, folder / f"{shipped.lower()}.safetensors")
-    assert asset.main(str(out)) == 0
+    assert asset.main(str(out), "uid-seed0") == 0
 
 
 def test_the_whole_study_in_small(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
-"""Writes the networks of the study that the package ships: ``python -m bench.study.mnist.asset OUT``.
+"""Writes the networks of the study that the package ships: ``python -m bench.study.mnist.asset OUT RUN``.
 
-OUT is the folder of a study with a teacher, a classifier and the run ``uid-seed0``. The descriptions keep what makes
-samples, and name no folder of the machine that trained the networks.
+OUT is the folder of a study with a teacher, a classifier and the run RUN, such as ``uid-seed0``, whose student is
+shipped. The descriptions keep what makes samples, and name no folder of the machine that trained the networks.
 """
 
 import shutil
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from realuid_fast import choices, teachers
 
-from .arms import MAIN, Place
+from .arms import Place
 
 COMMAND = "make study DATA=data/mnist"
 
 
-def main(out: str) -> int:
-    """Write teacher, classifier and student into the package."""
+def main(out: str, run: str) -> int:
+    """Write teacher, classifier and the student of a run into the package."""
     place = Place(Path(), Path(out))
-    student = place.run(MAIN[0], 0) / "student.safetensors"
+    student = place.out / "runs" / run / "student.safetensors"
     networks = {
         "teacher": (place.teacher(), choices.TEACHERS["mnist-teacher"]),
         "student": (student, choices.STUDENTS["mnist"]),
