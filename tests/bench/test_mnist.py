@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import struct
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import realuid_fast as rf
 from bench.study import presets
 from bench.study.mnist import __main__ as study
-from bench.study.mnist import arms, asset, criterion, judge
+from bench.study.mnist import arms, asset, criterion, judge, report
 from realuid_fast import choices, cli, metrics
 from realuid_fast.cli import training
 from realuid_fast.jobs import config as configs
@@ -46,6 +47,30 @@ def test_paired_differences_have_their_t_interval():
     assert criterion.verdict(found) == "no difference shown"
     assert criterion.verdict(criterion.paired([1.0, 1.1, 0.9], [2.0, 2.1, 2.0])) == "better"
     assert criterion.verdict(criterion.paired([2.0, 2.1, 2.0], [1.0, 1.1, 0.9])) == "worse"
+
+
+def test_arrivals_are_compared_with_uids_where_every_seed_arrives():
+    ends = {"distance": 1.0}
+    slow = [{"curve": [(0, 9.0), (10, 5.0), (20, 1.0), (30, 1.0), (40, 1.0)], "scores": ends}] * 2
+    fast = [{"curve": [(0, 9.0), (10, 1.0), (20, 1.0), (30, 1.0), (40, 1.0)], "scores": ends}] * 2
+    late = [fast[0], {"curve": [(0, 9.0), (10, 5.0), (20, 5.0), (30, 5.0), (40, 5.0)], "scores": ends}]
+    rows = report.comparison({"uid": slow, "fast": fast, "late": late, "longer": slow}, "longer")
+    assert rows["fast"]["arrivals"] == [10, 10]
+    assert rows["fast"]["sooner"] == {"mean": -10, "interval": [-10, -10], "each": [-10, -10]}
+    assert rows["late"]["arrivals"] == [10, None]
+    assert "sooner" not in rows["late"]
+    assert "sooner" not in rows["uid"]
+
+
+def test_training_images_are_drawn_at_random_and_once(monkeypatch, tmp_path):
+    """A file that alternates between two kinds of images gives both kinds to the judge."""
+    train = torch.stack([torch.full((1, 4, 4), (index % 2) + index / 100) for index in range(60)])
+    measure = SimpleNamespace(train=train, heldout=train[:4], features=lambda images: images.flatten(1))
+    monkeypatch.setattr(judge.data, "load", lambda settings: None)
+    monkeypatch.setattr(judge, "Measure", lambda dataset, classifier: measure)
+    found = judge.Judge(arms.Place(tmp_path, tmp_path), {}, 30).some_train
+    assert len(found) == 30 == len(found.flatten(1).unique(dim=0))
+    assert 5 < (found[:, 0, 0, 0] % 1 != found[:, 0, 0, 0]).sum() < 25
 
 
 def test_memorisation_is_a_half_for_new_samples_and_one_for_copies():
