@@ -50,7 +50,7 @@ from .arms import (
 )
 from .cost import costs
 from .judge import SAMPLES, Judge
-from .records import Records, pictures, settings, write_json
+from .records import SHOWN, Records, pictures, settings, write_json
 
 TEACHER_STEPS = (
     (1, "euler"),
@@ -242,7 +242,7 @@ def _report(
         teacher_rows.append({"title": f"teacher, {steps} {solver.title()} {word}", "scores": scores})
     found = {arm.name: [records.find(arm, seed) or {} for seed in asked.seeds] for arm in arms}
     results = _results(found, asked)
-    shown = [judge.measure.heldout, judge.made_by(teacher, 100)]
+    shown = [judge.measure.heldout, judge.made_by(teacher, 100, count=SHOWN)]
     shown += [pictures(of_seeds[0], judge.dataset.shape) for of_seeds in found.values()]
     last = arms[-1].name
     content = {

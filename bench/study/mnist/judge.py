@@ -66,9 +66,9 @@ class Judge:
         self._real = self.measure.features(self.measure.heldout)
         self._apart = _nearest(self.measure.heldout[:NEAREST], train)
 
-    def made_by(self, model: teachers.Model, steps: int = 1, solver: str = "euler") -> Tensor:
-        """Samples of a model from the noise that every evaluation uses."""
-        noise = evaluation_noise(self.dataset.shape, self.samples)
+    def made_by(self, model: teachers.Model, steps: int = 1, solver: str = "euler", count: int | None = None) -> Tensor:
+        """Samples of a model from the noise that every evaluation uses; the first ``count`` where it is given."""
+        noise = evaluation_noise(self.dataset.shape, self.samples)[:count]
         return generate(sampler(model, steps, solver), noise)[0].clamp(-1, 1)
 
     def __call__(self, samples: Tensor) -> Scores:
