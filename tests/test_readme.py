@@ -39,7 +39,12 @@ def test_the_method_is_cited_and_a_beta_outside_its_range_is_said():
     assert rows
     for beta, rest in rows:
         assert (float(beta) > 1) == rest.startswith(", outside the paper's (0, 1])")
-    assert "lies outside the paper's range" in " ".join(TEXT.split())
+    assert "and so outside the paper's (0, 1]" in " ".join(study.split())
+    # The README names pairs of the paper's domain alone.
+    section = TEXT.partition("## Does real data help?")[2].partition("\n## ")[0]
+    pairs = re.findall(r"\(([\d.]+), ([\d.]+)\)", section)
+    assert len(pairs) == 3
+    assert all(0 < float(number) <= 1 for pair in pairs for number in pair)
 
 
 @pytest.mark.parametrize("page", readme.pages(), ids=lambda page: page.name)
