@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import struct
-from types import SimpleNamespace
 from unittest.mock import ANY
 
 import numpy as np
@@ -62,15 +61,22 @@ def test_arrivals_are_compared_with_uids_where_every_seed_arrives():
     assert "sooner" not in rows["uid"]
 
 
-def test_training_images_are_drawn_at_random_and_once(monkeypatch, tmp_path):
-    """A file that alternates between two kinds of images gives both kinds to the judge."""
-    train = torch.stack([torch.full((1, 4, 4), (index % 2) + index / 100) for index in range(60)])
-    measure = SimpleNamespace(train=train, heldout=train[:4], features=lambda images: images.flatten(1))
-    monkeypatch.setattr(judge.data, "load", lambda settings: None)
-    monkeypatch.setattr(judge, "Measure", lambda dataset, classifier: measure)
-    found = judge.Judge(arms.Place(tmp_path, tmp_path), {}, 30).some_train
-    assert len(found) == 30 == len(found.flatten(1).unique(dim=0))
-    assert 5 < (found[:, 0, 0, 0] % 1 != found[:, 0, 0, 0]).sum() < 25
+def test_the_training_images_of_the_judge_are_a_fair_draw_of_a_file_that_alternates(tmp_path):
+    """Black images at even places, others at odd ones; the real files, measure and shipped classifier."""
+    folder = tmp_path / "set"
+    write_set(folder)
+    file = folder / "train-images-idx3-ubyte.gz"
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    count, size = int.from_bytes(content[4:8], "big"), 16 * 16
+    for even in range(0, count, 2):
+        content[16 + even * size : 16 + (even + 1) * size] = bytes(size)
+    file.write_bytes(gzip.compress(bytes(content)))
+    settings = {"name": "idx", "path": str(folder), "size": 16, "filter": "box"}
+    found = judge.Judge(arms.Place(folder, tmp_path, shipped=True), settings, count // 4).some_train.flatten(1)
+    black = int((found == -1).all(1).sum())
+    assert len(found) == count // 4
+    assert 0 < black < len(found)
+    assert len(found[(found != -1).any(1)].unique(dim=0)) == len(found) - black
 
 
 def test_memorisation_is_a_half_for_new_samples_and_one_for_copies():

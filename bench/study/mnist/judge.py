@@ -58,8 +58,8 @@ class Judge:
         self.measure = Measure(self.dataset, classifier=str(place.classifier))
         self.samples = samples
         train = self.measure.train
-        # A random draw: MNIST's file alternates between its two sources of writers, and images at even distances from
-        # each other lie 14 to 19 from the held-out ones, where random ones lie 2.2 from them.
+        # A random draw: even and odd places of MNIST's file hold different kinds of images, so images at even distances
+        # from each other are no fair sample.
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         self.some_train = train[order[:samples]]
         self._train_features = self.measure.features(self.some_train)
